@@ -1,0 +1,117 @@
+"""Typed configuration: every field has a bound, a sentence and an environment variable.
+
+Precedence, highest first: the arguments of the Serve config file or command line, environment
+variables `LLAVA_RAY_<FIELD>`, the defaults below. Unknown names are refused.
+"""
+
+from pathlib import PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DEMO_MODEL = "demo"
+"""The name under which the embedded model is asked for and served."""
+
+EngineName = Literal["torch", "vllm", "sglang", "echo"]
+
+
+class Section(BaseModel):
+    """Base of all parts of a configuration: unknown names are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ModelConfig(Section):
+    """One model: what is loaded, by which engine, on what, and how it scales."""
+
+    path: str = Field(
+        DEMO_MODEL,
+        min_length=1,
+        description="Folder or hub name of the weights; 'demo' is the embedded model.",
+    )
+    name: str = Field(
+        "", description="Name in the API and on the page; by default the last part of the path."
+    )
+    engine: EngineName = Field(
+        "torch", description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake)."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Precision of the weights; auto: bfloat16."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any.")
+    context_length: int | None = Field(
+        None, ge=16, description="Longest prompt plus answer in tokens; default: the model's own."
+    )
+    max_batch_size: int = Field(32, ge=1, le=1024, description="Requests computed at once.")
+    cache_tokens: int = Field(
+        16384, ge=64, description="Size of the key-value cache in tokens, over all requests."
+    )
+    num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for each replica.")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each replica.")
+    num_threads: int | None = Field(
+        None, ge=1, description="Threads of torch on the CPU; default: all cores."
+    )
+    min_replicas: int = Field(1, ge=0, description="Replicas kept when nobody asks.")
+    max_replicas: int = Field(1, ge=1, description="Replicas at most, under load.")
+    target_ongoing_requests: int = Field(
+        16, ge=1, description="Requests for each replica at which Ray starts another."
+    )
+    max_ongoing_requests: int = Field(
+        64, ge=1, description="Requests that one replica accepts; more wait in the queue."
+    )
+    max_queued_requests: int = Field(
+        256, ge=-1, description="Requests that wait at the gateway before it answers 503."
+    )
+
+    @model_validator(mode="after")
+    def _fill_name(self) -> "ModelConfig":
+        if not self.name:
+            self.name = "llava-ray-demo" if self.path == DEMO_MODEL else _last_part(self.path)
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
+class LimitsConfig(Section):
+    """What a request may bring; more is refused at the door."""
+
+    max_body_bytes: int = Field(32 << 20, ge=1024, description="Bytes of one HTTP body.")
+    max_images: int = Field(16, ge=0, description="Pictures in one conversation.")
+    max_image_bytes: int = Field(16 << 20, ge=64, description="Bytes of one encoded picture.")
+    max_image_pixels: int = Field(40_000_000, ge=1, description="Width times height of a picture.")
+    max_messages: int = Field(256, ge=1, description="Messages in one conversation.")
+
+
+class ServeConfig(BaseSettings):
+    """The application: `serve run llava_ray.app:build_app model=... engine=...`.
+
+    `model` and `engine` describe one model in short; `models` describes one or several at length.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="LLAVA_RAY_", env_nested_delimiter="__", extra="forbid"
+    )
+
+    model: str = Field(DEMO_MODEL, min_length=1, description="Folder or hub name of the weights.")
+    engine: EngineName = Field("torch", description="torch, vllm, sglang or echo.")
+    models: list[ModelConfig] = Field(
+        default_factory=list, description="Models served side by side; replaces model and engine."
+    )
+    page: bool = Field(True, description="Serve the Gradio page at / together with the API.")
+    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+
+    @model_validator(mode="after")
+    def _check_models(self) -> "ServeConfig":
+        if not self.models:
+            self.models = [ModelConfig(path=self.model, engine=self.engine)]
+        names = [model.name for model in self.models]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two models are named {twice}: give each a `name` of its own")
+        return self
+
+
+def _last_part(path: str) -> str:
+    return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path

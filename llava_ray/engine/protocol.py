@@ -1,0 +1,43 @@
+"""The seam between serving or evaluation and whatever computes the answer."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from llava_ray.types import Chunk, Prompt
+
+
+class Engine(Protocol):
+    """Answers prompts, many at once. Implementations: Torch, Echo; later vLLM and SGLang.
+
+    An engine knows neither HTTP nor Ray. Errors are raised, never yielded.
+    """
+
+    def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+        """Yield the answer piece by piece; the last chunk alone has a `finish_reason`.
+
+        Closing the iterator (or cancelling the task that reads it) aborts the request and frees
+        what it held.
+
+        Raises:
+            ContextLengthError: before the first chunk, if the prompt does not fit.
+            RequestError: before the first chunk, if the prompt cannot be served as it is.
+            EngineError: the engine broke.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Return soon if the engine is able to work.
+
+        Raises:
+            EngineError: it is not, and the replica should be replaced.
+        """
+        ...
+
+    def stats(self) -> dict[str, float]:
+        """Figures of this moment: at least `num_running`, `num_waiting`, `cache_tokens_used` and
+        `cache_tokens_total`."""
+        ...
+
+    async def close(self) -> None:
+        """Abort what is running and free the device."""
+        ...

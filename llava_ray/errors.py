@@ -1,0 +1,101 @@
+"""Everything that this package raises on purpose.
+
+    LlavaRayError                     the caller sees its message; 500 unless a class says otherwise
+    ├── UserError                     what a caller can put right; 400
+    │   ├── ConfigError               a configuration that cannot be run
+    │   ├── RequestError              a field of a request, named by `param`
+    │   │   ├── ImageError            a picture that cannot be used
+    │   │   ├── ContextLengthError    more tokens than the model's context holds
+    │   │   └── RequestTooLargeError  a body over the limit; 413
+    │   ├── ModelNotFoundError        no such model here; 404
+    │   └── MissingPackageError       an optional package is not installed
+    ├── OverloadedError               full for the moment, try again; 503
+    └── EngineError                   the engine broke; the replica will be replaced; 500
+
+A message says what is wrong, the value seen and what to do. Every class takes that message as its
+one positional argument, so that an instance survives pickling on its way between processes.
+`status` and `code` are those of the OpenAI API's error bodies (see `serve/openai.py`).
+"""
+
+
+class LlavaRayError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        status: the HTTP status with which the gateway answers.
+        code: the machine-readable code in the body of that answer.
+        param: the field of the request that is at fault, where there is one.
+    """
+
+    status: int = 500
+    code: str = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+    @property
+    def message(self) -> str:
+        return str(self.args[0])
+
+
+class UserError(LlavaRayError):
+    """What a caller can put right."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run."""
+
+    code = "invalid_config"
+
+
+class RequestError(UserError):
+    """A request that cannot be served as it is."""
+
+
+class ImageError(RequestError):
+    """A picture that cannot be fetched, decoded or accepted."""
+
+    code = "invalid_image"
+
+
+class ContextLengthError(RequestError):
+    """More tokens than the model's context, or the cache of its engine, can hold."""
+
+    code = "context_length_exceeded"
+
+
+class RequestTooLargeError(RequestError):
+    """The body of a request is over the limit."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class ModelNotFoundError(UserError):
+    """No model of that name is served here."""
+
+    status = 404
+    code = "model_not_found"
+
+
+class MissingPackageError(UserError):
+    """An optional package is not installed."""
+
+    code = "missing_package"
+
+
+class OverloadedError(LlavaRayError):
+    """All replicas are busy and their queues are full."""
+
+    status = 503
+    code = "overloaded"
+
+
+class EngineError(LlavaRayError):
+    """The engine of a replica does not work any more."""
+
+    code = "engine_error"

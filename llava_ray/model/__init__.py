@@ -1,0 +1,1 @@
+"""The multimodal core: weights in, a model and its processor out."""

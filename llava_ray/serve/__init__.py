@@ -1,0 +1,1 @@
+"""Ray Serve deployments: the gateway (HTTP), the replicas (models) and the page."""
