@@ -26,42 +26,54 @@ class ModelConfig(Section):
     """One model: what is loaded, by which engine, on what, and how it scales."""
 
     path: str = Field(
-        DEMO_MODEL,
+        default=DEMO_MODEL,
         min_length=1,
         description="Folder or hub name of the weights; 'demo' is the embedded model.",
     )
     name: str = Field(
-        "", description="Name in the API and on the page; by default the last part of the path."
+        default="",
+        description="Name in the API and on the page; by default the last part of the path.",
     )
     engine: EngineName = Field(
-        "torch", description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake)."
+        default="torch",
+        description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Precision of the weights; auto: bfloat16."
+        default="auto", description="Precision of the weights; auto: bfloat16."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any.")
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."
+    )
     context_length: int | None = Field(
-        None, ge=16, description="Longest prompt plus answer in tokens; default: the model's own."
+        default=None,
+        ge=16,
+        description="Longest prompt plus answer in tokens; default: the model's own.",
     )
-    max_batch_size: int = Field(32, ge=1, le=1024, description="Requests computed at once.")
+    max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests computed at once.")
     cache_tokens: int = Field(
-        16384, ge=64, description="Size of the key-value cache in tokens, over all requests."
+        default=16384,
+        ge=64,
+        description="Size of the key-value cache in tokens, over all requests.",
     )
-    num_cpus: float = Field(1.0, ge=0, description="CPUs that Ray sets aside for each replica.")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs that Ray sets aside for each replica.")
+    num_cpus: float = Field(
+        default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."
+    )
+    num_gpus: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray sets aside for each replica."
+    )
     num_threads: int | None = Field(
-        None, ge=1, description="Threads of torch on the CPU; default: all cores."
+        default=None, ge=1, description="Threads of torch on the CPU; default: all cores."
     )
-    min_replicas: int = Field(1, ge=0, description="Replicas kept when nobody asks.")
-    max_replicas: int = Field(1, ge=1, description="Replicas at most, under load.")
+    min_replicas: int = Field(default=1, ge=0, description="Replicas kept when nobody asks.")
+    max_replicas: int = Field(default=1, ge=1, description="Replicas at most, under load.")
     target_ongoing_requests: int = Field(
-        16, ge=1, description="Requests for each replica at which Ray starts another."
+        default=16, ge=1, description="Requests for each replica at which Ray starts another."
     )
     max_ongoing_requests: int = Field(
-        64, ge=1, description="Requests that one replica accepts; more wait in the queue."
+        default=64, ge=1, description="Requests that one replica accepts; more wait in the queue."
     )
     max_queued_requests: int = Field(
-        256, ge=-1, description="Requests that wait at the gateway before it answers 503."
+        default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."
     )
 
     @model_validator(mode="after")
@@ -78,11 +90,15 @@ class ModelConfig(Section):
 class LimitsConfig(Section):
     """What a request may bring; more is refused at the door."""
 
-    max_body_bytes: int = Field(32 << 20, ge=1024, description="Bytes of one HTTP body.")
-    max_images: int = Field(16, ge=0, description="Pictures in one conversation.")
-    max_image_bytes: int = Field(16 << 20, ge=64, description="Bytes of one encoded picture.")
-    max_image_pixels: int = Field(40_000_000, ge=1, description="Width times height of a picture.")
-    max_messages: int = Field(256, ge=1, description="Messages in one conversation.")
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, description="Bytes of one HTTP body.")
+    max_images: int = Field(default=16, ge=0, description="Pictures in one conversation.")
+    max_image_bytes: int = Field(
+        default=16 << 20, ge=64, description="Bytes of one encoded picture."
+    )
+    max_image_pixels: int = Field(
+        default=40_000_000, ge=1, description="Width times height of a picture."
+    )
+    max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
 
 
 class ServeConfig(BaseSettings):
@@ -95,12 +111,16 @@ class ServeConfig(BaseSettings):
         env_prefix="LLAVA_RAY_", env_nested_delimiter="__", extra="forbid"
     )
 
-    model: str = Field(DEMO_MODEL, min_length=1, description="Folder or hub name of the weights.")
-    engine: EngineName = Field("torch", description="torch, vllm, sglang or echo.")
+    model: str = Field(
+        default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
+    )
+    engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
     models: list[ModelConfig] = Field(
         default_factory=list, description="Models served side by side; replaces model and engine."
     )
-    page: bool = Field(True, description="Serve the Gradio page at / together with the API.")
+    page: bool = Field(
+        default=True, description="Serve the Gradio page at / together with the API."
+    )
     limits: LimitsConfig = Field(default_factory=LimitsConfig)
 
     @model_validator(mode="after")

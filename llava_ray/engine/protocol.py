@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from typing import Protocol
 
+from llava_ray.template import Template
 from llava_ray.types import Chunk, Prompt
 
 
@@ -10,7 +11,12 @@ class Engine(Protocol):
     """Answers prompts, many at once. Implementations: Torch, Echo; later vLLM and SGLang.
 
     An engine knows neither HTTP nor Ray. Errors are raised, never yielded.
+
+    Attributes:
+        template: renders conversations into the prompts that this engine's model was trained on.
     """
+
+    template: Template
 
     def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
         """Yield the answer piece by piece; the last chunk alone has a `finish_reason`.

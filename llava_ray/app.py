@@ -1,0 +1,69 @@
+"""The Serve application: `serve run llava_ray.app:deployment`, then open http://localhost:8000.
+
+The application is a Gateway (HTTP and the page, no torch) in front of one deployment of `Replica`
+for each model, and Ray scales each of these on its own.
+"""
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
+from ray.serve.schema import LoggingConfig
+
+from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.serve import console
+from llava_ray.serve.gateway import Gateway
+from llava_ray.serve.replica import Replica
+
+_QUIET = LoggingConfig(enable_access_log=False)
+
+
+def build_app(config: ServeConfig) -> Application:
+    """Return the bound application for a Serve config file or `serve run ... key=value`."""
+    console.set_up()
+    for model in config.models:
+        console.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
+    console.logger.info(
+        f"once Ray has started: {'page http://localhost:8000, ' if config.page else ''}"
+        "OpenAI API http://localhost:8000/v1, state http://localhost:8000/readyz"
+    )
+    models = {model.name: _bind_model(model, config.limits) for model in config.models}
+    gateway = serve.deployment(
+        name="gateway",
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0.1},
+        logging_config=_QUIET,
+    )(Gateway)
+    return gateway.bind(config, models)
+
+
+def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
+    scale = (
+        {"num_replicas": model.min_replicas}
+        if model.min_replicas == model.max_replicas
+        else {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=model.min_replicas,
+                max_replicas=model.max_replicas,
+                target_ongoing_requests=model.target_ongoing_requests,
+            )
+        }
+    )
+    replica = serve.deployment(
+        name=model.name,
+        max_ongoing_requests=model.max_ongoing_requests,
+        max_queued_requests=model.max_queued_requests,
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=20,
+        ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
+        logging_config=_QUIET,
+        **scale,
+    )(Replica)
+    return replica.bind(model, limits)
+
+
+def __getattr__(name: str) -> Application:
+    """`deployment`, built when it is asked for: importing this module does nothing."""
+    if name == "deployment":
+        return build_app(ServeConfig())
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,22 @@
+"""What a person sees in the terminal of `serve run`: a dozen lines of ours, not a flood.
+
+Ray Serve's own log stays complete in Ray's log folder (`/tmp/ray/session_latest/logs/serve`); set
+`RAY_SERVE_LOG_TO_STDERR=1` to see it in the terminal as well.
+"""
+
+import logging
+import os
+import sys
+
+logger = logging.getLogger("llava_ray")
+
+
+def set_up() -> None:
+    """Make this process, and the Ray processes that it starts, log in the short form."""
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(asctime)s llava_ray: %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,92 @@
+"""Who may import what (README, "How it works"): imports go down only, and Ray stops at the door."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llava_ray"
+
+FLOORS = [
+    {"cli"},
+    {"app"},
+    {"evaluate", "serve"},
+    {"client", "train", "engine", "demo"},
+    {"data", "model"},
+    {"config", "template", "images"},
+    {"types", "errors"},
+]
+
+MAY_IMPORT = {
+    "ray": ("app.py", "cli.py", "serve/", "data/", "train/launch.py", "evaluate/"),
+    "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
+    "gradio": ("serve/page.py",),
+    "vllm": ("engine/vllm_engine.py",),
+    "sglang": ("engine/sglang_engine.py",),
+    "deepspeed": ("train/",),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor(part: str) -> int:
+    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports(path):
+        if not name.startswith("llava_ray.") or part == "__init__":
+            continue
+        other = name.split(".")[1]
+        if other in ("__version__", part):
+            continue
+        assert floor(other) > floor(part), f"{part} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_heavy_package_is_known_to_few_files(package: str) -> None:
+    for path in modules():
+        file = path.relative_to(PACKAGE).as_posix()
+        uses = any(name == package or name.startswith(package + ".") for name in imports(path))
+        assert not uses or file.startswith(MAY_IMPORT[package]), f"{file} imports {package}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("llava_ray", {"torch", "ray", "gradio", "transformers", "PIL"}),
+        ("llava_ray.cli", {"torch", "ray", "gradio", "transformers"}),
+        ("llava_ray.app", {"torch", "gradio", "vllm", "sglang", "deepspeed"}),
+        ("llava_ray.engine.protocol", {"torch", "ray", "gradio"}),
+        ("llava_ray.demo", {"torch", "ray", "gradio"}),
+    ],
+)
+def test_importing_a_part_loads_no_more_than_it_needs(module: str, absent: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted({absent!r} & set(sys.modules)))"
+    loaded = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.split() == []
+
+
+def test_no_name_says_nothing() -> None:
+    names = {path.stem for path in modules()} | {path.parent.name for path in modules()}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "manager", "factory"}
