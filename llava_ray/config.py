@@ -4,8 +4,11 @@ Precedence, highest first: the arguments of the Serve config file or command lin
 variables `LLAVA_RAY_<FIELD>`, the defaults below. Unknown names are refused.
 """
 
+import difflib
+import os
+from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -20,6 +23,11 @@ class Section(BaseModel):
     """Base of all parts of a configuration: unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        return refuse_unknown(values, cls.model_fields)
 
 
 class ModelConfig(Section):
@@ -121,7 +129,18 @@ class ServeConfig(BaseSettings):
     page: bool = Field(
         default=True, description="Serve the Gradio page at / together with the API."
     )
-    limits: LimitsConfig = Field(default_factory=LimitsConfig)
+    limits: LimitsConfig = Field(
+        default_factory=LimitsConfig, description="What a request may bring."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        prefix = "LLAVA_RAY_"
+        variables = [name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)]
+        known = [name.upper() for name in cls.model_fields]
+        refuse_unknown([name.split("__")[0] for name in variables], known, prefix)
+        return refuse_unknown(values, cls.model_fields)
 
     @model_validator(mode="after")
     def _check_models(self) -> "ServeConfig":
@@ -131,6 +150,17 @@ class ServeConfig(BaseSettings):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice}: give each a `name` of its own")
         return self
+
+
+def refuse_unknown(values: Any, known: Iterable[str], prefix: str = "") -> Any:
+    """Return `values` as they are; raise a ValueError with "did you mean" for an unknown name."""
+    known = sorted(known)
+    for name in values if isinstance(values, dict | list) else ():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
+            raise ValueError(f"unknown setting {prefix}{name}: {hint}")
+    return values
 
 
 def _last_part(path: str) -> str:
