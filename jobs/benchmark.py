@@ -20,8 +20,6 @@ from typing import Annotated, Literal
 import typer
 from PIL import Image
 
-from llava_ray.types import Prompt, Sampling
-
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 WORDS = "what which how many is are the a of in on left right red blue cat dog near over".split()
@@ -74,7 +72,8 @@ async def time_answer(ask: Ask, question: Question) -> Timing:
     start = time.perf_counter()
     times: list[float] = []
     num_tokens = 0
-    async for num_tokens in ask(question):
+    async for so_far in ask(question):
+        num_tokens = so_far
         times.append(time.perf_counter() - start)
     return Timing(times, num_tokens, time.perf_counter() - start)
 
@@ -198,3 +197,83 @@ def ask_a_generate_each(path: Path, *, max_tokens: int, at_once: int = 5) -> Ask
             await running
 
     return ask
+
+
+def serve_here(path: Path) -> str:
+    """Start the Serve application with one model; return its address."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+    import ray
+    from ray import serve
+
+    from llava_ray.app import build_app
+    from llava_ray.config import ModelConfig, ServeConfig
+
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
+    model = ModelConfig(path=str(path), name="benchmark", max_ongoing_requests=256)
+    serve.run(build_app(ServeConfig(models=[model], page=False)))
+    return "http://127.0.0.1:8123"
+
+
+def print_table(rows: list[Figures]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    names = list(asdict(rows[0]))
+    for name in names:
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in asdict(row).values()))
+    Console(width=140).print(table)
+    print(json.dumps([asdict(row) for row in rows]))
+
+
+@cli.callback()
+def commands() -> None:
+    """Speed, measured."""
+
+
+@cli.command("serve")
+def benchmark_serve(
+    model: Annotated[
+        str, typer.Option(help="'103m' (random weights of that size) or the folder of a model.")
+    ] = "103m",
+    clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,8,32",
+    max_tokens: Annotated[int, typer.Option(help="New tokens of each answer.")] = 64,
+    requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 3,
+    image_size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
+    system: Annotated[
+        Literal["both", "llava_ray", "generate"], typer.Option(help="What is measured.")
+    ] = "both",
+) -> None:
+    """This app through HTTP, beside a thread and a `generate` a request as in LLaVA's worker."""
+    counts = [int(count) for count in clients.split(",")]
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(model)
+        if model == "103m":
+            import torch
+
+            from llava_ray.model.build import SHAPE_103M, build_random_model
+
+            path = build_random_model(scratch, SHAPE_103M, dtype=torch.bfloat16)
+        rows: list[Figures] = []
+
+        async def run(name: str, ask: Ask) -> None:
+            await measure(name, ask, clients=2, requests=2, size=image_size)  # warms up
+            for count in counts:
+                requests = max(4, count * requests_each)
+                row = await measure(name, ask, clients=count, requests=requests, size=image_size)
+                print(row, flush=True)
+                rows.append(row)
+
+        if system in ("both", "generate"):
+            asyncio.run(run("generate each", ask_a_generate_each(path, max_tokens=max_tokens)))
+        if system in ("both", "llava_ray"):
+            url = serve_here(path)
+            asyncio.run(run("llava_ray", ask_over_http(url, "benchmark", max_tokens=max_tokens)))
+        print_table(rows)
+
+
+if __name__ == "__main__":
+    cli()
