@@ -37,17 +37,6 @@ def build_app(config: ServeConfig) -> Application:
 
 
 def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
-    scale = (
-        {"num_replicas": model.min_replicas}
-        if model.min_replicas == model.max_replicas
-        else {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=model.min_replicas,
-                max_replicas=model.max_replicas,
-                target_ongoing_requests=model.target_ongoing_requests,
-            )
-        }
-    )
     replica = serve.deployment(
         name=model.name,
         max_ongoing_requests=model.max_ongoing_requests,
@@ -57,7 +46,11 @@ def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
         graceful_shutdown_timeout_s=20,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         logging_config=_QUIET,
-        **scale,
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=model.min_replicas,
+            max_replicas=model.max_replicas,
+            target_ongoing_requests=model.target_ongoing_requests,
+        ),
     )(Replica)
     return replica.bind(model, limits)
 
