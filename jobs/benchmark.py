@@ -208,7 +208,7 @@ def serve_here(path: Path) -> str:
     from llava_ray.app import build_app
     from llava_ray.config import ModelConfig, ServeConfig
 
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level="error")
+    ray.init(include_dashboard=False, log_to_driver=False, logging_level=40)
     serve.start(http_options={"host": "127.0.0.1", "port": 8123})
     model = ModelConfig(path=str(path), name="benchmark", max_ongoing_requests=256)
     serve.run(build_app(ServeConfig(models=[model], page=False)))

@@ -6,6 +6,7 @@
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            a picture that cannot be used
     │   │   ├── ContextLengthError    more tokens than the model's context holds
+    │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   └── RequestTooLargeError  a body over the limit; 413
     │   ├── ModelNotFoundError        no such model here; 404
     │   └── MissingPackageError       an optional package is not installed
@@ -66,6 +67,12 @@ class ContextLengthError(RequestError):
     """More tokens than the model's context, or the cache of its engine, can hold."""
 
     code = "context_length_exceeded"
+
+
+class UnsupportedError(RequestError):
+    """A known field asks for something that this server cannot do."""
+
+    code = "unsupported_parameter"
 
 
 class RequestTooLargeError(RequestError):

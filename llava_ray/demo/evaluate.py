@@ -1,0 +1,257 @@
+"""How well a model of the scenes answers: exact match by kind of question, seeing and blind.
+
+Every test scene is asked one question of each kind that it gives occasion for. Half of the scenes
+hold a combination that no training scene holds. Blind, the same questions come with a grey
+picture. The prior is what somebody reaches who reads the questions well and knows the statistics
+of their answers, but sees nothing.
+"""
+
+import json
+import random
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from llava_ray.demo import questions, scenes, talk
+
+KINDS = tuple(questions.QUESTIONS)
+TARGETS = {
+    "existence": 0.95, "colour": 0.95, "shape": 0.95, "things": 0.95,
+    "counting": 0.90, "position": 0.90, "comparison": 0.90, "number": 0.90,
+}  # fmt: skip
+GREY = 128
+LATER_TURNS = "later turns"  # any kind, at the end of a conversation
+MAX_NEW_TOKENS = 96
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question about one scene, with what was said before it."""
+
+    kind: str
+    sort: str
+    scene: scenes.Scene
+    question: str
+    answer: str
+    is_unseen: bool  # the scene holds a combination kept out of training
+    history: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class KindScore:
+    """Exact match on one kind of question, each a share from 0 to 1."""
+
+    num_questions: int
+    exact: float
+    unseen: float  # on scenes that hold a combination never seen in training
+    blind: float
+    prior: float
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores by kind, and a few wrong answers to look at."""
+
+    num_scenes: int
+    seed: int
+    seconds: float
+    kinds: dict[str, KindScore]
+    mistakes: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def reaches_targets(self) -> bool:
+        return all(score.exact >= (score.target or 0) for score in self.kinds.values())
+
+    def table(self) -> str:
+        """The scores as a Markdown table."""
+        lines = [
+            "| kind of question | asked | exact | unseen combinations | blind | prior | target |",
+            "|---|---:|---:|---:|---:|---:|---:|",
+        ]
+        for kind, score in self.kinds.items():
+            shares = (score.exact, score.unseen, score.blind, score.prior)
+            cells = " | ".join(f"{100 * share:.1f} %" for share in shares)
+            target = f"{100 * score.target:.0f} %" if score.target else ""
+            lines.append(f"| {kind} | {score.num_questions} | {cells} | {target} |")
+        return "\n".join(lines)
+
+    def write(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def make_cases(num_scenes: int, *, seed: int = 0) -> list[Case]:
+    """Questions of all kinds about held-out scenes, and late questions of long conversations."""
+    cases = []
+    for index in range(num_scenes):
+        rng = random.Random(f"test {seed} {index}")
+        is_unseen = index % 2 == 0
+        scene = scenes.make_scene(rng, held_out=is_unseen)
+        asker = questions.Asker(scene, rng, spare_held_out=False)
+        for kind in KINDS:
+            if question := questions.ask(kind, asker, tries=30):
+                text = talk.vary(rng, question.text)
+                cases.append(Case(kind, question.sort, scene, text, question.answer, is_unseen))
+        turns = questions.make_conversation(
+            rng, [scene], num_turns=rng.randint(4, 10), spare_held_out=False
+        )
+        *before, last = turns
+        history = tuple((turn.question, turn.answer) for turn in before)
+        sort = f"{last.kind} {last.question.split(' ')[0]}"
+        cases.append(Case(LATER_TURNS, sort, scene, last.question, last.answer, is_unseen, history))
+    return cases
+
+
+class Answerer:
+    """A model that answers cases greedily, many at once."""
+
+    def __init__(self, model_dir: Path | str) -> None:
+        self._processor = AutoProcessor.from_pretrained(model_dir)
+        self._model = LlavaForConditionalGeneration.from_pretrained(model_dir).eval()
+
+    @torch.inference_mode()
+    def answer(self, cases: Sequence[Case], *, is_blind: bool = False) -> list[str]:
+        pictures = [_grey() if is_blind else scenes.draw(case.scene) for case in cases]
+        prompts = [
+            self._processor.apply_chat_template(_messages(case), add_generation_prompt=True)
+            for case in cases
+        ]
+        inputs = self._processor(
+            images=pictures,
+            text=prompts,
+            padding=True,
+            return_tensors="pt",
+            add_special_tokens=False,
+        ).to(self._model.dtype)
+        output = self._model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        return [
+            text.strip() for text in self._processor.batch_decode(answers, skip_special_tokens=True)
+        ]
+
+    def chat(self, texts: Sequence[str]) -> list[str]:
+        """The answers to texts that come without a picture, each by itself."""
+        return [self._generate([_message("user", text)]) for text in texts]
+
+    @torch.inference_mode()
+    def _generate(self, messages: list[dict]) -> str:
+        inputs = self._processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        output = self._model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        return self._processor.decode(answer, skip_special_tokens=True).strip()
+
+
+def _message(role: str, text: str) -> dict:
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+def _grey() -> Image.Image:
+    return Image.new("RGB", (scenes.PIXELS, scenes.PIXELS), (GREY, GREY, GREY))
+
+
+def _messages(case: Case) -> list[dict]:
+    """The conversation up to the question, the picture with its first message."""
+    texts = [text for turn in case.history for text in turn] + [case.question]
+    messages = [
+        _message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)
+    ]
+    messages[0]["content"].insert(0, {"type": "image"})
+    return messages
+
+
+def evaluate(
+    model_dir: Path | str,
+    *,
+    num_scenes: int = 1000,
+    seed: int = 0,
+    batch_size: int = 64,
+    threads: int | None = None,
+    report: Callable[[str], None] = print,
+) -> Scores:
+    """Score a model folder on held-out scenes, with their pictures and blind, and print a table."""
+    if threads:
+        torch.set_num_threads(threads)
+    start = time.monotonic()
+    cases = make_cases(num_scenes, seed=seed)
+    answerer = Answerer(model_dir)
+    cases.sort(key=lambda case: (case.kind == LATER_TURNS, KINDS.index(case.kind)
+               if case.kind in KINDS else 0, len(case.history)))  # fmt: skip
+    batches = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
+    seen, blind = [], []
+    for batch in batches:
+        seen += answerer.answer(batch)
+        blind += answerer.answer(batch, is_blind=True)
+    kinds = {
+        kind: _score(kind, [triple for triple in zip(cases, seen, blind, strict=True)
+                            if triple[0].kind == kind])
+        for kind in (*KINDS, LATER_TURNS)
+    }  # fmt: skip
+    scores = Scores(
+        num_scenes, seed, round(time.monotonic() - start, 1), kinds, _mistakes(cases, seen)
+    )
+    report(scores.table())
+    return scores
+
+
+def _score(kind: str, triples: Sequence[tuple[Case, str, str]]) -> KindScore:
+    def share(right: list[bool]) -> float:
+        return round(sum(right) / len(right), 4) if right else 0.0
+
+    return KindScore(
+        len(triples),
+        share([answer == case.answer for case, answer, _ in triples]),
+        share([answer == case.answer for case, answer, _ in triples if case.is_unseen]),
+        share([answer == case.answer for case, _, answer in triples]),
+        round(prior([case for case, _, _ in triples]), 4),
+        TARGETS.get(kind),
+    )
+
+
+def prior(cases: Sequence[Case]) -> float:
+    """The share that the most frequent answer to every sort of question gets right.
+
+    "The dog." counts as the first or the second of the two that a question names, and "There is
+    no dog." as what the question takes for granted.
+    """
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for case in cases:
+        answers[case.sort][_blind_form(case)] += 1
+    return sum(max(counts.values()) for counts in answers.values()) / max(1, len(cases))
+
+
+def _blind_form(case: Case) -> str:
+    """An answer with what the question itself names left out."""
+    named = case.answer.rstrip(".").lower()
+    for opening in ("the ", "there is no "):
+        phrase = named.removeprefix(opening)
+        before, found, _ = case.question.lower().partition(f"the {phrase}")
+        if phrase != named and found:
+            return f"{opening}{'second' if ' or ' in before else 'first'}"
+    return case.answer
+
+
+def _mistakes(
+    cases: Sequence[Case], answers: Sequence[str], limit: int = 3
+) -> list[dict[str, str]]:
+    """The first few wrong answers of every kind."""
+    found: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for case, answer in zip(cases, answers, strict=True):
+        if answer != case.answer and len(found[case.kind]) < limit:
+            scene = questions.describe(case.scene)
+            found[case.kind].append(
+                {"kind": case.kind, "scene": scene, "question": case.question,
+                 "right": case.answer, "said": answer}
+            )  # fmt: skip
+    return [mistake for mistakes in found.values() for mistake in mistakes]

@@ -1,0 +1,255 @@
+"""Stage two: the language model by itself, taught to read pictures that are spelled in symbols.
+
+In place of image features every patch gets the sum of the word embeddings that a perfect tower
+would say of it ("animal", "dog", "large", "top", "left"), which is where LLaVA's projector leads:
+into the space of word embeddings. Nothing is painted and no tower runs, so the model sees enough
+examples to learn to look things up, count and compare, which it does not learn from blurred
+features.
+
+Shapes: B conversations, T tokens, P patches a picture, F fields, D hidden, V vocabulary.
+"""
+
+import random
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llava_ray.demo import language, partners, questions, references, scenes, symbols
+from llava_ray.demo.pace import Clock, Log, rate_at, save_atomically
+
+BATCH = 8
+RATE = 3e-4  # at 1e-3 it learns to look up, but stays unsure
+FOUND_AFTER = 4  # layers, of six
+PHRASE_SHARE = 0.5  # of the phrases' loss beside the answers'
+WORD_SPREAD = 0.12  # of the embeddings at first: words start out far apart and stay so
+
+
+def build_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        max_position_embeddings=language.CONTEXT,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    nn.init.normal_(model.get_input_embeddings().weight, std=WORD_SPREAD)
+    return model
+
+
+class Speller(nn.Module):
+    """Symbols as vectors: the embeddings of their words, and what is learned beside them."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, words: nn.Embedding) -> None:
+        super().__init__()
+        self._words = [words]  # the language model's own, not registered twice
+        fields = symbols.FIELDS | {"row": scenes.ROWS, "column": scenes.COLUMNS}
+        phrases = [(name, value) for name, values in fields.items() for value in values]
+        words_of = torch.zeros(len(phrases), len(tokenizer))
+        tens_of = torch.zeros_like(words_of)
+        for index, (name, value) in enumerate(phrases):
+            text = value if value.isdigit() or not value else f" {value}"
+            for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+                (tens_of if name == "tens" else words_of)[index, token] += 1
+        self.register_buffer("_words_of", words_of / words_of.sum(1, keepdim=True).clamp(min=1))
+        self.register_buffer("_tens_of", tens_of)
+        self.extra = nn.Embedding(len(phrases), words.embedding_dim)
+        nn.init.normal_(self.extra.weight, std=WORD_SPREAD / 2)
+        widths = [*symbols.WIDTHS, len(scenes.ROWS), len(scenes.COLUMNS)]
+        self.register_buffer("_starts", torch.tensor([0, *widths[:-1]]).cumsum(0))
+
+    def forward(self, values_BPF: torch.Tensor) -> torch.Tensor:  # noqa: N803
+        """Vectors of patches, [B, P, D]."""
+        words = self._words[0].weight
+        tens = words.roll(1, dims=-1)  # the same digits in another place are other vectors
+        vectors = self._words_of @ words + self._tens_of @ tens + self.extra.weight
+        places = _places().expand(len(values_BPF), -1, -1)
+        indices = torch.cat([values_BPF, places], -1) + self._starts
+        return F.embedding(indices, vectors).sum(-2)
+
+
+def _places() -> torch.Tensor:
+    """The row and the column, in cells, of every patch, [P, 2]."""
+    side = scenes.GRID * symbols.PATCHES_PER_CELL
+    patch = torch.arange(side**2)
+    return torch.stack([patch // side, patch % side], -1) // symbols.PATCHES_PER_CELL
+
+
+class Course(NamedTuple):
+    """What conversations are made of at some point of training."""
+
+    max_items: int
+    pictures: tuple[float, float, float]  # odds of none, one, two in a conversation
+    has_gaps: bool  # between turns, for the distances of long conversations
+
+
+def course(progress: float) -> Course:
+    """Few items and one picture at first."""
+    if progress < 0.1:
+        return Course(2, (0.03, 0.97, 0), has_gaps=False)
+    if progress < 0.2:
+        return Course(3, (0.03, 0.97, 0), has_gaps=False)
+    if progress < 0.7:
+        return Course(5, (0.03, 0.97, 0), has_gaps=False)
+    return Course(5, (0.06, 0.82, 0.12), has_gaps=True)
+
+
+def make_batches(
+    tokenizer: PreTrainedTokenizerFast,
+    rng: random.Random,
+    clock: Clock,
+    *,
+    is_easy_first: bool = True,
+) -> Iterator[language.Batch]:
+    """Conversations of about the same length without end, the harder ones later."""
+    encoder = language.Encoder(tokenizer, rng)
+    pad = tokenizer.pad_token_id
+    while True:
+        now = course(clock.progress if is_easy_first else 1.0)
+        batch = []
+        for _ in range(BATCH):
+            count = rng.choices((0, 1, 2), now.pictures)[0]
+            limit = 5 if rng.random() < 0.5 else rng.randint(1, 5)
+            shown = [_make_scene(rng, min(limit, now.max_items)) for _ in range(count)]
+            turns = questions.make_conversation(
+                rng, shown, num_turns=rng.randint(9, 12) - 2 * count
+            )
+            batch.append(encoder.encode(turns, has_gaps=now.has_gaps))
+        yield language.collate(batch, pad)
+
+
+def _make_scene(rng: random.Random, max_items: int) -> scenes.Scene:
+    return scenes.make_scene(rng, num_items=rng.randint(1, max_items))
+
+
+class Finder(nn.Module):
+    """Says from a middle layer what phrases refer to; thrown away after training."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.heads = nn.Linear(width, sum(references.ASPECTS.values()))
+
+    def loss(self, hidden_BTD: torch.Tensor, batch: language.Batch) -> torch.Tensor:  # noqa: N803
+        """The sum of what is lost on every aspect, for phrases that a picture gives a meaning."""
+        rows, tokens = batch.references.unbind(-1)
+        logits = self.heads(hidden_BTD[rows, tokens]).float()
+        per_aspect = logits.split(tuple(references.ASPECTS.values()), -1)
+        losses = [
+            F.cross_entropy(aspect, batch.aspects[:, index], ignore_index=references.IGNORED)
+            for index, aspect in enumerate(per_aspect)
+            if (batch.aspects[:, index] != references.IGNORED).any()
+        ]
+        return torch.stack(losses).sum() if losses else hidden_BTD.new_zeros(())
+
+
+class Losses(NamedTuple):
+    """Of a batch: the answers' loss, the phrases' loss, the share of exact answers by kind."""
+
+    answer: torch.Tensor
+    phrase: torch.Tensor
+    exact: dict[str, float]
+
+
+def compute_losses(
+    model: LlamaForCausalLM,
+    finder: Finder,
+    batch: language.Batch,
+    features: torch.Tensor,
+    image_token: int,
+) -> Losses:
+    """Losses of a batch, `features` [N, P, D] in place of its image tokens.
+
+    A token of a long answer weighs less, so that descriptions do not drown the one word that
+    answers most questions.
+    """
+    embeddings = model.get_input_embeddings()(batch.ids)
+    is_image = (batch.ids == image_token).unsqueeze(-1)
+    embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+    # A mask of ones, since gaps in the positions would else be taken for packed sequences.
+    output = model.model(
+        inputs_embeds=embeddings,
+        position_ids=batch.positions,
+        attention_mask=torch.ones_like(batch.ids),
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    hidden = output.last_hidden_state
+    phrase = finder.loss(output.hidden_states[FOUND_AFTER], batch)
+    is_answer = batch.labels[:, 1:] != language.IGNORED
+    labels, turns = batch.labels[:, 1:][is_answer], batch.turns[:, 1:][is_answer]
+    logits = model.lm_head(hidden[:, :-1][is_answer]).float()
+    num_wrong = torch.zeros(len(batch.kinds)).index_add_(
+        0, turns, (logits.argmax(-1) != labels).float()
+    )
+    exact = defaultdict(list)
+    for kind, wrong in zip(batch.kinds, num_wrong.tolist(), strict=True):
+        exact[kind].append(float(wrong == 0))
+    weights = turns.bincount()[turns].rsqrt()
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    means = {kind: sum(marks) / len(marks) for kind, marks in exact.items()}
+    return Losses((losses * weights).sum() / weights.sum(), phrase, means)
+
+
+def train_reader(
+    checkpoint: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    minutes: float,
+    seed: int = 0,
+    threads: int = 1,
+    rate: float = RATE,
+    log_every_s: float = 30,
+) -> None:
+    """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng = random.Random(f"reader {seed} {partners.rank()}")
+    model = build_language_model(tokenizer)
+    speller = Speller(tokenizer, model.get_input_embeddings())
+    finder = Finder(model.config.hidden_size)
+    modules = nn.ModuleDict({"model": model, "speller": speller, "finder": finder})
+    if checkpoint.exists():
+        modules.load_state_dict(torch.load(checkpoint)["modules"])
+    parameters = list(modules.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    )
+
+    clock, log = Clock(minutes, threads), Log("reader", every_s=log_every_s)
+    image_token = tokenizer.convert_tokens_to_ids(language.IMAGE)
+    saved = 0.0
+    for batch in make_batches(tokenizer, rng, clock):
+        with torch.autocast("cpu", torch.bfloat16):
+            features = speller(symbols.spell_patches(batch.pictures))
+            answer, phrase, exact = compute_losses(model, finder, batch, features, image_token)
+        (answer + PHRASE_SHARE * phrase).backward()
+        progress = partners.average_gradients(parameters, clock.progress)
+        step(optimizer, parameters, rate_at(progress, rate))
+        log(clock, answer=answer.item(), phrase=phrase.item(), **exact)
+        is_over = progress >= 1
+        if partners.rank() == 0 and (is_over or clock.minutes_spent > saved + 2):
+            saved = clock.minutes_spent
+            save_atomically(checkpoint, modules=modules.state_dict())
+        if is_over:
+            return
+
+
+def step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """One step at a rate, of which every group of parameters takes its share."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("share", 1.0)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()

@@ -1,0 +1,84 @@
+"""What the phrases of a question refer to: "the red circle", "dogs", "in the top left".
+
+While it learns, the language model has to say at the end of every such phrase how many items are
+meant, and of a single one where it is and all that the tower says of it. Looking up comes early
+that way, and existence, counting, comparing and relations are short steps from it. Only training
+reads this.
+"""
+
+import re
+from typing import NamedTuple
+
+from llava_ray.demo import questions, scenes, symbols
+
+IGNORED = -100
+MAX_COUNT = 5
+ASPECTS = {
+    "count": MAX_COUNT + 1,
+    "row": scenes.GRID,
+    "column": scenes.GRID,
+    **{field: len(values) for field, values in symbols.FIELDS.items()},
+}
+_NOUNS = {
+    form: noun
+    for noun in (*scenes.SHAPES, *scenes.THINGS, *scenes.CATEGORIES, "shape", "number", "object")
+    for form in (noun, questions.plural(noun))
+}
+_PHRASE = re.compile(
+    rf"\b(?:({'|'.join(scenes.SIZES)}) )?(?:({'|'.join(scenes.COLOURS)}) )?"
+    rf"({'|'.join(sorted(_NOUNS, key=len, reverse=True))})\b(?: (\d+))?",
+    re.IGNORECASE,
+)
+
+
+_PLACE = re.compile(
+    r"\b(?:in the )(?:(top|upper|middle|bottom|lower) )?(left|middle|right|center|centre)\b",
+    re.IGNORECASE,
+)
+_ROWS = {"upper": "top", "lower": "bottom", None: "middle"}
+_COLUMNS = {"center": "middle", "centre": "middle"}
+
+
+class Reference(NamedTuple):
+    """Where in a text a phrase ends, and the index of every aspect of what it means."""
+
+    end: int  # characters
+    aspects: tuple[int, ...]
+
+
+def find_references(text: str, scene: scenes.Scene) -> list[Reference]:
+    """Every phrase of a text with what it means in a scene; unknown aspects are IGNORED."""
+    phrases = ((match, _meant(match, scene)) for match in _PHRASE.finditer(text))
+    places = ((match, _placed(match, scene)) for match in _PLACE.finditer(text))
+    return [Reference(match.end(), _aspects(items, scene)) for match, items in (*phrases, *places)]
+
+
+def _meant(match: re.Match[str], scene: scenes.Scene) -> list[scenes.Item]:
+    size, colour, noun, digits = (group and group.lower() for group in match.groups())
+    name = _NOUNS[noun or ""]
+    return [
+        item
+        for item in scene.items
+        if name in (item.name, item.kind, item.category, "object")
+        and (size is None or (item.size == size and item.kind != "number"))
+        and (colour is None or item.colour == colour)
+        and (digits is None or item.name == digits)
+    ]
+
+
+def _placed(match: re.Match[str], scene: scenes.Scene) -> list[scenes.Item]:
+    row, column = (group and group.lower() for group in match.groups())
+    row, column = _ROWS.get(row, row), _COLUMNS.get(column or "", column)
+    return [
+        item
+        for item in scene.items
+        if (scenes.ROWS[item.row], scenes.COLUMNS[item.column]) == (row, column)
+    ]
+
+
+def _aspects(items: list[scenes.Item], scene: scenes.Scene) -> tuple[int, ...]:
+    count = min(len(items), MAX_COUNT)
+    if count != 1:
+        return (count, *[IGNORED] * (len(ASPECTS) - 1))
+    (item,) = items
+    return (count, item.row, item.column, *symbols.spell(scene)[item.cell].tolist())

@@ -1,0 +1,230 @@
+"""Scenes: what is in a picture, and the picture.
+
+A scene holds up to nine items, one a cell of a 3x3 layout: a coloured shape, an everyday thing or
+a printed number. `make_scene` makes one from a random generator and `draw` paints it, both exactly
+repeatable. Some combinations of what is drawn are kept out of every training scene
+(`is_held_out`), so that a test can ask for what was never seen.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+from PIL import Image, ImageDraw
+
+from llava_ray.demo import sprites
+
+Kind = Literal["shape", "thing", "number"]
+Size = Literal["small", "medium", "large"]
+
+SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart")
+COLOURS = {
+    "red": (220, 38, 38),
+    "orange": (249, 135, 20),
+    "yellow": (244, 208, 30),
+    "green": (34, 150, 62),
+    "blue": (37, 88, 225),
+    "purple": (128, 46, 170),
+    "pink": (246, 130, 185),
+    "black": (24, 24, 28),
+}
+SIZES: dict[Size, tuple[int, int]] = {"small": (22, 24), "medium": (31, 34), "large": (42, 44)}
+CATEGORIES = tuple(sprites.EMOJI)
+THINGS = tuple(sprites.THINGS)
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "middle", "right")
+GRID = 3
+CELL = 48  # pixels
+PIXELS = CELL * GRID  # a picture's side, as the model sees it
+MAX_JITTER = 6
+_SUPERSAMPLING = 4
+
+_HELD_OUT_NUMBERS = frozenset((14, 23, 37, 46, 50, 68, 72, 85, 91))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One object of a scene; `x`, `y` and `pixels` are measured in a picture of PIXELS a side."""
+
+    kind: Kind
+    name: str  # a shape, a thing, or the digits of a number
+    size: Size
+    cell: int  # 0 top left ... 8 bottom right
+    x: int  # of its centre
+    y: int
+    pixels: int  # its longer side; a number's height
+    colour: str | None = None  # of a shape
+    ink: tuple[int, int, int] = (0, 0, 0)  # what a shape or a number is painted with
+    face: int = 0  # a number's typeface
+
+    @property
+    def row(self) -> int:
+        return self.cell // GRID
+
+    @property
+    def column(self) -> int:
+        return self.cell % GRID
+
+    @property
+    def category(self) -> str:
+        """'shape', 'number', or what sort of thing it is."""
+        return sprites.THINGS[self.name] if self.kind == "thing" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A picture before it is painted: its items in reading order, and its background's two ends."""
+
+    items: tuple[Item, ...]
+    background: tuple[tuple[int, int, int], tuple[int, int, int]]
+    slope: int  # degrees
+
+
+def is_held_out(kind: Kind, name: str, colour: str | None, cell: int) -> bool:
+    """Is this combination kept out of training: a colour and shape, a number, a thing and place?"""
+    match kind:
+        case "shape":
+            shape, shade = SHAPES.index(name), list(COLOURS).index(colour or "")
+            return (3 * shape + 1) % len(COLOURS) == shade
+        case "number":
+            return int(name) in _HELD_OUT_NUMBERS
+        case "thing":
+            return THINGS.index(name) * 4 % GRID**2 == cell
+
+
+def make_scene(
+    rng: random.Random,
+    *,
+    num_items: int | None = None,
+    kinds: Sequence[Kind] = ("shape", "thing", "number"),
+    held_out: bool = False,
+) -> Scene:
+    """A random scene of `num_items` (one to five when None).
+
+    Training scenes hold no held-out combination; with `held_out`, every scene holds at least one
+    and the rest is free. Items resemble each other more often than chance would have it, so that
+    counting and telling apart have something to do.
+    """
+    count = num_items or rng.choices((1, 2, 3, 4, 5), weights=(2, 3, 4, 4, 4))[0]
+    cells = sorted(rng.sample(range(GRID**2), count))
+    surprise = rng.randrange(count) if held_out else -1
+    like: list[Item] = []
+    for index, cell in enumerate(cells):
+        allowed = {True} if index == surprise else {True, False} if held_out else {False}
+        item = _make_item(rng, cell, kinds, like)
+        while is_held_out(item.kind, item.name, item.colour, cell) not in allowed:
+            item = _make_item(rng, cell, kinds, like if rng.random() < 0.5 else [])
+        like.append(item)
+    light = (_light(rng), _light(rng)) if rng.random() < 0.7 else (_light(rng),) * 2
+    return Scene(tuple(like), light, rng.randrange(0, 360, 15))
+
+
+def _make_item(rng: random.Random, cell: int, kinds: Sequence[Kind], like: list[Item]) -> Item:
+    model = rng.choice(like) if like and rng.random() < 0.35 else None
+    kind = (
+        model.kind if model else rng.choices(kinds, [2 if k == "number" else 3 for k in kinds])[0]
+    )
+    size: Size = rng.choice(("small", "medium", "large"))
+    pixels = rng.randint(*SIZES[size])
+    name, colour, ink, face = "", None, (0, 0, 0), 0
+    match kind:
+        case "shape":
+            share = rng.random()
+            name = model.name if model and share < 0.6 else rng.choice(SHAPES)
+            colour = model.colour if model and share > 0.4 else rng.choice(tuple(COLOURS))
+            ink = _varied(rng, COLOURS[colour or ""], 12)
+        case "thing":
+            name = model.name if model and rng.random() < 0.6 else rng.choice(THINGS)
+        case "number":
+            name = str(rng.randrange(10) if rng.random() < 0.25 else rng.randrange(10, 100))
+            size, pixels = "medium", rng.randint(20, 25)
+            ink, face = _varied(rng, (45, 45, 60), 40), rng.randrange(len(sprites.FACES))
+    reach = min(MAX_JITTER, (CELL - pixels) // 2 - 1)
+    x = cell % GRID * CELL + CELL // 2 + rng.randint(-reach, reach)
+    y = cell // GRID * CELL + CELL // 2 + rng.randint(-reach, reach)
+    if kind == "number":
+        x = cell % GRID * CELL + CELL // 2 + rng.randint(-2, 2)
+    return Item(kind, name, size, cell, x, y, pixels, colour, ink, face)
+
+
+def _varied(rng: random.Random, ink: tuple[int, int, int], by: int) -> tuple[int, int, int]:
+    red, green, blue = (max(0, min(255, part + rng.randint(-by, by))) for part in ink)
+    return red, green, blue
+
+
+def _light(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randint(228, 255), rng.randint(228, 255), rng.randint(228, 255)
+
+
+def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
+    """Paint a scene as an RGB picture of `scale * PIXELS` a side."""
+    picture = _draw_background(scene, PIXELS * scale)
+    for item in scene.items:
+        pixels = item.pixels * scale
+        match item.kind:
+            case "shape":
+                stamp: Image.Image = _shape_mask(item.name, pixels)
+            case "thing":
+                stamp = sprites.thing(item.name, pixels)
+            case "number":
+                stamp = sprites.number(item.name, item.face, pixels)
+        corner = (item.x * scale - stamp.width // 2, item.y * scale - stamp.height // 2)
+        picture.paste(stamp if item.kind == "thing" else item.ink, corner, stamp)
+    return picture
+
+
+def _draw_background(scene: Scene, pixels: int) -> Image.Image:
+    """One light colour running into another."""
+    first, second = scene.background
+    if first == second:
+        return Image.new("RGB", (pixels, pixels), first)
+    ends = (Image.new("RGB", (pixels, pixels), end) for end in (first, second))
+    return Image.composite(*ends, _ramp(scene.slope, pixels))
+
+
+@cache
+def _ramp(slope: int, pixels: int) -> Image.Image:
+    ramp = Image.linear_gradient("L").rotate(slope, Image.Resampling.BILINEAR, fillcolor=128)
+    return ramp.resize((pixels, pixels), Image.Resampling.BILINEAR, box=(37, 37, 219, 219))
+
+
+@cache
+def _shape_mask(name: str, pixels: int) -> Image.Image:
+    """The mask (mode L) of a shape that fills a square of `pixels`, its edges smooth."""
+    side = pixels * _SUPERSAMPLING
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    if name == "circle":
+        pen.ellipse((0, 0, side - 1, side - 1), fill=255)
+    else:
+        pen.polygon([(x * (side - 1), y * (side - 1)) for x, y in _outline(name)], fill=255)
+    return mask.resize((pixels, pixels), Image.Resampling.BOX)
+
+
+def _outline(name: str) -> list[tuple[float, float]]:
+    """A shape's corners, both coordinates from 0 to 1."""
+    match name:
+        case "square":
+            return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
+        case "triangle":
+            return [(0.5, 0.04), (1, 0.94), (0, 0.94)]
+        case "diamond":
+            return [(0.5, 0), (0.92, 0.5), (0.5, 1), (0.08, 0.5)]
+        case "star":
+            spokes = [
+                (radius, math.pi * (step / 5 - 0.5))
+                for step in range(10)
+                for radius in [0.53 if step % 2 == 0 else 0.22]
+            ]
+            return [(0.5 + r * math.cos(a), 0.53 + r * math.sin(a)) for r, a in spokes]
+        case _:  # a heart
+            turns = [math.tau * step / 60 for step in range(60)]
+            across = [16 * math.sin(t) ** 3 for t in turns]
+            up = [
+                13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+                for t in turns
+            ]
+            return [(0.5 + x / 33, 0.45 - y / 33) for x, y in zip(across, up, strict=True)]

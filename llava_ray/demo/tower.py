@@ -1,0 +1,115 @@
+"""Stage one: the vision tower by itself, taught to say of every patch what is there.
+
+It plays the part that CLIP's own training plays for LLaVA. Linear heads read the layer that the
+projector will read, and are thrown away.
+"""
+
+import random
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from llava_ray.demo import scenes, symbols
+from llava_ray.demo.pace import Clock, Log, rate_at, save_atomically
+
+PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
+BATCH = 32
+RATE = 1e-3
+
+
+def build_tower() -> CLIPVisionModel:
+    """A CLIP tower whose last layer, as in LLaVA, is never read."""
+    config = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        image_size=scenes.PIXELS,
+        patch_size=PATCH,
+        projection_dim=256,
+    )
+    return CLIPVisionModel(config)
+
+
+def read_tower(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Features of every patch, [B, P, D]: `hidden_states[-2]` less the class token."""
+    body = getattr(tower, "vision_model", tower)
+    hidden = body.pre_layrnorm(body.embeddings(pixels))
+    for layer in body.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden[:, 1:]
+
+
+class Labeller(nn.Module):
+    """A tower with a linear head for every field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = build_tower()
+        self.heads = nn.Linear(self.tower.config.hidden_size, sum(symbols.WIDTHS))
+
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of every field, each [B, P, values]."""
+        return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
+
+
+def make_batch(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
+    counts = rng.choices((1, 3, 5, 7, 9), weights=(1, 1, 2, 2, 10), k=size)
+    batch = [scenes.make_scene(rng, num_items=count) for count in counts]
+    return symbols.pixels(batch), symbols.spell_patches(batch)
+
+
+def train_tower(
+    checkpoint: Path,
+    *,
+    minutes: float,
+    seed: int = 0,
+    threads: int = 1,
+    rate: float = RATE,
+    log_every_s: float = 30,
+) -> None:
+    """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    rng = random.Random(seed)
+    model = Labeller()
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    )
+    if checkpoint.exists():
+        stored = torch.load(checkpoint)
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        rng.seed(f"{seed} {time.time()}")
+    clock, log = Clock(minutes, threads), Log("tower", every_s=log_every_s)
+    saved = 0.0
+    while clock.progress < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = rate_at(clock.progress, rate)
+        pixels, values = make_batch(rng, BATCH)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(pixels)
+        loss = torch.stack(
+            [
+                F.cross_entropy(x.flatten(0, 1), values[..., i].flatten())
+                for i, x in enumerate(logits)
+            ]
+        ).sum()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        wrong = {
+            name: (x.argmax(-1) != values[..., i])[values[..., 0] > 0].float().mean().item()
+            for i, (name, x) in enumerate(zip(symbols.FIELDS, logits, strict=True))
+        }
+        log(clock, loss=loss.item(), **wrong)
+        if clock.minutes_spent > saved + 2:
+            saved = clock.minutes_spent
+            save_atomically(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict())
+    save_atomically(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict())

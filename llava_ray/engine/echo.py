@@ -1,0 +1,96 @@
+"""The fake engine that ships: no weights, no torch, every behaviour of the seam.
+
+It says the last user's words back and counts the pictures, a word a token. For tests, for trying
+the application's shell, and for measuring what everything around an engine costs.
+"""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Iterator
+
+from llava_ray.engine.text import TextStream
+from llava_ray.errors import ContextLengthError, EngineError
+from llava_ray.template import Template
+from llava_ray.types import Chunk, Prompt
+
+
+class EchoEngine:
+    """Answers with what it was told; see `Engine`.
+
+    Args:
+        delay_s: how long each token takes.
+        context_length: longest prompt plus answer, in words; a picture counts as one.
+    """
+
+    def __init__(self, *, delay_s: float = 0.0, context_length: int = 4096) -> None:
+        self.template = Template()
+        self.context_length = context_length
+        self._delay_s = delay_s
+        self._running: dict[str, int] = {}  # request -> tokens that it holds
+        self._is_closed = False
+
+    async def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+        """Yield the answer piece by piece; see `Engine.stream`."""
+        await self.check()
+        num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
+        max_tokens = self._fit(prompt, num_prompt_tokens)
+        words = list(_answer(prompt, max_tokens))
+        text = TextStream(lambda ids: "".join(words[i] for i in ids), stop=prompt.sampling.stop)
+        counts = (num_prompt_tokens, len(prompt.images))
+        self._running[prompt.request_id] = num_prompt_tokens
+        try:
+            for i in range(min(len(words), max_tokens)):
+                await asyncio.sleep(self._delay_s)
+                await self.check()
+                self._running[prompt.request_id] += 1
+                piece = text.push(i)
+                is_last = i + 1 == len(words) or i + 1 == max_tokens
+                if is_last and not text.is_stopped:
+                    piece += text.flush()
+                if text.is_stopped or i + 1 == len(words):
+                    yield Chunk(piece, "stop", i + 1, *counts)
+                    return
+                yield Chunk(piece, "length" if is_last else None, i + 1, *counts)
+        finally:
+            del self._running[prompt.request_id]
+
+    async def check(self) -> None:
+        """Always able to work, until it is closed."""
+        if self._is_closed:
+            raise EngineError("the engine was closed")
+
+    def stats(self) -> dict[str, float]:
+        """Figures of this moment."""
+        return {
+            "num_running": len(self._running),
+            "num_waiting": 0,
+            "cache_tokens_used": sum(self._running.values()),
+            "cache_tokens_total": 16 * self.context_length,
+        }
+
+    async def close(self) -> None:
+        """End all streams at their next token."""
+        self._is_closed = True
+
+    def _fit(self, prompt: Prompt, num_prompt_tokens: int) -> int:
+        room = self.context_length - num_prompt_tokens
+        asked = prompt.sampling.max_tokens
+        if room <= 0 or (asked or 0) > room:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt_tokens:,} tokens ({len(prompt.images)} for pictures), "
+                f"max_tokens asks for {asked or 1:,} more, the context holds "
+                f"{self.context_length:,}: shorten the conversation or ask for less",
+                param="messages" if room <= 0 else "max_tokens",
+            )
+        return room if asked is None else asked
+
+
+def _answer(prompt: Prompt, max_tokens: int) -> Iterator[str]:
+    said = prompt.text.rpartition("USER:")[2].rpartition("ASSISTANT:")[0] or prompt.text
+    text = f"{said.replace('<image>', ' ').strip()} ({len(prompt.images)} pictures)"
+    words = re.findall(r"\s*\S+", text)
+    if not prompt.sampling.ignore_eos:
+        yield from words
+        return
+    for i in range(max_tokens + 1):  # one more than fits: it never ends by itself
+        yield (" " if i and i % len(words) == 0 else "") + words[i % len(words)]

@@ -1,0 +1,191 @@
+"""The actor at the heart of the torch engine: one thread that alone touches scheduler and runner.
+
+The world speaks to it through its inbox, which it reads between two steps; it answers by handing
+chunks to the event loops of those who read. An exception in a step means that the engine is
+broken: all streams fail with an `EngineError`, and so does everything that is asked later.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llava_ray.engine.runner import Runner
+from llava_ray.engine.scheduler import Scheduler
+from llava_ray.engine.sequence import Sequence
+from llava_ray.errors import EngineError
+from llava_ray.types import Chunk
+
+logger = logging.getLogger(__name__)
+
+
+class Reader:
+    """Where the chunks of one sequence arrive, in the event loop that made it."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.news: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
+
+
+class Add(NamedTuple):
+    """Message: compute this sequence."""
+
+    sequence: Sequence
+    reader: Reader
+
+
+class Abort(NamedTuple):
+    """Message: forget this sequence."""
+
+    sequence: Sequence
+
+
+class Ping(NamedTuple):
+    """Message: show that you work."""
+
+    answer: Future[None]
+
+
+class Close(NamedTuple):
+    """Message: end."""
+
+
+@dataclass
+class Figures:
+    """Counters since the start."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0
+    num_new_tokens: int = 0
+
+
+class EngineLoop:
+    """Runs steps in a thread of its own while there is work, and sleeps while there is none.
+
+    Args:
+        on_start: called first thing in that thread.
+        name: of that thread.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        on_start: Callable[[], None] = lambda: None,
+        name: str = "engine",
+    ) -> None:
+        self.scheduler = scheduler
+        self.figures = Figures()
+        self._runner = runner
+        self._on_start = on_start
+        self._readers: dict[Sequence, Reader] = {}
+        self._inbox: queue.SimpleQueue[Add | Abort | Ping | Close] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards `_failure` against messages that come too late
+        self._failure: str | None = None
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def send(self, message: Add | Abort | Ping | Close) -> None:
+        """Put a message into the inbox.
+
+        Raises:
+            EngineError: the loop has ended.
+        """
+        with self._lock:
+            if self._failure is not None:
+                raise EngineError(self._failure)
+            self._inbox.put(message)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        failure = "the engine was closed"
+        try:
+            self._on_start()
+            while not self._is_closing:
+                self._listen()
+                if self.scheduler.has_work():
+                    self._deliver(self._step())
+        except Exception as error:
+            running = [sequence.request_id for sequence in self.scheduler.running]
+            logger.exception("the engine broke while it computed %s", running)
+            failure = f"the engine broke: {type(error).__name__}: {error}"
+        self._end(failure)
+
+    def _step(self) -> list[tuple[Sequence, Chunk]]:
+        plan = self.scheduler.plan()
+        tokens = self._runner.run(plan)
+        self.figures.num_steps += 1
+        self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
+        self.figures.num_new_tokens += len(tokens)
+        return self.scheduler.commit(plan, tokens)
+
+    def _listen(self) -> None:
+        """Read the inbox; wait for a message if there is nothing to compute."""
+        if not self.scheduler.has_work():
+            self._take(self._inbox.get())
+        while not self._inbox.empty():
+            self._take(self._inbox.get())
+
+    def _take(self, message: Add | Abort | Ping | Close) -> None:
+        match message:
+            case Add(sequence, reader):
+                self._readers[sequence] = reader
+                self.scheduler.add(sequence)
+            case Abort(sequence):
+                self._readers.pop(sequence, None)
+                self.scheduler.abort(sequence)
+            case Ping(answer):
+                if answer.set_running_or_notify_cancel():  # else nobody waits any more
+                    self._answer(answer)
+            case Close():
+                self._is_closing = True
+
+    def _answer(self, ping: Future[None]) -> None:
+        try:
+            self._runner.check()
+        except Exception as error:
+            ping.set_exception(EngineError(f"the engine's check failed: {error}"))
+            raise
+        ping.set_result(None)
+
+    def _deliver(self, news: Iterable[tuple[Sequence, Chunk | EngineError]]) -> None:
+        """Hand a step's chunks over: one call for each event loop that is waiting for some."""
+        parcels: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Chunk | EngineError]]] = {}
+        for sequence, item in news:
+            reader = self._readers[sequence]
+            if not isinstance(item, Chunk) or item.finish_reason is not None:
+                del self._readers[sequence]
+            parcels.setdefault(reader.loop, []).append((reader, item))
+        for loop, parcel in parcels.items():
+            try:
+                loop.call_soon_threadsafe(_hand_over, parcel)
+            except RuntimeError:  # that event loop is closed: nobody reads any more
+                for sequence in [s for s, reader in self._readers.items() if reader.loop is loop]:
+                    self._take(Abort(sequence))
+
+    def _end(self, failure: str) -> None:
+        with self._lock:
+            self._failure = failure
+        while not self._inbox.empty():
+            match self._inbox.get():
+                case Add(sequence, reader):
+                    self._readers[sequence] = reader
+                case Ping(answer) if answer.set_running_or_notify_cancel():
+                    answer.set_exception(EngineError(failure))
+        self._deliver([(sequence, EngineError(failure)) for sequence in list(self._readers)])
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self.scheduler.abort(sequence)
+
+
+def _hand_over(parcel: list[tuple[Reader, Chunk | EngineError]]) -> None:
+    for reader, item in parcel:
+        reader.news.put_nowait(item)

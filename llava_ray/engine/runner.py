@@ -1,0 +1,145 @@
+"""Computes one step: the only part of the torch engine that touches the model.
+
+plan -> embeddings of its tokens (pictures through the tower, in batches) -> language model with
+attention over the cache -> logits of the last tokens -> one token for each complete piece.
+
+Shapes: B sequences, T tokens, N images, P image tokens an image, D hidden, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+
+from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
+from llava_ray.engine.sampling import sample
+from llava_ray.engine.scheduler import Piece, Plan
+from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.text import TextStream
+from llava_ray.errors import ConfigError
+from llava_ray.model.core import Core
+from llava_ray.model.pack import pack_linears
+from llava_ray.types import Sampling
+
+IMAGES_AT_ONCE = 16
+"""Pictures that go through the vision tower together; bounds the memory that they take."""
+
+
+class Runner(Protocol):
+    """Computes plans. Implementations: LlavaRunner; a scripted one in the tests."""
+
+    def run(self, plan: Plan) -> list[int]:
+        """Return the next token of each complete piece of the plan, in order."""
+        ...
+
+    def check(self) -> None:
+        """Compute something small, away from all sequences; raise if that fails."""
+        ...
+
+
+class LlavaRunner:
+    """Runs any LLaVA whose language model speaks transformers' attention interface.
+
+    It owns the model: its attention is redirected and, on a CPU, its weights are packed.
+
+    Args:
+        core: the loaded model.
+        cache_tokens: size of the key-value cache.
+
+    Raises:
+        ConfigError: this language model's attention cannot be computed here.
+    """
+
+    def __init__(self, core: Core, *, cache_tokens: int) -> None:
+        from transformers import AttentionInterface
+
+        config = core.model.config.text_config
+        if getattr(config, "attn_logit_softcapping", None):
+            raise ConfigError(
+                f"the language model {config.model_type!r} caps its attention scores, which the "
+                "torch engine does not: use another engine"
+            )
+        AttentionInterface.register(ATTENTION_NAME, attend)
+        language_model = core.model.model.language_model
+        language_model.set_attn_implementation(ATTENTION_NAME)
+        self.device: torch.device = core.model.device
+        self.dtype: torch.dtype = core.model.dtype
+        self._core = core
+        self._model = core.model.model
+        self._language_model = language_model
+        self._embed = core.model.get_input_embeddings()
+        heads = config.num_attention_heads
+        self._cache = KVCache(
+            num_tokens=cache_tokens + 1,  # the last one belongs to `check`
+            num_layers=config.num_hidden_layers,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+        self._scratch = cache_tokens
+        pack_linears(core.model)
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> list[int]:
+        """Return the next token of each complete piece of the plan, in order."""
+        self._encode_images([piece.sequence for piece in plan.pieces])
+        step = Step(plan, self._cache)
+        hidden_TD = self._language_model(
+            inputs_embeds=self._embed_tokens(plan)[None],
+            position_ids=step.positions_T[None],
+            use_cache=False,
+            step=step,
+        ).last_hidden_state[0]
+        complete = [i for i, piece in enumerate(plan.pieces) if piece.is_complete]
+        if not complete:
+            return []
+        last = [step.spans[i].offset + step.spans[i].length - 1 for i in complete]
+        logits_BV = self._core.model.lm_head(hidden_TD[last])
+        return sample(logits_BV, [plan.pieces[i].sequence for i in complete])
+
+    def check(self) -> None:
+        """Send one token through the language model."""
+        sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
+        sequence.cache_start = self._scratch
+        self.run(Plan([Piece(sequence, 1)]))
+
+    def _encode_images(self, sequences: list[Sequence]) -> None:
+        """Replace the pixels of sequences that are new by what the language model reads."""
+        new = [s for s in sequences if isinstance(s.inputs, dict)]
+        if not new:
+            return
+        pixels_NCHW = torch.cat([sequence.inputs["pixel_values"] for sequence in new])
+        config = self._core.model.config
+        features: list[torch.Tensor] = []
+        for batch_NCHW in pixels_NCHW.split(IMAGES_AT_ONCE):
+            output = self._model.get_image_features(
+                pixel_values=batch_NCHW.to(self.device, self.dtype),
+                vision_feature_layer=config.vision_feature_layer,
+                vision_feature_select_strategy=config.vision_feature_select_strategy,
+            )
+            features.extend(output.pooler_output)
+        for sequence in new:
+            num_images = len(sequence.inputs["pixel_values"])
+            own, features = features[:num_images], features[num_images:]
+            sequence.inputs = torch.cat(own)
+
+    def _embed_tokens(self, plan: Plan) -> torch.Tensor:
+        """Return the embeddings [T, D] of the plan's tokens, pictures in their places."""
+        ids: list[int] = []
+        places: list[int] = []
+        features: list[torch.Tensor] = []
+        for sequence, num_tokens in plan.pieces:
+            start = sequence.num_computed
+            piece = sequence.ids_from(start, num_tokens)
+            if sequence.inputs is not None:
+                mine = [i for i, id_ in enumerate(piece) if id_ == self._core.image_token_id]
+                done = sequence.prompt_ids[:start].count(self._core.image_token_id)
+                places.extend(len(ids) + i for i in mine)
+                features.append(sequence.inputs[done : done + len(mine)])
+                if start + num_tokens >= len(sequence.prompt_ids):
+                    sequence.inputs = None
+            ids.extend(piece)
+        embeddings_TD = self._embed(torch.tensor(ids, device=self.device))
+        if places:
+            embeddings_TD[torch.tensor(places, device=self.device)] = torch.cat(features)
+        return embeddings_TD

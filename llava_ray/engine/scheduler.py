@@ -1,0 +1,128 @@
+"""Decides what the next step computes: plain Python, no tensors, no threads.
+
+`plan` -> the runner -> `commit`, once a step. Requests join and leave between any two steps.
+
+A sequence is admitted, in the order of arrival, when its whole region (prompt plus `max_tokens`)
+is free in the cache. So nothing that runs can run out of memory, nothing has to be thrown out
+again, and there is no deadlock: whatever runs ends, and what waits at the head gets its turn.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llava_ray.engine.regions import Regions
+from llava_ray.engine.sequence import Sequence
+from llava_ray.types import Chunk
+
+GRANULE = 64
+"""Regions of the cache are multiples of this many tokens."""
+
+
+class Piece(NamedTuple):
+    """What one sequence computes in one step.
+
+    Attributes:
+        sequence: whose tokens.
+        num_tokens: how many, from its `num_computed`-th.
+    """
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_complete(self) -> bool:
+        """After it nothing is pending: the next token is chosen."""
+        return self.num_tokens == self.sequence.num_pending
+
+
+class Plan(NamedTuple):
+    """One step: the pieces that the runner computes together."""
+
+    pieces: list[Piece]
+
+    @property
+    def complete(self) -> list[Piece]:
+        """The pieces for which the runner returns a token, in this order."""
+        return [piece for piece in self.pieces if piece.is_complete]
+
+
+class Scheduler:
+    """Holds every sequence of an engine.
+
+    Args:
+        cache_tokens: size of the key-value cache.
+        max_batch_size: sequences that run at once.
+        prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
+            computed in several steps, so that it does not stall the answers that are streaming.
+    """
+
+    def __init__(self, *, cache_tokens: int, max_batch_size: int, prefill_tokens: int) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.regions = Regions(cache_tokens, granule=GRANULE)
+        self._max_batch_size = max_batch_size
+        self._prefill_tokens = prefill_tokens
+
+    def has_work(self) -> bool:
+        """True while any sequence is unfinished."""
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Let a sequence wait for its turn."""
+        assert 0 < sequence.num_reserved <= self.regions.num_tokens
+        self.waiting.append(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """Forget a sequence and free its memory; nothing happens if it has ended."""
+        if sequence.cache_start is not None:
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> Plan:
+        """Return the next step: one token for each that streams, and a share of the prompts."""
+        self._admit()
+        return Plan([*self._plan_decode(), *self._plan_prefill()])
+
+    def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
+        """Take the outcome of a step: one token for each complete piece, in order."""
+        complete = plan.complete
+        for sequence, num_tokens in plan.pieces:
+            sequence.num_computed += num_tokens
+        news = []
+        for (sequence, _), token in zip(complete, tokens, strict=True):
+            chunk = sequence.append(token)
+            if chunk.finish_reason is not None:
+                self._release(sequence)
+            news.append((sequence, chunk))
+        return news
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self._max_batch_size:
+            start = self.regions.reserve(self.waiting[0].num_reserved)
+            if start is None:
+                return
+            sequence = self.waiting.popleft()
+            sequence.cache_start = start
+            self.running.append(sequence)
+
+    def _plan_decode(self) -> Iterator[Piece]:
+        for sequence in self.running:
+            if sequence.num_pending == 1:
+                yield Piece(sequence, 1)
+
+    def _plan_prefill(self) -> Iterator[Piece]:
+        budget = self._prefill_tokens
+        for sequence in self.running:
+            num_tokens = min(sequence.num_pending, budget)
+            if sequence.num_pending > 1 and num_tokens:
+                budget -= num_tokens
+                yield Piece(sequence, num_tokens)
+
+    def _release(self, sequence: Sequence) -> None:
+        assert sequence.cache_start is not None
+        self.regions.release(sequence.cache_start)
+        sequence.cache_start = None
+        sequence.inputs = None
+        self.running.remove(sequence)

@@ -1,0 +1,86 @@
+"""The state of one request inside an engine, from admission to its last token."""
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from llava_ray.engine.text import TextStream
+from llava_ray.types import Chunk, Sampling
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and the answer that grows behind it.
+
+    Attributes:
+        request_id: names the request in logs and errors.
+        prompt_ids: the prompt's tokens; a picture is as many image tokens as it has features.
+        num_image_tokens: how many of them are image tokens.
+        sampling: how to choose the next token.
+        max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
+        text: decodes the answer.
+        eos_token_ids: the answer ends at any of these.
+        inputs: the pictures as the model takes them; only the runner looks inside.
+        token_ids: the answer so far.
+        num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
+        cache_start: where its region of the cache begins; None while it has none.
+        random: the source of its own random numbers, so that an answer with a seed does not
+            depend on what else is computed beside it.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    num_image_tokens: int
+    sampling: Sampling
+    max_tokens: int
+    text: TextStream
+    eos_token_ids: frozenset[int] = frozenset()
+    inputs: Any = None
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    cache_start: int | None = None
+    random: Random = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.random = Random(self.sampling.seed)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the prompt and of the answer so far."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that must go through the model before the next one can be chosen."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def num_reserved(self) -> int:
+        """Places in the cache with which it can never run out."""
+        return len(self.prompt_ids) + self.max_tokens
+
+    def ids_from(self, start: int, length: int) -> list[int]:
+        """Return `length` token ids of prompt and answer, from position `start`."""
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.token_ids[start - num_prompt : start - num_prompt + length]
+        ids = self.prompt_ids[start : start + length]
+        return ids + self.token_ids[: length - len(ids)]
+
+    def append(self, token_id: int) -> Chunk:
+        """Take the next token of the answer; the chunk says what it adds and whether it ends."""
+        self.token_ids.append(token_id)
+        if token_id in self.eos_token_ids and not self.sampling.ignore_eos:
+            return self._chunk(self.text.flush(), "stop")
+        text = self.text.push(token_id)
+        if self.text.is_stopped:
+            return self._chunk(text, "stop")
+        if len(self.token_ids) >= self.max_tokens:
+            text += self.text.flush()
+            return self._chunk(text, "stop" if self.text.is_stopped else "length")
+        return self._chunk(text, None)
+
+    def _chunk(self, text: str, finish_reason: Any) -> Chunk:
+        return Chunk(
+            text, finish_reason, len(self.token_ids), len(self.prompt_ids), self.num_image_tokens
+        )

@@ -1,0 +1,71 @@
+"""Token ids -> text that may be shown: no half characters, nothing of a stop text.
+
+The last step of an answer's way out of an engine; each sequence owns one `TextStream`.
+"""
+
+from collections.abc import Callable, Sequence
+
+UNFINISHED = "\ufffd"  # what decoders write for bytes that are no complete character
+
+
+class TextStream:
+    """Decodes an answer piece by piece.
+
+    A token may end within a character, and how it is written may depend on the token before it.
+    So a window of the last tokens is decoded with and without the new one, and the difference is
+    the new text, once it no longer ends within a character.
+
+    Attributes:
+        is_stopped: a stop text was found; the text ends before it.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()) -> None:
+        self.is_stopped = False
+        self._decode = decode
+        self._stop = tuple(text for text in stop if text)
+        self._window: list[int] = []
+        self._num_shown = 0  # tokens of the window whose text is out
+        self._shown = ""  # their text
+        self._held = ""  # text that may be the beginning of a stop text
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is certain now that this token is known; often empty."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text.endswith(UNFINISHED):
+            return ""
+        new = text[len(self._shown) :]
+        self._window = self._window[self._num_shown :]
+        self._num_shown = len(self._window)
+        self._shown = self._decode(self._window)
+        return self._hold_back(new)
+
+    def flush(self) -> str:
+        """Return what was held back, at the end of the answer."""
+        if self.is_stopped:
+            return ""
+        rest = self._decode(self._window)[len(self._shown) :]
+        text = self._hold_back(rest) + ("" if self.is_stopped else self._held)
+        self._window, self._num_shown, self._shown, self._held = [], 0, "", ""
+        return text
+
+    def _hold_back(self, new: str) -> str:
+        if not self._stop:
+            return new
+        text = self._held + new
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stop)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` with which `stop` begins."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0

@@ -1,0 +1,258 @@
+"""Pictures on their way in: nothing else in the package opens an image.
+
+bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB picture without alpha.
+"""
+
+import base64
+import binascii
+import io
+import math
+import struct
+import zlib
+from urllib.parse import unquote_to_bytes
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from llava_ray.config import LimitsConfig
+from llava_ray.errors import ImageError
+from llava_ray.types import ImagePart
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""What is accepted, by Pillow's names; of animations and multi-page files the first picture."""
+
+MAX_ASPECT_RATIO = 200
+"""Longer side to shorter side: a model scales the shorter one up, so a thread becomes a bomb."""
+
+_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
+_MEDIA_TYPES = {f"image/{name.lower()}" for name in FORMATS} | {
+    "image/jpg",
+    "image/pjpeg",
+    "image/x-png",
+    "image/x-ms-bmp",
+    "image/*",
+    "application/octet-stream",
+    "",
+}
+_OTHER_KINDS = (
+    (b"%PDF", 0, "a PDF document"),
+    (b"<svg", 0, "an SVG drawing"),
+    (b"<?xml", 0, "an XML file (an SVG drawing?)"),
+    (b"<!DOC", 0, "an HTML page"),
+    (b"<html", 0, "an HTML page"),
+    (b"ftypavif", 4, "an AVIF picture"),
+    (b"ftyphei", 4, "an HEIC picture"),
+    (b"ftypmif1", 4, "an HEIC picture"),
+    (b"ftyp", 4, "a video"),
+)
+# What Pillow's readers are known to raise on damaged files. `Warning` is there because Pillow
+# warns about some damage, and a process may have turned warnings into errors.
+_DAMAGE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Warning,
+)
+
+
+def decode(
+    picture: ImagePart | bytes, *, limits: LimitsConfig, param: str | None = None
+) -> Image.Image:
+    """Return the picture as an upright RGB image; transparency becomes white.
+
+    Args:
+        picture: an encoded file, as it came from a stranger.
+        limits: bytes and pixels allowed. The pixels are checked before anything is decoded.
+        param: the field of the request that the error names; by default the part's own.
+
+    Raises:
+        ImageError: not a picture, not in one of `FORMATS`, damaged, or over a limit.
+    """
+    if isinstance(picture, ImagePart):
+        param = param or picture.param
+        picture = picture.data
+    _check_bytes(len(picture), limits, param)
+    try:
+        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        _check_size(image.width, image.height, limits, param)
+        image.load()
+        return _convert_to_rgb(_turn_upright(image))
+    except UnidentifiedImageError:
+        raise ImageError(_explain_unknown(picture), param=param) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError(
+            f"the picture has too many pixels ({error}); the limit here is "
+            f"{limits.max_image_pixels:,}: scale it down",
+            param=param,
+        ) from None
+    except ImageError:
+        raise
+    except _DAMAGE as error:
+        raise ImageError(
+            f"the picture is damaged or incomplete ({_first_line(error)}): send the whole file, "
+            "or save it again as PNG or JPEG",
+            param=param,
+        ) from error
+
+
+def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
+    """Return the bytes in a `data:image/...;base64,` URL (RFC 2397); the picture is not opened.
+
+    White space, missing padding, the URL-safe alphabet and percent escapes are put right.
+
+    Raises:
+        ImageError: another kind of URL, not base64, empty, or more than the limit of bytes.
+    """
+    header, comma, payload = url.strip().partition(",")
+    scheme = header.partition(":")[0].lower()
+    if scheme != "data" or not header[4:5] == ":":
+        raise ImageError(_explain_scheme(url), param=param)
+    media_type, *parameters = [piece.strip().lower() for piece in header[5:].split(";")]
+    if not comma or "base64" not in parameters:
+        raise ImageError(
+            "the data URL is not base64: write data:image/png;base64,<the file in base64>",
+            param=param,
+        )
+    if media_type not in _MEDIA_TYPES:
+        raise ImageError(
+            f"the data URL says {media_type[:60]!r}: send a picture as {_FORMAT_NAMES}",
+            param=param,
+        )
+    # A first guess, before anything is copied; a tenth is for line breaks and escapes.
+    _check_bytes(int(len(payload) * 0.75 / 1.1), limits, param)
+    data = _decode_base64(payload, param)
+    _check_bytes(len(data), limits, param)
+    return data
+
+
+def to_data_url(picture: Image.Image | bytes) -> str:
+    """Return the data URL of a picture, for clients. Bytes go as they are; an image as PNG.
+
+    Raises:
+        ImageError: the bytes are not a picture in one of `FORMATS`.
+    """
+    if isinstance(picture, Image.Image):
+        if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            picture = picture.convert("RGB")
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        data, media_type = buffer.getvalue(), "image/png"
+    else:
+        try:
+            with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
+                # Pillow's name for a JPEG with a second picture in it, as telephones make them
+                name = "jpeg" if image.format == "MPO" else str(image.format).lower()
+                data, media_type = picture, f"image/{name}"
+        except (*_DAMAGE, Image.DecompressionBombError) as error:
+            raise ImageError(_explain_unknown(picture)) from error
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def _check_bytes(num_bytes: int, limits: LimitsConfig, param: str | None) -> None:
+    if num_bytes > limits.max_image_bytes:
+        raise ImageError(
+            f"the picture has {num_bytes:,} bytes, more than the {limits.max_image_bytes:,} "
+            "allowed: scale it down, or save it as JPEG",
+            param=param,
+        )
+    if num_bytes == 0:
+        raise ImageError("the picture is empty: send the bytes of a picture file", param=param)
+
+
+def _check_size(width: int, height: int, limits: LimitsConfig, param: str | None) -> None:
+    if width * height > limits.max_image_pixels:
+        raise ImageError(
+            f"the picture is {width} x {height} = {width * height:,} pixels, more than the "
+            f"{limits.max_image_pixels:,} allowed: scale it down",
+            param=param,
+        )
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageError(
+            f"the picture is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times "
+            "the other; crop it",
+            param=param,
+        )
+
+
+def _decode_base64(payload: str, param: str) -> bytes:
+    if "%" in payload:
+        payload = unquote_to_bytes(payload).decode("latin-1")
+    try:
+        raw = payload.encode("ascii")
+        if not payload.isalnum():
+            raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v=")
+        return binascii.a2b_base64(raw + b"=" * (-len(raw) % 4), strict_mode=True)
+    except ValueError as error:
+        raise ImageError(
+            f"the base64 of the data URL is broken ({_first_line(error)}): encode the whole file "
+            "once, with the standard alphabet",
+            param=param,
+        ) from None
+
+
+def _turn_upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; a broken EXIF block does not cost the picture."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except _DAMAGE:
+        return image
+
+
+def _convert_to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits a pixel, whatever Pillow stores them in
+        image = image.convert("F").point(lambda value: value * (1 / 257)).convert("L")
+    elif image.mode == "F":
+        image = _stretch(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """Map the range of a floating-point picture, which has no fixed white, to 0-255."""
+    low, high = image.getextrema()
+    assert isinstance(low, float)
+    assert isinstance(high, float)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("a pixel is infinite or not a number")
+    scale = 255 / (high - low) if high > low else 0.0
+    return image.point(lambda value: value * scale + (-low * scale)).convert("L")
+
+
+def _explain_unknown(data: bytes) -> str:
+    head = data[:64].lstrip()
+    for mark, start, name in _OTHER_KINDS:
+        if head[start:].lower().startswith(mark.lower()):
+            return f"this is {name}, not a picture that can be read here: convert it to PNG or JPEG"
+    return (
+        f"this is not a picture, or a damaged one (it begins with {data[:8]!r}): "
+        f"send {_FORMAT_NAMES}"
+    )
+
+
+def _explain_scheme(url: str) -> str:
+    scheme = url.strip().partition(":")[0].lower()
+    if scheme in ("http", "https"):
+        return (
+            "pictures are not fetched from the web by this server: download the picture and send "
+            "it as a data URL, data:image/png;base64,..."
+        )
+    return (
+        f"not a URL of a picture (it begins with {url.strip()[:16]!r}): send the picture as a "
+        "data URL, data:image/png;base64,..."
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error) or type(error).__name__
+    return text.splitlines()[0][:120]

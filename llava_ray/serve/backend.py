@@ -1,0 +1,135 @@
+"""One model behind the gateway: calls its replicas, and makes our errors of Ray's."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
+from llava_ray.serve import console
+from llava_ray.serve.visits import Visit
+from llava_ray.types import ChatRequest, Chunk
+
+READY_TIMEOUT_S = 3.0
+_FRESH_S = 10.0
+
+
+class Backend:
+    """A model, as the gateway sees it.
+
+    Args:
+        name: the model's, for messages.
+        handle: of its deployment of `Replica`.
+    """
+
+    def __init__(self, name: str, handle: DeploymentHandle) -> None:
+        self.name = name
+        self._handle = handle
+        self._stream_handle = handle.options(stream=True)
+        self._answered_at = float("-inf")
+
+    async def start(self, request: ChatRequest, visit: Visit) -> "Answer":
+        """Return the answer once its first chunk is there, so that an error still has a status.
+
+        A replica that dies before that is replaced by another one, once.
+
+        Raises:
+            LlavaRayError: the request was refused, or no replica could begin.
+        """
+        try:
+            try:
+                return await self._start_once(request, visit)
+            except RayActorError:
+                console.logger.warning(f"a replica of {self.name!r} died; asking another one")
+                return await self._start_once(request, visit)
+        except (RayError, RayServeException) as error:
+            raise explain(error, self.name) from error
+
+    async def check(self) -> str:
+        """Return what keeps the model from answering, or nothing if it answers.
+
+        A model that sent a chunk a moment ago, or is too busy to be asked, is well.
+        """
+        if time.monotonic() - self._answered_at < _FRESH_S:
+            return ""
+        response = self._handle.stats.remote()
+        try:
+            await asyncio.wait_for(response, READY_TIMEOUT_S)
+        except TimeoutError:
+            response.cancel()
+            return f"loading or stuck: no answer within {READY_TIMEOUT_S:g} s"
+        except BackPressureError:
+            return ""
+        except (RayError, RayServeException) as error:
+            return f"not answering: {type(error).__name__}"
+        return ""
+
+    def note_life(self) -> None:
+        self._answered_at = time.monotonic()
+
+    async def _start_once(self, request: ChatRequest, visit: Visit) -> "Answer":
+        response: Any = self._stream_handle.chat.remote(request)
+        try:
+            first = await anext(response)
+        except StopAsyncIteration:
+            raise EngineError(f"{self.name!r} ended before it said anything: try again") from None
+        except BaseException:
+            response.cancel()
+            raise
+        visit.note_first()
+        return Answer(self, first, response, visit)
+
+
+class Answer:
+    """The chunks of one answer. Whoever holds it calls `close`, whatever happened."""
+
+    def __init__(self, backend: Backend, first: Chunk, response: Any, visit: Visit) -> None:
+        self._backend, self._first, self._response = backend, first, response
+        self._visit = visit
+        self.is_over = False
+
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
+        chunk = self._first
+        try:
+            yield chunk
+            async for chunk in self._response:
+                self._visit.last = chunk
+                yield chunk
+            self.is_over = True
+        except (RayError, RayServeException) as error:
+            raise explain(error, self._backend.name) from error
+        finally:
+            self._visit.last = chunk
+            self._backend.note_life()
+        if chunk.finish_reason is None:
+            raise EngineError(f"{self._backend.name!r} broke off in the middle: try again")
+
+    def close(self) -> None:
+        """Stop the replica's work on it, if there is any left."""
+        if not self.is_over:
+            self.is_over = True
+            self._response.cancel()
+
+
+def explain(error: Exception, model: str) -> Exception:
+    """Return our error for one that Ray raised; one that nobody foresaw comes back as it is."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, LlavaRayError):
+        return cause
+    if isinstance(cause, BackPressureError):
+        return OverloadedError(
+            f"all replicas of {model!r} are busy and their queue is full: try again in a moment"
+        )
+    if isinstance(cause, RayActorError):
+        return EngineError(
+            f"the replica of {model!r} that was answering died and is being replaced: try again"
+        )
+    if isinstance(cause, TaskCancelledError):
+        return OverloadedError(f"the replica of {model!r} was stopped: try again in a moment")
+    if isinstance(cause, RayServeException):
+        return OverloadedError(f"{model!r} is not up; /readyz says why: try again later")
+    return error

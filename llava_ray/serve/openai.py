@@ -1,0 +1,247 @@
+"""The OpenAI chat API, inwards: an untrusted JSON body becomes a `ChatRequest` or an error.
+
+`openai_fields.py` knows the fields beside the messages, `openai_answers.py` the way back.
+Source: https://platform.openai.com/docs/api-reference/chat, and vLLM's extensions to it.
+
+How a conversation is read: system (or developer) messages come first; neighbours of one role
+become one turn, joined by a line break; the last turn is the user's; only the user has pictures.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llava_ray import images
+from llava_ray.config import LimitsConfig
+from llava_ray.errors import RequestError, UnsupportedError
+from llava_ray.serve.openai_fields import (
+    check_options,
+    check_unicode,
+    is_one_of,
+    kind_of,
+    refuse_unknown,
+    show,
+)
+from llava_ray.types import ChatRequest, ImagePart, Message, Role, Sampling, TextPart
+
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+}
+_DETAILS = ("auto", "low", "high", "original", None)
+
+_MESSAGE_FIELDS = {"role", "content", "name"}
+_ASSISTANT_FIELDS = {
+    "annotations": ([],),
+    "audio": (),
+    "function_call": (),
+    "reasoning": (),
+    "reasoning_content": (),
+    "refusal": (),
+    "tool_calls": ([],),
+}
+_OTHER_PARTS = {
+    "input_audio": "audio",
+    "audio_url": "audio",
+    "video_url": "video",
+    "file": "files",
+    "image_embeds": "embeddings",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ChatCall:
+    """A request, and how its answer is to be written."""
+
+    request: ChatRequest
+    stream: bool
+    include_usage: bool
+
+
+def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> ChatCall:
+    """Check the JSON body of `/v1/chat/completions` and return what it asks for.
+
+    Raises:
+        RequestError: it cannot be served; `param` names the field, the message the remedy.
+    """
+    body = dict(body) if isinstance(body, Mapping) else load_json(body)
+    options = check_options(body)
+    if len(options.messages) > limits.max_messages:
+        raise RequestError(
+            f"{len(options.messages)} messages, more than the {limits.max_messages} allowed: "
+            "leave out the oldest",
+            param="messages",
+        )
+    messages = _join_turns(_read_messages(options.messages, limits))
+    sampling = Sampling(
+        max_tokens=options.max_completion_tokens or options.max_tokens,
+        temperature=1.0 if options.temperature is None else options.temperature,
+        top_p=1.0 if options.top_p is None else options.top_p,
+        stop=tuple(options.stop or ()),
+        seed=options.seed,
+        ignore_eos=bool(options.ignore_eos),
+    )
+    return ChatCall(
+        ChatRequest(request_id, options.model, messages, sampling),
+        stream=bool(options.stream),
+        include_usage=bool(options.stream_options and options.stream_options.include_usage),
+    )
+
+
+def load_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body; raises `RequestError` for anything else."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if not body.strip():
+        raise RequestError("the body is empty: send a JSON object")
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error}): send a JSON object") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
+    return value
+
+
+def _read_messages(values: list[Any], limits: LimitsConfig) -> Iterator[Message]:
+    if not values:
+        raise RequestError("messages is empty: send at least one from the user", param="messages")
+    num_images = 0
+    role = "system"
+    for number, value in enumerate(values):
+        path = f"messages[{number}]"
+        message = _read_message(value, path, limits)
+        if message.role == "system" and role != "system":
+            raise RequestError(
+                "a system message stands after the first turn: put it first", param=f"{path}.role"
+            )
+        role = message.role
+        num_images += sum(isinstance(part, ImagePart) for part in message.parts)
+        if num_images > limits.max_images:
+            raise RequestError(
+                f"more than the {limits.max_images} pictures allowed in a conversation: send fewer",
+                param=f"{path}.content",
+            )
+        yield message
+    if role != "user":
+        raise RequestError(
+            f"the last message is from the {role}: end with a user message to be answered",
+            param=f"messages[{len(values) - 1}].role",
+        )
+
+
+def _read_message(value: Any, path: str, limits: LimitsConfig) -> Message:
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"{path} is {kind_of(value)}: "
+            'send an object like {"role": "user", "content": "Hello"}',
+            param=path,
+        )
+    role = value.get("role")
+    if role in ("tool", "function"):
+        raise UnsupportedError(
+            f"role {role!r} is not supported by this server: put the result in a user message",
+            param=f"{path}.role",
+        )
+    if not isinstance(role, str) or role not in _ROLES:
+        raise RequestError(
+            f"{path}.role is {show(role) if 'role' in value else 'missing'}: "
+            f"use one of {', '.join(_ROLES)}",
+            param=f"{path}.role",
+        )
+    known = _MESSAGE_FIELDS | (_ASSISTANT_FIELDS.keys() if role == "assistant" else set())
+    refuse_unknown(value, known, path)
+    for name, neutral in _ASSISTANT_FIELDS.items():
+        if name in value and not is_one_of(value[name], neutral):
+            raise UnsupportedError(
+                f"{path}.{name} is not supported by this server: leave it out",
+                param=f"{path}.{name}",
+            )
+    if value.get("name") is not None and not isinstance(value["name"], str):
+        raise RequestError(f"{path}.name is {kind_of(value['name'])}: a text", param=f"{path}.name")
+    parts = tuple(_read_content(value.get("content"), _ROLES[role], f"{path}.content", limits))
+    return Message(_ROLES[role], parts)
+
+
+def _read_content(
+    value: Any, role: Role, path: str, limits: LimitsConfig
+) -> Iterator[TextPart | ImagePart]:
+    if isinstance(value, str):
+        value = [{"type": "text", "text": value}]
+    if not isinstance(value, list):
+        raise RequestError(
+            f"{path} is {kind_of(value)}: send a text, or a list of text and image_url parts",
+            param=path,
+        )
+    is_empty = True
+    for number, item in enumerate(value):
+        part = _read_part(item, role, f"{path}[{number}]", limits)
+        is_empty = is_empty and isinstance(part, TextPart) and not part.text.strip()
+        yield part
+    if is_empty and (role == "user" or not value):  # an answer may well have been empty
+        raise RequestError("the message is empty: write something or add a picture", param=path)
+
+
+def _read_part(value: Any, role: Role, path: str, limits: LimitsConfig) -> TextPart | ImagePart:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        refuse_unknown(value, {"type", "text"}, path)
+        text = value.get("text")
+        if not isinstance(text, str):
+            raise RequestError(f"{path}.text is {kind_of(text)}: send a text", param=f"{path}.text")
+        check_unicode(text, f"{path}.text")
+        return TextPart(text)
+    if kind == "image_url":
+        if role != "user":
+            raise RequestError(
+                f"a picture in a message of the {role}: pictures go into user messages", param=path
+            )
+        return _read_image(value, path, limits)
+    if isinstance(kind, str) and kind in _OTHER_PARTS:
+        raise UnsupportedError(
+            f"{_OTHER_PARTS[kind]} in messages: this server takes text and image_url parts",
+            param=f"{path}.type",
+        )
+    if not isinstance(value, dict):
+        raise RequestError(
+            f'{path} is {kind_of(value)}: send a part like {{"type": "text", "text": "Hello"}}',
+            param=path,
+        )
+    raise RequestError(f"{path}.type is {show(kind)}: use text or image_url", param=f"{path}.type")
+
+
+def _read_image(part: dict[str, Any], path: str, limits: LimitsConfig) -> ImagePart:
+    refuse_unknown(part, {"type", "image_url", "uuid", "detail"}, path)
+    image, path = part.get("image_url"), f"{path}.image_url"
+    detail = part.get("detail")
+    if isinstance(image, dict):
+        refuse_unknown(image, {"url", "detail"}, path)
+        detail = image.get("detail", detail)
+        image, path = image.get("url"), f"{path}.url"
+    if not isinstance(detail, str | None) or detail not in _DETAILS:
+        raise RequestError(
+            f"detail is {show(detail)}: use auto, low, high or original",
+            param=f"{path.removesuffix('.url')}.detail",
+        )
+    if not isinstance(image, str):
+        raise RequestError(
+            f'{path} is {kind_of(image)}: send {{"url": "data:image/png;base64,..."}}', param=path
+        )
+    return ImagePart(images.decode_data_url(image, limits=limits, param=path), path)
+
+
+def _join_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """Make one turn of neighbours of the same role, since few chat templates take two."""
+    turns: list[Message] = []
+    for message in messages:
+        if turns and turns[-1].role == message.role:
+            joined = (*turns[-1].parts, TextPart("\n"), *message.parts)
+            turns[-1] = Message(message.role, joined)
+        else:
+            turns.append(message)
+    return tuple(turns)

@@ -1,0 +1,51 @@
+"""One small Ray cluster and one application for all tests that talk to a server."""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+# Ray reads these when it is imported. Without the first, a token file that an earlier cluster left
+# in the home folder decides whether this one can be reached.
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of the future
+# Serve kills a proxy that is not up after five seconds, as happens on a busy machine.
+os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
+os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
+
+ALLOWED_WARNINGS = (
+    "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in ALLOWED_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[str]:
+    """Address of the real application, without a slash at its end.
+
+    Models: `echo` and `other` say back what they hear (`llava_ray.engine.echo`). Page at `/`.
+    """
+    import ray
+    from ray import serve
+
+    from llava_ray.app import build_app
+    from llava_ray.config import ModelConfig, ServeConfig
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    names = ("echo", "other")
+    models = [ModelConfig(path=name, engine="echo", num_cpus=0.1) for name in names]
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(ServeConfig(models=models)), name="app", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        ray.shutdown()

@@ -1,0 +1,519 @@
+"""The engines: same answers as transformers, many at once, nothing left behind."""
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from contextlib import aclosing
+
+import pytest
+import torch
+from tiny import picture, tiny_model
+
+from llava_ray.config import ModelConfig
+from llava_ray.engine.cache import Span, group_lanes
+from llava_ray.engine.echo import EchoEngine
+from llava_ray.engine.load import load_engine
+from llava_ray.engine.regions import Regions
+from llava_ray.engine.runner import LlavaRunner
+from llava_ray.engine.sampling import sample
+from llava_ray.engine.scheduler import Plan, Scheduler
+from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.text import TextStream
+from llava_ray.engine.torch_engine import TorchEngine
+from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
+from llava_ray.model.build import build_byte_tokenizer
+from llava_ray.model.core import load_model
+from llava_ray.types import Chunk, Prompt, Sampling
+
+GREEDY = Sampling(temperature=0)
+
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
+
+
+def load(**options) -> TorchEngine:
+    return TorchEngine(load_model(tiny_model(), dtype="float32", device="cpu"), **options)
+
+
+def prompt(text="hello", *images, **sampling) -> Prompt:
+    return Prompt("test", text, images, Sampling(**{"temperature": 0, "max_tokens": 24} | sampling))
+
+
+async def read(engine, prompt: Prompt) -> list[Chunk]:
+    return [chunk async for chunk in engine.stream(prompt)]
+
+
+async def answer(engine, prompt: Prompt) -> str:
+    return "".join(chunk.text for chunk in await read(engine, prompt))
+
+
+async def read_some(engine, prompt: Prompt, count: int) -> str:
+    """Read a few chunks and go away."""
+    text = ""
+    async with aclosing(engine.stream(prompt)) as chunks:
+        async for chunk in chunks:
+            text += chunk.text
+            count -= 1
+            if count == 0:
+                break
+    return text
+
+
+def mixed_prompts(count: int) -> list[Prompt]:
+    """Prompts of many lengths, with no, one, two or three pictures."""
+    rng = random.Random(5)
+    prompts = []
+    for i in range(count):
+        images = [picture(10 * i + j) for j in range(i % 4)]
+        words = " ".join(rng.choice(["red", "a", "where", "big", "dög"]) for _ in range(3 + 7 * i))
+        text = f"USER: {'<image> ' * len(images)}{words} ASSISTANT:"
+        prompts.append(prompt(text, *images, max_tokens=rng.randint(5, 40)))
+    return prompts
+
+
+@pytest.fixture(scope="module")
+def generate():
+    """What transformers answers, one prompt at a time."""
+    core = load_model(tiny_model(), dtype="float32", device="cpu")
+
+    def generate(prompt: Prompt) -> str:
+        inputs = core.encode(prompt.text, prompt.images)
+        ids = core.model.generate(
+            **inputs, max_new_tokens=prompt.sampling.max_tokens, do_sample=False
+        )
+        new = ids[0, inputs["input_ids"].shape[1] :]
+        return core.tokenizer.decode(new, skip_special_tokens=True)
+
+    return generate
+
+
+# ---- the same answers as transformers ----
+
+
+def test_one_request_at_a_time_gives_the_answer_of_generate(generate):
+    async def main():
+        engine = load()
+        for each in mixed_prompts(6):
+            assert await answer(engine, each) == generate(each)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("prefill_tokens", [7, 64, 4096])
+def test_sixteen_requests_at_once_some_cancelled_give_the_answers_of_generate(
+    generate, prefill_tokens
+):
+    prompts = mixed_prompts(16)
+    expected = [generate(each) for each in prompts]
+
+    async def main():
+        engine = load(prefill_tokens=prefill_tokens, max_batch_size=9)
+
+        async def late(i: int) -> str:
+            for _ in range(i):  # each joins after a different number of steps of the others
+                await engine.check()
+            if i % 5 == 2:
+                return await read_some(engine, prompts[i], 2)
+            return await answer(engine, prompts[i])
+
+        answers = await asyncio.gather(*[late(i) for i in range(16)])
+        for i, (got, want) in enumerate(zip(answers, expected, strict=True)):
+            assert want.startswith(got) if i % 5 == 2 else got == want
+        await engine.check()
+        stats = engine.stats()
+        assert stats["num_running"] == stats["num_waiting"] == stats["cache_tokens_used"] == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_full_cache_makes_requests_wait_and_all_finish(generate):
+    prompts = mixed_prompts(12)
+    biggest = max(300, *(len(p.text) + 16 * len(p.images) + 40 for p in prompts))
+
+    async def main():
+        engine = load(cache_tokens=min(512, biggest))
+        answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
+        assert answers == [generate(each) for each in prompts]
+        assert engine.stats()["cache_tokens_used"] == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_bfloat16_with_packed_weights_computes_the_same_logits():
+    core = load_model(tiny_model(), dtype="bfloat16", device="cpu")
+    inputs = core.encode("USER: <image> hello ASSISTANT:", [picture()])
+    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    with torch.inference_mode():
+        before = core.model(**inputs).logits[0, -1].float()
+    from llava_ray.model.pack import pack_linears
+
+    pack_linears(core.model)
+    with torch.inference_mode():
+        after = core.model(**inputs).logits[0, -1].float()
+    assert (before - after).abs().max() < 0.05 * before.abs().max()
+
+
+# ---- how answers end ----
+
+
+def test_chunks_count_tokens_and_the_last_alone_says_why_it_ended():
+    async def main():
+        engine = load()
+        chunks = await read(engine, prompt("a <image>", picture(), max_tokens=9))
+        assert [chunk.num_tokens for chunk in chunks] == list(range(1, 10))
+        assert [chunk.finish_reason for chunk in chunks] == [None] * 8 + ["length"]
+        assert {(c.num_prompt_tokens, c.num_image_tokens) for c in chunks} == {(19, 16)}
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_end_of_sequence_ends_the_answer_unless_it_is_ignored():
+    core = load_model(tiny_model(), dtype="float32", device="cpu")
+    inputs = core.encode("hello")
+    eighth = int(core.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, -1])
+
+    async def main():
+        engine = load()
+        engine._core = engine._core.__class__(
+            **{**vars(engine._core), "eos_token_ids": frozenset([eighth])}
+        )
+        ends = (await read(engine, prompt(max_tokens=30)))[-1]
+        goes_on = (await read(engine, prompt(max_tokens=30, ignore_eos=True)))[-1]
+        assert ends.finish_reason == "stop"
+        assert ends.num_tokens <= 8
+        assert (goes_on.finish_reason, goes_on.num_tokens) == ("length", 30)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_stop_text_ends_the_answer_before_it_and_no_part_of_it_is_shown(generate):
+    whole = generate(prompt(max_tokens=40))
+    stop = whole[11:16]
+    expected = whole[: whole.index(stop)]
+
+    async def main():
+        engine = load()
+        chunks = await read(engine, prompt(max_tokens=40, stop=("never said", stop)))
+        assert "".join(chunk.text for chunk in chunks) == expected
+        assert chunks[-1].finish_reason == "stop"
+        shown = list(itertools.accumulate(chunk.text for chunk in chunks))
+        assert all(expected.startswith(text) for text in shown)
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_without_max_tokens_the_answer_fills_the_context():
+    async def main():
+        engine = load(context_length=40)
+        last = (await read(engine, prompt("abc", max_tokens=None, ignore_eos=True)))[-1]
+        assert last.num_prompt_tokens + last.num_tokens == 40
+        assert last.finish_reason == "length"
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_text_streams_never_show_half_a_character():
+    tokenizer = build_byte_tokenizer(context_length=64)
+    text = "naïve 狗🐶 done"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    stream = TextStream(lambda ids: tokenizer.decode(ids))
+    pieces = [stream.push(token) for token in ids]
+    assert "".join(pieces) + stream.flush() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(ids) > len(text)
+
+
+def test_text_streams_hold_back_what_may_become_a_stop_text():
+    words = ["ab", "c#", "#", "x", "##", "#", "y"]
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=["###"])
+    shown = [stream.push(i) for i in range(6)]
+    assert shown == ["ab", "c", "", "##x", "", ""]
+    assert stream.is_stopped
+    stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=["###"])
+    assert stream.push(1) == "c"
+    assert stream.flush() == "#"
+
+
+# ---- sampling ----
+
+
+def test_a_seed_makes_the_answer_repeatable_whatever_runs_beside_it():
+    async def main():
+        engine = load()
+        seeded = prompt("a <image>", picture(), temperature=1.0, top_p=0.9, seed=3)
+        alone = await answer(engine, seeded)
+        others = [prompt("x" * i, temperature=1.5, seed=i) for i in range(1, 6)]
+        beside, *_ = await asyncio.gather(*[answer(engine, each) for each in [seeded, *others]])
+        other_seed = await answer(engine, prompt("a <image>", picture(), temperature=1.0, seed=4))
+        assert alone == beside != other_seed
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_top_p_draws_from_the_nucleus_in_proportion():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+
+    def draw(**sampling) -> list[float]:
+        sequences = [_sequence(Sampling(seed=i, **sampling)) for i in range(4000)]
+        tokens = torch.tensor(sample(logits.expand(4000, 4), sequences))
+        return [round(float((tokens == i).float().mean()), 1) for i in range(4)]
+
+    assert draw() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.06)
+    assert draw(top_p=0.7) == [0.6, 0.4, 0, 0]
+    assert draw(top_p=0.01) == [1, 0, 0, 0]
+    assert draw(temperature=0.05) == [1, 0, 0, 0]
+
+
+# ---- refusals ----
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes():
+    async def main():
+        engine = load()
+        with pytest.raises(ContextLengthError) as too_long:
+            await answer(engine, prompt("<image>" * 2 + "A" * 600, picture(), picture(1)))
+        assert str(too_long.value).startswith("the prompt has 633 tokens (32 for 2 pictures, 601 ")
+        with pytest.raises(ContextLengthError, match="ask for at most 510") as too_much:
+            await answer(engine, prompt("ab", max_tokens=600))
+        assert too_much.value.param == "max_tokens"
+        with pytest.raises(RequestError, match="names 1 pictures and 0 came"):
+            await answer(engine, prompt("<image>"))
+        assert await answer(engine, prompt())
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_engines_that_are_not_there_are_refused_by_name():
+    with pytest.raises(ConfigError, match="engine='vllm' is not available"):
+        load_engine(ModelConfig(engine="vllm"))
+    with pytest.raises(ConfigError, match="context_length=9999 is more than the 512"):
+        load_engine(ModelConfig(path=str(tiny_model()), context_length=9999))
+
+
+# ---- cancellation ----
+
+
+def test_leaving_a_stream_frees_its_cache_within_a_step():
+    async def main():
+        engine = load()
+        endless = prompt("a <image>", picture(), max_tokens=None, ignore_eos=True)
+        tasks = [asyncio.create_task(answer(engine, endless)) for _ in range(3)]
+        await read_some(engine, endless, 5)
+        await engine.check()
+        assert engine.stats()["num_running"] == 3
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        before = engine.stats()["num_steps"]
+        await engine.check()
+        stats = engine.stats()
+        assert stats["num_running"] == stats["cache_tokens_used"] == 0
+        assert stats["num_steps"] - before <= 2
+        await engine.close()
+
+    asyncio.run(main())
+
+
+# ---- the scheduler and the loop, with a runner that computes nothing ----
+
+
+class ScriptedRunner:
+    """Answers every sequence with 7, 8, 9, ...; keeps the plans; breaks or waits on demand."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.breaks_at: int | None = None
+        self.delay_s = 0.0
+
+    def run(self, plan: Plan) -> list[int]:
+        self.plans.append(plan)
+        time.sleep(self.delay_s)
+        if self.breaks_at is not None and len(self.plans) >= self.breaks_at:
+            raise RuntimeError("out of luck")
+        return [7 + len(piece.sequence.token_ids) for piece in plan.complete]
+
+    def check(self) -> None:
+        if self.breaks_at == 0:
+            raise RuntimeError("out of luck")
+
+
+def _sequence(sampling: Sampling = GREEDY, *, length: int = 4, max_tokens: int = 3) -> Sequence:
+    text = TextStream(lambda ids: "".join(f"{i} " for i in ids))
+    return Sequence("test", [1] * length, 0, sampling, max_tokens, text)
+
+
+def _run(scheduler: Scheduler, runner: ScriptedRunner) -> list[str]:
+    """Run to the end; return the answers in the order in which they end."""
+    texts: dict[Sequence, str] = {}
+    while scheduler.has_work():
+        plan = scheduler.plan()
+        assert plan.pieces, "a step without work never ends"
+        for sequence, chunk in scheduler.commit(plan, runner.run(plan)):
+            texts[sequence] = texts.pop(sequence, "") + chunk.text
+    return list(texts.values())
+
+
+def test_long_prompts_are_computed_in_parts_beside_running_answers():
+    scheduler = Scheduler(cache_tokens=100, max_batch_size=4, prefill_tokens=10)
+    runner = ScriptedRunner()
+    scheduler.add(_sequence(length=2, max_tokens=8))
+    scheduler.add(_sequence(length=25, max_tokens=2))
+    assert _run(scheduler, runner) == ["7 8 ", "7 8 9 10 11 12 13 14 "]
+    sizes = [[piece.num_tokens for piece in plan.pieces] for plan in runner.plans[:5]]
+    assert sizes == [[2, 8], [1, 10], [1, 7], [1, 1], [1]]
+
+
+def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
+    rng = random.Random(1)
+    scheduler = Scheduler(cache_tokens=640, max_batch_size=5, prefill_tokens=99)
+    runner = ScriptedRunner()
+    sequences = [
+        _sequence(length=rng.randint(1, 500), max_tokens=rng.randint(1, 140)) for _ in range(300)
+    ]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    steps = 0
+    while scheduler.has_work():
+        plan = scheduler.plan()
+        owned = sorted((s.cache_start, s.num_reserved) for s in scheduler.running)
+        assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(owned))
+        assert len(scheduler.running) <= 5
+        scheduler.commit(plan, runner.run(plan))
+        if rng.random() < 0.1:
+            scheduler.abort(rng.choice(sequences))
+        steps += 1
+    assert scheduler.regions.num_used == 0
+    assert scheduler.regions.reserve(640) == 0
+
+
+def test_regions_join_again_when_they_come_back():
+    regions = Regions(10)
+    assert [regions.reserve(n) for n in (3, 4, 3, 1)] == [0, 3, 7, None]
+    regions.release(0)
+    regions.release(7)
+    assert regions.reserve(4) is None
+    regions.release(3)
+    assert (regions.reserve(10), regions.num_used) == (0, 10)
+
+
+def test_regions_of_similar_requests_are_equal():
+    regions = Regions(100, granule=32)
+    assert regions.num_tokens == 128
+    assert [regions.reserve(n) for n in (30, 32, 33, 1)] == [0, 32, 64, None]
+
+
+def test_lanes_are_rows_of_equal_distance_and_similar_length():
+    def starts(*spans: tuple[int, int]) -> list[list[int]]:
+        groups = group_lanes([Span(0, 1, start, past) for start, past in spans], 100)
+        return [[span.start for span in group] for group in groups]
+
+    assert starts((40, 9), (0, 9), (20, 9)) == [[0, 20, 40]]
+    assert starts((0, 9), (20, 9), (40, 9), (70, 9), (90, 9)) == [[0, 20, 40], [70, 90]]
+    assert starts((0, 50), (60, 1)) == [[0], [60]]
+    assert starts((0, 15), (90, 8)) == [[0], [90]]
+
+
+def test_a_broken_runner_fails_every_stream_and_the_check(caplog):
+    async def main():
+        runner = ScriptedRunner()
+        runner.breaks_at = 4
+        engine = load(runner=runner)
+        with caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.loop"):
+            results = await asyncio.gather(
+                *[answer(engine, prompt("abc", max_tokens=9)) for _ in range(3)],
+                return_exceptions=True,
+            )
+        assert [str(error) for error in results] == [
+            "the engine broke: RuntimeError: out of luck"
+        ] * 3
+        assert {type(error) for error in results} == {EngineError}
+        with pytest.raises(EngineError, match="out of luck"):
+            await engine.check()
+        with pytest.raises(EngineError, match="out of luck"):
+            await answer(engine, prompt())
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_the_check_asks_the_runner_and_notices_a_step_that_hangs(caplog):
+    async def main():
+        runner = ScriptedRunner()
+        engine = load(runner=runner, patience_s=0.05)
+        await engine.check()
+        runner.delay_s = 0.5
+        task = asyncio.create_task(answer(engine, prompt("abc", max_tokens=1)))
+        while not runner.plans:
+            await asyncio.sleep(0.001)
+        with pytest.raises(EngineError, match="stuck in one step"):
+            await engine.check()
+        await task
+        runner.breaks_at = 0
+        with (
+            caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.loop"),
+            pytest.raises(EngineError, match="check failed: out of luck"),
+        ):
+            await engine.check()
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_closing_fails_what_is_running():
+    async def main():
+        engine = load()
+        task = asyncio.create_task(answer(engine, prompt(max_tokens=None, ignore_eos=True)))
+        while not engine.stats()["num_running"]:
+            await asyncio.sleep(0.001)
+        await engine.close()
+        with pytest.raises(EngineError, match="was closed"):
+            await task
+        with pytest.raises(EngineError, match="was closed"):
+            await engine.check()
+
+    asyncio.run(main())
+
+
+def test_the_runner_checks_itself_without_touching_the_cache_of_others():
+    core = load_model(tiny_model(), dtype="float32", device="cpu")
+    runner = LlavaRunner(core, cache_tokens=8)
+    for pool in runner._cache.keys:
+        pool[:, :8] = 3
+    runner.check()
+    assert all(bool((pool[:, :8] == 3).all()) for pool in runner._cache.keys)
+
+
+# ---- the fake that ships ----
+
+
+def test_echo_says_the_last_words_back_and_counts_pictures():
+    async def main():
+        engine = EchoEngine()
+        said = prompt(
+            "USER: one ASSISTANT: two</s>USER: <image>\nwhat is it? ASSISTANT:", picture()
+        )
+        chunks = await read(engine, said)
+        assert "".join(chunk.text for chunk in chunks) == "what is it? (1 pictures)"
+        assert chunks[-1].finish_reason == "stop"
+        assert (await read(engine, prompt("a b c", max_tokens=2)))[-1].finish_reason == "length"
+        assert await answer(engine, prompt("a b c", stop=("c",))) == "a b "
+        last = (await read(engine, prompt("a b", max_tokens=50, ignore_eos=True)))[-1]
+        assert (last.num_tokens, last.finish_reason) == (50, "length")
+        with pytest.raises(ContextLengthError):
+            await answer(engine, prompt("a " * 5000))
+        assert engine.stats()["num_running"] == 0
+        await engine.close()
+        with pytest.raises(EngineError):
+            await engine.check()
+
+    asyncio.run(main())

@@ -1,0 +1,454 @@
+"""`serve/openai*.py`: what is read from a request, what is refused and how, what is written."""
+
+import base64
+import copy
+import io
+import json
+import pickle
+import random
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_ray.config import LimitsConfig
+from llava_ray.errors import (
+    ContextLengthError,
+    EngineError,
+    ImageError,
+    LlavaRayError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    RequestTooLargeError,
+    UnsupportedError,
+)
+from llava_ray.serve import openai_answers as answers
+from llava_ray.serve.openai import ChatCall, parse
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
+
+LIMITS = LimitsConfig(max_images=3, max_messages=6)
+_BUFFER = io.BytesIO()
+Image.new("RGB", (4, 4), "red").save(_BUFFER, "PNG")
+PNG = _BUFFER.getvalue()
+URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+IMAGE = {"type": "image_url", "image_url": {"url": URL}}
+HELLO = {"role": "user", "content": "Hello"}
+
+
+def body(*messages: Any, **fields: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": list(messages) or [HELLO], **fields}
+
+
+def read(value: Any) -> ChatCall:
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    return parse(data, limits=LIMITS, request_id="chatcmpl-1")
+
+
+def refuse(value: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        read(value)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_a_plain_request_becomes_a_record_with_openais_defaults() -> None:
+    call = read(body())
+    messages = (Message("user", (TextPart("Hello"),)),)
+    assert call == ChatCall(ChatRequest("chatcmpl-1", "m", messages, Sampling()), False, False)
+    assert call.request.sampling == Sampling(None, 1.0, 1.0, (), None, False)
+    assert parse(body(), limits=LIMITS, request_id="chatcmpl-1") == call
+
+
+def test_every_option_arrives() -> None:
+    call = read(
+        body(
+            stream=True,
+            stream_options={"include_usage": True},
+            max_completion_tokens=7,
+            temperature=0,
+            top_p=0.5,
+            stop=["a", "b"],
+            seed=-3,
+            ignore_eos=True,
+        )
+    )
+    assert call.request.sampling == Sampling(7, 0, 0.5, ("a", "b"), -3, True)
+    assert (call.stream, call.include_usage) == (True, True)
+    assert read(body(max_tokens=9)).request.sampling.max_tokens == 9
+    assert read(body(max_tokens=9, max_completion_tokens=9)).request.sampling.max_tokens == 9
+    assert read(body(stop="end")).request.sampling.stop == ("end",)
+    nulls = dict.fromkeys(("stream", "max_tokens", "temperature", "top_p", "stop", "seed", "tools"))
+    assert read(body(**nulls)) == read(body())
+
+
+def test_pictures_keep_their_place_and_say_where_they_stood() -> None:
+    bare = {"type": "image_url", "image_url": URL, "detail": "high", "uuid": "x"}
+    content = [{"type": "text", "text": "this"}, IMAGE, {"type": "text", "text": "or"}, bare]
+    (message,) = read(body({"role": "user", "content": content})).request.messages
+    assert message.parts == (
+        TextPart("this"),
+        ImagePart(PNG, "messages[0].content[1].image_url.url"),
+        TextPart("or"),
+        ImagePart(PNG, "messages[0].content[3].image_url"),
+    )
+
+
+def test_developers_are_systems_and_neighbours_of_one_role_become_one_turn() -> None:
+    call = read(
+        body(
+            {"role": "system", "content": "Be kind."},
+            {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+            {"role": "user", "content": "One", "name": "Ann"},
+            {"role": "user", "content": [IMAGE]},
+            {"role": "assistant", "content": "", "refusal": None, "tool_calls": []},
+            HELLO,
+        )
+    )
+    newline = TextPart("\n")
+    picture = ImagePart(PNG, "messages[3].content[0].image_url.url")
+    assert call.request.messages == (
+        Message("system", (TextPart("Be kind."), newline, TextPart("Be brief."))),
+        Message("user", (TextPart("One"), newline, picture)),
+        Message("assistant", (TextPart(""),)),
+        Message("user", (TextPart("Hello"),)),
+    )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"user": "ann", "metadata": {"a": "b"}, "store": True, "service_tier": "auto"},
+        {"n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0.0},
+        {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "logit_bias": {}},
+        {"response_format": {"type": "text"}, "modalities": ["text"], "frequency_penalty": 0},
+        {"response_format": None, "audio": None, "logprobs": None, "n": None, "top_k": -1},
+    ],
+)
+def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None:
+    assert read(body(**fields)) == read(body())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tool_choice", "required"),
+        ("functions", [{"name": "f"}]),
+        ("response_format", {"type": "json_object"}),
+        ("response_format", {"type": "json_schema", "json_schema": {}}),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("n", 2),
+        ("n", True),
+        ("presence_penalty", 0.1),
+        ("frequency_penalty", -1),
+        ("repetition_penalty", 1.1),
+        ("logit_bias", {"50256": -100}),
+        ("audio", {"voice": "alloy"}),
+        ("modalities", ["text", "audio"]),
+        ("top_k", 40),
+        ("min_p", 0.1),
+        ("chat_template", "{{ x }}"),
+        ("continue_final_message", True),
+    ],
+)
+def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) -> None:
+    error = refuse(body(**{field: value}))
+    assert isinstance(error, UnsupportedError)
+    assert error.code == "unsupported_parameter"
+    assert error.param == field
+    assert field in error.message
+    assert "not supported by this server: " in error.message
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
+        ({"max_token": 1}, "max_token", "did you mean 'max_tokens'?"),
+        ({"zzz": 1}, "zzz", "leave it out"),
+        ({"model": None}, "model", "/v1/models"),
+        ({"model": 3}, "model", "/v1/models"),
+        ({"stream": "yes"}, "stream", "true or false"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
+        ({"stream": True, "stream_options": []}, "stream_options", "an object like"),
+        (
+            {"stream": True, "stream_options": {"include_usge": True}},
+            "stream_options.include_usge",
+            "did you mean 'include_usage'?",
+        ),
+        ({"max_tokens": 0}, "max_tokens", "a whole number from 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "a whole number from 1"),
+        ({"max_tokens": True}, "max_tokens", "a whole number from 1"),
+        ({"max_tokens": "9"}, "max_tokens", "a whole number from 1"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "disagree"),
+        ({"temperature": -0.1}, "temperature", "a number from 0 to 2"),
+        ({"temperature": 2.1}, "temperature", "a number from 0 to 2"),
+        ({"temperature": "hot"}, "temperature", "a number from 0 to 2"),
+        ({"temperature": 10**400}, "temperature", "a number from 0 to 2"),
+        ({"top_p": 0}, "top_p", "a number over 0"),
+        ({"top_p": 1.01}, "top_p", "a number over 0"),
+        ({"seed": 2**63}, "seed", "64 bits"),
+        ({"seed": 1.5}, "seed", "whole number"),
+        ({"stop": 3}, "stop", "a list of at most 16"),
+        ({"stop": [""]}, "stop[0]", "not empty"),
+        ({"stop": ["a", 1]}, "stop[1]", "a text"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"stop": "\ud800"}, "stop[0]", "unicode"),
+        ({"ignore_eos": 1}, "ignore_eos", "true or false"),
+        ({"messages": None}, "messages", "send a list like"),
+        ({"messages": "Hello"}, "messages", "send a list like"),
+        ({"messages": []}, "messages", "at least one"),
+        ({"messages": [HELLO] * 7}, "messages", "more than the 6 allowed"),
+    ],
+)
+def test_a_bad_field_is_named_with_the_remedy(
+    fields: dict[str, Any], param: str, words: str
+) -> None:
+    error = refuse(body(**fields))
+    assert error.param == param
+    assert words in error.message
+    assert len(error.message) < 300
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "words"),
+    [
+        (None, "messages[0]", "send an object like"),
+        ("Hello", "messages[0]", "send an object like"),
+        ({"content": "Hello"}, "messages[0].role", "missing"),
+        ({"role": "usr", "content": "Hello"}, "messages[0].role", "system, developer, user"),
+        ({"role": ["user"], "content": "Hello"}, "messages[0].role", "system, developer, user"),
+        ({"role": "tool", "content": "4"}, "messages[0].role", "not supported"),
+        ({"role": "user"}, "messages[0].content", "missing or null"),
+        ({"role": "user", "content": None}, "messages[0].content", "missing or null"),
+        ({"role": "user", "content": 3}, "messages[0].content", "is a number"),
+        ({"role": "user", "content": ""}, "messages[0].content", "is empty"),
+        ({"role": "user", "content": " \n"}, "messages[0].content", "is empty"),
+        ({"role": "user", "content": []}, "messages[0].content", "is empty"),
+        ({"role": "user", "content": "\udfff"}, "messages[0].content[0].text", "surrogate"),
+        ({"role": "user", "content": "x", "name": 3}, "messages[0].name", "a text"),
+        ({"role": "user", "content": "x", "contnt": 3}, "messages[0].contnt", "'content'"),
+        ({"role": "user", "content": "x", "refusal": 0}, "messages[0].refusal", "leave it out"),
+        ({"role": "assistant", "content": "x"}, "messages[0].role", "end with a user message"),
+        ({"role": "system", "content": "x"}, "messages[0].role", "end with a user message"),
+        (
+            {"role": "assistant", "content": None, "tool_calls": [{}]},
+            "messages[0].tool_calls",
+            "not supported",
+        ),
+    ],
+)
+def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words: str) -> None:
+    error = refuse(body(message))
+    assert error.param == param
+    assert words in error.message
+
+
+@pytest.mark.parametrize(
+    ("part", "place", "words"),
+    [
+        (None, "", "send a part like"),
+        ("Hello", "", "send a part like"),
+        ({}, ".type", "use text or image_url"),
+        ({"type": "txt", "text": "x"}, ".type", "use text or image_url"),
+        ({"type": ["text"]}, ".type", "use text or image_url"),
+        ({"type": "text"}, ".text", "send a text"),
+        ({"type": "text", "text": 3}, ".text", "send a text"),
+        ({"type": "text", "text": "x", "txt": 1}, ".txt", "did you mean 'text'?"),
+        ({"type": "input_audio", "input_audio": {}}, ".type", "audio in messages"),
+        ({"type": "video_url", "video_url": {}}, ".type", "video in messages"),
+        ({"type": "image_url"}, ".image_url", "data:image/png"),
+        ({"type": "image_url", "image_url": {}}, ".image_url.url", "data:image/png"),
+        ({"type": "image_url", "image_url": {"url": 3}}, ".image_url.url", "data:image/png"),
+        (
+            {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
+            ".image_url.url",
+            "download the picture",
+        ),
+        ({"type": "image_url", "image_url": "file:///etc/passwd"}, ".image_url", "data URL"),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "detail": "huge"}},
+            ".image_url.detail",
+            "auto, low, high",
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": URL, "dtail": "low"}},
+            ".image_url.dtail",
+            "did you mean 'detail'?",
+        ),
+    ],
+)
+def test_a_bad_part_is_named_with_the_remedy(part: Any, place: str, words: str) -> None:
+    error = refuse(body({"role": "user", "content": [{"type": "text", "text": "x"}, part]}))
+    assert error.param == f"messages[0].content[1]{place}"
+    assert words in error.message
+
+
+def test_pictures_belong_to_the_user_and_are_counted() -> None:
+    error = refuse(body({"role": "system", "content": [IMAGE]}, HELLO))
+    assert error.param == "messages[0].content[0]"
+    assert "pictures go into user messages" in error.message
+    two = {"role": "user", "content": [IMAGE, IMAGE]}
+    error = refuse(body(two, {"role": "assistant", "content": "x"}, two))
+    assert error.param == "messages[2].content"
+    assert "more than the 3 pictures" in error.message
+
+
+def test_a_system_message_comes_first() -> None:
+    error = refuse(body(HELLO, {"role": "system", "content": "x"}, HELLO))
+    assert error.param == "messages[1].role"
+    assert "put it first" in error.message
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"{", "not JSON"),
+        (b"\xff\xfe{", "not JSON"),
+        (b"[]", "a list: send a JSON object"),
+        (b"null", "send a JSON object"),
+        (b'{"temperature": NaN}', "NaN is not JSON"),
+        (b'{"temperature": -Infinity}', "-Infinity is not JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"a":' * 100_000, "not JSON"),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(data: bytes, words: str) -> None:
+    assert words in refuse(data).message
+
+
+def test_deep_and_long_values_are_refused_in_a_short_message() -> None:
+    for depth in (50, 400, 900, 990):
+        error = refuse(b'{"model":"m","messages":[],"tools":' + b"[" * depth + b"]" * depth + b"}")
+        assert len(error.message) < 200
+    assert len(refuse(body(**{"x" * 10_000: 1})).message) < 200
+    assert len(refuse(body(temperature="x" * 10_000)).message) < 300
+    assert len(refuse(body({"role": "x" * 10_000, "content": "x"})).message) < 200
+
+
+def test_nan_in_a_dictionary_is_refused_like_any_number_out_of_bounds() -> None:
+    with pytest.raises(RequestError, match="a number from 0 to 2"):
+        parse(body(temperature=float("nan")), limits=LIMITS, request_id="x")
+
+
+def test_mutated_requests_give_a_request_or_a_request_error_and_nothing_else() -> None:
+    dice = random.Random(0)
+    content = [{"type": "text", "text": "x"}, IMAGE]
+    turns = [{"role": "system", "content": "x"}, {"role": "user", "content": content}]
+    options = {"stop": ["a"], "stream": True, "stream_options": {"include_usage": True}}
+    whole = body(*turns, **options, temperature=0.5, max_tokens=3, tools=[], n=1, seed=1)
+    odd = [None, True, 0, -1, 2**70, 1.5, 1e999, "", "\ud800", "user", URL, [], {}, [[]], {"": 0}]
+    num_good = 0
+    for _ in range(4000):
+        value = json.loads(json.dumps(whole))
+        for _ in range(dice.choice((1, 1, 2, 4))):
+            mutate(value, dice, odd)
+        try:
+            num_good += isinstance(read(value), ChatCall)
+        except RequestError as error:
+            json.dumps(answers.describe_error(error).body)
+    assert 100 < num_good < 3000
+
+
+def mutate(value: Any, dice: random.Random, odd: list[Any]) -> None:
+    """Replace, remove or add one thing somewhere in a JSON value."""
+    places = []
+
+    def walk(node: Any) -> None:
+        for key in list(node) if isinstance(node, dict) else range(len(node)):
+            places.append((node, key))
+            if isinstance(node[key], dict | list):
+                walk(node[key])
+
+    walk(value)
+    if not places:
+        return
+    node, key = dice.choice(places)
+    what = dice.random()
+    if what < 0.6:
+        node[key] = copy.deepcopy(dice.choice(odd))
+    elif what < 0.8:
+        del node[key]
+    elif isinstance(node, dict):
+        node[dice.choice(["x", "role", "detail", "url", "n", "\ud800"])] = copy.deepcopy(
+            dice.choice(odd)
+        )
+    else:
+        node.append(copy.deepcopy(dice.choice(odd)))
+
+
+def test_errors_have_the_status_type_and_headers_that_clients_expect() -> None:
+    cases = {
+        RequestError: (400, "invalid_request_error", "invalid_request"),
+        ImageError: (400, "invalid_request_error", "invalid_image"),
+        ContextLengthError: (400, "invalid_request_error", "context_length_exceeded"),
+        UnsupportedError: (400, "invalid_request_error", "unsupported_parameter"),
+        RequestTooLargeError: (413, "invalid_request_error", "request_too_large"),
+        ModelNotFoundError: (404, "not_found_error", "model_not_found"),
+        OverloadedError: (503, "service_unavailable_error", "overloaded"),
+        EngineError: (500, "server_error", "engine_error"),
+        LlavaRayError: (500, "server_error", "internal_error"),
+    }
+    for kind, (status, error_type, code) in cases.items():
+        reply = answers.describe_error(pickle.loads(pickle.dumps(kind("what", param="where"))))
+        expected = {"message": "what", "type": error_type, "param": "where", "code": code}
+        assert reply.status == status
+        assert reply.body == {"error": expected}
+        assert reply.headers.get("x-should-retry") == ("false" if status < 500 else None)
+        assert ("Retry-After" in reply.headers) == (status == 503)
+
+
+CHUNKS = [
+    Chunk("A ", None, 1, 10, 4),
+    Chunk("", None, 2, 10, 4),
+    Chunk('"\u00e9\n\U0001f600', None, 3, 10, 4),
+    Chunk(".", "stop", 4, 10, 4),
+]
+
+
+def test_a_completion_joins_the_chunks_and_counts_image_tokens() -> None:
+    value = answers.build_completion(CHUNKS, completion_id="chatcmpl-1", model="m", created=5)
+    assert value["choices"][0]["message"]["content"] == 'A "\u00e9\n\U0001f600.'
+    assert value["choices"][0]["finish_reason"] == "stop"
+    assert value["usage"] == {
+        "prompt_tokens": 10,
+        "completion_tokens": 4,
+        "total_tokens": 14,
+        "prompt_tokens_details": {
+            "cached_tokens": 0,
+            "image_tokens": 4,
+            "text_tokens": 6,
+            "multimodal_tokens": {"image": 4},
+        },
+    }
+
+
+@pytest.mark.parametrize("include_usage", [False, True])
+def test_a_stream_is_role_then_text_then_the_reason_then_usage(include_usage: bool) -> None:
+    encoder = answers.ChunkEncoder(
+        completion_id="chatcmpl-1", model='"m"', created=5, include_usage=include_usage
+    )
+    assert encoder.encode(Chunk("", None, 0, 10, 4)).startswith(b"data: {")
+    assert encoder.encode(Chunk("", None, 0, 10, 4)) == b""
+    events = b"".join(encoder.encode(chunk) for chunk in CHUNKS).decode().split("\n\n")
+    assert events.pop() == ""
+    values = [json.loads(event.removeprefix("data: ")) for event in events]
+    assert all(value["id"] == "chatcmpl-1" and value["model"] == '"m"' for value in values)
+    if include_usage:
+        usage = values.pop()
+        assert usage["choices"] == []
+        assert usage["usage"] == answers.describe_usage(CHUNKS[-1])
+        assert all(value["usage"] is None for value in values)
+    else:
+        assert all("usage" not in value for value in values)
+    choices = [value["choices"][0] for value in values]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == (
+        'A "\u00e9\n\U0001f600.'
+    )
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
+    assert choices[-1]["delta"] == {}
