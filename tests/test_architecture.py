@@ -15,7 +15,8 @@ FLOORS = [
     {"evaluate", "serve"},
     {"client", "train", "engine", "demo"},
     {"data", "model"},
-    {"config", "template", "images"},
+    {"template", "images"},
+    {"config"},
     {"types", "errors"},
 ]
 

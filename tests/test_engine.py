@@ -15,7 +15,7 @@ from llava_ray.config import ModelConfig
 from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.load import load_engine
-from llava_ray.engine.regions import Regions
+from llava_ray.engine.regions import Region, Regions
 from llava_ray.engine.runner import LlavaRunner
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Plan, Scheduler
@@ -385,7 +385,7 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
     steps = 0
     while scheduler.has_work():
         plan = scheduler.plan()
-        owned = sorted((s.cache_start, s.num_reserved) for s in scheduler.running)
+        owned = sorted(s.region for s in scheduler.running)
         assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(owned))
         assert len(scheduler.running) <= 5
         scheduler.commit(plan, runner.run(plan))
@@ -393,34 +393,36 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
             scheduler.abort(rng.choice(sequences))
         steps += 1
     assert scheduler.regions.num_used == 0
-    assert scheduler.regions.reserve(640) == 0
+    assert scheduler.regions.reserve(640) == (0, 640)
 
 
 def test_regions_join_again_when_they_come_back():
     regions = Regions(10)
-    assert [regions.reserve(n) for n in (3, 4, 3, 1)] == [0, 3, 7, None]
-    regions.release(0)
-    regions.release(7)
+    taken = [regions.reserve(n) for n in (3, 4, 3)]
+    assert taken == [(0, 3), (3, 4), (7, 3)]
+    regions.release(taken[0])
+    regions.release(taken[2])
     assert regions.reserve(4) is None
-    regions.release(3)
-    assert (regions.reserve(10), regions.num_used) == (0, 10)
+    regions.release(taken[1])
+    assert (regions.reserve(10), regions.num_used) == ((0, 10), 10)
 
 
 def test_regions_of_similar_requests_are_equal():
     regions = Regions(100, granule=32)
     assert regions.num_tokens == 128
-    assert [regions.reserve(n) for n in (30, 32, 33, 1)] == [0, 32, 64, None]
+    assert [regions.reserve(n) for n in (30, 32, 33)] == [(0, 32), (32, 32), (64, 64)]
+    assert regions.reserve(1) is None
 
 
 def test_lanes_are_rows_of_equal_distance_and_similar_length():
-    def starts(*spans: tuple[int, int]) -> list[list[int]]:
-        groups = group_lanes([Span(0, 1, start, past) for start, past in spans], 100)
-        return [[span.start for span in group] for group in groups]
+    def starts(*spans: tuple[int, int, int]) -> list[list[int]]:
+        groups = group_lanes([Span(0, 1, Region(a, n), past) for a, n, past in spans])
+        return [[span.region.start for span in group] for group in groups]
 
-    assert starts((40, 9), (0, 9), (20, 9)) == [[0, 20, 40]]
-    assert starts((0, 9), (20, 9), (40, 9), (70, 9), (90, 9)) == [[0, 20, 40], [70, 90]]
-    assert starts((0, 50), (60, 1)) == [[0], [60]]
-    assert starts((0, 15), (90, 8)) == [[0], [90]]
+    assert starts((40, 20, 9), (0, 20, 9), (20, 20, 9)) == [[0, 20, 40]]
+    assert starts((0, 20, 9), (20, 20, 9), (50, 20, 9), (70, 20, 9)) == [[0, 20], [50, 70]]
+    assert starts((0, 60, 50), (60, 60, 1)) == [[0], [60]]
+    assert starts((0, 20, 9), (20, 60, 9)) == [[0], [20]]
 
 
 def test_a_broken_runner_fails_every_stream_and_the_check(caplog):
@@ -487,10 +489,11 @@ def test_closing_fails_what_is_running():
 def test_the_runner_checks_itself_without_touching_the_cache_of_others():
     core = load_model(tiny_model(), dtype="float32", device="cpu")
     runner = LlavaRunner(core, cache_tokens=8)
+    others = 8 * runner._cache.num_kv_heads
     for pool in runner._cache.keys:
-        pool[:, :8] = 3
+        pool[:others] = 3
     runner.check()
-    assert all(bool((pool[:, :8] == 3).all()) for pool in runner._cache.keys)
+    assert all(bool((pool[:others] == 3).all()) for pool in runner._cache.keys)
 
 
 # ---- the fake that ships ----

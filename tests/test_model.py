@@ -1,7 +1,10 @@
 """Loading: what a folder must hold, what a prompt becomes, and how mistakes are told."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -121,3 +124,23 @@ def test_devices_and_precisions_that_do_not_exist_are_refused():
         load_model(tiny_model(), device="abacus")
     with pytest.raises(ConfigError, match="dtype='float3' is not known"):
         load_model(tiny_model(), dtype="float3")
+
+
+def test_a_hub_name_is_looked_for_in_the_hub_and_its_absence_is_told(tmp_path: Path) -> None:
+    # In a process of its own: the hub's library reads the environment when it is imported.
+    code = "from llava_ray.model.folder import find_folder; print(find_folder('some/model'))"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
+
+    def find() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+        )
+
+    assert "'some/model' is no folder here, and the hub does not give it" in find().stderr
+    cached = tmp_path / "models--some--model" / "snapshots" / "abc"
+    cached.mkdir(parents=True)
+    (cached / "config.json").write_text("{}")
+    refs = tmp_path / "models--some--model" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert find().stdout.strip() == str(cached)

@@ -117,7 +117,7 @@ def make_batches(
     encoder = language.Encoder(tokenizer, rng)
     pad = tokenizer.pad_token_id
     while True:
-        now = course(clock.progress if is_easy_first else 1.0)
+        now = course(max(clock.progress, 0.0 if is_easy_first else 0.2))
         batch = []
         for _ in range(BATCH):
             count = rng.choices((0, 1, 2), now.pictures)[0]

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from llava_ray.engine.regions import Region
 from llava_ray.engine.scheduler import Plan
 
 ATTENTION_NAME = "llava_ray_cache"
@@ -26,6 +27,9 @@ ATTENTION_NAME = "llava_ray_cache"
 
 class KVCache:
     """Keys and values of all sequences, for every layer.
+
+    A layer's pool is [N * K, E]; a region of S places is in it as [K, S, E], all of one sequence
+    close together.
 
     On a CPU they are kept in float32: attention of one token to those before it is several times
     faster there than in bfloat16, for which torch has no such kernel on CPUs.
@@ -41,34 +45,43 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape_KNE = (num_kv_heads, num_tokens, head_size)
-        dtype = torch.float32 if device.type == "cpu" else dtype
+        self.dtype = torch.float32 if device.type == "cpu" else dtype
         self.device = device
-        self.num_tokens = num_tokens
-        self.keys = [_zeros(shape_KNE, dtype, device) for _ in range(num_layers)]
-        self.values = [_zeros(shape_KNE, dtype, device) for _ in range(num_layers)]
-        self._heads_1K = torch.arange(num_kv_heads, device=device)[None] * num_tokens
+        self.num_kv_heads = num_kv_heads
+        shape = (num_tokens * num_kv_heads, head_size)
+        self.keys = [_zeros(shape, self.dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, self.dtype, device) for _ in range(num_layers)]
 
-    def rows(self, places_T: torch.Tensor) -> torch.Tensor:
-        """Return where these places are once heads and places are one dimension: [T * K]."""
-        return (places_T[:, None] + self._heads_1K).flatten()
+    def rows(self, spans: list["Span"], positions_T: torch.Tensor) -> torch.Tensor:
+        """Return the rows of the pools that belong to the tokens of a step: [T * K]."""
+        begins = [
+            span.region.start * self.num_kv_heads for span in spans for _ in range(span.length)
+        ]
+        sizes = [span.region.length for span in spans for _ in range(span.length)]
+        begins_T, sizes_T = torch.tensor([begins, sizes], device=self.device)
+        heads_K = torch.arange(self.num_kv_heads, device=self.device)
+        return ((begins_T + positions_T)[:, None] + sizes_T[:, None] * heads_K).flatten()
 
     def store(
         self, layer: int, rows: torch.Tensor, key_KTE: torch.Tensor, value_KTE: torch.Tensor
     ) -> None:
         """Write one layer's keys and values of a step."""
-        for pool_KNE, new_KTE in (
-            (self.keys[layer], key_KTE),
-            (self.values[layer], value_KTE),
-        ):
-            new = new_KTE.transpose(0, 1).to(pool_KNE.dtype).flatten(0, 1)
-            pool_KNE.flatten(0, 1).index_copy_(0, rows, new)
+        for pool, new_KTE in ((self.keys[layer], key_KTE), (self.values[layer], value_KTE)):
+            pool.index_copy_(0, rows, new_KTE.transpose(0, 1).to(pool.dtype).flatten(0, 1))
+
+    def view(self, pool: torch.Tensor, region: Region) -> torch.Tensor:
+        """Return a region of a pool, [K, S, E], without copying it."""
+        heads = self.num_kv_heads
+        begin, end = region.start * heads, (region.start + region.length) * heads
+        return pool[begin:end].view(heads, region.length, -1)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU straight from the system, which gives memory only where it is written."""
     if device.type == "cpu":
         pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer, larger pages: found faster by the CPU
+            pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -79,59 +92,61 @@ class Span(NamedTuple):
     Attributes:
         offset: where its tokens begin in the row of the step.
         length: how many they are.
-        start: where its region of the cache begins.
+        region: its part of the cache.
         past: how many tokens of it the cache holds already.
     """
 
     offset: int
     length: int
-    start: int
+    region: Region
     past: int
 
 
 class Lanes:
-    """Sequences with one new token each, whose regions begin at equal distances.
+    """Sequences with one new token each, whose regions are equal and at equal distances.
 
     So their keys are one strided view of the cache, and one call of attention serves them all.
     """
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
-        self.first = spans[0].start
-        self.stride = spans[1].start - spans[0].start if len(spans) > 1 else 0
+        first = spans[0].region
+        distance = spans[1].region.start - first.start if len(spans) > 1 else 0
         lengths = [span.past + 1 for span in spans]
-        self.shape_BS = (len(spans), max(lengths))
+        self._heads = cache.num_kv_heads
+        self._shape_BS = (len(spans), max(lengths))
+        self._start, self._size, self._distance = first.start, first.length, distance
         self.offsets_B = torch.tensor([span.offset for span in spans], device=cache.device)
         self.mask_B11S = None
         if min(lengths) < max(lengths):
             lengths_B1 = torch.tensor(lengths, device=cache.device)[:, None]
             is_seen_BS = torch.arange(max(lengths), device=cache.device) < lengths_B1
-            mask_BS = torch.zeros(self.shape_BS, dtype=cache.keys[0].dtype, device=cache.device)
+            mask_BS = torch.zeros(self._shape_BS, dtype=cache.dtype, device=cache.device)
             self.mask_B11S = mask_BS.masked_fill_(~is_seen_BS, float("-inf"))[:, None, None]
 
-    def view(self, pool_KNE: torch.Tensor) -> torch.Tensor:
-        """Return these sequences' part of the cache, [B, K, S, E], without copying it."""
-        (lanes, size), (heads, _, head_size) = self.shape_BS, pool_KNE.shape
-        by_head, by_place, _ = pool_KNE.stride()
-        return pool_KNE.as_strided(
-            (lanes, heads, size, head_size),
-            (self.stride * by_place, by_head, by_place, 1),
-            self.first * by_place,
+    def view(self, pool: torch.Tensor) -> torch.Tensor:
+        """Return these sequences' part of a pool, [B, K, S, E], without copying it."""
+        (lanes, length), head_size = self._shape_BS, pool.shape[1]
+        place = self._heads * head_size  # elements of a pool for each place in the cache
+        return pool.as_strided(
+            (lanes, self._heads, length, head_size),
+            (self._distance * place, self._size * head_size, head_size, 1),
+            self._start * place,
         )
 
 
-def group_lanes(spans: list[Span], num_places: int) -> list[list[Span]]:
-    """Group spans of one token so that the starts of a group are at equal distances.
+def group_lanes(spans: list[Span]) -> list[list[Span]]:
+    """Group spans of one token so that a group's regions are equal and at equal distances.
 
     A group is computed up to its longest sequence: very unequal ones are kept apart.
     """
-    spans = sorted(spans, key=lambda span: span.start)
     groups: list[list[Span]] = []
-    for span in spans:
+    for span in sorted(spans, key=lambda span: span.region):
         group = [*groups[-1], span] if groups else [span]
         lengths = [each.past + 1 for each in group]
-        gaps = {b.start - a.start for a, b in itertools.pairwise(group)}
+        distances = {b.region.start - a.region.start for a, b in itertools.pairwise(group)}
+        sizes = {each.region.length for each in group}
         is_dense = max(lengths) * len(group) <= 1.5 * sum(lengths)
-        if len(gaps) == 1 and is_dense and span.start + max(lengths) <= num_places:
+        if len(distances) == len(sizes) == 1 and is_dense:
             groups[-1] = group
         else:
             groups.append([span])
@@ -146,18 +161,14 @@ class Step:
         self.spans: list[Span] = []
         offset = 0
         for sequence, length in plan.pieces:
-            assert sequence.cache_start is not None
-            past = sequence.num_computed
-            self.spans.append(Span(offset, length, sequence.cache_start, past))
+            assert sequence.region is not None
+            self.spans.append(Span(offset, length, sequence.region, sequence.num_computed))
             offset += length
-        self.num_tokens = offset
         positions = [p for span in self.spans for p in range(span.past, span.past + span.length)]
-        starts = [span.start for span in self.spans for _ in range(span.length)]
         self.positions_T = torch.tensor(positions, device=cache.device)
-        self.rows = cache.rows(self.positions_T + torch.tensor(starts, device=cache.device))
+        self._rows = cache.rows(self.spans, self.positions_T)
         singles = [span for span in self.spans if span.length == 1]
-        groups = group_lanes(singles, cache.num_tokens)
-        self._lanes = [Lanes(group, cache) for group in groups]
+        self._lanes = [Lanes(group, cache) for group in group_lanes(singles)]
 
     def attend(
         self,
@@ -177,16 +188,16 @@ class Step:
         Returns:
             [T, H, E]
         """
-        self.cache.store(layer, self.rows, key_KTE, value_KTE)
-        keys_KNE, values_KNE = self.cache.keys[layer], self.cache.values[layer]
+        self.cache.store(layer, self._rows, key_KTE, value_KTE)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
         query_THE = query_HTE.transpose(0, 1)
         output_THE = torch.empty_like(query_THE)
         for lanes in self._lanes if window is None else ():
             query_BHE = query_THE[lanes.offsets_B]
             output_THE[lanes.offsets_B] = _attend_lanes(
-                query_BHE, lanes.view(keys_KNE), lanes.view(values_KNE), scaling, lanes.mask_B11S
+                query_BHE, lanes.view(keys), lanes.view(values), scaling, lanes.mask_B11S
             )
-        for offset, length, start, past in self.spans:
+        for offset, length, region, past in self.spans:
             if length == 1 and window is None:
                 continue
             new = slice(offset, offset + length)
@@ -194,8 +205,9 @@ class Step:
                 key, value, mask_TS = key_KTE[:, new], value_KTE[:, new], None
             else:
                 first = max(0, past + 1 - window) if window else 0
-                seen = slice(start + first, start + past + length)
-                key, value = keys_KNE[:, seen], values_KNE[:, seen]
+                seen = slice(first, past + length)
+                key = self.cache.view(keys, region)[:, seen]
+                value = self.cache.view(values, region)[:, seen]
                 mask_TS = _mask(length, past + length - first, window, query_HTE.device)
             output_THE[new] = _attend_span(query_HTE[:, new], key, value, scaling, mask_TS)
         return output_THE

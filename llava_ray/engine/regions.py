@@ -5,6 +5,14 @@ attention reads a sequence's keys and values in place, without gathering or copy
 """
 
 from bisect import insort
+from typing import NamedTuple
+
+
+class Region(NamedTuple):
+    """A range of the cache's places."""
+
+    start: int
+    length: int
 
 
 class Regions:
@@ -21,32 +29,27 @@ class Regions:
         self.num_tokens = num_tokens
         self._granule = granule
         self.num_used = 0
-        self._free: list[tuple[int, int]] = [(0, num_tokens)]  # (start, length), by start
-        self._owned: dict[int, int] = {}  # start -> length
+        self._free = [Region(0, num_tokens)]  # by start
 
-    def reserve(self, length: int) -> int | None:
-        """Return the start of a free range of at least that length, or None if there is none."""
+    def reserve(self, length: int) -> Region | None:
+        """Return a free range of at least that length, or None if there is none."""
         length = -(-length // self._granule) * self._granule
         for i, (start, free) in enumerate(self._free):
             if free >= length:
-                if free > length:
-                    self._free[i] = (start + length, free - length)
-                else:
-                    del self._free[i]
-                self._owned[start] = length
+                rest = Region(start + length, free - length)
+                self._free[i : i + 1] = [rest] if rest.length else []
                 self.num_used += length
-                return start
+                return Region(start, length)
         return None
 
-    def release(self, start: int) -> None:
-        """Take back the range that starts there."""
-        length = self._owned.pop(start)
-        self.num_used -= length
-        insort(self._free, (start, length))
-        joined: list[tuple[int, int]] = []
-        for begin, size in self._free:
-            if joined and joined[-1][0] + joined[-1][1] == begin:
-                joined[-1] = (joined[-1][0], joined[-1][1] + size)
+    def release(self, region: Region) -> None:
+        """Take a range back."""
+        self.num_used -= region.length
+        insort(self._free, region)
+        joined: list[Region] = []
+        for start, length in self._free:
+            if joined and sum(joined[-1]) == start:
+                joined[-1] = Region(joined[-1].start, joined[-1].length + length)
             else:
-                joined.append((begin, size))
+                joined.append(Region(start, length))
         self._free = joined

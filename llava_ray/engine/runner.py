@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
+from llava_ray.engine.regions import Region
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan
 from llava_ray.engine.sequence import Sequence
@@ -69,14 +70,14 @@ class LlavaRunner:
         self._embed = core.model.get_input_embeddings()
         heads = config.num_attention_heads
         self._cache = KVCache(
-            num_tokens=cache_tokens + 1,  # the last one belongs to `check`
+            num_tokens=cache_tokens + 1,  # the last place belongs to `check`
             num_layers=config.num_hidden_layers,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=self.dtype,
             device=self.device,
         )
-        self._scratch = cache_tokens
+        self._scratch = Region(cache_tokens, 1)
         pack_linears(core.model)
 
     @torch.inference_mode()
@@ -100,7 +101,7 @@ class LlavaRunner:
     def check(self) -> None:
         """Send one token through the language model."""
         sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
-        sequence.cache_start = self._scratch
+        sequence.region = self._scratch
         self.run(Plan([Piece(sequence, 1)]))
 
     def _encode_images(self, sequences: list[Sequence]) -> None:

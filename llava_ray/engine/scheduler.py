@@ -75,7 +75,7 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence and free its memory; nothing happens if it has ended."""
-        if sequence.cache_start is not None:
+        if sequence.region is not None:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -100,11 +100,11 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
-            start = self.regions.reserve(self.waiting[0].num_reserved)
-            if start is None:
+            region = self.regions.reserve(self.waiting[0].num_reserved)
+            if region is None:
                 return
             sequence = self.waiting.popleft()
-            sequence.cache_start = start
+            sequence.region = region
             self.running.append(sequence)
 
     def _plan_decode(self) -> Iterator[Piece]:
@@ -121,8 +121,8 @@ class Scheduler:
                 yield Piece(sequence, num_tokens)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.cache_start is not None
-        self.regions.release(sequence.cache_start)
-        sequence.cache_start = None
+        assert sequence.region is not None
+        self.regions.release(sequence.region)
+        sequence.region = None
         sequence.inputs = None
         self.running.remove(sequence)

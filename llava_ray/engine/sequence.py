@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from llava_ray.engine.regions import Region
 from llava_ray.engine.text import TextStream
 from llava_ray.types import Chunk, Sampling
 
@@ -23,7 +24,7 @@ class Sequence:
         inputs: the pictures as the model takes them; only the runner looks inside.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
-        cache_start: where its region of the cache begins; None while it has none.
+        region: its part of the cache; None while it has none.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
     """
@@ -38,7 +39,7 @@ class Sequence:
     inputs: Any = None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
-    cache_start: int | None = None
+    region: Region | None = None
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:

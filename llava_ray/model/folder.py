@@ -5,6 +5,7 @@ large is read.
 """
 
 import json
+import re
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,24 +21,49 @@ REQUIRED = {
 }
 """Of each row one file must be there."""
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+
 REMEDY = "copy it from where the checkpoint came from"
 
 
 def find_folder(path: str | Path) -> Path:
-    """Return the folder that `path` stands for; "demo" is the embedded model.
+    """Return the folder that `path` stands for.
+
+    Args:
+        path: a folder, a hub name ("owner/name", fetched once into the hub's cache, see
+            `HF_HOME` and `HF_TOKEN`), or "demo" for the embedded model.
 
     Raises:
-        ConfigError: there is no such folder.
+        ConfigError: there is no such folder and no such model.
     """
     if str(path) == DEMO_MODEL:
         path = Path(str(files("llava_ray"))) / "demo" / "model"
     folder = Path(path).expanduser()
+    if not folder.is_dir() and HUB_NAME.fullmatch(str(path)):
+        return _fetch(str(path))
     if not folder.is_dir():
         raise ConfigError(
             f"model {str(path)!r}: there is no such folder; give the folder of a checkpoint, "
-            f"or {DEMO_MODEL!r} for the embedded model"
+            f"a hub name (owner/name), or {DEMO_MODEL!r} for the embedded model"
         )
     return folder
+
+
+def _fetch(name: str) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {name!r} is no folder here, and the hub does not give it ({reason}): check "
+            "the name and the network, log in with `hf auth login` if it is gated, or give the "
+            "folder of a checkpoint"
+        ) from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -15,7 +15,8 @@ def set_up() -> None:
     """Make this process, and the Ray processes that it starts, log in the short form."""
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        # The real one: Serve puts another in its place that leads to its log files alone.
+        handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(logging.Formatter("%(asctime)s llava_ray: %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)

@@ -6,12 +6,17 @@ The way of a request: ChatRequest -> images.decode -> template.render -> Prompt 
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from llava_ray import images
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.serve import console
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Prompt, TextPart
+
+DECODES_AT_ONCE = 2
+"""Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
+
 
 class Replica:
     """Holds one engine and answers the chats that Serve routes to it."""
@@ -20,15 +25,21 @@ class Replica:
         from llava_ray.engine.load import load_engine
 
         console.set_up()
-        console.logger.info(f"loading {model.name!r} from {model.path!r} with the {model.engine} engine")
+        console.logger.info(
+            f"loading {model.name!r} from {model.path!r} with the {model.engine} engine"
+        )
         started = time.monotonic()
         self._engine = load_engine(model)
         self._limits = limits
+        self._renderer = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="render")
+        hello = Message("user", (TextPart("Hello"),))
+        self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
     async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
-        prompt = await asyncio.to_thread(self._render, request)
+        loop = asyncio.get_running_loop()
+        prompt = await loop.run_in_executor(self._renderer, self._render, request)
         async with aclosing(self._engine.stream(prompt)) as chunks:
             async for chunk in chunks:
                 yield chunk
