@@ -1,6 +1,6 @@
 """One replica of one model: the worker that Ray Serve starts, watches and multiplies.
 
-The way of a request: ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk
+ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk, streamed.
 """
 
 import asyncio
