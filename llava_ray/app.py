@@ -23,8 +23,8 @@ def build_app(config: ServeConfig) -> Application:
     for model in config.models:
         console.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
     console.logger.info(
-        f"once Ray has started: {'page http://localhost:8000, ' if config.page else ''}"
-        "OpenAI API http://localhost:8000/v1, state http://localhost:8000/readyz"
+        f"once Ray has started (a quarter of a minute): {'the page and ' * config.page}"
+        "the API are at http://localhost:8000, unless another port is set"
     )
     models = {model.name: _bind_model(model, config.limits) for model in config.models}
     gateway = serve.deployment(

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,10 +21,7 @@ import llava_ray
 from llava_ray.client import DEFAULT_URL, Client, shrink_picture
 from llava_ray.config import DEMO_MODEL, EngineName, LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Prompt, Sampling, TextPart
-
-if TYPE_CHECKING:
-    from llava_ray.engine.protocol import Engine
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 app = typer.Typer(
     help="Talk about pictures with LLaVA, and serve it on Ray.",
@@ -188,28 +185,16 @@ async def _load(
     config: ModelConfig,
 ) -> tuple[str, Answerer, Callable[[], Coroutine[Any, Any, None]]]:
     """Load a model in this process."""
+    from llava_ray.engine.chat import chat
     from llava_ray.engine.load import load_engine
 
     with notes.status(f"loading {config.path} with the {config.engine} engine"):
         engine = load_engine(config)
 
-    async def answer(request: ChatRequest) -> AsyncGenerator[Chunk]:
-        async with aclosing(engine.stream(_render(request, engine))) as chunks:
-            async for chunk in chunks:
-                yield chunk
+    def answer(request: ChatRequest) -> AsyncGenerator[Chunk]:
+        return chat(engine, request, limits=LimitsConfig())
 
     return config.name, answer, engine.close
-
-
-def _render(request: ChatRequest, engine: "Engine") -> Prompt:
-    from llava_ray import images
-
-    parts = [part for message in request.messages for part in message.parts]
-    pictures = [
-        images.decode(part, limits=LimitsConfig()) for part in parts if isinstance(part, ImagePart)
-    ]
-    text = engine.template.render(request.messages)
-    return Prompt(request.request_id, text, tuple(pictures), request.sampling)
 
 
 def _read_picture(path: Path) -> ImagePart:

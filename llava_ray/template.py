@@ -57,12 +57,13 @@ class Template:
             {"role": message.role, "content": [self._describe(part) for part in message.parts]}
             for message in messages
         ]
+        variables: dict[str, Any] = dict(self.variables)
         try:
             rendered, _ = render_jinja_template(
                 conversations=[conversation],
                 chat_template=self.source,
                 add_generation_prompt=add_generation_prompt,
-                **dict(self.variables),
+                **variables,
             )
         except TemplateError as error:
             raise RequestError(

@@ -344,7 +344,7 @@ def test_a_minute_of_training_lowers_every_stage_s_loss(tokenizer, tmp_path, cap
         reader=tmp_path / "reader.pt", minutes=0.04, threads=1, log_every_s=0,
     )  # fmt: skip
     printed = capsys.readouterr().out
-    for stage, name in (("tower", "loss"), ("reader", "answer"), ("align", "symbol")):
+    for stage, name in (("tower", "loss"), ("reader", "answer"), ("align", "loss")):
         losses = [float(x) for x in re.findall(rf"^{stage} .* {name} ([\d.]+)", printed, re.M)]
         assert losses[-1] < 0.9 * losses[0], stage
 

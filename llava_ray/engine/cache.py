@@ -8,7 +8,6 @@ the cache and are read in place.
 Shapes: B sequences, T tokens of the step, S tokens that a sequence attends to, N places in the
 cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head size.
 """
-# ruff: noqa: N803 (tensors carry their shape as a suffix)
 
 import itertools
 import math

@@ -6,7 +6,7 @@ the application's shell, and for measuring what everything around an engine cost
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ContextLengthError, EngineError
@@ -29,7 +29,7 @@ class EchoEngine:
         self._running: dict[str, int] = {}  # request -> tokens that it holds
         self._is_closed = False
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)

@@ -1,6 +1,6 @@
 """The seam between serving or evaluation and whatever computes the answer."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from llava_ray.template import Template
@@ -18,7 +18,7 @@ class Engine(Protocol):
 
     template: Template
 
-    def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+    def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; the last chunk alone has a `finish_reason`.
 
         Closing the iterator (or cancelling the task that reads it) aborts the request and frees

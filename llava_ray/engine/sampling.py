@@ -2,7 +2,6 @@
 
 Shapes: B sequences, V vocabulary.
 """
-# ruff: noqa: N803 (tensors carry their shape as a suffix)
 
 from collections.abc import Sequence as Many
 

@@ -7,7 +7,7 @@ chunks, back in the event loop of whoever reads the stream.
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 
 import torch
@@ -99,7 +99,7 @@ class TorchEngine:
             max_batch_size=config.max_batch_size,
         )
 
-    async def stream(self, prompt: Prompt) -> AsyncIterator[Chunk]:
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         here = asyncio.get_running_loop()
         sequence = await here.run_in_executor(self._encoder, self._encode, prompt)

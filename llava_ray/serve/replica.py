@@ -1,18 +1,17 @@
 """One replica of one model: the worker that Ray Serve starts, watches and multiplies.
 
-ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk, streamed.
+What it does with a request is `engine/chat.py`.
 """
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
-from llava_ray import images
 from llava_ray.config import LimitsConfig, ModelConfig
+from llava_ray.engine.chat import chat
 from llava_ray.serve import console
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Prompt, TextPart
+from llava_ray.types import ChatRequest, Chunk, Message, TextPart
 
 DECODES_AT_ONCE = 2
 """Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
@@ -31,16 +30,15 @@ class Replica:
         started = time.monotonic()
         self._engine = load_engine(model)
         self._limits = limits
-        self._renderer = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="render")
+        self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
-        loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._renderer, self._render, request)
-        async with aclosing(self._engine.stream(prompt)) as chunks:
+        answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
+        async with aclosing(answer) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -55,13 +53,3 @@ class Replica:
         # Serve awaits this when it retires a replica; the constructor may have failed.
         if engine := getattr(self, "_engine", None):
             await engine.close()
-
-    def _render(self, request: ChatRequest) -> Prompt:
-        pictures = [
-            images.decode(part.data, limits=self._limits, param=part.param)
-            for message in request.messages
-            for part in message.parts
-            if isinstance(part, ImagePart)
-        ]
-        text = self._engine.template.render(request.messages)
-        return Prompt(request.request_id, text, tuple(pictures), request.sampling)
