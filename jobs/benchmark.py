@@ -53,7 +53,8 @@ class Figures:
     tokens_per_s: float
     ttft_p50_s: float
     ttft_p95_s: float
-    itl_p50_ms: float
+    itl_p50_ms: float  # between two arrivals of text
+    tpot_p50_ms: float  # a token, once the first has come
     latency_p50_s: float
 
 
@@ -105,6 +106,14 @@ async def measure(system: str, ask: Ask, *, clients: int, requests: int, size: i
         ttft_p50_s=round(statistics.median(first), 3),
         ttft_p95_s=round(first[int(0.95 * (len(first) - 1))], 3),
         itl_p50_ms=round(1000 * statistics.median(gaps), 1) if gaps else 0.0,
+        tpot_p50_ms=round(
+            1000
+            * statistics.median(
+                (timing.total_s - timing.token_times_s[0]) / max(1, timing.num_tokens - 1)
+                for timing in timings
+            ),
+            1,
+        ),
         latency_p50_s=round(statistics.median(timing.total_s for timing in timings), 3),
     )
 
@@ -149,18 +158,19 @@ def ask_over_http(base_url: str, model: str, *, max_tokens: int) -> Ask:
     return ask
 
 
-def ask_a_generate_each(path: Path, *, max_tokens: int, at_once: int = 5) -> Ask:
+def ask_a_generate_each(path: Path, *, dtype: str, max_tokens: int, at_once: int = 5) -> Ask:
     """LLaVA's model worker without its HTTP: a thread and a `generate` for each request.
 
     At most `at_once` run together (`--limit-model-concurrency`, 5 in LLaVA); nothing is batched.
-    Called in this process, it saves what HTTP costs, which is to its advantage.
+    LLaVA's computes in float16. Called in this process, it saves what HTTP costs, which is to its
+    advantage.
     """
     import torch
     from transformers.generation.streamers import BaseStreamer
 
     from llava_ray.model.core import load_model
 
-    core = load_model(str(path), dtype="bfloat16")
+    core = load_model(str(path), dtype=dtype)
     free = asyncio.Semaphore(at_once)
 
     class Arrivals(BaseStreamer):
@@ -241,7 +251,7 @@ def benchmark_serve(
     ] = "103m",
     clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,8,32",
     max_tokens: Annotated[int, typer.Option(help="New tokens of each answer.")] = 64,
-    requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 3,
+    requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 2,
     image_size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
     system: Annotated[
         Literal["both", "llava_ray", "generate"], typer.Option(help="What is measured.")
@@ -268,7 +278,9 @@ def benchmark_serve(
                 rows.append(row)
 
         if system in ("both", "generate"):
-            asyncio.run(run("generate each", ask_a_generate_each(path, max_tokens=max_tokens)))
+            for dtype in ("float16", "bfloat16"):
+                ask = ask_a_generate_each(path, dtype=dtype, max_tokens=max_tokens)
+                asyncio.run(run(f"generate each, {dtype}", ask))
         if system in ("both", "llava_ray"):
             url = serve_here(path)
             asyncio.run(run("llava_ray", ask_over_http(url, "benchmark", max_tokens=max_tokens)))

@@ -63,6 +63,12 @@ class ModelConfig(Section):
         ge=64,
         description="Size of the key-value cache in tokens, over all requests.",
     )
+    messages_per_s: int = Field(
+        default=100,
+        ge=1,
+        description="Pieces of answers that a replica sends each second, over all its streams; "
+        "tokens in between are joined. Each piece costs about 1 ms of CPU on its way through Ray.",
+    )
     num_cpus: float = Field(
         default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."
     )

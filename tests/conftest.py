@@ -42,7 +42,10 @@ def served() -> Iterator[str]:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     names = ("echo", "other")
-    models = [ModelConfig(path=name, engine="echo", num_cpus=0.1) for name in names]
+    models = [
+        ModelConfig(path=name, engine="echo", num_cpus=0.1, messages_per_s=100_000)
+        for name in names
+    ]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

@@ -24,16 +24,12 @@ def test_the_first_two_commands_are_one_line_each() -> None:
 def test_the_tree_is_the_tree() -> None:
     (tree,) = code_blocks("text")
     named = set()
-    folder = ""
     for line in tree.splitlines():
-        indent = len(line) - len(line.lstrip())
-        name = line.split()[0] if line.strip() else ""
-        if name.endswith("/"):
-            folder = name
-        for word in re.split(r"  +", line.strip())[0].split():
-            path = word if indent == 0 or word == folder else folder + word
-            named.add(path.rstrip("/"))
-            assert (ROOT / path).exists(), f"the README names {path}, which does not exist"
+        path = line.split()[0]
+        if line.startswith(" "):
+            path = f"llava_ray/{path}"
+        assert (ROOT / path).exists(), f"the README names {path}, which does not exist"
+        named.add(path.rstrip("/"))
     package = {path.parent.relative_to(ROOT).as_posix() for path in ROOT.glob("llava_ray/*/*.py")}
     assert package <= named, f"the README's tree lacks {sorted(package - named)}"
 

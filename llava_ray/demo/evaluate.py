@@ -13,6 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -113,7 +114,7 @@ class Answerer:
 
     def __init__(self, model_dir: Path | str) -> None:
         self._processor = AutoProcessor.from_pretrained(model_dir)
-        self._model = LlavaForConditionalGeneration.from_pretrained(model_dir).eval()
+        self._model: Any = LlavaForConditionalGeneration.from_pretrained(model_dir).eval()
 
     @torch.inference_mode()
     def answer(self, cases: Sequence[Case], *, is_blind: bool = False) -> list[str]:

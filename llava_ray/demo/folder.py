@@ -98,11 +98,9 @@ def _write_config(folder: Path, model: LlavaForConditionalGeneration) -> None:
     config["text_config"]["architectures"] = ["LlamaForCausalLM"]
     config["image_token_index"] = model.config.image_token_id
     _write_json(folder / "config.json", config)
-    text = model.config.text_config
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     GenerationConfig(
-        bos_token_id=text.bos_token_id,
-        eos_token_id=text.eos_token_id,
-        pad_token_id=text.pad_token_id,
+        **{token: config["text_config"][token] for token in tokens},
         max_new_tokens=96,
         do_sample=False,
     ).save_pretrained(folder)

@@ -43,6 +43,7 @@ class Encoded(NamedTuple):
     labels: list[int]
     positions: list[int]
     turns: list[int]  # which turn's answer a token belongs to, or -1
+    blocks: list[int]  # 0 what every turn sees, n what only turn n sees
     kinds: list[str]  # of the turns
     references: list[tuple[int, tuple[int, ...]]]  # token, and what a phrase that ends there means
     pictures: list[scenes.Scene]
@@ -55,9 +56,10 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B, T], IGNORED but for answers
     positions: torch.Tensor  # [B, T]
     turns: torch.Tensor  # [B, T], counted through the batch
+    blocks: torch.Tensor  # [B, T]; a token sees block 0 and its own
     kinds: list[str]
     references: torch.Tensor  # [R, 2], row and token of the end of every phrase
-    aspects: torch.Tensor  # [R, A], what it means
+    aspects: torch.Tensor  # [R, A], what it means: ASPECTS, then ORDERS
     pictures: list[scenes.Scene]
 
 
@@ -93,6 +95,12 @@ def train_tokenizer(seed: int = 0, *, num_conversations: int = 6000) -> PreTrain
     )
 
 
+def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    index = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(index, int)
+    return index
+
+
 def _corpus(rng: random.Random, num_conversations: int) -> Iterator[str]:
     """Everyday conversations, and every word that a picture is spelled with many times over."""
     for _ in range(num_conversations):
@@ -117,7 +125,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
         self._tokenizer, self._rng = tokenizer, rng
         self._skipped = 0
-        self._image = tokenizer.convert_tokens_to_ids(IMAGE)
+        self._image = token_id(tokenizer, IMAGE)
 
     def encode(
         self, turns: Sequence[questions.Turn], *, is_strict: bool = False, has_gaps: bool = False
@@ -131,7 +139,7 @@ class Encoder:
         start = BOS if is_strict or rng.random() < 0.85 else ""
         system = f"{talk.system_prompt(rng)} " if not is_strict and rng.random() < 0.04 else ""
         has_gaps = has_gaps and rng.random() < 0.3
-        encoded = Encoded([], [], [], [], [turn.kind for turn in turns], [], [])
+        encoded = Encoded([], [], [], [], [], [turn.kind for turn in turns], [], [])
         self._add(encoded, f"{start}{system}")
         scene = None
         for index, turn in enumerate(turns):
@@ -148,8 +156,33 @@ class Encoder:
         self._skipped = 0
         return encoded
 
+    def encode_apart(self, turns: Sequence[questions.Turn]) -> Encoded:
+        """Questions about one picture as if each were the first: none sees another.
+
+        What was said before tells much of what is in a picture, and a model that may read it
+        there learns to look at the picture only slowly.
+        """
+        scene = turns[0].picture
+        assert scene, "turns apart are about one picture"
+        encoded = Encoded([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
+        self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
+        shared = len(encoded.ids)
+        for index, turn in enumerate(turns):
+            self._skipped = shared - len(encoded.ids)
+            text = f"{turn.question} ASSISTANT:"
+            self._add(encoded, text, scene=scene, block=index + 1)
+            self._add(encoded, f" {turn.answer}{EOS}", turn=index, block=index + 1)
+        self._skipped = 0
+        return encoded
+
     def _add(
-        self, encoded: Encoded, text: str, *, turn: int = -1, scene: scenes.Scene | None = None
+        self,
+        encoded: Encoded,
+        text: str,
+        *,
+        turn: int = -1,
+        scene: scenes.Scene | None = None,
+        block: int = 0,
     ) -> None:
         """Add a piece of text: the answer of a turn, or what comes before one."""
         tokens = self._tokenizer(text, add_special_tokens=False)
@@ -161,10 +194,11 @@ class Encoder:
             encoded.ids.extend([token] * copies)
             encoded.labels.extend([token if turn >= 0 else IGNORED] * copies)
             encoded.turns.extend([turn] * copies)
+            encoded.blocks.extend([block] * copies)
             ends.append(len(encoded.ids) - 1)
         for reference in references.find_references(text, scene) if scene else ():
             token = tokens.char_to_token(reference.end - 1)
-            encoded.references.append((ends[token], reference.aspects))
+            encoded.references.append((ends[token], (*reference.aspects, *reference.orders)))
 
 
 def collate(batch: Sequence[Encoded], pad: int) -> Batch:
@@ -185,8 +219,11 @@ def collate(batch: Sequence[Encoded], pad: int) -> Batch:
         padded([one.labels for one in batch], IGNORED),
         padded([one.positions for one in batch], 0),
         padded(turns, -1),
+        padded([one.blocks for one in batch], 0),
         [kind for one in batch for kind in one.kinds],
         torch.tensor([(row, token) for row, token, _ in found]).reshape(-1, 2),
-        torch.tensor([aspects for *_, aspects in found]).reshape(-1, len(references.ASPECTS)),
+        torch.tensor([aspects for *_, aspects in found]).reshape(
+            -1, len(references.ASPECTS) + len(references.ORDERS)
+        ),
         [picture for one in batch for picture in one.pictures],
     )

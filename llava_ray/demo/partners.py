@@ -13,10 +13,9 @@ from torch import distributed, multiprocessing, nn
 
 def run_together(function: Callable[..., None], *args: Any, partners: int, **options: Any) -> None:
     """Call `function(*args, **options)` in `partners` processes that can average gradients."""
-    with tempfile.NamedTemporaryFile() as meeting:
-        multiprocessing.spawn(
-            _join, (partners, meeting.name, function, args, options), nprocs=partners
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        meeting = f"{folder}/meeting"
+        multiprocessing.spawn(_join, (partners, meeting, function, args, options), nprocs=partners)
 
 
 def _join(

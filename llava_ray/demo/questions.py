@@ -20,8 +20,11 @@ CELLS = tuple(
     for row in ROWS
     for column in COLUMNS
 )
-_PLURALS = {"mouse": "mice", "fish": "fish", "butterfly": "butterflies", "octopus": "octopuses",
-            "strawberry": "strawberries", "bus": "buses", "food": "food items"}  # fmt: skip
+_PLURALS = {
+    "mouse": "mice", "fish": "fish", "butterfly": "butterflies", "octopus": "octopuses",
+    "fox": "foxes", "strawberry": "strawberries", "tomato": "tomatoes", "bus": "buses",
+    "wrench": "wrenches", "paintbrush": "paintbrushes", "food": "food items",
+}  # fmt: skip
 _RELATIONS = {
     "left of": ("left of", "to the left of", "on the left of"),
     "right of": ("right of", "to the right of", "on the right of"),
@@ -630,22 +633,24 @@ def _ask_anything(asker: Asker) -> Question:
 Ask = Callable[[Asker], Question | None]
 QUESTIONS: dict[str, tuple[tuple[Ask, float], ...]] = {
     "existence": ((_ask_exists_shape, 3), (_ask_exists_thing, 3), (_ask_exists_category, 1),
-                  (_ask_exists_number, 1), (_ask_exists_at, 2)),
+                  (_ask_exists_number, 1), (_ask_exists_at, 3)),
     "colour": ((_ask_colour, 3), (_ask_colour_at, 1), (_ask_is_colour, 1)),
     "shape": ((_ask_shape, 1),),
-    "things": ((_ask_what_at, 2), (_ask_which_things, 1), (_ask_which_is_it, 1)),
+    "things": ((_ask_what_at, 3), (_ask_which_things, 1), (_ask_which_is_it, 1)),
     "counting": ((_ask_count_all, 1), (_ask_count, 3)),
-    "position": ((_ask_where, 1), (_ask_relation, 2.5)),
-    "comparison": ((_ask_which_larger, 2), (_ask_is_larger, 2), (_ask_largest, 1),
+    "position": ((_ask_where, 1), (_ask_relation, 4)),
+    "comparison": ((_ask_which_larger, 3), (_ask_is_larger, 3), (_ask_largest, 1),
                    (_ask_size, 0.6)),
     "number": ((_ask_number, 1),),
     "description": ((_ask_description, 1),),
     "absent": ((_ask_absent, 3), (_ask_unclear, 2), (_ask_thing_colour, 1)),
     "talk": ((_ask_anything, 1),),
 }  # fmt: skip
-WEIGHTS = {"existence": 5.0, "colour": 2.5, "shape": 1.5, "things": 3.0, "counting": 4.0,
-           "position": 5.0, "comparison": 4.0, "number": 12.0, "description": 1.0, "absent": 2.0,
-           "talk": 0.7}  # fmt: skip
+WEIGHTS = {
+    "existence": 4.0, "colour": 2.0, "shape": 1.5, "things": 4.5, "counting": 3.5,
+    "position": 8.0, "comparison": 8.0, "number": 5.0, "description": 0.4, "absent": 1.5,
+    "talk": 0.4,
+}  # fmt: skip
 
 
 def ask(kind: str, asker: Asker, *, tries: int = 8) -> Question | None:
@@ -676,10 +681,12 @@ def make_conversation(
     num_turns: int,
     weights: dict[str, float] | None = None,
     spare_held_out: bool = True,
+    follow_ups: bool = True,
 ) -> list[Turn]:
     """Turns about pictures that come one after the other, each question about the latest.
 
-    Without a picture, whatever is asked about one is answered by saying that there is none.
+    With `follow_ups`, some questions say "it" of what the one before was about. Without a picture,
+    whatever is asked about one is answered by saying that there is none.
     """
     weights = weights or WEIGHTS
     arrivals = {0: 0} | {
@@ -696,7 +703,7 @@ def make_conversation(
             asker, about = Asker(picture, rng, spare_held_out), None
         kind = rng.choices(tuple(weights), tuple(weights.values()))[0]
         question = ask(kind, asker)
-        if about and not picture and rng.random() < 0.12:
+        if follow_ups and about and not picture and rng.random() < 0.12:
             kind, question = _ask_about(about, rng) or (kind, question)
         if question is None:
             continue

@@ -11,7 +11,7 @@ Shapes: B conversations, T tokens, P patches a picture, F fields, D hidden, V vo
 
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_ray.demo import language, partners, questions, references, scenes, symbols
-from llava_ray.demo.pace import Clock, Log, rate_at, save_atomically
+from llava_ray.demo.pace import Stage, resume
 
 BATCH = 8
 RATE = 3e-4  # at 1e-3 it learns to look up, but stays unsure
-FOUND_AFTER = 4  # layers, of six
+FOUND_AFTER = 3  # layers, of six
+COMPARED_AFTER = 5
 PHRASE_SHARE = 0.5  # of the phrases' loss beside the answers'
 WORD_SPREAD = 0.12  # of the embeddings at first: words start out far apart and stay so
 
@@ -40,17 +41,21 @@ def build_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
         max_position_embeddings=language.CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=language.token_id(tokenizer, language.BOS),
+        eos_token_id=language.token_id(tokenizer, language.EOS),
+        pad_token_id=language.token_id(tokenizer, language.PAD),
     )
     model = LlamaForCausalLM(config)
-    nn.init.normal_(model.get_input_embeddings().weight, std=WORD_SPREAD)
+    nn.init.normal_(model.model.embed_tokens.weight, std=WORD_SPREAD)
     return model
 
 
 class Speller(nn.Module):
     """Symbols as vectors: the embeddings of their words, and what is learned beside them."""
+
+    _words_of: torch.Tensor
+    _tens_of: torch.Tensor
+    _starts: torch.Tensor
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, words: nn.Embedding) -> None:
         super().__init__()
@@ -70,7 +75,7 @@ class Speller(nn.Module):
         widths = [*symbols.WIDTHS, len(scenes.ROWS), len(scenes.COLUMNS)]
         self.register_buffer("_starts", torch.tensor([0, *widths[:-1]]).cumsum(0))
 
-    def forward(self, values_BPF: torch.Tensor) -> torch.Tensor:  # noqa: N803
+    def forward(self, values_BPF: torch.Tensor) -> torch.Tensor:
         """Vectors of patches, [B, P, D]."""
         words = self._words[0].weight
         tens = words.roll(1, dims=-1)  # the same digits in another place are other vectors
@@ -92,41 +97,47 @@ class Course(NamedTuple):
 
     max_items: int
     pictures: tuple[float, float, float]  # odds of none, one, two in a conversation
+    apart: float  # odds that a picture's turns do not see one another
     has_gaps: bool  # between turns, for the distances of long conversations
 
 
 def course(progress: float) -> Course:
     """Few items and one picture at first."""
     if progress < 0.1:
-        return Course(2, (0.03, 0.97, 0), has_gaps=False)
+        return Course(2, (0.03, 0.97, 0), apart=0.9, has_gaps=False)
     if progress < 0.2:
-        return Course(3, (0.03, 0.97, 0), has_gaps=False)
+        return Course(3, (0.03, 0.97, 0), apart=0.9, has_gaps=False)
     if progress < 0.7:
-        return Course(5, (0.03, 0.97, 0), has_gaps=False)
-    return Course(5, (0.06, 0.82, 0.12), has_gaps=True)
+        return Course(5, (0.03, 0.97, 0), apart=0.9, has_gaps=False)
+    return Course(5, (0.06, 0.82, 0.12), apart=0.6, has_gaps=True)
 
 
 def make_batches(
     tokenizer: PreTrainedTokenizerFast,
     rng: random.Random,
-    clock: Clock,
+    stage: Stage,
     *,
     is_easy_first: bool = True,
 ) -> Iterator[language.Batch]:
-    """Conversations of about the same length without end, the harder ones later."""
+    """Conversations of about the same length while the stage lasts, the harder ones later."""
     encoder = language.Encoder(tokenizer, rng)
-    pad = tokenizer.pad_token_id
-    while True:
-        now = course(max(clock.progress, 0.0 if is_easy_first else 0.2))
+    pad = language.token_id(tokenizer, language.PAD)
+    while not stage.is_over:
+        now = course(max(stage.progress, 0.0 if is_easy_first else 0.2))
         batch = []
         for _ in range(BATCH):
             count = rng.choices((0, 1, 2), now.pictures)[0]
             limit = 5 if rng.random() < 0.5 else rng.randint(1, 5)
             shown = [_make_scene(rng, min(limit, now.max_items)) for _ in range(count)]
+            is_apart = count == 1 and rng.random() < now.apart
             turns = questions.make_conversation(
-                rng, shown, num_turns=rng.randint(9, 12) - 2 * count
+                rng, shown, num_turns=rng.randint(9, 12) - 2 * count, follow_ups=not is_apart
             )
-            batch.append(encoder.encode(turns, has_gaps=now.has_gaps))
+            batch.append(
+                encoder.encode_apart(turns)
+                if is_apart
+                else encoder.encode(turns, has_gaps=now.has_gaps)
+            )
         yield language.collate(batch, pad)
 
 
@@ -134,24 +145,43 @@ def _make_scene(rng: random.Random, max_items: int) -> scenes.Scene:
     return scenes.make_scene(rng, num_items=rng.randint(1, max_items))
 
 
+def _mask(blocks_BT: torch.Tensor) -> torch.Tensor:
+    """What may be seen: [B, 1, T, T], or ones [B, T] where it is all that went before.
+
+    Never None: transformers would take gaps in the positions for packed sequences.
+    """
+    if not blocks_BT.any():
+        return torch.ones_like(blocks_BT)
+    seen, seer = blocks_BT.unsqueeze(1), blocks_BT.unsqueeze(2)
+    return torch.logical_or(seen == 0, seen == seer).tril().unsqueeze(1)
+
+
 class Finder(nn.Module):
-    """Says from a middle layer what phrases refer to; thrown away after training."""
+    """Says what phrases refer to and, some layers later, how two of them compare.
+
+    Thrown away after training.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.heads = nn.Linear(width, sum(references.ASPECTS.values()))
+        self.orders = nn.Linear(width, sum(references.ORDERS.values()))
 
-    def loss(self, hidden_BTD: torch.Tensor, batch: language.Batch) -> torch.Tensor:  # noqa: N803
-        """The sum of what is lost on every aspect, for phrases that a picture gives a meaning."""
+    def loss(self, hidden: tuple[torch.Tensor, ...], batch: language.Batch) -> torch.Tensor:
+        """The sum of what is lost on every aspect; `hidden` [B, T, D] of every layer."""
         rows, tokens = batch.references.unbind(-1)
-        logits = self.heads(hidden_BTD[rows, tokens]).float()
-        per_aspect = logits.split(tuple(references.ASPECTS.values()), -1)
+        aspects = self.heads(hidden[FOUND_AFTER][rows, tokens]).float()
+        orders = self.orders(hidden[COMPARED_AFTER][rows, tokens]).float()
+        logits = (
+            *aspects.split(tuple(references.ASPECTS.values()), -1),
+            *orders.split(tuple(references.ORDERS.values()), -1),
+        )
         losses = [
             F.cross_entropy(aspect, batch.aspects[:, index], ignore_index=references.IGNORED)
-            for index, aspect in enumerate(per_aspect)
+            for index, aspect in enumerate(logits)
             if (batch.aspects[:, index] != references.IGNORED).any()
         ]
-        return torch.stack(losses).sum() if losses else hidden_BTD.new_zeros(())
+        return torch.stack(losses).sum() if losses else aspects.new_zeros(())
 
 
 class Losses(NamedTuple):
@@ -162,44 +192,47 @@ class Losses(NamedTuple):
     exact: dict[str, float]
 
 
-def compute_losses(
-    model: LlamaForCausalLM,
-    finder: Finder,
-    batch: language.Batch,
-    features: torch.Tensor,
-    image_token: int,
-) -> Losses:
-    """Losses of a batch, `features` [N, P, D] in place of its image tokens.
+class Reader(nn.Module):
+    """A language model and what it is taught with: a speller and a finder."""
 
-    A token of a long answer weighs less, so that descriptions do not drown the one word that
-    answers most questions.
-    """
-    embeddings = model.get_input_embeddings()(batch.ids)
-    is_image = (batch.ids == image_token).unsqueeze(-1)
-    embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
-    # A mask of ones, since gaps in the positions would else be taken for packed sequences.
-    output = model.model(
-        inputs_embeds=embeddings,
-        position_ids=batch.positions,
-        attention_mask=torch.ones_like(batch.ids),
-        use_cache=False,
-        output_hidden_states=True,
-    )
-    hidden = output.last_hidden_state
-    phrase = finder.loss(output.hidden_states[FOUND_AFTER], batch)
-    is_answer = batch.labels[:, 1:] != language.IGNORED
-    labels, turns = batch.labels[:, 1:][is_answer], batch.turns[:, 1:][is_answer]
-    logits = model.lm_head(hidden[:, :-1][is_answer]).float()
-    num_wrong = torch.zeros(len(batch.kinds)).index_add_(
-        0, turns, (logits.argmax(-1) != labels).float()
-    )
-    exact = defaultdict(list)
-    for kind, wrong in zip(batch.kinds, num_wrong.tolist(), strict=True):
-        exact[kind].append(float(wrong == 0))
-    weights = turns.bincount()[turns].rsqrt()
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    means = {kind: sum(marks) / len(marks) for kind, marks in exact.items()}
-    return Losses((losses * weights).sum() / weights.sum(), phrase, means)
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        super().__init__()
+        self.model = build_language_model(tokenizer)
+        self.speller = Speller(tokenizer, self.model.model.embed_tokens)
+        self.finder = Finder(self.model.config.hidden_size)
+        self._image_token = language.token_id(tokenizer, language.IMAGE)
+
+    def losses(self, batch: language.Batch, features: torch.Tensor) -> Losses:
+        """Losses of a batch, `features` [N, P, D] in place of its image tokens.
+
+        A token of a long answer weighs less, so that descriptions do not drown the one word that
+        answers most questions.
+        """
+        embeddings = self.model.get_input_embeddings()(batch.ids)
+        is_image = (batch.ids == self._image_token).unsqueeze(-1)
+        embeddings = embeddings.masked_scatter(is_image, features.to(embeddings.dtype))
+        output = self.model.model(
+            inputs_embeds=embeddings,
+            position_ids=batch.positions,
+            attention_mask=_mask(batch.blocks),
+            use_cache=False,
+            output_hidden_states=True,
+        )
+        hidden = output.last_hidden_state
+        phrase = self.finder.loss(output.hidden_states, batch)
+        is_answer = batch.labels[:, 1:] != language.IGNORED
+        labels, turns = batch.labels[:, 1:][is_answer], batch.turns[:, 1:][is_answer]
+        logits = self.model.lm_head(hidden[:, :-1][is_answer]).float()
+        num_wrong = torch.zeros(len(batch.kinds)).index_add_(
+            0, turns, (logits.argmax(-1) != labels).float()
+        )
+        exact = defaultdict(list)
+        for kind, wrong in zip(batch.kinds, num_wrong.tolist(), strict=True):
+            exact[kind].append(float(wrong == 0))
+        weights = turns.bincount()[turns].rsqrt()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        means = {kind: sum(marks) / len(marks) for kind, marks in exact.items()}
+        return Losses((losses * weights).sum() / weights.sum(), phrase, means)
 
 
 def train_reader(
@@ -215,41 +248,21 @@ def train_reader(
     """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    rng = random.Random(f"reader {seed} {partners.rank()}")
-    model = build_language_model(tokenizer)
-    speller = Speller(tokenizer, model.get_input_embeddings())
-    finder = Finder(model.config.hidden_size)
-    modules = nn.ModuleDict({"model": model, "speller": speller, "finder": finder})
-    if checkpoint.exists():
-        modules.load_state_dict(torch.load(checkpoint)["modules"])
-    parameters = list(modules.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters, lr=rate, betas=(0.9, 0.98), weight_decay=0.02, fused=True
+    reader = Reader(tokenizer)
+    resume(reader, checkpoint)
+    stage = Stage(
+        "reader",
+        reader,
+        checkpoint,
+        minutes=minutes,
+        rate=rate,
+        threads=threads,
+        log_every_s=log_every_s,
     )
-
-    clock, log = Clock(minutes, threads), Log("reader", every_s=log_every_s)
-    image_token = tokenizer.convert_tokens_to_ids(language.IMAGE)
-    saved = 0.0
-    for batch in make_batches(tokenizer, rng, clock):
+    rng = random.Random(f"reader {seed} {partners.rank()}")
+    for batch in make_batches(tokenizer, rng, stage):
         with torch.autocast("cpu", torch.bfloat16):
-            features = speller(symbols.spell_patches(batch.pictures))
-            answer, phrase, exact = compute_losses(model, finder, batch, features, image_token)
-        (answer + PHRASE_SHARE * phrase).backward()
-        progress = partners.average_gradients(parameters, clock.progress)
-        step(optimizer, parameters, rate_at(progress, rate))
-        log(clock, answer=answer.item(), phrase=phrase.item(), **exact)
-        is_over = progress >= 1
-        if partners.rank() == 0 and (is_over or clock.minutes_spent > saved + 2):
-            saved = clock.minutes_spent
-            save_atomically(checkpoint, modules=modules.state_dict())
-        if is_over:
-            return
-
-
-def step(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
-    """One step at a rate, of which every group of parameters takes its share."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("share", 1.0)
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
+            features = reader.speller(symbols.spell_patches(batch.pictures))
+            answer, phrase, exact = reader.losses(batch, features)
+        loss = answer + PHRASE_SHARE * phrase
+        stage.step(loss, answer=answer.item(), phrase=phrase.item(), **exact)

@@ -1,22 +1,25 @@
 """The recipe of the embedded model, in LLaVA's order, from nothing to a folder of weights.
 
 1. The tower by itself: what is in every patch of painted scenes (the part that CLIP plays).
-2. At the same time the language model by itself: conversations about pictures spelled in symbols
-   (the part that Vicuna plays; a language model that can look things up).
+2. The language model by itself: conversations about pictures spelled in symbols (the part that
+   Vicuna plays; a language model that can look things up).
 3. The projector: tower and language model at rest.
-4. All together, the tower slowly.
+4. Projector and language model together on painted pictures.
 """
 
-import multiprocessing
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
 from llava_ray.demo import folder, joined, language, partners, reader, tower
+from llava_ray.demo.pace import resume
 
-BUDGET_MINUTES = 75.0
-SHARES = {"tower": 0.25, "reader": 0.56, "align": 0.04, "joint": 0.40}  # tower beside reader
+BUDGET_MINUTES = 120.0
+SHARES = {"tower": 0.08, "reader": 0.41, "align": 0.01, "joint": 0.50}
+STAGES = tuple(SHARES)
 
 
 def train(
@@ -26,73 +29,50 @@ def train(
     seed: int = 0,
     threads: int = 2,
     work_dir: Path | str | None = None,
+    stages: Sequence[str] = STAGES,
 ) -> Path:
-    """Train the model from nothing on the CPU and write it to `output_dir`.
+    """Train the model on the CPU and write it to `output_dir`.
 
-    Stages stop by the CPU time they had, about `budget_minutes` in all on two free cores. Their
-    checkpoints go to `work_dir`; a stage whose checkpoint is there is trained on from it.
+    Stages stop by the CPU time that they had: all four take `budget_minutes` if `threads` cores
+    are free. Their checkpoints go to `work_dir`, and one that is there is trained on. `stages`
+    leaves out some, whose checkpoints must be there: `stages=("joint",)` goes on with the last.
     """
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(work_dir or scratch)
         work.mkdir(parents=True, exist_ok=True)
-        minutes = {stage: share * budget_minutes for stage, share in SHARES.items()}
-        tokenizer = language.train_tokenizer(seed)
-        _train_parts(work, tokenizer, minutes, seed)
-        model = _join(work, tokenizer, minutes, seed, threads)
-        folder.write_folder(Path(output_dir), model.to_llava(tokenizer), tokenizer)
+        tokenizer = load_tokenizer(work / "tokenizer")
+
+        def run(stage: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
+            if stage in stages:
+                options |= {"minutes": SHARES[stage] * budget_minutes, "seed": seed}
+                path = work / f"{stage}.pt"
+                partners.run_together(function, path, *args, partners=threads, **options)
+
+        run("tower", tower.train_tower)
+        run("reader", reader.train_reader, tokenizer)
+        neighbours = {"tower": work / "tower.pt", "reader": work / "reader.pt"}
+        run("align", joined.align_projector, tokenizer, **neighbours)
+        _start_from(work / "align.pt", work / "joint.pt")
+        run("joint", joined.train_joined, tokenizer)
+        write_model(work / "joint.pt", Path(output_dir), tokenizer)
     return Path(output_dir)
 
 
-def _train_parts(
-    work: Path, tokenizer: PreTrainedTokenizerFast, minutes: dict[str, float], seed: int
-) -> None:
-    """Stages one and two, a process and a core each."""
-    context = multiprocessing.get_context("spawn")
-    parts = [
-        context.Process(
-            target=tower.train_tower,
-            args=(work / "tower.pt",),
-            kwargs={"minutes": minutes["tower"], "seed": seed},
-        ),
-        context.Process(
-            target=reader.train_reader,
-            args=(work / "reader.pt", tokenizer),
-            kwargs={"minutes": minutes["reader"], "seed": seed},
-        ),
-    ]
-    for part in parts:
-        part.start()
-    for part in parts:
-        part.join()
-    assert not any(part.exitcode for part in parts), "a stage failed; its traceback is above"
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of earlier stages, or a new one, which is kept for later ones."""
+    if not path.exists():
+        language.train_tokenizer().save_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
 
 
-def _join(
-    work: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    minutes: dict[str, float],
-    seed: int,
-    cores: int,
-) -> joined.Joined:
-    """Stages three and four."""
-    checkpoint = work / "joined.pt"
-    if not checkpoint.exists():
-        joined.align_projector(
-            checkpoint,
-            tokenizer,
-            tower=work / "tower.pt",
-            reader=work / "reader.pt",
-            minutes=minutes["align"],
-            seed=seed,
-            threads=cores,
-        )
-    partners.run_together(
-        joined.train_joined,
-        checkpoint,
-        tokenizer,
-        partners=cores,
-        minutes=minutes["joint"],
-        seed=seed,
-        threads=1,
-    )
-    return joined.load_joined(checkpoint, tokenizer)
+def _start_from(earlier: Path, later: Path) -> None:
+    """Let a stage begin where the one before it ended, unless it has begun already."""
+    if not later.exists():
+        later.write_bytes(earlier.read_bytes())
+
+
+def write_model(checkpoint: Path, output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the folder of a joint checkpoint."""
+    model = joined.Joined(tokenizer)
+    resume(model, checkpoint)
+    folder.write_folder(output_dir, model.to_llava(tokenizer), tokenizer)

@@ -1,9 +1,9 @@
 """What the phrases of a question refer to: "the red circle", "dogs", "in the top left".
 
 While it learns, the language model has to say at the end of every such phrase how many items are
-meant, and of a single one where it is and all that the tower says of it. Looking up comes early
-that way, and existence, counting, comparing and relations are short steps from it. Only training
-reads this.
+meant, and of a single one where it is and all that the tower says of it; and somewhat later how
+it stands to the one that the phrase before it meant. Looking up and comparing come early that way,
+and most answers are a short step from there. Only training reads this.
 """
 
 import re
@@ -19,6 +19,7 @@ ASPECTS = {
     "column": scenes.GRID,
     **{field: len(values) for field, values in symbols.FIELDS.items()},
 }
+ORDERS = {"columns": 3, "rows": 3, "sizes": 3}  # less, the same, more
 _NOUNS = {
     form: noun
     for noun in (*scenes.SHAPES, *scenes.THINGS, *scenes.CATEGORIES, "shape", "number", "object")
@@ -40,17 +41,41 @@ _COLUMNS = {"center": "middle", "centre": "middle"}
 
 
 class Reference(NamedTuple):
-    """Where in a text a phrase ends, and the index of every aspect of what it means."""
+    """Where in a text a phrase ends, and what it means; what is unknown is IGNORED."""
 
     end: int  # characters
     aspects: tuple[int, ...]
+    orders: tuple[int, ...]  # of the item before, seen from this one
 
 
 def find_references(text: str, scene: scenes.Scene) -> list[Reference]:
-    """Every phrase of a text with what it means in a scene; unknown aspects are IGNORED."""
-    phrases = ((match, _meant(match, scene)) for match in _PHRASE.finditer(text))
-    places = ((match, _placed(match, scene)) for match in _PLACE.finditer(text))
-    return [Reference(match.end(), _aspects(items, scene)) for match, items in (*phrases, *places)]
+    """Every phrase of a text with what it means in a scene."""
+    found, before = [], []
+    for match in _PHRASE.finditer(text):
+        items = _meant(match, scene)
+        found.append(Reference(match.end(), _aspects(items, scene), _orders(before, items)))
+        before = items
+    for match in _PLACE.finditer(text):
+        aspects = _aspects(_placed(match, scene), scene)
+        found.append(Reference(match.end(), aspects, _orders([], [])))
+    return found
+
+
+def _orders(before: list[scenes.Item], items: list[scenes.Item]) -> tuple[int, ...]:
+    if len(before) != 1 or len(items) != 1:
+        return (IGNORED,) * len(ORDERS)
+    (first,), (second,) = before, items
+    sizes = list(scenes.SIZES)
+    has_sizes = first.kind != "number" and second.kind != "number"
+    return (
+        _order(first.column, second.column),
+        _order(first.row, second.row),
+        _order(sizes.index(first.size), sizes.index(second.size)) if has_sizes else IGNORED,
+    )
+
+
+def _order(first: int, second: int) -> int:
+    return (first > second) - (first < second) + 1
 
 
 def _meant(match: re.Match[str], scene: scenes.Scene) -> list[scenes.Item]:

@@ -118,7 +118,9 @@ def make_scene(
         while is_held_out(item.kind, item.name, item.colour, cell) not in allowed:
             item = _make_item(rng, cell, kinds, like if rng.random() < 0.5 else [])
         like.append(item)
-    light = (_light(rng), _light(rng)) if rng.random() < 0.7 else (_light(rng),) * 2
+    is_graded = rng.random() < 0.7
+    first = _light(rng)
+    light = (first, _light(rng) if is_graded else first)
     return Scene(tuple(like), light, rng.randrange(0, 360, 15))
 
 
@@ -181,8 +183,8 @@ def _draw_background(scene: Scene, pixels: int) -> Image.Image:
     first, second = scene.background
     if first == second:
         return Image.new("RGB", (pixels, pixels), first)
-    ends = (Image.new("RGB", (pixels, pixels), end) for end in (first, second))
-    return Image.composite(*ends, _ramp(scene.slope, pixels))
+    start, end = (Image.new("RGB", (pixels, pixels), light) for light in (first, second))
+    return Image.composite(start, end, _ramp(scene.slope, pixels))
 
 
 @cache

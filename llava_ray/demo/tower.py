@@ -5,7 +5,6 @@ projector will read, and are thrown away.
 """
 
 import random
-import time
 from pathlib import Path
 
 import torch
@@ -13,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava_ray.demo import scenes, symbols
-from llava_ray.demo.pace import Clock, Log, rate_at, save_atomically
+from llava_ray.demo import partners, scenes, symbols
+from llava_ray.demo.pace import Stage, resume
 
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
@@ -57,7 +56,7 @@ class Labeller(nn.Module):
         return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
 
 
-def make_batch(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_pictures(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
     counts = rng.choices((1, 3, 5, 7, 9), weights=(1, 1, 2, 2, 10), k=size)
     batch = [scenes.make_scene(rng, num_items=count) for count in counts]
@@ -76,40 +75,38 @@ def train_tower(
     """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    rng = random.Random(seed)
+    rng = random.Random(f"tower {seed} {partners.rank()}")
     model = Labeller()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True
+    resume(model, checkpoint)
+    stage = Stage(
+        "tower",
+        model,
+        checkpoint,
+        minutes=minutes,
+        rate=rate,
+        threads=threads,
+        weight_decay=0.05,
+        log_every_s=log_every_s,
     )
-    if checkpoint.exists():
-        stored = torch.load(checkpoint)
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        rng.seed(f"{seed} {time.time()}")
-    clock, log = Clock(minutes, threads), Log("tower", every_s=log_every_s)
-    saved = 0.0
-    while clock.progress < 1:
-        for group in optimizer.param_groups:
-            group["lr"] = rate_at(clock.progress, rate)
-        pixels, values = make_batch(rng, BATCH)
+    while not stage.is_over:
+        pixels, values = make_pictures(rng, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(pixels)
-        loss = torch.stack(
-            [
-                F.cross_entropy(x.flatten(0, 1), values[..., i].flatten())
-                for i, x in enumerate(logits)
-            ]
-        ).sum()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        wrong = {
-            name: (x.argmax(-1) != values[..., i])[values[..., 0] > 0].float().mean().item()
-            for i, (name, x) in enumerate(zip(symbols.FIELDS, logits, strict=True))
-        }
-        log(clock, loss=loss.item(), **wrong)
-        if clock.minutes_spent > saved + 2:
-            saved = clock.minutes_spent
-            save_atomically(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict())
-    save_atomically(checkpoint, model=model.state_dict(), optimizer=optimizer.state_dict())
+        stage.step(_label_loss(logits, values), **_error_rates(logits, values))
+
+
+def _label_loss(logits: list[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    losses = (
+        F.cross_entropy(field.flatten(0, 1), values[..., index].flatten())
+        for index, field in enumerate(logits)
+    )
+    return torch.stack(list(losses)).sum()
+
+
+def _error_rates(logits: list[torch.Tensor], values: torch.Tensor) -> dict[str, float]:
+    """The share of wrong labels of every field, among patches that show something."""
+    is_item = values[..., 0] > 0
+    return {
+        name: (field.argmax(-1) != values[..., index])[is_item].float().mean().item()
+        for index, (name, field) in enumerate(zip(symbols.FIELDS, logits, strict=True))
+    }

@@ -1,5 +1,7 @@
 """Configuration -> a running engine: the one place that knows which engines there are."""
 
+import os
+
 from llava_ray.config import ModelConfig
 from llava_ray.engine.protocol import Engine
 from llava_ray.errors import ConfigError
@@ -19,6 +21,9 @@ def load_engine(config: ModelConfig) -> Engine:
 
             return EchoEngine()
         case "torch":
+            # OpenMP reads it when torch is loaded; Ray has set it to the actor's num_cpus.
+            num_threads = config.num_threads or len(os.sched_getaffinity(0))
+            os.environ["OMP_NUM_THREADS"] = str(num_threads)
             from llava_ray.engine.torch_engine import TorchEngine
 
             return TorchEngine.load(config)

@@ -30,17 +30,33 @@ class Replica:
         started = time.monotonic()
         self._engine = load_engine(model)
         self._limits = limits
+        self._messages_per_s = model.messages_per_s
+        self._num_streams = 0
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
-        """Stream the answer; leaving the iterator aborts the request in the engine."""
+        """Stream the answer; leaving the iterator aborts the request in the engine.
+
+        The first piece goes out at once. Later ones are joined while the replica as a whole would
+        send more than `messages_per_s`.
+        """
+        self._num_streams += 1
         answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        async with aclosing(answer) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        held, sent_at = "", float("-inf")
+        try:
+            async with aclosing(answer) as chunks:
+                async for chunk in chunks:
+                    held += chunk.text
+                    now = time.monotonic()
+                    pause_s = self._num_streams / self._messages_per_s
+                    if (held and now - sent_at >= pause_s) or chunk.finish_reason:
+                        yield chunk._replace(text=held)
+                        held, sent_at = "", now
+        finally:
+            self._num_streams -= 1
 
     async def check_health(self) -> None:
         """Called by Serve; raises when the engine does not work, and Serve replaces the replica."""
@@ -48,8 +64,3 @@ class Replica:
 
     async def stats(self) -> dict[str, float]:
         return self._engine.stats()
-
-    async def __del__(self) -> None:
-        # Serve awaits this when it retires a replica; the constructor may have failed.
-        if engine := getattr(self, "_engine", None):
-            await engine.close()
