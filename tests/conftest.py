@@ -43,8 +43,7 @@ def served() -> Iterator[str]:
         port = listener.getsockname()[1]
     names = ("echo", "other")
     models = [
-        ModelConfig(path=name, engine="echo", num_cpus=0.1, messages_per_s=100_000)
-        for name in names
+        ModelConfig(path=name, engine="echo", num_cpus=0.1, messages_per_s=10**9) for name in names
     ]
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
