@@ -1,7 +1,7 @@
 """What a person sees in the terminal of `serve run`: a dozen lines of ours, not a flood.
 
-Ray Serve's own log stays complete in Ray's log folder (`/tmp/ray/session_latest/logs/serve`); set
-`RAY_SERVE_LOG_TO_STDERR=1` to see it in the terminal as well.
+Ray Serve's own log stays complete in its session's folder (`session_latest/logs/serve` under Ray's
+temporary directory); set `RAY_SERVE_LOG_TO_STDERR=1` to see it in the terminal as well.
 """
 
 import logging
