@@ -27,7 +27,7 @@ from llava_ray.demo.tower import Labeller, build_tower, make_pictures, read_towe
 
 ALIGN_RATE = 2e-3
 ALIGN_BATCH = 32
-JOINT_RATE = 3e-4
+JOINT_RATE = 5e-4
 SYMBOL_SHARE = 0.3  # of the symbols' loss beside the answers'
 
 

@@ -19,6 +19,7 @@ NUM_PATCHES = (scenes.GRID * symbols.PATCHES_PER_CELL) ** 2
 VOCABULARY = 1024
 CONTEXT = 2048
 IGNORED = -100
+LENGTH_STEP = 64  # of batches, in tokens: kernels are prepared anew for every new length
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -202,8 +203,9 @@ class Encoder:
 
 
 def collate(batch: Sequence[Encoded], pad: int) -> Batch:
-    """Pad conversations on the right to the longest."""
-    length = max(len(one.ids) for one in batch)
+    """Pad conversations on the right to the longest, and that to a step."""
+    longest = max(len(one.ids) for one in batch)
+    length = -(-longest // LENGTH_STEP) * LENGTH_STEP
 
     def padded(rows: list[list[int]], fill: int) -> torch.Tensor:
         return torch.tensor([row + [fill] * (length - len(row)) for row in rows])

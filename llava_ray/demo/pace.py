@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -14,13 +14,15 @@ from llava_ray.demo import partners
 SAVE_EVERY_MINUTES = 2.0
 WARM_UP = 0.02  # of a stage
 LAST_RATE = 0.02  # of the highest
+MATRIX_RATE = 2.0  # of Muon, in rates of AdamW
 
 
 class Stage:
     """One stage of training: so many minutes of steps on one model, saved now and then.
 
-    Minutes are CPU time per thread, so a process that is stopped for a while, or shares its core,
-    does no fewer steps for it.
+    Muon moves the matrices inside transformer blocks, AdamW everything else. Minutes are CPU time
+    per thread, so a process that is stopped for a while, or shares its core, does no fewer steps
+    for it.
     """
 
     def __init__(
@@ -37,14 +39,9 @@ class Stage:
         log_every_s: float = 30,
     ) -> None:
         """`shares` names the parts that learn and their share of `rate`; without it, all do."""
-        groups = [
-            {"params": list(part.parameters()), "share": share}
-            for part, share in (shares or {model: 1.0}).items()
-        ]
-        self._parameters = [parameter for group in groups for parameter in group["params"]]
-        self._optimizer = torch.optim.AdamW(
-            groups, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True
-        )
+        parts = (shares or {model: 1.0}).items()
+        self._parameters = [parameter for part, _ in parts for parameter in part.parameters()]
+        self._optimizers = _build_optimizers(parts, weight_decay)
         self._name, self._model, self._checkpoint = name, model, checkpoint
         self._minutes, self._threads, self._rate = minutes, threads, rate
         self._log = _Log(log_every_s)
@@ -64,17 +61,45 @@ class Stage:
         loss.backward()
         spent = self._minutes_spent
         self.progress = partners.average_gradients(self._parameters, spent / self._minutes)
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate_at(self.progress, self._rate) * group["share"]
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(self.progress, self._rate) * group["share"]
+            optimizer.step()
+            optimizer.zero_grad()
         if partners.rank() > 0:
             return
         self._log.add(f"{self._name} {spent:5.1f} min", loss=loss.item(), **report)
         if self.is_over or spent > self._saved + SAVE_EVERY_MINUTES:
             self._saved = spent
             save(self._model, self._checkpoint)
+
+
+def _build_optimizers(
+    parts: Iterable[tuple[nn.Module, float]], weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """Muon (Jordan et al., 2024) for matrices inside blocks, AdamW for the rest."""
+    matrices, others = [], []
+    for part, share in parts:
+        inside = {
+            id(linear.weight)
+            for blocks in part.modules()
+            if isinstance(blocks, nn.ModuleList)
+            for linear in blocks.modules()
+            if isinstance(linear, nn.Linear)
+        }
+        parameters = list(part.parameters())
+        ours = [parameter for parameter in parameters if id(parameter) in inside]
+        rest = [parameter for parameter in parameters if id(parameter) not in inside]
+        if ours:
+            matrices.append({"params": ours, "share": MATRIX_RATE * share})
+        if rest:
+            others.append({"params": rest, "share": share})
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
 
 
 def rate_at(progress: float, peak: float) -> float:

@@ -145,6 +145,8 @@ def what(item: Item) -> str:
 
 def describe(scene: Scene) -> str:
     """A scene in a sentence, or two for more than three items."""
+    if not scene.items:
+        return "There is nothing in the picture."
     parts = [f"{_sized(item)} {where(item.cell)}" for item in scene.items]
     text = f"There is {listed(parts[:3])}."
     return f"{text} There is also {listed(parts[3:])}." if len(parts) > 3 else text
@@ -272,6 +274,8 @@ def _ask_exists_at(asker: Asker) -> Question | None:
             return None
         text = asker.pick("Is there anything", "Is there something", "Do you see anything")
         return Question(f"{text} {asker.place(cell)}?", _yes(has))
+    if not asker.items:
+        return None
     if has:
         item = rng.choice(asker.items)
         return Question(f"Is there {what(item)} {asker.place(item.cell)}?", "Yes.", item)
@@ -415,7 +419,7 @@ def _ask_count(asker: Asker) -> Question | None:
     """Of what there is several of, more often than of what there is one or none of."""
     rng = asker.rng
     groups = [group for item in asker.items for group in _groups(item)]
-    if rng.random() < 0.12:
+    if not groups or rng.random() < 0.12:
         shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
         strange = [shape, f"{colour} shape", rng.choice(THINGS), rng.choice(scenes.CATEGORIES)]
         groups = [*strange, f"{colour} {shape}"] if asker.is_fair(shape, colour) else strange

@@ -124,6 +124,15 @@ def make_scene(
     return Scene(tuple(like), light, rng.randrange(0, 360, 15))
 
 
+def make_empty_scene(rng: random.Random) -> Scene:
+    """A picture of nothing, light or dark."""
+    first, second = (
+        tuple(rng.randrange(256) for _ in range(3)) if rng.random() < 0.5 else _light(rng)
+        for _ in range(2)
+    )
+    return Scene((), (first, first if rng.random() < 0.5 else second), rng.randrange(0, 360, 15))
+
+
 def _make_item(rng: random.Random, cell: int, kinds: Sequence[Kind], like: list[Item]) -> Item:
     model = rng.choice(like) if like and rng.random() < 0.35 else None
     kind = (

@@ -58,8 +58,11 @@ class Labeller(nn.Module):
 
 def make_pictures(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
-    counts = rng.choices((1, 3, 5, 7, 9), weights=(1, 1, 2, 2, 10), k=size)
-    batch = [scenes.make_scene(rng, num_items=count) for count in counts]
+    counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
+    batch = [
+        scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
+        for count in counts
+    ]
     return symbols.pixels(batch), symbols.spell_patches(batch)
 
 
