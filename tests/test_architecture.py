@@ -21,7 +21,7 @@ FLOORS = [
 ]
 
 MAY_IMPORT = {
-    "ray": ("app.py", "cli.py", "serve/", "data/", "train/launch.py", "evaluate/"),
+    "ray": ("app.py", "cli/", "serve/", "data/", "train/launch.py", "evaluate/"),
     "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
     "gradio": ("serve/page.py",),
     "vllm": ("engine/vllm_engine.py",),

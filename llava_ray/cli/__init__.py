@@ -1,0 +1,51 @@
+"""The command line: `llava-ray chat | serve | demo`, one module a command.
+
+Everything heavy is imported by the command that needs it, so that `--help` is there at once.
+A `UserError` ends a command with its message and exit code 2, any other of ours with 1.
+"""
+
+import sys
+from typing import Annotated
+
+import typer
+
+import llava_ray
+from llava_ray.cli import chat, demo, serve
+from llava_ray.cli.console import out, print_error
+from llava_ray.errors import LlavaRayError, UserError
+
+app = typer.Typer(
+    help="Talk about pictures with LLaVA, and serve it on Ray.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(chat.chat)
+app.command()(serve.serve)
+app.add_typer(demo.app, name="demo", no_args_is_help=True)
+
+
+def main() -> None:
+    """The entry point of the `llava-ray` command."""
+    try:
+        app()
+    except LlavaRayError as error:
+        print_error(error)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"llava-ray {llava_ray.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None: ...

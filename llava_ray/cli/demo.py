@@ -1,0 +1,73 @@
+"""`llava-ray demo scene | train | evaluate`: the embedded model."""
+
+import random
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_ray.cli.console import out
+from llava_ray.errors import UserError
+
+app = typer.Typer(help="The embedded model: its scenes, training and scores.")
+
+
+@app.command()
+def scene(
+    path: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    seed: Annotated[int | None, typer.Option(help="The same seed, the same scene.")] = None,
+) -> None:
+    """Draw a new scene and print questions about it."""
+    from llava_ray.demo import make_example
+
+    picture, questions = make_example(random.randrange(1 << 31) if seed is None else seed)
+    try:
+        picture.save(path, format="PNG")
+    except OSError as error:
+        raise UserError(
+            f"cannot write {str(path)!r} ({error.strerror}): give a new file"
+        ) from error
+    out.print(*questions, sep="\n", markup=False)
+
+
+@app.command()
+def train(
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write the weights to.")],
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, help="About how long; by default as it was shipped.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU cores to use.")] = 2,
+) -> None:
+    """Train the embedded model from nothing, on the CPU."""
+    from llava_ray.demo import recipe
+
+    recipe.train(
+        output_dir,
+        budget_minutes=recipe.BUDGET_MINUTES if minutes is None else minutes,
+        seed=seed,
+        threads=threads,
+    )
+
+
+@app.command()
+def evaluate(
+    model_dir: Annotated[
+        Path | None, typer.Argument(help="Folder of the weights; by default the embedded ones.")
+    ] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="How many held-out scenes.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
+    write: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+) -> None:
+    """Print how well the embedded model answers, with the picture and without it."""
+    from llava_ray.demo import MODEL_DIR
+
+    folder = model_dir or MODEL_DIR
+    if not (folder / "config.json").is_file():
+        raise UserError(f"no weights in {str(folder)!r}: give the folder that has the config.json")
+
+    from llava_ray.demo import evaluate as scoring
+
+    scores = scoring.evaluate(folder, num_scenes=scenes, seed=seed)
+    if write is not None:
+        scores.write(write)
