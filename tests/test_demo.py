@@ -275,6 +275,15 @@ def test_a_description_names_every_item_in_one_or_two_sentences():
         assert all(questions.where(item.cell) in text for item in scene.items)
 
 
+def test_of_an_empty_picture_every_answer_says_that_nothing_is_there():
+    for seed in range(100):
+        rng = random.Random(seed)
+        turns = questions.make_conversation(rng, [scenes.make_empty_scene(rng)], num_turns=8)
+        for turn in turns:
+            if turn.kind != "talk":
+                assert re.match(r"(No|None|Nothing|There is (no .+|nothing in .+))\.$", turn.answer)
+
+
 def test_questions_after_a_new_picture_are_about_the_new_picture():
     for seed in range(60):
         rng = random.Random(seed)
@@ -336,12 +345,14 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 def test_seconds_of_training_lowers_every_stage_s_loss(tokenizer, tmp_path, capsys):
     from llava_ray.demo import joined, reader, tower
+    from llava_ray.demo.pace import Pace
 
-    tower.train_tower(tmp_path / "tower.pt", minutes=0.05, log_every_s=0)
-    reader.train_reader(tmp_path / "reader.pt", tokenizer, minutes=0.05, log_every_s=0)
+    pace = Pace(minutes=0.05, log_every_s=0)
+    tower.train_tower(tmp_path / "tower.pt", pace)
+    reader.train_reader(tmp_path / "reader.pt", pace, tokenizer)
     joined.align_projector(
-        tmp_path / "joined.pt", tokenizer, tower=tmp_path / "tower.pt",
-        reader=tmp_path / "reader.pt", minutes=0.03, threads=1, log_every_s=0,
+        tmp_path / "joined.pt", pace, tokenizer,
+        tower=tmp_path / "tower.pt", reader=tmp_path / "reader.pt",
     )  # fmt: skip
     printed = capsys.readouterr().out
     for stage, name in (("tower", "loss"), ("reader", "answer"), ("align", "loss")):

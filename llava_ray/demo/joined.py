@@ -6,7 +6,6 @@ neighbours at rest. Then everything learns from answers, the tower slowly.
 Shapes: B conversations, T tokens, N pictures, P patches a picture, D hidden.
 """
 
-import random
 from pathlib import Path
 
 import torch
@@ -14,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from llava_ray.demo import language, partners, symbols
-from llava_ray.demo.pace import Stage, resume
+from llava_ray.demo import language, symbols
+from llava_ray.demo.pace import Pace, Stage, resume
 from llava_ray.demo.reader import (
     PHRASE_SHARE,
     Losses,
@@ -82,32 +81,19 @@ class Joined(nn.Module):
 
 def align_projector(
     checkpoint: Path,
+    pace: Pace,
     tokenizer: PreTrainedTokenizerFast,
     *,
     tower: Path,
     reader: Path,
-    minutes: float,
-    seed: int = 0,
-    threads: int = 1,
-    log_every_s: float = 30,
 ) -> None:
     """Train a projector between two checkpoints to say of crowded pictures what symbols said."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    rng = random.Random(f"align {seed} {partners.rank()}")
+    rng = pace.begin("align")
     model = Joined(tokenizer)
     resume(model.labeller, tower)
     resume(model.reader, reader)
-    stage = Stage(
-        "align",
-        model,
-        checkpoint,
-        minutes=minutes,
-        rate=ALIGN_RATE,
-        threads=threads,
-        shares={model.projector: 1.0},
-        log_every_s=log_every_s,
-    )
+    parts = {model.projector: 1.0}
+    stage = Stage("align", model, checkpoint, pace, rate=ALIGN_RATE, shares=parts)
     while not stage.is_over:
         pixels, values = make_pictures(rng, ALIGN_BATCH)
         with torch.autocast("cpu", torch.bfloat16):
@@ -117,36 +103,13 @@ def align_projector(
         stage.step(loss)
 
 
-def train_joined(
-    checkpoint: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    minutes: float,
-    seed: int = 0,
-    threads: int = 1,
-    rate: float = JOINT_RATE,
-    log_every_s: float = 30,
-) -> None:
-    """Train all of `checkpoint` but its tower for some minutes."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+def train_joined(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Train on all of `checkpoint` but its tower, and save it there."""
+    rng = pace.begin("joint")
     model = Joined(tokenizer)
     resume(model, checkpoint)
-    stage = Stage(
-        "joint",
-        model,
-        checkpoint,
-        minutes=minutes,
-        rate=rate,
-        threads=threads,
-        shares={
-            model.reader.model: 1.0,
-            model.reader.finder: 1.0,
-            model.projector: 1.0,
-        },
-        log_every_s=log_every_s,
-    )
-    rng = random.Random(f"joint {seed} {partners.rank()}")
+    shares = {model.reader.model: 1.0, model.reader.finder: 1.0, model.projector: 1.0}
+    stage = Stage("joint", model, checkpoint, pace, rate=JOINT_RATE, shares=shares)
     for batch in make_batches(tokenizer, rng, stage, is_easy_first=False):
         with torch.autocast("cpu", torch.bfloat16):
             (answer, phrase, exact), symbol = model.losses(batch)

@@ -2,9 +2,12 @@
 
 import math
 import os
+import random
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +18,28 @@ SAVE_EVERY_MINUTES = 2.0
 WARM_UP = 0.02  # of a stage
 LAST_RATE = 0.02  # of the highest
 MATRIX_RATE = 2.0  # of Muon, in rates of AdamW
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long a stage trains, and what it starts from.
+
+    Attributes:
+        minutes: CPU time per thread.
+        seed: of the first weights, which partners share, and of what is drawn, which they do not.
+        threads: of this process.
+    """
+
+    minutes: float
+    seed: int = 0
+    threads: int = 1
+    log_every_s: float = 30
+
+    def begin(self, name: str) -> random.Random:
+        """Make ready to build a stage's model; return the generator of what it is shown."""
+        torch.set_num_threads(self.threads)
+        torch.manual_seed(self.seed)
+        return random.Random(f"{name} {self.seed} {partners.rank()}")
 
 
 class Stage:
@@ -30,21 +55,19 @@ class Stage:
         name: str,
         model: nn.Module,
         checkpoint: Path,
+        pace: Pace,
         *,
-        minutes: float,
         rate: float,
-        threads: int = 1,
         weight_decay: float = 0.02,
-        shares: Mapping[nn.Module, float] | None = None,
-        log_every_s: float = 30,
+        shares: Mapping[Any, float] | None = None,
     ) -> None:
         """`shares` names the parts that learn and their share of `rate`; without it, all do."""
         parts = (shares or {model: 1.0}).items()
         self._parameters = [parameter for part, _ in parts for parameter in part.parameters()]
         self._optimizers = _build_optimizers(parts, weight_decay)
         self._name, self._model, self._checkpoint = name, model, checkpoint
-        self._minutes, self._threads, self._rate = minutes, threads, rate
-        self._log = _Log(log_every_s)
+        self._pace, self._rate = pace, rate
+        self._log = _Log(pace.log_every_s)
         self._start, self._saved = time.process_time(), 0.0
         self.progress = 0.0  # from 0 to 1
 
@@ -54,13 +77,13 @@ class Stage:
 
     @property
     def _minutes_spent(self) -> float:
-        return (time.process_time() - self._start) / 60 / self._threads
+        return (time.process_time() - self._start) / 60 / self._pace.threads
 
     def step(self, loss: torch.Tensor, **report: float) -> None:
         """One step against the gradient of `loss`; `report` goes to the log."""
         loss.backward()
         spent = self._minutes_spent
-        self.progress = partners.average_gradients(self._parameters, spent / self._minutes)
+        self.progress = partners.average_gradients(self._parameters, spent / self._pace.minutes)
         nn.utils.clip_grad_norm_(self._parameters, 1.0)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:

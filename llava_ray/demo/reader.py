@@ -13,15 +13,15 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llava_ray.demo import language, partners, questions, references, scenes, symbols
-from llava_ray.demo.pace import Stage, resume
+from llava_ray.demo import language, questions, references, scenes, symbols
+from llava_ray.demo.pace import Pace, Stage, resume
 
 BATCH = 8
 RATE = 1e-3
@@ -49,17 +49,16 @@ def build_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
     model = LlamaForCausalLM(config)
     nn.init.normal_(model.model.embed_tokens.weight, std=WORD_SPREAD)
     for layer in model.model.layers:
-        _start_alike(layer)
+        _start_alike(layer.self_attn, layer.mlp)
     return model
 
 
-def _start_alike(layer: nn.Module) -> None:
+def _start_alike(attention: Any, mlp: Any) -> None:
     """Let half of a layer's heads look for what is like the token that looks.
 
     Queries and keys that start equal match a word with the patches that say it (mimetic
     initialization, Trockman and Kolter, 2023), which a small model takes long to find by itself.
     """
-    attention, mlp = layer.self_attn, layer.mlp
     width, inner = mlp.gate_proj.in_features, mlp.gate_proj.out_features
     for linear in (
         attention.q_proj,
@@ -262,31 +261,12 @@ class Reader(nn.Module):
         return Losses((losses * weights).sum() / weights.sum(), phrase, means)
 
 
-def train_reader(
-    checkpoint: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    *,
-    minutes: float,
-    seed: int = 0,
-    threads: int = 1,
-    rate: float = RATE,
-    log_every_s: float = 30,
-) -> None:
-    """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
+def train_reader(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Train on from `checkpoint` where there is one, and save it there."""
+    rng = pace.begin("reader")
     reader = Reader(tokenizer)
     resume(reader, checkpoint)
-    stage = Stage(
-        "reader",
-        reader,
-        checkpoint,
-        minutes=minutes,
-        rate=rate,
-        threads=threads,
-        log_every_s=log_every_s,
-    )
-    rng = random.Random(f"reader {seed} {partners.rank()}")
+    stage = Stage("reader", reader, checkpoint, pace, rate=RATE)
     for batch in make_batches(tokenizer, rng, stage):
         with torch.autocast("cpu", torch.bfloat16):
             features = reader.speller(symbols.spell_patches(batch.pictures))

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerFast
 
 from llava_ray.demo import folder, joined, language, partners, reader, tower
-from llava_ray.demo.pace import resume
+from llava_ray.demo.pace import Pace, resume
 
 BUDGET_MINUTES = 120.0
 SHARES = {"tower": 0.08, "reader": 0.41, "align": 0.01, "joint": 0.50}
@@ -44,9 +44,9 @@ def train(
 
         def run(stage: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
             if stage in stages:
-                options |= {"minutes": SHARES[stage] * budget_minutes, "seed": seed}
+                pace = Pace(SHARES[stage] * budget_minutes, seed)
                 path = work / f"{stage}.pt"
-                partners.run_together(function, path, *args, partners=threads, **options)
+                partners.run_together(function, path, pace, *args, partners=threads, **options)
 
         run("tower", tower.train_tower)
         run("reader", reader.train_reader, tokenizer)

@@ -126,11 +126,10 @@ def make_scene(
 
 def make_empty_scene(rng: random.Random) -> Scene:
     """A picture of nothing, light or dark."""
-    first, second = (
-        tuple(rng.randrange(256) for _ in range(3)) if rng.random() < 0.5 else _light(rng)
-        for _ in range(2)
-    )
-    return Scene((), (first, first if rng.random() < 0.5 else second), rng.randrange(0, 360, 15))
+    paint = _light if rng.random() < 0.5 else _any_colour
+    first = paint(rng)
+    second = first if rng.random() < 0.5 else paint(rng)
+    return Scene((), (first, second), rng.randrange(0, 360, 15))
 
 
 def _make_item(rng: random.Random, cell: int, kinds: Sequence[Kind], like: list[Item]) -> Item:
@@ -168,6 +167,10 @@ def _varied(rng: random.Random, ink: tuple[int, int, int], by: int) -> tuple[int
 
 def _light(rng: random.Random) -> tuple[int, int, int]:
     return rng.randint(228, 255), rng.randint(228, 255), rng.randint(228, 255)
+
+
+def _any_colour(rng: random.Random) -> tuple[int, int, int]:
+    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 def draw(scene: Scene, *, scale: int = 1) -> Image.Image:

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from llava_ray.demo import partners, scenes, symbols
-from llava_ray.demo.pace import Stage, resume
+from llava_ray.demo import scenes, symbols
+from llava_ray.demo.pace import Pace, Stage, resume
 
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
@@ -66,31 +66,12 @@ def make_pictures(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Te
     return symbols.pixels(batch), symbols.spell_patches(batch)
 
 
-def train_tower(
-    checkpoint: Path,
-    *,
-    minutes: float,
-    seed: int = 0,
-    threads: int = 1,
-    rate: float = RATE,
-    log_every_s: float = 30,
-) -> None:
-    """Train for some minutes, on from `checkpoint` where there is one, and save it there."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(seed)
-    rng = random.Random(f"tower {seed} {partners.rank()}")
+def train_tower(checkpoint: Path, pace: Pace) -> None:
+    """Train on from `checkpoint` where there is one, and save it there."""
+    rng = pace.begin("tower")
     model = Labeller()
     resume(model, checkpoint)
-    stage = Stage(
-        "tower",
-        model,
-        checkpoint,
-        minutes=minutes,
-        rate=rate,
-        threads=threads,
-        weight_decay=0.05,
-        log_every_s=log_every_s,
-    )
+    stage = Stage("tower", model, checkpoint, pace, rate=RATE, weight_decay=0.05)
     while not stage.is_over:
         pixels, values = make_pictures(rng, BATCH)
         with torch.autocast("cpu", torch.bfloat16):
