@@ -3,28 +3,39 @@
 Below everything that computes: engines, training and evaluation all get their model from
 `load_model`, so that what a folder holds is decided here and only here, by what its files say.
 
+path -> checkpoint (what it is) -> weights (lazy tensors) -> processor -> architecture (what to
+build) -> transformers' model, adapters merged -> Core
+
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from llava_ray.errors import ConfigError, MissingPackageError, RequestError
-from llava_ray.model.folder import (
-    find_folder,
-    read_config,
-    read_processor_settings,
-    require_files,
+from llava_ray.model.architecture import Architecture, check_weights, describe_model
+from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
+from llava_ray.model.original import read_pinpoints
+from llava_ray.model.processing import (
+    IMAGE_PLACEHOLDER,
+    encode_pictures,
+    load_processor,
+    mark_pictures,
+    tokenize_pieces,
 )
+from llava_ray.model.tiles import count_image_tokens
+from llava_ray.model.weights import Stored, check_deltas, open_parts
 from llava_ray.template import VICUNA, Template
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+Quantization = Literal["4bit", "8bit"]
 
 DTYPES = {
     "auto": torch.bfloat16,
@@ -44,8 +55,10 @@ class Core:
         tokenizer: the processor's tokenizer.
         template: renders conversations into prompts.
         context_length: the longest prompt plus answer, in tokens.
-        image_token_id: the id that stands for one patch of a picture.
+        image_token_id: the id that stands for one patch of a picture. In models of the original
+            layout it may be beyond the vocabulary; their embeddings let it through.
         eos_token_ids: generation ends at any of these.
+        checkpoint: what the folder was.
     """
 
     model: Any
@@ -55,9 +68,13 @@ class Core:
     context_length: int
     image_token_id: int
     eos_token_ids: frozenset[int]
+    checkpoint: Checkpoint
 
     def encode(self, text: str, images: Sequence["PILImage.Image"] = ()) -> dict[str, torch.Tensor]:
         """Return the model's inputs for one prompt, on the CPU.
+
+        Checkpoints of the original layout get the ids and pixels of LLaVA's own code, those of
+        transformers' what its processors give.
 
         Args:
             text: the prompt, with one `<image>` for each picture, in order.
@@ -65,18 +82,21 @@ class Core:
 
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
-            picture has tokens, and with pictures `pixel_values` [N, C, H, W] in float32.
+            picture has tokens. With pictures `pixel_values` in float32: [N, C, H, W], or with
+            anyres [N, tiles, C, H, W] and beside it `image_sizes` [N, 2] (height, width).
 
         Raises:
             RequestError: the number of pictures is not the number of `<image>` in the text.
         """
-        token = self.template.image_token
+        token = self.processor.image_token
         if text.count(token) != len(images):
             raise RequestError(
                 f"the prompt names {text.count(token)} pictures and {len(images)} came with it: "
                 f"write {token} once for each picture",
                 param="messages",
             )
+        if self.checkpoint.layout == "original":
+            return self._encode_original(text, images)
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,
@@ -86,40 +106,94 @@ class Core:
         )
         return dict(inputs)
 
+    def tokenize(self, text: str) -> list[int]:
+        """Return the ids that LLaVA's own code gives a prompt, -200 for each picture."""
+        if self.checkpoint.uses_start_end:
+            text = mark_pictures(text)
+        return tokenize_pieces(self.tokenizer, text)
+
+    def _encode_original(
+        self, text: str, images: Sequence["PILImage.Image"]
+    ) -> dict[str, torch.Tensor]:
+        inputs: dict[str, torch.Tensor] = {}
+        counts: Iterator[int] = iter(())
+        if images:
+            inputs = encode_pictures(self.processor, images)
+            config = self.model.config
+            sizes = [(image.height, image.width) for image in images]
+            counts = iter([count_image_tokens(config, size) for size in sizes])
+        ids: list[int] = []
+        for id_ in self.tokenize(text):
+            is_picture = id_ == IMAGE_PLACEHOLDER
+            ids += [self.image_token_id] * next(counts) if is_picture else [id_]
+        ids_1T = torch.tensor([ids])
+        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
+
 
 def load_model(
     path: str | Path,
     *,
-    dtype: str | torch.dtype = "auto",
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: str | torch.dtype = "bfloat16",
     device: str = "auto",
+    quantization: Quantization | None = None,
     attention: str = "sdpa",
+    template: str | None = None,
 ) -> Core:
-    """Load the LLaVA checkpoint in a folder.
+    """Load any LLaVA checkpoint.
+
+    What it is, is read from its files: transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision; LLaVA's
+    own format with all its weights, a projector or LoRA over a base, a delta over a base; any PEFT
+    adapter over one of these.
 
     Args:
-        path: a folder in transformers' format, or "demo" for the embedded model.
+        path: a folder, a hub name, an address that fsspec knows, or "demo" for the embedded model.
+        base: the model below a projector, an adapter or a delta; an adapter usually names its own.
+        vision_tower: folder or hub name of the tower, of the original layout; by default the one
+            that config.json names.
         dtype: precision of the weights in memory; "auto" is bfloat16.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
-        attention: transformers' name of the attention implementation.
+        quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
+        attention: transformers' name of the attention implementation ("sdpa", "eager",
+            "flash_attention_2").
+        template: name of a conversation template, in place of the one that the files point to.
 
     Raises:
-        ConfigError: the folder is missing, is no checkpoint of a known kind, or lacks files.
+        ConfigError: the folder is missing, is no checkpoint of a known kind, or what it holds does
+            not fit together; the message names the file and what to do.
+        MissingPackageError: an optional package is needed.
     """
-    folder = find_folder(path)
-    config = read_config(folder)
-    require_files(folder)
-    target = select_device(device)
-    processor = _load_processor(folder, config)
-    model = _load_weights(folder, dtype=select_dtype(dtype), device=target, attention=attention)
-    tokenizer = processor.tokenizer
+    checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+    target, precision = select_device(device), select_dtype(dtype)
+    stored = open_parts(checkpoint.parts)
+    processor = _load_processor(checkpoint)
+    architecture = describe_model(checkpoint, stored, processor.image_token_id)
+    for problem in check_weights(checkpoint, architecture, stored):
+        raise ConfigError(problem)
+    check_deltas(checkpoint.parts, checkpoint.text_model_type)
+    model = build_model(
+        checkpoint,
+        architecture,
+        stored,
+        dtype=precision,
+        device=target,
+        quantization=quantization,
+        attention=attention,
+    )
+    for folder in checkpoint.adapters:
+        from llava_ray.model.adapter import apply_adapter
+
+        model = apply_adapter(model, folder, merge=quantization is None)
     return Core(
-        model=model,
+        model=model.eval(),
         processor=processor,
-        tokenizer=tokenizer,
-        template=_build_template(processor),
-        context_length=model.config.text_config.max_position_embeddings,
+        tokenizer=processor.tokenizer,
+        template=_choose_template(checkpoint, processor, template),
+        context_length=_read_context_length(model.config.text_config),
         image_token_id=model.config.image_token_id,
-        eos_token_ids=_find_eos(model, tokenizer),
+        eos_token_ids=_find_eos(model, processor.tokenizer),
+        checkpoint=checkpoint,
     )
 
 
@@ -155,63 +229,99 @@ def select_dtype(dtype: str | torch.dtype) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _load_processor(folder: Path, config: dict[str, Any]) -> Any:
-    """Put the processor together from its parts.
+def build_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    stored: Mapping[str, Stored],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
+    attention: str,
+) -> Any:
+    """Return the model with its weights, read straight into their places.
 
-    `AutoProcessor` would look for torchvision and say at length that it is not there; the parts
-    can be asked for the PIL implementation, which needs nothing and gives the original's pixels.
+    Raises:
+        ConfigError: the weights cannot be read, or this attention is not to be had.
+        MissingPackageError: attention or quantization needs a package.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except ImportError as error:
-        raise MissingPackageError(
-            f"the tokenizer of {str(folder)!r} needs another package: {error}"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"the tokenizer or preprocessor in {str(folder)!r} does not load: {error}"
-        ) from error
-    settings = read_processor_settings(folder)
-    vision = config.get("vision_config", {})
-    has_cls = vision.get("model_type", "clip_vision_model") == "clip_vision_model"
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=settings.get("patch_size") or vision.get("patch_size", 14),
-        vision_feature_select_strategy=config.get("vision_feature_select_strategy", "default"),
-        num_additional_image_tokens=settings.get("num_additional_image_tokens", int(has_cls)),
-        image_token=settings.get("image_token", "<image>"),
-        chat_template=settings.get("chat_template") or tokenizer.chat_template,
-    )
-
-
-def _load_weights(folder: Path, *, dtype: torch.dtype, device: torch.device, attention: str) -> Any:
     from safetensors import SafetensorError
-    from transformers import LlavaForConditionalGeneration
 
+    tensors = {name: stored[name] for name in architecture.shapes if name in stored}
     try:
         with no_progress_bars():
-            loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-                folder,
+            loaded: Any = architecture.model_class.from_pretrained(
+                None,
+                config=architecture.config,
+                state_dict=tensors,
                 dtype=dtype,
                 device_map={"": device},
                 attn_implementation=attention,
+                quantization_config=_describe_quantization(quantization, dtype),
                 output_loading_info=True,
             )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise ConfigError(
-            f"the weights in {str(folder)!r} do not load: {error}; fetch them again"
+    except ImportError as error:
+        raise MissingPackageError(
+            f"attention={attention!r} or quantization={quantization!r} needs a package: {error}"
         ) from error
-    model, report = loaded
-    if missing := sorted(report["missing_keys"]):
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise ConfigError(
-            f"the weights in {str(folder)!r} lack {len(missing)} tensors "
-            f"({', '.join(missing[:3])}): the files do not belong to this config.json"
+            f"the weights in {str(checkpoint.folder)!r} do not load: {error}; fetch them again"
+        ) from error
+    model, _ = loaded
+    model.generation_config = _read_generation_config(checkpoint, model)
+    return model
+
+
+def _load_processor(checkpoint: Checkpoint) -> Any:
+    pinpoints = None
+    if checkpoint.layout == "original" and checkpoint.aspect_mode == "anyres":
+        pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
+    return load_processor(checkpoint, pinpoints)
+
+
+def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype) -> Any:
+    if quantization is None:
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingPackageError(
+            f"quantization={quantization!r} needs bitsandbytes: pip install 'llava-ray[quant]'"
         )
-    return model.eval()
+    whole = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+    match quantization:
+        case "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+        case "4bit":
+            return BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+                llm_int8_skip_modules=whole,
+            )
+    raise ConfigError(f"quantization={quantization!r} is not known: use 4bit, 8bit or none")
+
+
+def _read_generation_config(checkpoint: Checkpoint, model: Any) -> Any:
+    from transformers import GenerationConfig
+
+    for folder in (checkpoint.folder, checkpoint.tokenizer_folder):
+        if (folder / "generation_config.json").is_file():
+            try:
+                return GenerationConfig.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"{folder / 'generation_config.json'} cannot be used: {error}; remove it"
+                ) from error
+    return model.generation_config
+
+
+def _read_context_length(text_config: Any) -> int:
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length or text_config.max_seq_len  # MPT's name
 
 
 @contextlib.contextmanager
@@ -228,7 +338,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _build_template(processor: Any) -> Template:
+def _choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) -> Template:
     tokenizer = processor.tokenizer
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     return Template(

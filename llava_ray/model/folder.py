@@ -1,7 +1,6 @@
-"""What a checkpoint's folder holds, told from its files and never from its name.
+"""Where a checkpoint is: a name, an address or a path -> a folder on this machine.
 
-The first step of `load_model`: whatever is wrong with a folder is said here, before anything
-large is read.
+The first step of `load_model`; what the folder holds is `checkpoint`'s to say.
 """
 
 import json
@@ -12,17 +11,12 @@ from typing import Any
 
 from llava_ray.config import DEMO_MODEL
 from llava_ray.errors import ConfigError
-
-INDEX_FILE = "model.safetensors.index.json"
-REQUIRED = {
-    "weights": ("model.safetensors", INDEX_FILE),
-    "tokenizer": ("tokenizer.json", "tokenizer.model", "vocab.json"),
-    "picture preprocessing": ("processor_config.json", "preprocessor_config.json"),
-}
-"""Of each row one file must be there."""
+from llava_ray.model.cloud import fetch_folder
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+PICKLED_FILES = ("*.bin",)
+"""Fetched from a hub only where the weights are not there as safetensors."""
 
 REMEDY = "copy it from where the checkpoint came from"
 
@@ -32,11 +26,15 @@ def find_folder(path: str | Path) -> Path:
 
     Args:
         path: a folder, a hub name ("owner/name", fetched once into the hub's cache, see
-            `HF_HOME` and `HF_TOKEN`), or "demo" for the embedded model.
+            `HF_HOME` and `HF_TOKEN`), the address of a folder in a cloud ("s3://...", whatever
+            fsspec knows; see `cloud`), or "demo" for the embedded model.
 
     Raises:
         ConfigError: there is no such folder and no such model.
+        MissingPackageError: the cloud's package is not installed.
     """
+    if "://" in str(path):
+        return fetch_folder(str(path))
     if str(path) == DEMO_MODEL:
         path = Path(str(files("llava_ray"))) / "demo" / "model"
     folder = Path(path).expanduser()
@@ -45,7 +43,8 @@ def find_folder(path: str | Path) -> Path:
     if not folder.is_dir():
         raise ConfigError(
             f"model {str(path)!r}: there is no such folder; give the folder of a checkpoint, "
-            f"a hub name (owner/name), or {DEMO_MODEL!r} for the embedded model"
+            f"a hub name (owner/name), an address (s3://...), or {DEMO_MODEL!r} for the embedded "
+            "model"
         )
     return folder
 
@@ -56,7 +55,10 @@ def _fetch(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns=[*HUB_FILES, *PICKLED_FILES])
+        return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
@@ -64,48 +66,6 @@ def _fetch(name: str) -> Path:
             "the name and the network, log in with `hf auth login` if it is gated, or give the "
             "folder of a checkpoint"
         ) from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the checkpoint's config.json.
-
-    Raises:
-        ConfigError: the folder is no checkpoint, or not of a kind that can be loaded.
-    """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise ConfigError(
-            f"model {str(folder)!r} is no checkpoint, it has no config.json: "
-            "give the folder that holds config.json and the weights"
-        )
-    config = read_json(file)
-    kind = config.get("model_type")
-    if kind != "llava":
-        raise ConfigError(
-            f"model {str(folder)!r} is of the kind {kind!r}, and what can be loaded is 'llava', "
-            "transformers' LlavaForConditionalGeneration: convert it to that"
-        )
-    return config
-
-
-def require_files(folder: Path) -> None:
-    """Check that every file that will be read is there.
-
-    Raises:
-        ConfigError: some are not; the message names them.
-    """
-    for what, names in REQUIRED.items():
-        if not any((folder / name).is_file() for name in names):
-            raise ConfigError(
-                f"model {str(folder)!r} lacks its {what} ({' or '.join(names)}): {REMEDY}"
-            )
-    if (folder / INDEX_FILE).is_file():
-        shards = sorted(set(read_json(folder / INDEX_FILE)["weight_map"].values()))
-        if missing := [name for name in shards if not (folder / name).is_file()]:
-            raise ConfigError(
-                f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files "
-                f"({', '.join(missing[:3])}): {REMEDY}"
-            )
 
 
 def read_processor_settings(folder: Path) -> dict[str, Any]:
@@ -125,6 +85,9 @@ def read_json(file: Path) -> dict[str, Any]:
         ConfigError: it is not JSON.
     """
     try:
-        return json.loads(file.read_text())
-    except ValueError as error:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{file} is not JSON ({error}): {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a JSON object: {REMEDY}")
+    return content

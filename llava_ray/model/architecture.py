@@ -1,0 +1,247 @@
+"""A checkpoint -> the configuration and class of its model, and whether its weights fit them.
+
+Between `checkpoint` and `core`. Everything here works on names and shapes: a model on torch's meta
+device says what it expects, the headers of the files say what there is.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from llava_ray.errors import ConfigError
+from llava_ray.model.checkpoint import Checkpoint
+from llava_ray.model.folder import read_json
+from llava_ray.model.original import read_pinpoints
+from llava_ray.model.weights import Stored
+
+_TOWERS = {
+    "clip": "clip_vision_model",
+    "clip_vision_model": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip_vision_model": "siglip_vision_model",
+}
+_NOT_TEXT = re.compile(
+    r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|s2.*|llava_ray_.*"
+    r"|model_type|architectures|auto_map|torch_dtype|dtype|transformers_version|vision_tower"
+    r"|quantization_config|_name_or_path|max_sequence_length"
+)
+"""Fields of LLaVA's flat config.json that are not the language model's."""
+
+_UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
+"""What towers have and LLaVA, which takes an inner layer, never computes."""
+
+_EMBEDDINGS = re.compile(r"model\.language_model\.(embed_tokens|wte|embed_in)\.weight")
+
+
+class Architecture(NamedTuple):
+    """What is built.
+
+    Attributes:
+        config: transformers' configuration.
+        model_class: transformers' class, or ours that is derived from it.
+        shapes: of all its tensors, by their names in memory.
+    """
+
+    config: Any
+    model_class: Any
+    shapes: dict[str, tuple[int, ...]]
+
+
+def describe_model(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], image_token_id: int
+) -> Architecture:
+    """Return what to build for a checkpoint.
+
+    Args:
+        checkpoint: what was found.
+        stored: its tensors by their names in memory.
+        image_token_id: the id that stands for a patch of a picture.
+
+    Raises:
+        ConfigError: a configuration does not hold together.
+    """
+    try:
+        if checkpoint.layout == "published":
+            config = _read_published(checkpoint)
+        else:
+            config = _convert_original(checkpoint, stored, image_token_id)
+        model_class = _choose_class(checkpoint, config)
+        with torch.device("meta"):
+            tensors = model_class(config).state_dict()
+    except (
+        StrictDataclassError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+    ) as error:
+        raise ConfigError(_explain(checkpoint, error)) from error
+    return Architecture(config, model_class, {n: tuple(t.shape) for n, t in tensors.items()})
+
+
+def check_weights(
+    checkpoint: Checkpoint, architecture: Architecture, stored: Mapping[str, Stored]
+) -> list[str]:
+    """Return what is wrong with a checkpoint's weights, each with its remedy; empty: nothing."""
+    folder = checkpoint.folder
+    needed = {name for name in architecture.shapes if not _UNUSED.fullmatch(name)}
+    if architecture.config.tie_word_embeddings:
+        needed.discard("lm_head.weight")
+    problems = []
+    missing = sorted(needed - set(stored))
+    for part, remedy in (
+        ("model.vision_tower.", "give the tower's folder or hub name as vision_tower"),
+        ("model.multi_modal_projector.", _projector_remedy(checkpoint)),
+        ("", "the files do not belong to this config.json; copy all of them again"),
+    ):
+        if found := [name for name in missing if name.startswith(part)]:
+            missing = [name for name in missing if not name.startswith(part)]
+            problems.append(
+                f"the weights of {str(folder)!r} lack {len(found)} tensors "
+                f"({', '.join(found[:3])}): {remedy}"
+            )
+    for name in sorted(needed & set(stored)):
+        expected, found = architecture.shapes[name], stored[name].shape
+        if expected != found:
+            problems.append(
+                f"{stored[name].file}: {name} is {list(found)}, and "
+                f"{checkpoint.folder / 'config.json'} asks for {list(expected)}: they belong to "
+                "different models; check base and vision_tower"
+            )
+    return problems
+
+
+def _read_published(checkpoint: Checkpoint) -> Any:
+    from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
+
+    classes = {
+        "llava": LlavaConfig,
+        "llava_next": LlavaNextConfig,
+        "llava_onevision": LlavaOnevisionConfig,
+    }
+    config: Any = classes[checkpoint.model_type].from_dict(dict(checkpoint.config))
+    config.mm_projector_type = checkpoint.projector
+    config.mm_patch_merge_type = checkpoint.merge_type
+    return config
+
+
+def _convert_original(
+    checkpoint: Checkpoint, stored: Mapping[str, Stored], image_token_id: int
+) -> Any:
+    from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
+
+    fields = {n: v for n, v in checkpoint.config.items() if not _NOT_TEXT.fullmatch(n)}
+    embeddings = next((t for n, t in stored.items() if _EMBEDDINGS.fullmatch(n)), None)
+    if embeddings is not None:  # non_lora_trainables.bin may have grown them
+        fields["vocab_size"] = embeddings.shape[0]
+    text_config = CONFIG_MAPPING[checkpoint.text_model_type](**fields)
+    if checkpoint.text_model_type == "mpt":
+        _check_mpt(checkpoint, text_config)
+    vision_config, missing_layers = _describe_tower(checkpoint, stored)
+    layer = int(checkpoint.config.get("mm_vision_select_layer", -2))
+    layer += missing_layers if layer < 0 else 0
+    keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
+    has_cls = vision_config.model_type == "clip_vision_model"
+    common = {
+        "text_config": text_config,
+        "vision_config": vision_config,
+        "image_token_index": image_token_id,
+        "image_seq_length": (vision_config.image_size // vision_config.patch_size) ** 2
+        + int(keeps_cls and has_cls),
+        "vision_feature_layer": layer,
+        "vision_feature_select_strategy": "full" if keeps_cls or not has_cls else "default",
+        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "mm_projector_type": checkpoint.projector,
+        "mm_patch_merge_type": checkpoint.merge_type,
+    }
+    text_config.tie_word_embeddings = common["tie_word_embeddings"]
+    if checkpoint.aspect_mode != "anyres":
+        return LlavaConfig(**common)
+    pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
+    return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
+
+
+def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> tuple[Any, int]:
+    """Return the tower's configuration, and how many of its last layers the weights leave out.
+
+    Checkpoints with a SigLIP tower hold it without the layers after the one that is read.
+    """
+    from transformers import CONFIG_MAPPING
+
+    assert checkpoint.tower_folder is not None
+    file = checkpoint.tower_folder / "config.json"
+    found = read_json(file)
+    kind = _TOWERS.get(str(found.get("model_type")))
+    if kind is None:
+        raise ConfigError(
+            f"{file}: the vision tower is of the kind {found.get('model_type')!r}, and CLIP and "
+            "SigLIP towers can be loaded"
+        )
+    fields = {**found.get("vision_config", found), "model_type": kind}
+    fields = {n: v for n, v in fields.items() if n not in ("torch_dtype", "dtype", "architectures")}
+    config: Any = CONFIG_MAPPING[kind](**fields)
+    layers = {
+        int(match[1])
+        for name in stored
+        if (match := re.match(r"model\.vision_tower\.encoder\.layers\.(\d+)\.", name))
+    }
+    missing = config.num_hidden_layers - (max(layers) + 1) if layers else 0
+    if missing > 0:
+        config.num_hidden_layers -= missing
+    if kind == "siglip_vision_model":
+        config.vision_use_head = False
+    return config, max(missing, 0)
+
+
+def _check_mpt(checkpoint: Checkpoint, config: Any) -> None:
+    """transformers' MPT always uses ALiBi with a largest bias of 8 and plain heads."""
+    attention = config.attn_config
+    for name, only in (("alibi", True), ("alibi_bias_max", 8), ("qk_ln", False)):
+        if getattr(attention, name) != only:
+            raise ConfigError(
+                f"{checkpoint.folder / 'config.json'}: attn_config.{name}="
+                f"{getattr(attention, name)!r} is not supported for MPT, only {only!r}"
+            )
+
+
+def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
+    from transformers import (
+        LlavaForConditionalGeneration,
+        LlavaNextForConditionalGeneration,
+        LlavaOnevisionForConditionalGeneration,
+    )
+
+    from llava_ray.model.modules import Llava, LlavaAnyres
+
+    if checkpoint.model_type == "llava_onevision":
+        return LlavaOnevisionForConditionalGeneration
+    plain = (
+        checkpoint.projector == "mlp2x_gelu"
+        and checkpoint.text_model_type not in ("mpt", "gpt_neox")
+        and config.image_token_id < config.text_config.vocab_size
+    )
+    if checkpoint.model_type == "llava_next":
+        is_published = checkpoint.layout == "published"
+        return LlavaNextForConditionalGeneration if plain and is_published else LlavaAnyres
+    return LlavaForConditionalGeneration if plain else Llava
+
+
+def _projector_remedy(checkpoint: Checkpoint) -> str:
+    if checkpoint.kind == "lora":
+        return (
+            "non_lora_trainables.bin, which LLaVA's trainer writes when it is done, is missing or "
+            "holds none; copy it from where the adapter was trained"
+        )
+    return "copy mm_projector.bin, or all weight files, from where the checkpoint came from"
+
+
+def _explain(checkpoint: Checkpoint, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{checkpoint.folder / 'config.json'} describes no model that can be built: "
+        f"{reason[:300]}; copy it again from where the checkpoint came from"
+    )
