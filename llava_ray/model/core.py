@@ -256,7 +256,7 @@ def build_model(
                 state_dict=tensors,
                 dtype=dtype,
                 device_map={"": device},
-                attn_implementation=attention,
+                attn_implementation=_choose_attention(checkpoint, attention),
                 quantization_config=_describe_quantization(quantization, dtype),
                 output_loading_info=True,
             )
@@ -269,8 +269,16 @@ def build_model(
             f"the weights in {str(checkpoint.folder)!r} do not load: {error}; fetch them again"
         ) from error
     model, _ = loaded
+    model.config._name_or_path = str(checkpoint.folder)  # what peft writes into adapters as base
     model.generation_config = _read_generation_config(checkpoint, model)
     return model
+
+
+def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str, str]:
+    """MPT has a bias for each distance, which only the plain computation takes."""
+    if checkpoint.text_model_type != "mpt":
+        return attention
+    return {"": attention, "vision_config": attention, "text_config": "eager"}
 
 
 def _load_processor(checkpoint: Checkpoint) -> Any:

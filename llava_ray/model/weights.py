@@ -30,6 +30,9 @@ _BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "U8"
 _TORCH_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _LAST_NORM = re.compile(r"(^|\.)(model|transformer)\.norm(_f)?\.weight$")
 _DELTA_NORM = 0.1
+_WRAPPED = re.compile(r"^base_model\.(model\.)?")
+"""What peft puts before the names of a model that it has wrapped (non_lora_trainables.bin)."""
+
 _MAX_HEADER_BYTES = 100 << 20
 
 
@@ -123,7 +126,7 @@ def open_parts(parts: Sequence[Part]) -> dict[str, Stored]:
     for part in parts:
         stored: dict[str, Stored] = {}
         for file in part.files:
-            stored |= open_file(file)
+            stored |= {_WRAPPED.sub("", n): t for n, t in open_file(file).items()}
         layout = detect_layout(stored)
         for name, tensor in stored.items():
             place = tower_to_memory(name) if part.role == "tower" else to_memory(name, layout)
