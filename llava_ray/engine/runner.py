@@ -37,6 +37,12 @@ class Runner(Protocol):
         ...
 
 
+def select_pictures(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Return those of a prompt's inputs that belong to its pictures; None if it has none."""
+    text = ("input_ids", "attention_mask", "token_type_ids")
+    return {name: value for name, value in inputs.items() if name not in text} or None
+
+
 class LlavaRunner:
     """Runs any LLaVA whose language model speaks transformers' attention interface.
 
@@ -59,8 +65,13 @@ class LlavaRunner:
                 f"the language model {config.model_type!r} caps its attention scores, which the "
                 "torch engine does not: use another engine"
             )
-        AttentionInterface.register(ATTENTION_NAME, attend)
         language_model = core.model.model.language_model
+        if not language_model._supports_attention_backend:
+            raise ConfigError(
+                f"the language model {config.model_type!r} computes its attention in a way of its "
+                "own, which the torch engine cannot redirect: use load_model and `generate`"
+            )
+        AttentionInterface.register(ATTENTION_NAME, attend)
         language_model.set_attn_implementation(ATTENTION_NAME)
         self.device: torch.device = core.model.device
         self.dtype: torch.dtype = core.model.dtype
@@ -109,20 +120,33 @@ class LlavaRunner:
         new = [s for s in sequences if isinstance(s.inputs, dict)]
         if not new:
             return
-        pixels_NCHW = torch.cat([sequence.inputs["pixel_values"] for sequence in new])
-        config = self._core.model.config
+        plain = [s for s in new if s.inputs["pixel_values"].ndim == 4]
+        for sequence in new:
+            if sequence not in plain:  # tiles: each picture has its own number of features
+                sequence.inputs = torch.cat(self._compute_features(**sequence.inputs))
+        if not plain:
+            return
+        pixels_NCHW = torch.cat([sequence.inputs["pixel_values"] for sequence in plain])
         features: list[torch.Tensor] = []
         for batch_NCHW in pixels_NCHW.split(IMAGES_AT_ONCE):
-            output = self._model.get_image_features(
-                pixel_values=batch_NCHW.to(self.device, self.dtype),
-                vision_feature_layer=config.vision_feature_layer,
-                vision_feature_select_strategy=config.vision_feature_select_strategy,
-            )
-            features.extend(output.pooler_output)
-        for sequence in new:
+            features.extend(self._compute_features(batch_NCHW))
+        for sequence in plain:
             num_images = len(sequence.inputs["pixel_values"])
             own, features = features[:num_images], features[num_images:]
             sequence.inputs = torch.cat(own)
+
+    def _compute_features(
+        self, pixel_values: torch.Tensor, **sizes: torch.Tensor
+    ) -> list[torch.Tensor]:
+        """Return what the language model reads of each picture, [P, D]."""
+        config = self._core.model.config
+        output = self._model.get_image_features(
+            pixel_values=pixel_values.to(self.device, self.dtype),
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            **sizes,
+        )
+        return list(output.pooler_output)
 
     def _embed_tokens(self, plan: Plan) -> torch.Tensor:
         """Return the embeddings [T, D] of the plan's tokens, pictures in their places."""

@@ -14,7 +14,7 @@ import torch
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
-from llava_ray.engine.runner import LlavaRunner, Runner
+from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
 from llava_ray.engine.scheduler import Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.engine.text import TextStream
@@ -168,7 +168,7 @@ class TorchEngine:
                 stop=prompt.sampling.stop,
             ),
             eos_token_ids=self._core.eos_token_ids,
-            inputs={"pixel_values": inputs["pixel_values"]} if prompt.images else None,
+            inputs=select_pictures(inputs),
         )
 
     def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:

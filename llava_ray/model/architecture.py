@@ -4,6 +4,7 @@ Between `checkpoint` and `core`. Everything here works on names and shapes: a mo
 device says what it expects, the headers of the files say what there is.
 """
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -36,6 +37,17 @@ _UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
 _EMBEDDINGS = re.compile(r"model\.language_model\.(embed_tokens|wte|embed_in)\.weight")
 
 
+_BAD_CONFIG = (
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
+"""What transformers raises on a configuration that it cannot build from."""
+
+
 class Architecture(NamedTuple):
     """What is built.
 
@@ -65,20 +77,13 @@ def describe_model(
     """
     try:
         if checkpoint.layout == "published":
-            config = _read_published(checkpoint)
+            config = read_published(checkpoint)
         else:
             config = _convert_original(checkpoint, stored, image_token_id)
         model_class = _choose_class(checkpoint, config)
         with torch.device("meta"):
             tensors = model_class(config).state_dict()
-    except (
-        StrictDataclassError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-    ) as error:
+    except _BAD_CONFIG as error:
         raise ConfigError(_explain(checkpoint, error)) from error
     return Architecture(config, model_class, {n: tuple(t.shape) for n, t in tensors.items()})
 
@@ -115,7 +120,12 @@ def check_weights(
     return problems
 
 
-def _read_published(checkpoint: Checkpoint) -> Any:
+def read_published(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration of a checkpoint in its layout.
+
+    Raises:
+        ConfigError: transformers does not accept it.
+    """
     from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig
 
     classes = {
@@ -123,7 +133,10 @@ def _read_published(checkpoint: Checkpoint) -> Any:
         "llava_next": LlavaNextConfig,
         "llava_onevision": LlavaOnevisionConfig,
     }
-    config: Any = classes[checkpoint.model_type].from_dict(dict(checkpoint.config))
+    try:
+        config: Any = classes[checkpoint.model_type].from_dict(copy.deepcopy(checkpoint.config))
+    except _BAD_CONFIG as error:
+        raise ConfigError(_explain(checkpoint, error)) from error
     config.mm_projector_type = checkpoint.projector
     config.mm_patch_merge_type = checkpoint.merge_type
     return config

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from llava_ray.errors import ConfigError, MissingPackageError, RequestError
-from llava_ray.model.architecture import Architecture, check_weights, describe_model
+from llava_ray.model.architecture import (
+    Architecture,
+    check_weights,
+    describe_model,
+    read_published,
+)
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
 from llava_ray.model.original import read_pinpoints
 from llava_ray.model.processing import (
@@ -167,7 +172,7 @@ def load_model(
     checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
     target, precision = select_device(device), select_dtype(dtype)
     stored = open_parts(checkpoint.parts)
-    processor = _load_processor(checkpoint)
+    processor = read_processor(checkpoint)
     architecture = describe_model(checkpoint, stored, processor.image_token_id)
     for problem in check_weights(checkpoint, architecture, stored):
         raise ConfigError(problem)
@@ -189,8 +194,8 @@ def load_model(
         model=model.eval(),
         processor=processor,
         tokenizer=processor.tokenizer,
-        template=_choose_template(checkpoint, processor, template),
-        context_length=_read_context_length(model.config.text_config),
+        template=choose_template(checkpoint, processor, template),
+        context_length=read_context_length(model.config.text_config),
         image_token_id=model.config.image_token_id,
         eos_token_ids=_find_eos(model, processor.tokenizer),
         checkpoint=checkpoint,
@@ -281,7 +286,10 @@ def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str,
     return {"": attention, "vision_config": attention, "text_config": "eager"}
 
 
-def _load_processor(checkpoint: Checkpoint) -> Any:
+def read_processor(checkpoint: Checkpoint) -> Any:
+    """Return transformers' processor for a checkpoint; see `processing.load_processor`."""
+    if checkpoint.layout == "published":
+        read_published(checkpoint)  # the tokenizer reads config.json too, and tells errors badly
     pinpoints = None
     if checkpoint.layout == "original" and checkpoint.aspect_mode == "anyres":
         pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
@@ -327,7 +335,8 @@ def _read_generation_config(checkpoint: Checkpoint, model: Any) -> Any:
     return model.generation_config
 
 
-def _read_context_length(text_config: Any) -> int:
+def read_context_length(text_config: Any) -> int:
+    """Return how many tokens a language model was made for."""
     length = getattr(text_config, "max_position_embeddings", None)
     return length or text_config.max_seq_len  # MPT's name
 
@@ -346,7 +355,7 @@ def no_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) -> Template:
+def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) -> Template:
     tokenizer = processor.tokenizer
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     return Template(

@@ -1,0 +1,175 @@
+"""Says what a checkpoint is and what is wrong with it, from names, sizes and headers alone.
+
+Behind `llava-ray doctor`. It goes the way of `load_model` up to the point where weights would be
+read, and turns each error on that way into a line with its remedy.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from llava_ray.errors import ConfigError, UserError
+from llava_ray.model.architecture import Architecture, check_weights, describe_model
+from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
+from llava_ray.model.core import choose_template, read_context_length, read_processor
+from llava_ray.model.folder import find_folder, read_json
+from llava_ray.model.weights import Stored, open_parts
+
+_KINDS = {
+    "full": "a LLaVA with all its weights",
+    "projector": "a projector over a language model",
+    "lora": "a LoRA of LLaVA's trainer over a base",
+    "adapter": "a PEFT adapter over a LLaVA",
+    "delta": "a delta over a language model",
+}
+_LAYOUTS = {"published": "transformers' (llava-hf)", "original": "LLaVA's own (liuhaotian)"}
+_PRECISIONS = {"float32": 4.0, "bfloat16 or float16": 2.0}
+_QUANTIZED = {"8bit": 1.0, "4bit": 0.53}
+"""Bytes of a quantized weight, scales included; only the language model's layers are quantized."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        facts: what the checkpoint is, in the order in which it is printed.
+        problems: what keeps it from loading, each with what to do about it.
+    """
+
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        """Return it all as lines for a terminal."""
+        width = max((len(name) for name in self.facts), default=0)
+        lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
+        lines += [f"problem: {problem}" for problem in self.problems]
+        return "\n".join(lines if self.problems else [*lines, "no problems found"])
+
+
+def diagnose(
+    path: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
+) -> Diagnosis:
+    """Return what a checkpoint is and what is wrong with it. No weights are read.
+
+    Args:
+        path: as of `load_model`, as are the others.
+    """
+    found = Diagnosis()
+    try:
+        folder = find_folder(path)
+        found.facts["folder"] = str(folder)
+        checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+    except UserError as error:
+        found.problems.append(error.message)
+        return found
+    found.facts.update(_describe_files(checkpoint))
+    image_token_id = _add_processor(found, checkpoint)
+    try:
+        stored = open_parts(checkpoint.parts)
+        architecture = describe_model(checkpoint, stored, image_token_id)
+    except UserError as error:
+        found.problems.append(error.message)
+        return found
+    found.problems.extend(check_weights(checkpoint, architecture, stored))
+    found.facts.update(_describe_sizes(architecture, stored))
+    found.problems.extend(_check_adapters(checkpoint, architecture))
+    return found
+
+
+def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
+    facts = {
+        "kind": _KINDS[checkpoint.kind],
+        "layout": _LAYOUTS[checkpoint.layout],
+        "model": f"{checkpoint.model_type}, language model {checkpoint.text_model_type}",
+        "vision tower": checkpoint.tower or "not named",
+        "projector": checkpoint.projector,
+        "pictures": checkpoint.aspect_mode,
+    }
+    if checkpoint.base:
+        facts["base"] = str(checkpoint.base)
+    if checkpoint.tower_folder:
+        facts["vision tower"] += f", found in {checkpoint.tower_folder}"
+    if checkpoint.aspect_mode == "anyres":
+        facts["pictures"] += f", tiles joined {checkpoint.merge_type}"
+    if checkpoint.uses_start_end:
+        facts["pictures"] += ", between <im_start> and <im_end>"
+    return facts
+
+
+def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> int:
+    """Add what tokenizer, preprocessing and template are; return the image token's id."""
+    try:
+        processor = read_processor(checkpoint)
+        template = choose_template(checkpoint, processor, None)
+    except UserError as error:
+        found.problems.append(error.message)
+        return int(checkpoint.config.get("image_token_index") or 0)
+    tokenizer = processor.tokenizer
+    found.facts["tokenizer"] = (
+        f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, image token "
+        f"{processor.image_token} = {processor.image_token_id}"
+    )
+    own = "the checkpoint's own chat template"
+    found.facts["template"] = getattr(template, "name", "") or own
+    return processor.image_token_id
+
+
+def _describe_sizes(architecture: Architecture, stored: dict[str, Stored]) -> dict[str, str]:
+    config = architecture.config
+    text, vision = config.text_config, config.vision_config
+    counts = {name: math.prod(shape) for name, shape in architecture.shapes.items()}
+    if config.tie_word_embeddings:
+        counts.pop("lm_head.weight", None)
+    total = sum(counts.values())
+    linear = sum(
+        count
+        for name, count in counts.items()
+        if name.startswith("model.language_model.")
+        and len(architecture.shapes[name]) == 2
+        and not any(part in name for part in ("embed", "wte"))
+    )
+    memory = {name: total * size for name, size in _PRECISIONS.items()}
+    memory |= {name: (total - linear) * 2 + linear * size for name, size in _QUANTIZED.items()}
+    patches = (vision.image_size // vision.patch_size) ** 2
+    dtypes = sorted({tensor.dtype for tensor in stored.values()})
+    return {
+        "sizes": f"{total / 1e6:,.1f} million weights; language model {text.num_hidden_layers} "
+        f"layers of {text.hidden_size}, tower {vision.num_hidden_layers} layers of "
+        f"{vision.hidden_size}, {vision.image_size} x {vision.image_size} pixels in {patches} "
+        "patches",
+        "context": f"{read_context_length(text):,} tokens",
+        "stored as": ", ".join(dtypes),
+        "memory": ", ".join(f"{name} {_format(size)}" for name, size in memory.items())
+        + " for the weights; the engine's cache of keys and values comes on top",
+    }
+
+
+def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
+    if not checkpoint.adapters:
+        return []
+    from llava_ray.model.adapter import find_place, read_adapter
+    from llava_ray.model.names import detect_layout
+
+    problems = []
+    for folder in checkpoint.adapters:
+        try:
+            tensors = read_adapter(folder)
+            named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        except ConfigError as error:
+            problems.append(error.message)
+            continue
+        layout = detect_layout(tensors)
+        modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
+        places = {name: f"{find_place(name, layout)}.weight" for name in modules}
+        if lost := sorted(n for n, place in places.items() if place not in architecture.shapes):
+            problems.append(
+                f"the adapter in {folder} changes {len(lost)} modules that the base does not have "
+                f"({lost[0]}): it was made for {named!r}; give that as base"
+            )
+    return problems
+
+
+def _format(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.1f} MB"
