@@ -113,7 +113,9 @@ def test_another_kind_of_model_is_refused_by_its_kind(folder):
 def test_a_truncated_weight_file_is_told(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ConfigError, match=r"model\.safetensors does not load: it has .* bytes .*; fetch it again"):
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors does not load: it has .* bytes .*; fetch it again"
+    ):
         load_model(folder, device="cpu")
 
 
