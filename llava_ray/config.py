@@ -47,7 +47,9 @@ class ModelConfig(Section):
         description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Precision of the weights; auto: bfloat16."
+        default="auto",
+        description="Precision of the weights; auto: bfloat16 where the device computes in it, "
+        "float32 elsewhere.",
     )
     device: str = Field(
         default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_ray.demo import language, symbols
-from llava_ray.demo.pace import Pace, Stage, resume
+from llava_ray.demo.pace import Pace, Stage, autocast, resume
 from llava_ray.demo.reader import (
     PHRASE_SHARE,
     Losses,
@@ -96,7 +96,7 @@ def align_projector(
     stage = Stage("align", model, checkpoint, pace, rate=ALIGN_RATE, shares=parts)
     while not stage.is_over:
         pixels, values = make_pictures(rng, ALIGN_BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             with torch.no_grad():
                 seen = read_tower(model.labeller.tower, pixels)
             loss = model.symbol_loss(model.projector(seen), values)
@@ -111,7 +111,7 @@ def train_joined(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFas
     shares = {model.reader.model: 1.0, model.reader.finder: 1.0, model.projector: 1.0}
     stage = Stage("joint", model, checkpoint, pace, rate=JOINT_RATE, shares=shares)
     for batch in make_batches(tokenizer, rng, stage, is_easy_first=False):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             (answer, phrase, exact), symbol = model.losses(batch)
         loss = answer + PHRASE_SHARE * phrase + SYMBOL_SHARE * symbol
         parts = {"answer": answer, "phrase": phrase, "symbol": symbol}

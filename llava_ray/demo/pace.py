@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 from llava_ray.demo import partners
+from llava_ray.demo.muon import Muon
+from llava_ray.model.precision import has_fast_bfloat16
 
 SAVE_EVERY_MINUTES = 2.0
 WARM_UP = 0.02  # of a stage
@@ -40,6 +42,11 @@ class Pace:
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         return random.Random(f"{name} {self.seed} {partners.rank()}")
+
+
+def autocast() -> torch.autocast:
+    """Matrix products in bfloat16 where the CPU has instructions for it, else as they are."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
 
 
 class Stage:
@@ -121,8 +128,7 @@ def _build_optimizers(
     adamw = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
     if not matrices:
         return [adamw]
-    muon = torch.optim.Muon(matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    return [Muon(matrices, weight_decay=weight_decay), adamw]
 
 
 def rate_at(progress: float, peak: float) -> float:

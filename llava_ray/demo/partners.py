@@ -40,15 +40,25 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
+def count() -> int:
+    """How many partners there are; 1 alone."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def add_up(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The sums of what every partner has."""
+    if not distributed.is_initialized():
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    sizes = [tensor.numel() for tensor in tensors]
+    return [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), tensors, strict=True)]
+
+
 def average_gradients(parameters: Sequence[nn.Parameter], progress: float) -> float:
     """Average the gradients of all partners in place, and how far each thinks it has come."""
-    if not distributed.is_initialized():
-        return progress
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
-    flat = torch.cat([torch.tensor([progress]), *(g.flatten() for g in gradients)])
-    distributed.all_reduce(flat)
-    flat /= distributed.get_world_size()
-    averaged = flat[1:].split([gradient.numel() for gradient in gradients])
-    for parameter, gradient in zip(parameters, averaged, strict=True):
-        parameter.grad = gradient.view_as(parameter)
-    return flat[0].item()
+    total, *summed = add_up([torch.tensor([progress]), *gradients])
+    for parameter, gradient in zip(parameters, summed, strict=True):
+        parameter.grad = gradient / count()
+    return total.item() / count()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llava_ray.demo import language, questions, references, scenes, symbols
-from llava_ray.demo.pace import Pace, Stage, resume
+from llava_ray.demo.pace import Pace, Stage, autocast, resume
 
 BATCH = 8
 RATE = 1e-3
@@ -268,7 +268,7 @@ def train_reader(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFas
     resume(reader, checkpoint)
     stage = Stage("reader", reader, checkpoint, pace, rate=RATE)
     for batch in make_batches(tokenizer, rng, stage):
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             features = reader.speller(symbols.spell_patches(batch.pictures))
             answer, phrase, exact = reader.losses(batch, features)
         loss = answer + PHRASE_SHARE * phrase

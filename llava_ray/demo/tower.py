@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from llava_ray.demo import scenes, symbols
-from llava_ray.demo.pace import Pace, Stage, resume
+from llava_ray.demo.pace import Pace, Stage, autocast, resume
 
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
@@ -74,7 +74,7 @@ def train_tower(checkpoint: Path, pace: Pace) -> None:
     stage = Stage("tower", model, checkpoint, pace, rate=RATE, weight_decay=0.05)
     while not stage.is_over:
         pixels, values = make_pictures(rng, BATCH)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             logits = model(pixels)
         stage.step(_label_loss(logits, values), **_error_rates(logits, values))
 

@@ -26,6 +26,7 @@ from llava_ray.model.architecture import (
 )
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
 from llava_ray.model.original import read_pinpoints
+from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processing import (
     IMAGE_PLACEHOLDER,
     encode_pictures,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 Quantization = Literal["4bit", "8bit"]
 
 DTYPES = {
-    "auto": torch.bfloat16,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
@@ -157,7 +157,8 @@ def load_model(
         base: the model below a projector, an adapter or a delta; an adapter usually names its own.
         vision_tower: folder or hub name of the tower, of the original layout; by default the one
             that config.json names.
-        dtype: precision of the weights in memory; "auto" is bfloat16.
+        dtype: precision of the weights in memory; "auto" is bfloat16 where the device computes in
+            it, float32 elsewhere (see `precision`).
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
@@ -170,7 +171,8 @@ def load_model(
         MissingPackageError: an optional package is needed.
     """
     checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
-    target, precision = select_device(device), select_dtype(dtype)
+    target = select_device(device)
+    precision = select_dtype(dtype, target)
     stored = open_parts(checkpoint.parts)
     processor = read_processor(checkpoint)
     architecture = describe_model(checkpoint, stored, processor.image_token_id)
@@ -221,16 +223,18 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def select_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """Return the precision that a name of the configuration stands for.
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision that a name of the configuration stands for on a device.
 
     Raises:
         ConfigError: no such precision.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype == "auto":
+        return choose_dtype(device)
     if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is not known: use one of {', '.join(DTYPES)}")
+        raise ConfigError(f"dtype={dtype!r} is not known: use one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
