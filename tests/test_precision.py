@@ -11,7 +11,6 @@ from llava_ray.demo.muon import Muon
 from llava_ray.model.core import select_dtype
 from llava_ray.model.precision import choose_dtype
 
-
 CPUINFO = Path("/proc/cpuinfo")
 
 
