@@ -95,7 +95,6 @@ def test_a_projector_alone_asks_for_its_base(tmp_path):
 
 
 def test_a_lora_is_merged_with_what_was_trained_beside_it(tmp_path, base):
-    pytest.importorskip("peft")
     original = Original()
     core = load(write_lora(original, tmp_path / "adapter"), base=base)
     assert_same_logits(core, add_lora(Original()))
@@ -103,7 +102,6 @@ def test_a_lora_is_merged_with_what_was_trained_beside_it(tmp_path, base):
 
 
 def test_a_lora_over_a_whole_llava_keeps_its_tower(tmp_path):
-    pytest.importorskip("peft")
     whole = Original().write(tmp_path / "whole")
     folder = write_lora(Original(), tmp_path / "adapter", base_model_name_or_path=str(whole))
     (folder / "non_lora_trainables.bin").unlink()
@@ -111,13 +109,11 @@ def test_a_lora_over_a_whole_llava_keeps_its_tower(tmp_path):
 
 
 def test_scales_of_other_kinds_of_lora_are_kept(tmp_path, base):
-    pytest.importorskip("peft")
     folder = write_lora(Original(), tmp_path / "adapter", use_rslora=True)
     assert_same_logits(load(folder, base=base), add_lora(Original(), ALPHA / math.sqrt(RANK)))
 
 
 def test_any_adapter_is_loaded_over_a_whole_llava(tmp_path):
-    pytest.importorskip("peft")
     whole = Original(aspect="anyres", merge="spatial_unpad").write(tmp_path / "whole")
     folder = write_adapter(tmp_path / "adapter", make_lora(Original()), str(whole))
     expected = add_lora(Original(aspect="anyres", merge="spatial_unpad"))
@@ -125,7 +121,8 @@ def test_any_adapter_is_loaded_over_a_whole_llava(tmp_path):
 
 
 def test_an_adapter_that_peft_trained_over_transformers_own_llava_is_loaded(tmp_path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     plain = load(tiny_model())
     inputs = plain.encode("<image> what?", [picture()])
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
@@ -140,7 +137,6 @@ def test_an_adapter_that_peft_trained_over_transformers_own_llava_is_loaded(tmp_
 
 
 def test_an_adapter_that_changes_no_logits_is_an_error(tmp_path, base):
-    pytest.importorskip("peft")
     tensors = make_lora(Original())
     for name in tensors:
         if "lora_B" in name:
@@ -152,7 +148,6 @@ def test_an_adapter_that_changes_no_logits_is_an_error(tmp_path, base):
 
 @pytest.mark.parametrize("change", ["a module", "a size"])
 def test_an_adapter_for_another_base_is_an_error_that_names_the_right_one(change, tmp_path, base):
-    pytest.importorskip("peft")
     tensors = make_lora(Original())
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     if change == "a module":
@@ -178,7 +173,6 @@ def test_an_adapter_names_its_base_and_tells_when_that_is_not_here(tmp_path):
 
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path, base):
-    pytest.importorskip("peft")
     folder = write_lora(Original(), tmp_path / "adapter", peft_type="IA3")
     with pytest.raises(ConfigError, match="kind 'IA3' are not supported: use LoRA"):
         load(folder, base=base)

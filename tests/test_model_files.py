@@ -178,7 +178,6 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_quantized_weights_take_less_memory_and_give_similar_logits(quantization):
-    pytest.importorskip("bitsandbytes")
     plain = load_model(tiny_model(), device="cpu")
     core = load_model(tiny_model(), device="cpu", quantization=quantization)
     kinds = {type(module).__name__ for module in core.model.model.language_model.modules()}

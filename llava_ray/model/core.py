@@ -13,7 +13,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -303,6 +303,8 @@ def read_processor(checkpoint: Checkpoint) -> Any:
 def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype) -> Any:
     if quantization is None:
         return None
+    if quantization not in get_args(Quantization):
+        raise ConfigError(f"quantization={quantization!r} is not known: use 4bit, 8bit or none")
     from transformers import BitsAndBytesConfig
     from transformers.utils import is_bitsandbytes_available
 
@@ -311,18 +313,15 @@ def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype
             f"quantization={quantization!r} needs bitsandbytes: pip install 'llava-ray[quant]'"
         )
     whole = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
-    match quantization:
-        case "8bit":
-            return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
-        case "4bit":
-            return BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-                llm_int8_skip_modules=whole,
-            )
-    raise ConfigError(f"quantization={quantization!r} is not known: use 4bit, 8bit or none")
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=whole,
+    )
 
 
 def _read_generation_config(checkpoint: Checkpoint, model: Any) -> Any:
