@@ -54,6 +54,12 @@ class ModelConfig(Section):
     device: str = Field(
         default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."
     )
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of a conversation template (vicuna_v1, llava_v0, mistral_instruct, ...), "
+        "or own: the checkpoint's chat template; default: what its files point to.",
+    )
     context_length: int | None = Field(
         default=None,
         ge=16,

@@ -8,6 +8,7 @@
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   └── RequestTooLargeError  a body over the limit; 413
+    │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
@@ -80,6 +81,12 @@ class RequestTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class SampleError(UserError):
+    """A sample that cannot be trained on as it is."""
+
+    code = "invalid_sample"
 
 
 class ModelNotFoundError(UserError):

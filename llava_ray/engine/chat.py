@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import Executor
 from contextlib import aclosing
+from dataclasses import replace
 
 from llava_ray import images
 from llava_ray.config import LimitsConfig
@@ -44,12 +45,18 @@ async def chat(
 
 
 def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt:
-    """Return the prompt for a request, its pictures decoded."""
+    """Return the prompt for a request, its pictures decoded.
+
+    An answer ends at the template's stop texts as well as at those that were asked for.
+    """
     pictures = tuple(
         images.decode(part, limits=limits)
         for message in request.messages
         for part in message.parts
         if isinstance(part, ImagePart)
     )
-    text = engine.template.render(request.messages)
-    return Prompt(request.request_id, text, pictures, request.sampling)
+    template, sampling = engine.template, request.sampling
+    text = template.render(request.messages)
+    if not sampling.ignore_eos:
+        sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
+    return Prompt(request.request_id, text, pictures, sampling)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ContextLengthError, EngineError
-from llava_ray.template import Template
+from llava_ray.template import OwnTemplate, Template, find_template
 from llava_ray.types import Chunk, Prompt
 
 
@@ -20,10 +20,13 @@ class EchoEngine:
     Args:
         delay_s: how long each token takes.
         context_length: longest prompt plus answer, in words; a picture counts as one.
+        template: name of a conversation template; by default no more than roles.
     """
 
-    def __init__(self, *, delay_s: float = 0.0, context_length: int = 4096) -> None:
-        self.template = Template()
+    def __init__(
+        self, *, delay_s: float = 0.0, context_length: int = 4096, template: str | None = None
+    ) -> None:
+        self.template: Template = find_template(template) if template else OwnTemplate()
         self.context_length = context_length
         self._delay_s = delay_s
         self._running: dict[str, int] = {}  # request -> tokens that it holds

@@ -19,7 +19,7 @@ def load_engine(config: ModelConfig) -> Engine:
         case "echo":
             from llava_ray.engine.echo import EchoEngine
 
-            return EchoEngine()
+            return EchoEngine(template=config.template)
         case "torch":
             # OpenMP reads it when torch is loaded; Ray has set it to the actor's num_cpus.
             num_threads = config.num_threads or len(os.sched_getaffinity(0))

@@ -85,7 +85,9 @@ class TorchEngine:
         """
         torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
         core = run_in_passing_thread(
-            lambda: load_model(config.path, dtype=config.dtype, device=config.device)
+            lambda: load_model(
+                config.path, dtype=config.dtype, device=config.device, template=config.template
+            )
         )
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(

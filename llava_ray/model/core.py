@@ -27,16 +27,11 @@ from llava_ray.model.architecture import (
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
 from llava_ray.model.original import read_pinpoints
 from llava_ray.model.precision import choose_dtype
-from llava_ray.model.processing import (
-    IMAGE_PLACEHOLDER,
-    encode_pictures,
-    load_processor,
-    mark_pictures,
-    tokenize_pieces,
-)
+from llava_ray.model.processing import encode_pictures, load_processor, mark_pictures
+from llava_ray.model.templates import OWN, choose_template, find_stop_ids
 from llava_ray.model.tiles import count_image_tokens
 from llava_ray.model.weights import Stored, check_deltas, open_parts
-from llava_ray.template import VICUNA, Template
+from llava_ray.template import IMAGE_PLACEHOLDER, Template, find_template, tokenize_pieces
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -163,13 +158,16 @@ def load_model(
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
             "flash_attention_2").
-        template: name of a conversation template, in place of the one that the files point to.
+        template: name of a conversation template, in place of the one that the files point to; or
+            "own", the chat template that the checkpoint brings.
 
     Raises:
         ConfigError: the folder is missing, is no checkpoint of a known kind, or what it holds does
             not fit together; the message names the file and what to do.
         MissingPackageError: an optional package is needed.
     """
+    if template not in (None, OWN):
+        find_template(template)  # a wrong name is told before gigabytes are read
     checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
     target = select_device(device)
     precision = select_dtype(dtype, target)
@@ -192,14 +190,16 @@ def load_model(
         from llava_ray.model.adapter import apply_adapter
 
         model = apply_adapter(model, folder, merge=quantization is None)
+    chosen = choose_template(checkpoint, processor, template)
+    stop_ids = find_stop_ids(chosen, processor.tokenizer)
     return Core(
         model=model.eval(),
         processor=processor,
         tokenizer=processor.tokenizer,
-        template=choose_template(checkpoint, processor, template),
+        template=chosen,
         context_length=read_context_length(model.config.text_config),
         image_token_id=model.config.image_token_id,
-        eos_token_ids=_find_eos(model, processor.tokenizer),
+        eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
         checkpoint=checkpoint,
     )
 
@@ -356,17 +356,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if was_on:
             logging.enable_progress_bar()
-
-
-def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) -> Template:
-    tokenizer = processor.tokenizer
-    names = ("bos_token", "eos_token", "unk_token", "pad_token")
-    return Template(
-        source=processor.chat_template or VICUNA,
-        image_token=processor.image_token,
-        special_tokens=tuple(dict.fromkeys([processor.image_token, *tokenizer.all_special_tokens])),
-        variables=tuple((name, getattr(tokenizer, name) or "") for name in names),
-    )
 
 
 def _find_eos(model: Any, tokenizer: Any) -> frozenset[int]:

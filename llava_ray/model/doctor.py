@@ -11,8 +11,9 @@ from pathlib import Path
 from llava_ray.errors import ConfigError, UserError
 from llava_ray.model.architecture import Architecture, check_weights, describe_model
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
-from llava_ray.model.core import choose_template, read_context_length, read_processor
+from llava_ray.model.core import read_context_length, read_processor
 from llava_ray.model.folder import find_folder, read_json
+from llava_ray.model.templates import OWN, choose_template
 from llava_ray.model.weights import Stored, open_parts
 
 _KINDS = {
@@ -111,8 +112,10 @@ def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> int:
         f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, image token "
         f"{processor.image_token} = {processor.image_token_id}"
     )
-    own = "the checkpoint's own chat template"
-    found.facts["template"] = getattr(template, "name", "") or own
+    found.facts["template"] = "the checkpoint's own chat template"
+    if template.name != OWN:
+        stops = ", ".join(map(repr, template.stop)) or "the end of sequence"
+        found.facts["template"] = f"{template.name}; answers end at {stops}"
     return processor.image_token_id
 
 

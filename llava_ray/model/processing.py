@@ -1,8 +1,7 @@
 """Puts a checkpoint's tokenizer and picture preprocessing together, and encodes prompts with them.
 
 transformers' processors, in their PIL implementation: it needs no torchvision and gives the pixels
-of LLaVA's own code. For the original layout they are set up from what LLaVA's config.json says, and
-text is tokenised as LLaVA does it: each piece between two pictures by itself.
+of LLaVA's own code. For the original layout they are set up from what LLaVA's config.json says.
 
 Shapes: T tokens, N pictures.
 """
@@ -16,13 +15,12 @@ import torch
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint import Checkpoint
 from llava_ray.model.folder import read_json, read_processor_settings
+from llava_ray.template import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
+from llava_ray.template import IMAGE_TOKEN
+from llava_ray.template import tokenize_pieces as tokenize_pieces
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
-
-IMAGE_TOKEN = "<image>"
-IMAGE_PLACEHOLDER = -200
-"""Stands for a whole picture in the original's token ids."""
 
 START_END = ("<im_start>", "<im_end>")
 _IMAGE_SETTINGS = (
@@ -54,24 +52,6 @@ def load_processor(checkpoint: Checkpoint, pinpoints: list[list[int]] | None = N
     if checkpoint.layout == "published":
         return _load_published(checkpoint)
     return _load_original(checkpoint, pinpoints)
-
-
-def tokenize_pieces(tokenizer: Any, text: str) -> list[int]:
-    """Return a prompt's ids as LLaVA makes them, `IMAGE_PLACEHOLDER` for each `<image>`.
-
-    Each piece between pictures is tokenised by itself, and only the first keeps its beginning of
-    sequence; so a piece begins as a text does, which is why the ids differ from those of the whole.
-    """
-    beginning: list[int] = tokenizer("").input_ids[:1]
-    begins = bool(beginning) and beginning == [tokenizer.bos_token_id]
-    if begins:
-        text = text.removeprefix(tokenizer.bos_token)  # written by the template already
-    ids = beginning if begins else []
-    for i, piece in enumerate(text.split(IMAGE_TOKEN)):
-        if i:
-            ids.append(IMAGE_PLACEHOLDER)
-        ids.extend(tokenizer(piece).input_ids[int(begins) :])
-    return ids
 
 
 def mark_pictures(text: str) -> str:

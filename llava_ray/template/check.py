@@ -1,0 +1,85 @@
+"""What a conversation has to be like to be written at all, and to be trained on.
+
+Before the walk of a template: `find_problem` for whoever asks a model, `check_sample` for training,
+which is stricter, since nobody would see what went wrong.
+"""
+
+from collections.abc import Sequence
+
+from llava_ray.errors import SampleError
+from llava_ray.template.parts import count_pictures, join_text
+from llava_ray.template.tokens import IMAGE_TOKEN
+from llava_ray.types import ImagePart, Message
+
+
+def find_problem(messages: Sequence[Message], *, has_system: bool = True) -> str | None:
+    """Return what is wrong with the order of a conversation, with the remedy.
+
+    Args:
+        messages: an optional system message, then user and assistant in turn.
+        has_system: the template has a place for a system message.
+    """
+    if not messages:
+        return "the conversation is empty: begin with a user message"
+    expected = "user"
+    for i, message in enumerate(messages):
+        if message.role == "system" and i == 0:
+            if not has_system:
+                return "this template has no place for a system message: leave it out"
+            if any(isinstance(part, ImagePart) for part in message.parts):
+                return "a picture stands in the system message: put it into a user message"
+        elif message.role != expected:
+            return (
+                f"message {i + 1} is from the {message.role} where the {expected} speaks: send "
+                "user and assistant messages in turn, at most one system message first"
+            )
+        else:
+            expected = "assistant" if expected == "user" else "user"
+    if messages[-1].role == "system":
+        return "there is only a system message: add one from the user"
+    return None
+
+
+def check_sample(
+    messages: Sequence[Message],
+    sample_id: str,
+    num_images: int | None = None,
+    *,
+    has_system: bool = True,
+) -> None:
+    """Check that a conversation can be trained on.
+
+    Raises:
+        SampleError: it cannot; the message names the sample.
+    """
+    problem = find_problem(messages, has_system=has_system)
+    if problem is None:
+        problem = _find_empty(messages)
+    if problem is None and num_images is not None:
+        named = count_pictures(messages)
+        if named != num_images:
+            problem = (
+                f"the conversation names {named} pictures and {num_images} come with it: name "
+                "each picture once"
+            )
+    if problem is not None:
+        raise SampleError(f"{name_sample(sample_id)}: {problem}")
+
+
+def name_sample(sample_id: str) -> str:
+    """Return how errors name a sample."""
+    return f"sample {sample_id!r}" if sample_id else "a sample without an id"
+
+
+def _find_empty(messages: Sequence[Message]) -> str | None:
+    if not any(message.role == "assistant" for message in messages):
+        return "it has no message from the assistant, so there is nothing to learn: add the answer"
+    for i, message in enumerate(messages):
+        if IMAGE_TOKEN in join_text(message):
+            return (
+                f"the text of message {i + 1} has {IMAGE_TOKEN} in it without a picture: make "
+                "each one a picture of the message, or remove it"
+            )
+        if not join_text(message) and not count_pictures([message]):
+            return f"message {i + 1} is empty: write it, or leave the sample out"
+    return None

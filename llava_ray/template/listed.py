@@ -1,0 +1,219 @@
+"""A template of LLaVA's own code: one row of the table, and what it does with a conversation.
+
+messages -> turns (pictures written out) -> the walk of its style -> text, or ids and labels
+
+LLaVA's trainer writes some conversations in another way than its server does: the style "single",
+the exchange around tagged pictures, and "plain", whose questions it leaves out. Checkpoints were
+made with the one and are asked with the other, so both are kept, each where LLaVA has it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llava_ray.errors import RequestError, SampleError
+from llava_ray.template.check import check_sample, find_problem, name_sample
+from llava_ray.template.parts import count_pictures, join_text, split_parts
+from llava_ray.template.styles import (
+    Style,
+    Turn,
+    walk_caption,
+    walk_chatml,
+    walk_headed,
+    walk_llama_2,
+    walk_named,
+    walk_plain,
+)
+from llava_ray.template.tokens import (
+    IGNORED,
+    IMAGE_PLACEHOLDER,
+    Encoded,
+    Notation,
+    Piece,
+    encode_pieces,
+    tokenize_pieces,
+)
+from llava_ray.types import Message
+
+
+@dataclass(frozen=True)
+class ListedTemplate:
+    """One row of the table.
+
+    Attributes:
+        name: in the table.
+        style: how a conversation is written.
+        system: what is said first, unless a system message takes its place.
+        roles: the user's and the assistant's names, of styles that write them.
+        end: ends an answer and is learned with it.
+        begin: stands before every question but the first ("llama_2").
+        gap: stands after a question ("single", "two"), or after every turn ("chatml").
+        example: an exchange that prompts begin with.
+        tags: stand around each picture.
+        notation: how the checkpoint writes pictures and reads text.
+    """
+
+    name: str
+    style: Style
+    system: str = ""
+    roles: tuple[str, str] = ("USER", "ASSISTANT")
+    end: str = "</s>"
+    begin: str = ""
+    gap: str = ""
+    example: tuple[Turn, ...] = ()
+    tags: tuple[str, str] = ("", "")
+    notation: Notation = field(default_factory=Notation)
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts at which an answer ends."""
+        return () if self.style == "plain" else (self.end,)
+
+    @property
+    def has_system(self) -> bool:
+        """There is a place for a system message."""
+        return self.style != "plain"
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Return the prompt text; see `Template.render`."""
+        if problem := find_problem(messages, has_system=self.has_system):
+            raise RequestError(problem, param="messages")
+        pieces = self.walk(messages, ask=add_generation_prompt)
+        return "".join(piece.text for piece in pieces)
+
+    def encode(
+        self,
+        messages: Sequence[Message],
+        tokenizer: Any,
+        *,
+        sample_id: str = "",
+        num_images: int | None = None,
+    ) -> Encoded:
+        """Return ids and labels; see `Template.encode`.
+
+        An answer that nobody asked for, at the very beginning, is left out, as LLaVA's trainer
+        does. Where that trainer finds a "tokenization mismatch" and masks the whole sample, the
+        answers are learned here, each with what ends it.
+        """
+        if self.style == "plain":
+            _check_caption(messages, sample_id)
+        else:
+            messages = _skip_answer(messages)
+        check_sample(messages, sample_id, num_images, has_system=self.has_system)
+        pieces = list(self.walk(messages, for_training=True))
+        if self.style == "single":
+            return _encode_headed(tokenizer, pieces, self.notation)
+        return encode_pieces(tokenizer, pieces, self.notation)
+
+    def walk(
+        self, messages: Sequence[Message], *, for_training: bool = False, ask: bool = False
+    ) -> Iterator[Piece]:
+        """Yield the pieces of a conversation's text: the one way through it.
+
+        Args:
+            messages: the conversation; its order was checked.
+            for_training: in the form of LLaVA's trainer, where that is another.
+            ask: end with what asks for an answer.
+        """
+        system = self.system
+        if messages[0].role == "system":
+            system = self.notation.quote(join_text(messages[0]))
+            messages = messages[1:]
+        turns = [Turn(m.role == "assistant", self._write(m)) for m in messages]
+        if not for_training:
+            turns = [*self.example, *self._set_apart(messages[0], turns[0]), *turns[1:]]
+        match self.style:
+            case "single" if for_training:
+                return walk_headed(system, turns, roles=self.roles)
+            case "single" | "two":
+                return walk_named(
+                    system, turns, roles=self.roles, gap=self.gap, end=self.end, ask=ask
+                )
+            case "chatml":
+                return walk_chatml(system, turns, gap=self.gap, end=self.end, ask=ask)
+            case "llama_2":
+                return walk_llama_2(system, turns, begin=self.begin, end=self.end)
+            case "plain" if for_training:
+                pictures = self.notation.image_token * count_pictures(messages[:1])
+                return walk_caption(pictures, turns[1].text, end=self.end)
+            case "plain":
+                return walk_plain(turns, end=self.end)
+
+    def _write(self, message: Message) -> str:
+        """Return a message as text.
+
+        One picture stands at the front, on a line of its own, wherever it was. Several stay where
+        they are, with a new line between a picture and what would touch it.
+        """
+        num_pictures = count_pictures([message])
+        text = self.notation.quote(join_text(message))
+        if num_pictures == 0:
+            return text
+        if num_pictures == 1:
+            return f"{self._picture}\n{text.strip()}".strip()
+        written = ""
+        for run in split_parts(message):
+            text = self._picture if run is None else self.notation.quote(run)
+            is_open = written[-1:].strip() and text[:1].strip()
+            if is_open and (run is None or written.endswith(self._picture)):
+                written += "\n"
+            written += text
+        return written.strip()
+
+    @property
+    def _picture(self) -> str:
+        return self.tags[0] + self.notation.picture + self.tags[1]
+
+    def _set_apart(self, message: Message, turn: Turn) -> list[Turn]:
+        """Return the first turn of a prompt; tagged pictures become an exchange of their own."""
+        text = self.notation.quote(join_text(message)).strip()
+        num_pictures = count_pictures([message])
+        if not (any(self.tags) and num_pictures and text):
+            return [turn]
+        pictures = "\n".join([self._picture] * num_pictures)
+        return [Turn(False, pictures), Turn(True, "Received."), Turn(False, text)]
+
+
+def _encode_headed(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:
+    """Return ids and labels of the style "single", turn lengths counted as LLaVA's trainer counts.
+
+    Each line is tokenised by itself, with its beginning of sequence. With Llama's vocabulary that
+    is as long as the line within the conversation ("▁###" and the beginning, or "##" and "#"), and
+    the two tokens by which each question is learned too are the mark that ends an answer. With
+    other vocabularies the lengths may be off by a token a turn, and LLaVA's labels with them.
+    """
+    text = "".join(piece.text for piece in pieces)
+    ids = encode_pieces(tokenizer, [Piece(text)], notation).input_ids
+    labels = [IGNORED if id_ == IMAGE_PLACEHOLDER else id_ for id_ in ids]
+    header, *lines, _ = pieces
+    place = _count(tokenizer, header.text, notation)
+    labels[:place] = [IGNORED] * len(labels[:place])
+    for line in lines:
+        length = _count(tokenizer, line.text, notation)
+        if not line.is_learned:
+            masked = labels[place + 2 : place + length]
+            labels[place + 2 : place + length] = [IGNORED] * len(masked)
+        place += length
+    return Encoded(ids, labels)
+
+
+def _count(tokenizer: Any, text: str, notation: Notation) -> int:
+    return len(tokenize_pieces(tokenizer, text, notation.image_token))
+
+
+def _skip_answer(messages: Sequence[Message]) -> Sequence[Message]:
+    roles = [message.role for message in messages]
+    if "assistant" in roles and "user" not in roles[: roles.index("assistant")]:
+        first = roles.index("assistant")
+        return [*messages[:first], *messages[first + 1 :]]
+    return messages
+
+
+def _check_caption(messages: Sequence[Message], sample_id: str) -> None:
+    roles = [message.role for message in messages]
+    if roles != ["user", "assistant"] or not count_pictures(messages[:1]):
+        raise SampleError(
+            f"{name_sample(sample_id)}: the template 'plain' is for captions, and takes one user "
+            f"message with a picture and one answer, not {len(messages)} messages with "
+            f"{count_pictures(messages)} pictures: use another template"
+        )

@@ -1,0 +1,139 @@
+"""Text -> token ids, and labels for the parts of it that a model learns to say.
+
+The last step of every template. A template hands over pieces of text and whether each is learned;
+their joined text is tokenised as the model reads it, and a token is learned if its first character
+is. So ids and labels cannot disagree, whatever the tokenizer does between two pieces.
+
+Shapes: T tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from llava_ray.errors import ConfigError
+
+IMAGE_TOKEN = "<image>"
+IMAGE_PLACEHOLDER = -200
+"""Stands for a whole picture in token ids, as in LLaVA's own code."""
+IGNORED = -100
+"""The label of a token that is not learned."""
+
+
+class Piece(NamedTuple):
+    """A piece of a conversation's text, and whether a model learns to say it."""
+
+    text: str
+    is_learned: bool = False
+
+
+class Encoded(NamedTuple):
+    """A conversation as training reads it.
+
+    Attributes:
+        input_ids: T ids, `IMAGE_PLACEHOLDER` for each picture.
+        labels: T labels: the id itself where it is learned, elsewhere `IGNORED`.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Notation:
+    """How one checkpoint writes pictures, and how it reads text.
+
+    Attributes:
+        image_token: stands for a picture in text.
+        marks: what stands before and after it (`<im_start>`, `<im_end>`), of checkpoints with
+            `mm_use_im_start_end`.
+        special_tokens: texts with a meaning to the tokenizer. Inside what people write they are
+            broken up, so that nobody can end a turn or claim a picture by typing them.
+        in_pieces: text is tokenised as by LLaVA's own code, each piece between two pictures by
+            itself; otherwise as by transformers' processors, as a whole.
+    """
+
+    image_token: str = IMAGE_TOKEN
+    marks: tuple[str, str] = ("", "")
+    special_tokens: tuple[str, ...] = (IMAGE_TOKEN, "<s>", "</s>")
+    in_pieces: bool = True
+
+    @property
+    def picture(self) -> str:
+        """What is written for a picture."""
+        return self.marks[0] + self.image_token + self.marks[1]
+
+    def quote(self, text: str) -> str:
+        """Return what somebody wrote with the special tokens in it broken up."""
+        for token in self.special_tokens:
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
+
+
+def tokenize_pieces(tokenizer: Any, text: str, image_token: str = IMAGE_TOKEN) -> list[int]:
+    """Return a prompt's ids as LLaVA makes them, `IMAGE_PLACEHOLDER` for each picture.
+
+    Each piece between pictures is tokenised by itself, and only the first keeps its beginning of
+    sequence; so a piece begins as a text does, which is why the ids differ from those of the whole.
+    """
+    return [id_ for id_, _ in _read_pieces(tokenizer, text, image_token, has_places=False)]
+
+
+def encode_pieces(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:
+    """Return the ids of the joined pieces, and labels where they are learned.
+
+    Raises:
+        ConfigError: the tokenizer cannot say where in the text a token begins.
+    """
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand in a "
+            "text, which labels are made from: save it as tokenizer.json (`use_fast=True`)"
+        )
+    text = "".join(piece.text for piece in pieces)
+    is_learned = [piece.is_learned for piece in pieces for _ in piece.text]
+    read = _read_pieces if notation.in_pieces else _read_whole
+    ids: list[int] = []
+    labels: list[int] = []
+    for id_, place in read(tokenizer, text, notation.image_token):
+        ids.append(id_)
+        kept = place is not None and is_learned[min(place, len(text) - 1)]
+        labels.append(id_ if kept else IGNORED)
+    return Encoded(ids, labels)
+
+
+def _read_pieces(
+    tokenizer: Any, text: str, image_token: str, *, has_places: bool = True
+) -> Iterator[tuple[int, int | None]]:
+    """Yield each id, and where in the text it begins (None: it is not written there)."""
+    beginning: list[int] = tokenizer("").input_ids[:1]
+    begins = bool(beginning) and beginning == [tokenizer.bos_token_id]
+    place = 0
+    if begins:
+        yield beginning[0], None
+        if text.startswith(tokenizer.bos_token):  # written by the template already
+            place = len(tokenizer.bos_token)
+    for i, piece in enumerate(text[place:].split(image_token)):
+        if i:
+            yield IMAGE_PLACEHOLDER, None
+        read = tokenizer(piece, return_offsets_mapping=has_places)
+        places = read.offset_mapping if has_places else [(0, 0)] * len(read.input_ids)
+        tokens = zip(read.input_ids, places, strict=True)
+        yield from ((id_, place + first) for id_, (first, _) in list(tokens)[int(begins) :])
+        place += len(piece) + len(image_token)
+
+
+def _read_whole(tokenizer: Any, text: str, image_token: str) -> Iterator[tuple[int, int | None]]:
+    """Yield what `_read_pieces` does for a text that is tokenised as a whole."""
+    bos = tokenizer.bos_token
+    image_id = tokenizer.convert_tokens_to_ids(image_token)
+    read = tokenizer(
+        text,
+        add_special_tokens=not (bos and text.startswith(bos)),
+        return_offsets_mapping=True,
+    )
+    for id_, (first, end) in zip(read.input_ids, read.offset_mapping, strict=True):
+        if id_ == image_id:
+            yield IMAGE_PLACEHOLDER, None
+        else:
+            yield id_, first if end or first else None
