@@ -77,7 +77,7 @@ class Checkpoint:
     @property
     def uses_start_end(self) -> bool:
         """Each picture stands between `<im_start>` and `<im_end>`."""
-        return self.layout == "original" and bool(self.config.get("mm_use_im_start_end"))
+        return bool(self.config.get("mm_use_im_start_end"))
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -97,6 +97,8 @@ class Core:
             )
         if self.checkpoint.layout == "original":
             return self._encode_original(text, images)
+        if self.checkpoint.uses_start_end:
+            text = mark_pictures(text)
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,

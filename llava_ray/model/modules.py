@@ -27,7 +27,7 @@ from transformers.models.llava_next.modeling_llava_next import (
 from llava_ray.model.names import count_projector_layers
 from llava_ray.model.tiles import join_tiles
 
-_EMBEDDINGS = {"mpt": "wte", "gpt_neox": "embed_in"}
+EMBEDDINGS = {"mpt": "wte", "gpt_neox": "embed_in"}
 """What a language model calls its token embeddings; others say `embed_tokens`."""
 
 
@@ -114,7 +114,7 @@ class LlavaAnyres(LlavaNextForConditionalGeneration):
 
 
 def _tie(config: Any) -> dict[str, str]:
-    name = _EMBEDDINGS.get(config.text_config.model_type, "embed_tokens")
+    name = EMBEDDINGS.get(config.text_config.model_type, "embed_tokens")
     return {"lm_head.weight": f"model.language_model.{name}.weight"}
 
 

@@ -5,6 +5,7 @@ its own files. Field names and their defaults are those of LLaVA 1.2.
 """
 
 import ast
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,24 @@ TEXT_TYPES = {
     "llava_gemma": "gemma",
 }
 """The language model of an original checkpoint, by the `model_type` of its config.json."""
+
+KINDS_OF_TEXT = {
+    "llama": ("llava", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+    "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
+}
+"""`model_type` and class of an original checkpoint, by its language model.
+
+LLaVA's code takes "llava" for "llava_llama"; SGLang knows only the first.
+"""
+
+RESERVED = re.compile(
+    r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|llava_ray_.*"
+    r"|version|_name_or_path"
+)
+"""Fields of a config.json that LLaVA's code and this package read, beside the language model's."""
 
 ASPECT_MODES = ("square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
@@ -114,6 +133,7 @@ def find_tower(
             )
         near = [place for place in (folder, base) if place]
         places = [p / named for place in near for p in (place, place.parent)]
+        places += [place / Path(named).name for place in near]  # a whole path that has moved
         places += [place / "vision_tower" for place in near]
         tower = next((place for place in places if (place / "config.json").is_file()), None)
         try:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 START_END = ("<im_start>", "<im_end>")
-_IMAGE_SETTINGS = (
+IMAGE_SETTINGS = (
     "do_resize",
     "size",
     "resample",
@@ -144,7 +144,7 @@ def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) ->
     extra = list(START_END) if checkpoint.uses_start_end else []
     tokenizer.add_tokens([*extra, IMAGE_TOKEN], special_tokens=True)
     found = read_json(checkpoint.tower_folder / "preprocessor_config.json")
-    settings = {name: found[name] for name in _IMAGE_SETTINGS if name in found}
+    settings = {name: found[name] for name in IMAGE_SETTINGS if name in found}
     for name in ("size", "crop_size"):  # old files hold one number
         if isinstance(settings.get(name), int):
             side = settings[name]

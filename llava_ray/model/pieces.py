@@ -1,0 +1,93 @@
+"""A tokenizer that gives a whole prompt the ids that LLaVA's code gives it piece by piece.
+
+For `export`: transformers, vLLM and SGLang tokenise a prompt as one text, LLaVA each piece between
+two pictures by itself. With SentencePiece every text begins with a space of its own, so that after
+a picture `\\nWhat` is three tokens to LLaVA and two to the others, and a model answers differently.
+The tokenizer that is written puts that space there itself.
+"""
+
+import json
+from typing import Any
+
+from llava_ray.errors import ConfigError
+from llava_ray.template import IMAGE_PLACEHOLDER, IMAGE_TOKEN, tokenize_pieces
+
+_SPACE = "▁"  # how SentencePiece writes a space
+_PROBES = (
+    "USER: <image>\nWhat is this? ASSISTANT:",
+    "a <image>b<image> c <image><image>\n\n d",
+    "<image>",
+    "é<image>Ünï",
+)
+
+
+def join_pieces(tokenizer: Any) -> Any:
+    """Return a tokenizer that does to whole prompts what `tokenize_pieces` does to their pieces.
+
+    Args:
+        tokenizer: of a checkpoint in the original layout, with `<image>` added.
+
+    Raises:
+        ConfigError: it is of a kind for which that cannot be done.
+    """
+    if agrees(tokenizer, tokenizer):
+        return tokenizer
+    joined = _add_spaces(tokenizer)
+    if joined is None or not agrees(joined, tokenizer):
+        raise ConfigError(
+            f"the tokenizer ({type(tokenizer).__name__}) begins each text in a way that "
+            "transformers' format cannot repeat after a picture: use --to original"
+        )
+    return joined
+
+
+def agrees(whole: Any, pieces: Any) -> bool:
+    """Return whether `whole` gives prompts the ids that `pieces` gives them piece by piece."""
+    image_id = pieces.convert_tokens_to_ids(IMAGE_TOKEN)
+    for probe in (*_PROBES, f"{_PROBES[0]} yes{pieces.eos_token or ''}{_PROBES[0]}"):
+        ids = tokenize_pieces(pieces, probe)
+        expected = [image_id if id_ == IMAGE_PLACEHOLDER else id_ for id_ in ids]
+        if whole(probe).input_ids != expected:
+            return False
+        if expected[0] == pieces.bos_token_id:  # as chat templates write it
+            written = whole(pieces.bos_token + probe, add_special_tokens=False)
+            if written.input_ids != expected:
+                return False
+    return True
+
+
+def _add_spaces(tokenizer: Any) -> Any | None:
+    """Return the tokenizer with a normaliser that begins each piece with a space."""
+    from tokenizers import AddedToken, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    described = json.loads(backend.to_str())
+    if (described.get("pre_tokenizer") or {}).get("type") != "Metaspace":
+        return None
+    # What is not normalised is cut out before the normaliser sees the text around it.
+    seen = {IMAGE_TOKEN, tokenizer.bos_token}
+    for token in described["added_tokens"]:
+        token["normalized"] = token["normalized"] or token["content"] in seen
+    begins = [rf"(?<={IMAGE_TOKEN})"]
+    if tokenizer.bos_token:
+        begins.append(rf"(?<=\A{tokenizer.bos_token})")
+    rules = [described["normalizer"]] if described.get("normalizer") else []
+    for begin in begins:
+        place = rf"{begin}(?=[^ {_SPACE}])(?!{IMAGE_TOKEN})"
+        rules.append({"type": "Replace", "pattern": {"Regex": place}, "content": _SPACE})
+    described["normalizer"] = {"type": "Sequence", "normalizers": rules}
+    special = {
+        name: AddedToken(token, special=True, normalized=token in seen)
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if (token := getattr(tokenizer, name))
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
+        model_max_length=tokenizer.model_max_length,
+        clean_up_tokenization_spaces=False,
+        chat_template=tokenizer.chat_template,
+        **special,
+    )
