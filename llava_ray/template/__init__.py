@@ -46,6 +46,7 @@ class Template(Protocol):
     Attributes:
         name: as in `TEMPLATES`, or "own".
         stop: texts at which an answer ends, beside the end-of-sequence tokens.
+        source: the same template in Jinja, which other engines take.
     """
 
     @property
@@ -53,6 +54,9 @@ class Template(Protocol):
 
     @property
     def stop(self) -> tuple[str, ...]: ...
+
+    @property
+    def source(self) -> str: ...
 
     def render(self, messages: "Sequence[Message]", *, add_generation_prompt: bool = True) -> str:
         """Return the prompt text, with the image token once for each picture, in order.

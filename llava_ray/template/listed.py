@@ -13,7 +13,8 @@ from typing import Any
 
 from llava_ray.errors import RequestError, SampleError
 from llava_ray.template.check import check_sample, find_problem, name_sample
-from llava_ray.template.parts import count_pictures, join_text, split_parts
+from llava_ray.template.jinja import write_jinja
+from llava_ray.template.parts import CLOSING, OPENING, count_pictures, join_text, split_parts
 from llava_ray.template.styles import (
     Style,
     Turn,
@@ -73,6 +74,11 @@ class ListedTemplate:
     def has_system(self) -> bool:
         """There is a place for a system message."""
         return self.style != "plain"
+
+    @property
+    def source(self) -> str:
+        """The template as Jinja, for checkpoints that are exported."""
+        return write_jinja(self)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the prompt text; see `Template.render`."""
@@ -143,7 +149,7 @@ class ListedTemplate:
         """Return a message as text.
 
         One picture stands at the front, on a line of its own, wherever it was. Several stay where
-        they are, with a new line between a picture and what would touch it.
+        they are, with a new line between a picture and a word or picture that would touch it.
         """
         num_pictures = count_pictures([message])
         text = self.notation.quote(join_text(message))
@@ -154,8 +160,7 @@ class ListedTemplate:
         written = ""
         for run in split_parts(message):
             text = self._picture if run is None else self.notation.quote(run)
-            is_open = written[-1:].strip() and text[:1].strip()
-            if is_open and (run is None or written.endswith(self._picture)):
+            if (run is None or written.endswith(self._picture)) and _touch(written, text):
                 written += "\n"
             written += text
         return written.strip()
@@ -172,6 +177,14 @@ class ListedTemplate:
             return [turn]
         pictures = "\n".join([self._picture] * num_pictures)
         return [Turn(False, pictures), Turn(True, "Received."), Turn(False, text)]
+
+
+def _touch(before: str, after: str) -> bool:
+    """Return whether neither text brings the space, bracket or stop that keeps them apart."""
+    if not before or not after:
+        return False
+    is_apart = before[-1].isspace() or before[-1] in OPENING
+    return not (is_apart or after[0].isspace() or after[0] in CLOSING)
 
 
 def _encode_headed(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 from llava_ray.types import ImagePart, Message, TextPart
 
+OPENING, CLOSING = "([{", ".,;:!?)]}"
+"""What may stand right before a picture, and right behind it, among words."""
+
 
 def split_parts(message: Message) -> list[str | None]:
     """Return a message's parts in order, neighbouring texts joined, None for each picture."""
