@@ -168,6 +168,7 @@ def describe_original(
         "mm_use_im_start_end": checkpoint.uses_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": checkpoint.aspect_mode,
+        "image_token_index": config.image_token_id,  # for SGLang, which places pictures by it
         "image_grid_pinpoints": pinpoints and [[width, height] for height, width in pinpoints],
         "tokenizer_model_max_length": min(
             processor.tokenizer.model_max_length, getattr(config.text_config, "max_seq_len", 0)
