@@ -348,12 +348,11 @@ def test_what_is_learned_is_each_answer_and_its_end(name: str, kind: str, tokeni
     assert found == [answer.lstrip(" ") + ENDS[name] for answer in answers]
 
 
-@pytest.mark.parametrize("name", ENDS)
+# LLaVA asks "v1_mmtag" with an exchange that its trainer does not write.
+@pytest.mark.parametrize("name", [name for name in ENDS if name != "v1_mmtag"])
 @pytest.mark.parametrize("kind", CONVERSATIONS)
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
 def test_what_is_trained_begins_as_what_is_asked(name: str, kind: str, tokenizer: str) -> None:
-    if name == "v1_mmtag":
-        pytest.skip("LLaVA asks with an exchange that its trainer does not write")
     made, template = TOKENIZERS[tokenizer](), find_template(name)
     messages = CONVERSATIONS[kind]
     ids, labels = template.encode(messages, made)

@@ -34,6 +34,9 @@ _NOT_TEXT = re.compile(
 _UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
 """What towers have and LLaVA, which takes an inner layer, never computes."""
 
+IDENTITY = "torch.nn.modules.linear.Identity"
+"""What vLLM calls the activation that changes nothing; to transformers it is "linear"."""
+
 _EMBEDDINGS = re.compile(r"model\.language_model\.(embed_tokens|wte|embed_in)\.weight")
 
 
@@ -137,6 +140,8 @@ def read_published(checkpoint: Checkpoint) -> Any:
         config: Any = classes[checkpoint.model_type].from_dict(copy.deepcopy(checkpoint.config))
     except _BAD_CONFIG as error:
         raise ConfigError(_explain(checkpoint, error)) from error
+    if config.projector_hidden_act == IDENTITY:
+        config.projector_hidden_act = "linear"
     config.mm_projector_type = checkpoint.projector
     config.mm_patch_merge_type = checkpoint.merge_type
     return config

@@ -4,7 +4,8 @@ Behind `llava-ray export`. What is written is what `load_model` gives: adapters 
 the weights, a projector is over its base.
 
     hf          the published layout: transformers, vLLM, SGLang with --model-impl transformers
-    vllm        the same folder, after a look at what vLLM's LLaVA leaves out
+    vllm        the same folder; only where the projector has no activation, config.json says so in
+                vLLM's words, which transformers does not know
     original    LLaVA's own layout: its code, and SGLang's native class
     projector   `mm_projector.bin` alone, over a language model
 """
@@ -15,13 +16,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_ray.errors import ConfigError
+from llava_ray.model.architecture import IDENTITY
 from llava_ray.model.checkpoint import PROCESSOR_FILES, Checkpoint, inspect_checkpoint
 from llava_ray.model.core import Core, load_model
+from llava_ray.model.new_chat import add_beginning
 from llava_ray.model.pieces import join_pieces
-from llava_ray.model.processing import START_END
 from llava_ray.model.staging import MAX_SHARD_SIZE, parse_size, write_folder
-from llava_ray.model.to_original import find_tokenizer_files, write_original, write_projector
-from llava_ray.model.to_published import write_published
+from llava_ray.model.templates import OWN
+from llava_ray.model.to_original import (
+    check_original_form,
+    find_tokenizer_files,
+    write_original,
+    write_projector,
+)
+from llava_ray.model.to_published import check_published, write_published
 from llava_ray.model.weights import Stored, open_parts
 
 Form = Literal["hf", "vllm", "original", "projector"]
@@ -29,7 +37,6 @@ Form = Literal["hf", "vllm", "original", "projector"]
 FORMS = ("hf", "vllm", "original", "projector")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_NOT_IN_VLLM = ("mpt", "gpt_neox")
 
 
 def export_model(
@@ -64,94 +71,105 @@ def export_model(
     """
     checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
     form = to or ("hf" if checkpoint.layout == "published" else "original")
+    _check_form(checkpoint, form, tower_name)
+    stored = open_parts(checkpoint.parts)
+    precision = dtype or _find_dtype(stored)
+    num_bytes = sum(t.num_elements for t in stored.values()) * _BYTES.get(precision, 4)
+    with write_folder(
+        out,
+        overwrite=overwrite,
+        sources=(checkpoint.folder, checkpoint.base, checkpoint.tower_folder),
+        num_bytes=0 if form == "projector" else num_bytes,
+    ) as scratch:
+        limit = parse_size(max_shard_size)
+        core = load_model(path, base=base, vision_tower=vision_tower, dtype=precision, device="cpu")
+        ends = sorted(core.eos_token_ids)
+        core.model.generation_config.eos_token_id = ends if len(ends) > 1 else (ends or [None])[0]
+        if form in ("hf", "vllm"):
+            _write_published(scratch, core, form, limit)
+        else:
+            place = Path(out).expanduser().resolve()
+            _write_original(scratch, core, form, limit, place=place, tower_name=tower_name)
+    return Path(out)
+
+
+def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> None:
+    """Raise if a form cannot express a checkpoint, before anything large is read."""
+    text = checkpoint.text_model_type
     if form not in FORMS:
         raise ConfigError(f"there is no form {form!r}: use one of {', '.join(FORMS)}")
-    if tower_name and form not in ("original", "projector"):
+    if form in ("original", "projector"):
+        check_original_form(
+            checkpoint.model_type,
+            text,
+            select_layer=checkpoint.config.get("vision_feature_layer", -2),
+        )
+        return
+    if tower_name:
         raise ConfigError(
             f"--tower-name {tower_name!r} is for --to original and --to projector; a folder of the "
             f"form {form} has its tower in it: leave --tower-name away"
         )
-    parse_size(max_shard_size)
-    stored = open_parts(checkpoint.parts)
-    precision = dtype or _find_dtype(stored)
-    size = sum(t.num_elements for t in stored.values()) * _BYTES.get(precision, 4)
-    sources = (checkpoint.folder, checkpoint.base, checkpoint.tower_folder)
-    num_bytes = 0 if form == "projector" else size
-    with write_folder(out, overwrite=overwrite, sources=sources, num_bytes=num_bytes) as scratch:
-        core = load_model(
-            path, base=base, vision_tower=vision_tower, dtype=precision, device="cpu"
-        )
-        extra = _describe_template(core)
-        if form in ("original", "projector"):
-            write = write_projector if form == "projector" else write_original
-            shards = {} if form == "projector" else {"max_shard_size": max_shard_size}
-            write(
-                scratch,
-                core.model,
-                core.processor,
-                checkpoint,
-                place=Path(out).expanduser().resolve(),
-                tower_name=tower_name,
-                **shards,
-                **extra,
-            )
-        else:
-            _write_published(scratch, core, form, max_shard_size, extra)
-    return Path(out)
+    check_published(
+        checkpoint.model_type,
+        text,
+        projector=checkpoint.projector,
+        merge_type=checkpoint.merge_type,
+    )
+    if form == "vllm" and text == "gpt_neox":
+        raise ConfigError("vLLM's LLaVA takes no GPT-NeoX as language model: use --to hf")
 
 
-def _write_published(
-    folder: Path, core: Core, form: Form, max_shard_size: str | int, extra: Mapping[str, Any]
-) -> None:
+def _write_published(folder: Path, core: Core, form: str, max_shard_size: int) -> None:
     checkpoint = core.checkpoint
-    if form == "vllm":
-        _check_vllm(checkpoint)
+    fields = _name_template(core)
     files: list[Path] = []
     if checkpoint.layout == "published":
         files = _find_processor_files(checkpoint)
     else:
         core.processor.tokenizer = join_pieces(core.tokenizer)
-        core.processor.chat_template = write_chat_template(core)
+        core.processor.chat_template = add_beginning(core.template.source, core.tokenizer)
     if checkpoint.uses_start_end:
-        extra = {**extra, "mm_use_im_start_end": True}
+        fields["mm_use_im_start_end"] = True
+    activation = core.model.config.projector_hidden_act
+    if form == "vllm" and (checkpoint.projector != "mlp2x_gelu" or activation == "linear"):
+        fields["projector_hidden_act"] = IDENTITY
     write_published(
-        folder, core.model, core.processor, files=files, max_shard_size=max_shard_size, **extra
+        folder,
+        core.model,
+        core.processor,
+        files=files,
+        max_shard_size=max_shard_size,
+        fields=fields,
     )
 
 
-def write_chat_template(core: Core) -> str:
-    """Return the Jinja source that gives a conversation the text that this package gives it.
+def _write_original(
+    folder: Path,
+    core: Core,
+    form: str,
+    max_shard_size: int,
+    *,
+    place: Path,
+    tower_name: str | None,
+) -> None:
+    parts = (folder, core.model, core.processor, core.checkpoint)
+    fields = _name_template(core)
+    if form == "projector":
+        write_projector(*parts, place=place, tower_name=tower_name, fields=fields)
+    else:
+        write_original(
+            *parts,
+            place=place,
+            tower_name=tower_name,
+            max_shard_size=max_shard_size,
+            fields=fields,
+        )
 
-    It writes the beginning of sequence, which servers do not add to what a template wrote, and the
-    marks around a picture.
-    """
-    source = core.processor.chat_template or getattr(core.template, "source", "")
-    begins = core.tokenizer("").input_ids[:1] == [core.tokenizer.bos_token_id]
-    if begins and "bos_token" not in source and core.tokenizer.bos_token not in source:
-        source = "{{ bos_token }}" + source
-    if core.checkpoint.uses_start_end and START_END[0] not in source:
-        image = core.processor.image_token
-        source = source.replace(image, START_END[0] + image + START_END[1])
-    return source
 
-
-def _describe_template(core: Core) -> dict[str, str]:
+def _name_template(core: Core) -> dict[str, Any]:
     """Return the field of config.json that names a conversation template, where one is named."""
-    name = getattr(core.template, "name", None) or core.checkpoint.template
-    return {"llava_ray_template": name} if name else {}
-
-
-def _check_vllm(checkpoint: Checkpoint) -> None:
-    if checkpoint.projector in ("linear", "identity", "mlp1x_gelu"):
-        raise ConfigError(
-            f"vLLM's LLaVA has a projector of two layers with an activation between, and this one "
-            f"is {checkpoint.projector}: use --to hf and SGLang or transformers"
-        )
-    if checkpoint.text_model_type in _NOT_IN_VLLM:
-        raise ConfigError(
-            f"vLLM's LLaVA takes no language model of the kind {checkpoint.text_model_type!r}: "
-            "use --to hf and transformers"
-        )
+    return {} if core.template.name == OWN else {"llava_ray_template": core.template.name}
 
 
 def _find_processor_files(checkpoint: Checkpoint) -> list[Path]:

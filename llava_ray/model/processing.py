@@ -132,35 +132,19 @@ def _onevision_processor(**settings: Any) -> Any:
 
 
 def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) -> Any:
-    from transformers import (
-        LlavaImageProcessorPil,
-        LlavaNextImageProcessorPil,
-        LlavaNextProcessor,
-        LlavaProcessor,
-    )
+    from transformers import LlavaNextProcessor, LlavaProcessor
 
     assert checkpoint.tower_folder is not None
     tokenizer = load_tokenizer(checkpoint)
     extra = list(START_END) if checkpoint.uses_start_end else []
     tokenizer.add_tokens([*extra, IMAGE_TOKEN], special_tokens=True)
-    found = read_json(checkpoint.tower_folder / "preprocessor_config.json")
-    settings = {name: found[name] for name in IMAGE_SETTINGS if name in found}
-    for name in ("size", "crop_size"):  # old files hold one number
-        if isinstance(settings.get(name), int):
-            side = settings[name]
-            is_edge = name == "size" and settings.get("do_center_crop", True)
-            settings[name] = {"shortest_edge": side} if is_edge else {"height": side, "width": side}
-    is_siglip = "siglip" in str(found.get("image_processor_type", "")).lower()
-    if is_siglip:
-        settings = {"do_center_crop": False, **settings}
-    if pinpoints:
-        images: Any = LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
-    else:
-        images = LlavaImageProcessorPil(**settings, do_pad=checkpoint.aspect_mode == "pad")
+    is_siglip = _is_siglip(checkpoint.tower_folder)
     processor = LlavaNextProcessor if pinpoints else LlavaProcessor
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch" or is_siglip
     return processor(
-        image_processor=images,
+        image_processor=read_preprocessing(
+            checkpoint.tower_folder, pad=checkpoint.aspect_mode == "pad", pinpoints=pinpoints
+        ),
         tokenizer=tokenizer,
         patch_size=_read_patch_size(checkpoint.tower_folder),
         vision_feature_select_strategy="full" if keeps_cls else "default",
@@ -168,6 +152,38 @@ def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) ->
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )
+
+
+def read_preprocessing(
+    tower: Path, *, pad: bool = False, pinpoints: list[list[int]] | None = None
+) -> Any:
+    """Return how a vision tower wants its pictures, from its preprocessor_config.json.
+
+    Args:
+        tower: its folder.
+        pad: add borders until a picture is square.
+        pinpoints: sizes for anyres.
+    """
+    from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
+
+    found = read_json(tower / "preprocessor_config.json")
+    settings = {name: found[name] for name in IMAGE_SETTINGS if name in found}
+    for name in ("size", "crop_size"):  # old files hold one number
+        if isinstance(settings.get(name), int):
+            side = settings[name]
+            is_edge = name == "size" and settings.get("do_center_crop", True)
+            settings[name] = {"shortest_edge": side} if is_edge else {"height": side, "width": side}
+    if _is_siglip(tower):
+        settings = {"do_center_crop": False, **settings}
+    if pinpoints:
+        settings.setdefault("crop_size", settings.get("size"))  # transformers' name for a tile's
+        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
+    return LlavaImageProcessorPil(**settings, do_pad=pad)
+
+
+def _is_siglip(tower: Path) -> bool:
+    found = read_json(tower / "preprocessor_config.json")
+    return "siglip" in str(found.get("image_processor_type", "")).lower()
 
 
 def _read_patch_size(tower: Path) -> int:

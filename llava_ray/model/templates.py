@@ -14,7 +14,14 @@ from typing import Any
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import Checkpoint
 from llava_ray.model.processing import START_END
-from llava_ray.template import TEMPLATES, Notation, OwnTemplate, Template, find_template
+from llava_ray.template import (
+    OTHER_NAMES,
+    TEMPLATES,
+    Notation,
+    OwnTemplate,
+    Template,
+    find_template,
+)
 
 OWN = "own"
 """Asks for the template that the checkpoint brings."""
@@ -66,7 +73,7 @@ def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str:
         tokenizer: its end-of-sequence token tells ChatML from the rest.
     """
     text, base = metadata.get("text_model_type", ""), metadata.get("base_model", "")
-    if (version := metadata.get("version", "")) in TEMPLATES:
+    if (version := metadata.get("version", "")) in (*TEMPLATES, *OTHER_NAMES):
         return version
     if text == "mpt":
         return "mpt"

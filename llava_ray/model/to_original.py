@@ -14,7 +14,7 @@ looks for it from wherever it runs. Field names and defaults are those of LLaVA 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,38 +25,36 @@ from llava_ray.model.checkpoint import Checkpoint
 from llava_ray.model.names import from_memory
 from llava_ray.model.original import KINDS_OF_TEXT, RESERVED
 from llava_ray.model.processing import IMAGE_SETTINGS
+from llava_ray.model.projector import PREFIX, read_projector
 from llava_ray.model.staging import MAX_SHARD_SIZE, write_json, write_shards
 from llava_ray.model.to_published import write_generation
 
 PROJECTOR_FILE = "mm_projector.bin"
-_PROJECTOR = "model.multi_modal_projector."
 _TOWER = "model.vision_tower."
 
 
-def check_original_form(model_type: str, text_model_type: str, config: Any) -> None:
+def check_original_form(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
     """Check that LLaVA's own format has a place for everything.
 
     Args:
         model_type: of the whole ("llava", "llava_next", "llava_onevision").
         text_model_type: of the language model.
-        config: transformers', of the whole.
+        select_layer: the layer of the tower that is read, or several.
 
     Raises:
         ConfigError: it does not; the message says which part is in the way.
     """
-    remedy = "use --to hf"
     if model_type == "llava_onevision":
-        raise ConfigError(f"LLaVA's own format has no LLaVA-OneVision: {remedy}")
+        raise ConfigError("LLaVA's own format has no LLaVA-OneVision: use --to hf")
     if text_model_type not in KINDS_OF_TEXT:
-        known = ", ".join(KINDS_OF_TEXT)
         raise ConfigError(
             f"LLaVA's own format has no language model of the kind {text_model_type!r} (there is "
-            f"{known}): {remedy}"
+            f"{', '.join(KINDS_OF_TEXT)}): use --to hf"
         )
-    if not isinstance(config.vision_feature_layer, int):
+    if not isinstance(select_layer, int):
         raise ConfigError(
             f"LLaVA's own format takes one layer of the tower, and vision_feature_layer is "
-            f"{config.vision_feature_layer}: {remedy}"
+            f"{select_layer}: use --to hf"
         )
 
 
@@ -69,7 +67,7 @@ def write_original(
     place: Path,
     tower_name: str | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
-    **extra: Any,
+    fields: Mapping[str, Any],
 ) -> None:
     """Write the whole folder.
 
@@ -81,20 +79,17 @@ def write_original(
         place: where the folder will lie in the end.
         tower_name: what config.json is to call the tower; then no folder is written for it.
         max_shard_size: of a weight file.
-        **extra: further fields of config.json.
+        fields: further ones of config.json.
 
     Raises:
         ConfigError: the format cannot express the model.
     """
-    check_original_form(checkpoint.model_type, checkpoint.text_model_type, model.config)
     projector, layers = read_projector(model)
-    write_shards(
-        folder, _name_tensors(model, projector, layers), max_shard_size=max_shard_size
-    )
+    write_shards(folder, _name_tensors(model, projector, layers), max_shard_size=max_shard_size)
     tower = tower_name or write_tower(folder, model, processor, place)
     config = describe_original(model, processor, checkpoint, projector, tower)
     # Or LLaVA's code would leave the tower's weights in the checkpoint unread.
-    write_json(folder / "config.json", {**config, "unfreeze_mm_vision_tower": True, **extra})
+    write_json(folder / "config.json", {**config, "unfreeze_mm_vision_tower": True, **fields})
     write_json(folder / "preprocessor_config.json", describe_pictures(model, processor))
     write_generation(folder, model, processor.tokenizer)
     for file in find_tokenizer_files(checkpoint.tokenizer_folder):
@@ -111,7 +106,7 @@ def write_projector(
     *,
     place: Path,
     tower_name: str | None = None,
-    **extra: Any,
+    fields: Mapping[str, Any],
 ) -> None:
     """Write `mm_projector.bin` and what belongs to it, to be loaded over a language model.
 
@@ -121,7 +116,6 @@ def write_projector(
     Raises:
         ConfigError: the format cannot express it, or more than the projector was trained.
     """
-    check_original_form(checkpoint.model_type, checkpoint.text_model_type, model.config)
     if checkpoint.uses_start_end:
         raise ConfigError(
             "this checkpoint's <im_start> and <im_end> are rows of its embeddings, which are not "
@@ -136,7 +130,7 @@ def write_projector(
     # LLaVA's code reads this one with AutoConfig, which takes "llava" for transformers' own.
     text = checkpoint.text_model_type
     config["model_type"] = "llava_llama" if text == "llama" else config["model_type"]
-    write_json(folder / "config.json", {**config, **extra})
+    write_json(folder / "config.json", {**config, **fields})
 
 
 def describe_original(
@@ -171,41 +165,15 @@ def describe_original(
         "image_token_index": config.image_token_id,  # for SGLang, which places pictures by it
         "image_grid_pinpoints": pinpoints and [[width, height] for height, width in pinpoints],
         "tokenizer_model_max_length": min(
-            processor.tokenizer.model_max_length, getattr(config.text_config, "max_seq_len", 0)
-            or config.text_config.max_position_embeddings
+            processor.tokenizer.model_max_length,
+            getattr(config.text_config, "max_seq_len", 0)
+            or config.text_config.max_position_embeddings,
         ),
         "tokenizer_padding_side": "right",
         "use_mm_proj": True,
         "tune_mm_mlp_adapter": False,
         "freeze_mm_mlp_adapter": False,
     }
-
-
-def read_projector(model: Any) -> tuple[str, dict[str, torch.Tensor]]:
-    """Return a projector's type as LLaVA names it, and its tensors by their names in memory.
-
-    Raises:
-        ConfigError: LLaVA has no such projector.
-    """
-    config = model.config
-    tensors = {n: t for n, t in model.state_dict().items() if n.startswith(_PROJECTOR)}
-    weights = {n: t for n, t in tensors.items() if n.endswith(".weight")}
-    for name, weight in weights.items():  # LLaVA's always have a bias
-        bias = name.replace(".weight", ".bias")
-        tensors.setdefault(bias, torch.zeros(weight.shape[0], dtype=weight.dtype))
-    projector = getattr(config, "mm_projector_type", "mlp2x_gelu")
-    if projector != "mlp2x_gelu" or config.projector_hidden_act == "gelu":
-        return projector, tensors
-    if config.projector_hidden_act == "linear":  # as `to_published` writes what has fewer layers
-        same = {n: _changes_nothing(tensors, f"{_PROJECTOR}{n}") for n in ("linear_1", "linear_2")}
-        if same["linear_2"]:
-            if same["linear_1"]:
-                return "identity", {}
-            return "linear", {n: t for n, t in tensors.items() if "linear_1" in n}
-    raise ConfigError(
-        f"LLaVA's own projectors have a GELU between their layers, and this one has "
-        f"projector_hidden_act={config.projector_hidden_act!r}: use --to hf"
-    )
 
 
 def write_tower(folder: Path, model: Any, processor: Any, place: Path) -> str:
@@ -267,18 +235,11 @@ def _name_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     config = model.config
     text = config.text_config.model_type
-    tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(_PROJECTOR)}
+    tensors = {n: t for n, t in model.state_dict().items() if not n.startswith(PREFIX)}
     for name, tensor in {**tensors, **layers}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         yield from_memory(name, "original", text_model_type=text, projector=projector), tensor
-
-
-def _changes_nothing(tensors: dict[str, torch.Tensor], layer: str) -> bool:
-    weight, bias = tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
-    if weight.shape[0] != weight.shape[1] or bias.any():
-        return False
-    return torch.equal(weight, torch.eye(len(weight), dtype=weight.dtype))
 
 
 def _flatten_text(config: Any) -> dict[str, Any]:

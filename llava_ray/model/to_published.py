@@ -11,7 +11,7 @@ for is rewritten where that changes no number:
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import torch
 from llava_ray.errors import ConfigError
 from llava_ray.model.modules import EMBEDDINGS
 from llava_ray.model.names import count_projector_layers, from_memory
+from llava_ray.model.projector import PREFIX, get_projector, pad_projector
 from llava_ray.model.staging import MAX_SHARD_SIZE, write_json, write_shards
 
 ROWS = 64
 """Vocabularies grow to a multiple of this, which matrix kernels and tensor parallelism like."""
 
-_PROJECTOR = "model.multi_modal_projector."
 _CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -33,25 +33,31 @@ _CLASSES = {
 }
 
 
-def check_published(config: Any) -> None:
+def check_published(
+    model_type: str, text_model_type: str, *, projector: str, merge_type: str
+) -> None:
     """Check that transformers' classes compute what a model computes.
+
+    Args:
+        model_type: of the whole ("llava", "llava_next", "llava_onevision").
+        text_model_type: of the language model.
+        projector: its type, as LLaVA names it.
+        merge_type: how the tiles of anyres are joined.
 
     Raises:
         ConfigError: they do not; the message says which part is in the way.
     """
-    projector = _read_projector(config)
     if count_projector_layers(projector) > 2:
         raise ConfigError(
             f"transformers' LLaVA has a projector of two layers, and this one is {projector}: use "
             "--to original"
         )
-    if config.text_config.model_type == "mpt":
+    if text_model_type == "mpt":
         raise ConfigError("transformers' LLaVA takes no MPT as language model: use --to original")
-    merge = getattr(config, "mm_patch_merge_type", "spatial_unpad")
-    if config.model_type == "llava_next" and merge != "spatial_unpad":
+    if model_type == "llava_next" and merge_type != "spatial_unpad":
         raise ConfigError(
             f"transformers' LLaVA-NeXT joins tiles spatial_unpad, and this checkpoint joins them "
-            f"{merge} (mm_patch_merge_type): use --to original"
+            f"{merge_type} (mm_patch_merge_type): use --to original"
         )
 
 
@@ -60,9 +66,9 @@ def write_published(
     model: Any,
     processor: Any,
     *,
-    files: Iterable[Path] = (),
+    files: Sequence[Path] = (),
     max_shard_size: str | int = MAX_SHARD_SIZE,
-    **extra: Any,
+    fields: Mapping[str, Any],
 ) -> None:
     """Write the whole folder: weights, config, processor, tokenizer, chat template.
 
@@ -72,27 +78,23 @@ def write_published(
         processor: transformers', with its chat template.
         files: those of the processor where it is in this layout already; they are copied.
         max_shard_size: of a weight file.
-        **extra: further fields of config.json.
-
-    Raises:
-        ConfigError: the layout cannot express the model.
+        fields: further ones of config.json.
     """
     config = model.config
-    check_published(config)
     rows = count_rows(config, processor.tokenizer)
     write_shards(folder, _name_tensors(model, rows), max_shard_size=max_shard_size)
     described = json.loads(config.to_json_string(use_diff=True))
     described = {n: v for n, v in described.items() if not n.startswith(("mm_", "_name"))}
     described["text_config"].pop("_name_or_path", None)
     described["text_config"]["vocab_size"] = rows
-    if _read_projector(config) != "mlp2x_gelu":
+    if get_projector(config) != "mlp2x_gelu":
         described["projector_hidden_act"] = "linear"
     kind = config.model_type
-    write_json(folder / "config.json", {"architectures": [_CLASSES[kind]], **described, **extra})
+    write_json(folder / "config.json", {"architectures": [_CLASSES[kind]], **described, **fields})
     write_generation(folder, model, processor.tokenizer)
-    if copied := [shutil.copyfile(file, folder / file.name) for file in files]:
-        assert any(file.name.startswith("tokenizer") for file in copied)
-    else:
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    if not files:
         _write_processor(folder, processor)
 
 
@@ -126,39 +128,19 @@ def write_generation(folder: Path, model: Any, tokenizer: Any) -> None:
 
 def _name_tensors(model: Any, rows: int) -> Iterator[tuple[str, torch.Tensor]]:
     config = model.config
-    projector = _read_projector(config)
+    projector = get_projector(config)
     embeddings = EMBEDDINGS.get(config.text_config.model_type, "embed_tokens")
     with_rows = {f"model.language_model.{embeddings}.weight", "lm_head.weight"}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        if name.startswith(_PROJECTOR) and projector != "mlp2x_gelu":
+        if name.startswith(PREFIX) and projector != "mlp2x_gelu":
             continue
         whole = add_rows(tensor, rows) if name in with_rows else tensor
         yield from_memory(name, "published"), whole
     if projector != "mlp2x_gelu":
-        for name, tensor in _pad_projector(model, projector).items():
+        for name, tensor in pad_projector(model, projector).items():
             yield f"multi_modal_projector.{name}", tensor
-
-
-def _pad_projector(model: Any, projector: str) -> dict[str, torch.Tensor]:
-    """Return two linear layers that, without an activation, compute what fewer computed."""
-    width = model.config.text_config.hidden_size
-    same = torch.eye(width, dtype=model.dtype), torch.zeros(width, dtype=model.dtype)
-    weight, bias = same
-    if count_projector_layers(projector):
-        layer = model.model.multi_modal_projector.linear_1
-        weight, bias = layer.weight, layer.bias
-    return {
-        "linear_1.weight": weight,
-        "linear_1.bias": bias,
-        "linear_2.weight": same[0].clone(),
-        "linear_2.bias": same[1].clone(),
-    }
-
-
-def _read_projector(config: Any) -> str:
-    return getattr(config, "mm_projector_type", "mlp2x_gelu")
 
 
 def _write_processor(folder: Path, processor: Any) -> None:

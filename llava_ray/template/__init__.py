@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llava_ray.template.listed import ListedTemplate
 from llava_ray.template.own import OwnTemplate
-from llava_ray.template.table import TEMPLATES, find_template
+from llava_ray.template.table import OTHER_NAMES, TEMPLATES, find_template
 from llava_ray.template.tokens import (
     IGNORED,
     IMAGE_PLACEHOLDER,
@@ -29,6 +29,7 @@ __all__ = [
     "IGNORED",
     "IMAGE_PLACEHOLDER",
     "IMAGE_TOKEN",
+    "OTHER_NAMES",
     "TEMPLATES",
     "Encoded",
     "ListedTemplate",

@@ -14,7 +14,7 @@ from typing import Any
 from llava_ray.errors import RequestError, SampleError
 from llava_ray.template.check import check_sample, find_problem, name_sample
 from llava_ray.template.jinja import write_jinja
-from llava_ray.template.parts import CLOSING, OPENING, count_pictures, join_text, split_parts
+from llava_ray.template.parts import count_pictures, join_text, split_parts, touch
 from llava_ray.template.styles import (
     Style,
     Turn,
@@ -160,7 +160,7 @@ class ListedTemplate:
         written = ""
         for run in split_parts(message):
             text = self._picture if run is None else self.notation.quote(run)
-            if (run is None or written.endswith(self._picture)) and _touch(written, text):
+            if (run is None or written.endswith(self._picture)) and touch(written, text):
                 written += "\n"
             written += text
         return written.strip()
@@ -177,14 +177,6 @@ class ListedTemplate:
             return [turn]
         pictures = "\n".join([self._picture] * num_pictures)
         return [Turn(False, pictures), Turn(True, "Received."), Turn(False, text)]
-
-
-def _touch(before: str, after: str) -> bool:
-    """Return whether neither text brings the space, bracket or stop that keeps them apart."""
-    if not before or not after:
-        return False
-    is_apart = before[-1].isspace() or before[-1] in OPENING
-    return not (is_apart or after[0].isspace() or after[0] in CLOSING)
 
 
 def _encode_headed(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:

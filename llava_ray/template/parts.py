@@ -33,3 +33,11 @@ def join_text(message: Message) -> str:
 def count_pictures(messages: Sequence[Message]) -> int:
     """Return how many pictures stand in messages."""
     return sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
+
+
+def touch(before: str, after: str) -> bool:
+    """Return whether neither text brings the space, bracket or stop that keeps them apart."""
+    if not before or not after:
+        return False
+    is_apart = before[-1].isspace() or before[-1] in OPENING
+    return not (is_apart or after[0].isspace() or after[0] in CLOSING)

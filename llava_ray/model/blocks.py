@@ -1,0 +1,142 @@
+"""The two models that a new LLaVA is made of, loaded and looked at.
+
+For `compose`: a causal language model with its tokenizer, and a vision tower.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from llava_ray.errors import ConfigError
+from llava_ray.model.core import no_progress_bars
+from llava_ray.model.folder import find_folder
+
+KINDS = "llama, mistral, qwen2, qwen3, gemma, gemma3_text, gpt_neox"
+"""Language models of which it is known that a LLaVA holds them; others may do, and are tried."""
+
+TOWERS = {
+    "clip": "CLIPVisionModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
+
+
+class LanguageModel(NamedTuple):
+    """A causal language model, and the tokenizer that belongs to it."""
+
+    model: Any
+    tokenizer: Any
+
+
+class Tower(NamedTuple):
+    """A vision tower, and the folder that says how it wants its pictures."""
+
+    model: Any
+    folder: Path
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether a class token stands before the patches, as in CLIP."""
+        return self.model.config.model_type == "clip_vision_model"
+
+
+def load_language_model(path: str | Path) -> LanguageModel:
+    """Load a causal language model and its tokenizer, in the precision in which it is stored.
+
+    Raises:
+        ConfigError: there is none, or it is one that a LLaVA cannot hold.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = find_folder(path)
+    config = _read_config(folder, "language model")
+    if hasattr(config, "vision_config"):
+        raise ConfigError(
+            f"{str(path)!r} has eyes already (kind {config.model_type!r}): give a language model "
+            "that reads only text"
+        )
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"the language model {str(path)!r} does not load: {error}") from error
+    head = model.get_output_embeddings()
+    if model.base_model is model or head is None or getattr(head, "bias", None) is not None:
+        raise ConfigError(
+            f"{str(path)!r} (kind {config.model_type!r}) has no head that a LLaVA can take over: "
+            f"use a model of the kinds {KINDS}"
+        )
+    return LanguageModel(model.eval(), tokenizer)
+
+
+def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
+    """Load a CLIP or SigLIP vision tower.
+
+    Raises:
+        ConfigError: there is none, or it is of another kind.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    folder = find_folder(path)
+    config = _read_config(folder, "vision tower")
+    if config.model_type not in TOWERS:
+        raise ConfigError(
+            f"the vision tower {str(path)!r} is of the kind {config.model_type!r}: give a CLIP or "
+            "SigLIP model"
+        )
+    if not (folder / "preprocessor_config.json").is_file():
+        raise ConfigError(
+            f"the vision tower {str(path)!r} lacks preprocessor_config.json, which says how "
+            "pictures are prepared: copy it from where the tower came from"
+        )
+    tower_class = getattr(transformers, TOWERS[config.model_type])
+    vision = getattr(config, "vision_config", config)
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False  # it sums up a picture, which LLaVA does not read
+    try:
+        loaded, report = tower_class.from_pretrained(
+            folder, config=vision, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"the vision tower {str(path)!r} does not load: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            f"the vision tower {str(path)!r} lacks {len(missing)} tensors "
+            f"({', '.join(missing[:3])}): its weights do not belong to its config.json"
+        )
+    return Tower(loaded.eval(), folder)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep off the terminal what transformers says of weights that are not needed here."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _read_config(folder: Path, what: str) -> Any:
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"the {what} {str(folder)!r} has no config.json: give the folder of a model"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"the {what} {str(folder)!r} is of no kind that transformers knows: {error}"
+        ) from error
