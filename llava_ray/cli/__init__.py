@@ -1,4 +1,4 @@
-"""The command line: `llava-ray chat | serve | build | doctor | export | demo`, a module a command.
+"""The command line: `llava-ray chat | serve | build | export | ...`, one module a command.
 
 Everything heavy is imported by the command that needs it, so that `--help` is there at once.
 A `UserError` ends a command with its message and exit code 2, any other of ours with 1.
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import llava_ray
-from llava_ray.cli import build, chat, demo, doctor, export, serve
+from llava_ray.cli import build, chat, delta, demo, doctor, export, serve
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
 
@@ -25,6 +25,7 @@ app.command()(serve.serve)
 app.command()(build.build)
 app.command()(doctor.doctor)
 app.command()(export.export)
+app.add_typer(delta.app, name="delta", no_args_is_help=True)
 app.add_typer(demo.app, name="demo", no_args_is_help=True)
 
 
