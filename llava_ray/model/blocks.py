@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 import torch
 
 from llava_ray.errors import ConfigError
+from llava_ray.model.checkpoint import TOKENIZER_FILES, require_files
 from llava_ray.model.core import no_progress_bars
-from llava_ray.model.folder import find_folder
+from llava_ray.model.folder import REMEDY, find_folder
+from llava_ray.model.weights import find_weights, open_file
 
 KINDS = "llama, mistral, qwen2, qwen3, gemma, gemma3_text, gpt_neox"
 """Language models of which it is known that a LLaVA holds them; others may do, and are tried."""
@@ -51,7 +53,7 @@ def load_language_model(path: str | Path) -> LanguageModel:
         ConfigError: there is none, or it is one that a LLaVA cannot hold.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
     folder = find_folder(path)
     config = _read_config(folder, "language model")
@@ -60,11 +62,21 @@ def load_language_model(path: str | Path) -> LanguageModel:
             f"{str(path)!r} has eyes already (kind {config.model_type!r}): give a language model "
             "that reads only text"
         )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ConfigError(
+            f"{str(path)!r} is of the kind {config.model_type!r}, which is no language model that "
+            f"continues text: use one of the kinds {KINDS}"
+        )
+    _check_weights(folder)
+    found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
+    require_files(folder, "tokenizer", found, TOKENIZER_FILES)
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"the language model {str(path)!r} does not load: {error}") from error
+        raise ConfigError(
+            f"the language model {str(path)!r} does not load: {error}; {REMEDY}"
+        ) from error
     head = model.get_output_embeddings()
     if model.base_model is model or head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(
@@ -95,6 +107,7 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
             f"the vision tower {str(path)!r} lacks preprocessor_config.json, which says how "
             "pictures are prepared: copy it from where the tower came from"
         )
+    _check_weights(folder)
     tower_class = getattr(transformers, TOWERS[config.model_type])
     vision = getattr(config, "vision_config", config)
     if vision.model_type == "siglip_vision_model":
@@ -104,7 +117,9 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
             folder, config=vision, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"the vision tower {str(path)!r} does not load: {error}") from error
+        raise ConfigError(
+            f"the vision tower {str(path)!r} does not load: {error}; {REMEDY}"
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ConfigError(
             f"the vision tower {str(path)!r} lacks {len(missing)} tensors "
@@ -125,6 +140,14 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(before)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise a ConfigError that names the file, if weights are missing or damaged."""
+    files = find_weights(folder)
+    require_files(folder, "weights", files)
+    for file in files:
+        open_file(file)
 
 
 def _read_config(folder: Path, what: str) -> Any:
