@@ -26,6 +26,7 @@ from typing import Any
 import originals
 import peft
 import pytest
+import test_model_published
 import torch
 from originals import Original
 from PIL import Image
@@ -42,8 +43,9 @@ GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden"
 PROGRAM = Path(__file__).with_name("other_engines.py")
 TIMEOUT_S = 600
 NUM_NEW_TOKENS = 16
-NEAR_TIE = 1e-2
-"""Two best logits this close may change places: pictures are scaled by other code there."""
+NEAR_TIE = 0.05
+"""Two best logits this close may change places: torchvision, which the engines use and this package
+does not need, scales pictures with other roundings (1 of 255 in a few pixels of a thousand)."""
 NEAR_TIE_16 = 0.1
 """The same where the engine computes in float16."""
 SETTINGS = {
@@ -83,6 +85,15 @@ def export_tiny(scratch: Path, out: Path) -> None:
     assert (out / "model.safetensors.index.json").exists()
 
 
+def export_next(scratch: Path, out: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(test_model_published.TEXT, "hidden_size", HIDDEN)
+        folder, _ = test_model_published.write_published(scratch / "next", "llava_next")
+    settings = json.loads((folder / "processor_config.json").read_text())
+    assert "vision_feature_select_strategy" not in settings, "as in older folders"
+    export_model(folder, out, to="hf")
+
+
 def export_lora(scratch: Path, out: Path) -> None:
     base = build_random_model(scratch / "tiny", SHAPE)
     core = load_model(base, dtype="float32", device="cpu")
@@ -116,6 +127,7 @@ def export_golden(scratch: Path, out: Path) -> None:
 
 BOTH = {
     "tiny": export_tiny,
+    "next": export_next,
     "lora": export_lora,
     "demo": export_demo,
     "original, pad": export_original(Original(aspect="pad")),
@@ -241,6 +253,16 @@ def test_vllm_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> Non
     compare("vllm", kind, tmp_path)
 
 
+@pytest.mark.vllm
+def test_vllm_reads_a_projector_of_one_layer_that_is_exported_for_it(tmp_path: Path) -> None:
+    find_python("vllm")
+    export_original(Original(projector="linear"))(tmp_path, tmp_path / "hf")
+    export_model(tmp_path / "original", tmp_path / "vllm", to="vllm")
+    questions = questions_for("original", tmp_path)
+    expected = ask_transformers(tmp_path / "hf", questions)  # which lacks vLLM's activation
+    assert_same_tokens(ask_engine("vllm", tmp_path / "vllm", questions, tmp_path), expected)
+
+
 @pytest.mark.sglang
 @pytest.mark.parametrize("kind", BOTH | ONLY_SGLANG)
 def test_sglang_gives_the_tokens_of_transformers(kind: str, tmp_path: Path) -> None:
@@ -258,6 +280,21 @@ def test_sglang_s_own_class_reads_what_is_exported_to_original(tmp_path: Path) -
     tokenizer = str(tmp_path / "hf")
     found = ask_engine("sglang", tmp_path / "again", questions, tmp_path, tokenizer)
     assert_same_tokens(found, expected, near_tie=NEAR_TIE_16)
+
+
+def test_transformers_counts_tokens_as_the_model_does_whatever_the_processor_left_out(
+    tmp_path: Path,
+) -> None:
+    export_next(tmp_path, tmp_path / "out")
+    questions = questions_for("next", tmp_path)
+    core = load_model(tmp_path / "next", dtype="float32", device="cpu")
+    for question, found in zip(
+        questions, ask_transformers(tmp_path / "out", questions), strict=True
+    ):
+        inputs = core.encode(question["prompt"], [Image.open(file) for file in question["images"]])
+        out = core.model.generate(**inputs, max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        length = inputs["input_ids"].shape[1]
+        assert (found.prompt_length, found.ids) == (length, out[0, length:].tolist())
 
 
 def compare(engine: str, kind: str, scratch: Path) -> None:

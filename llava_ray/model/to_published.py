@@ -26,6 +26,20 @@ from llava_ray.model.staging import MAX_SHARD_SIZE, write_json, write_shards
 ROWS = 64
 """Vocabularies grow to a multiple of this, which matrix kernels and tensor parallelism like."""
 
+_PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+_COUNTING = (
+    "image_token",
+    "patch_size",
+    "num_additional_image_tokens",
+    "num_image_tokens",
+    "vision_feature_select_strategy",
+    "vision_aspect_ratio",
+)
+"""What a processor must know to count a picture's tokens."""
 _CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -94,7 +108,9 @@ def write_published(
     write_generation(folder, model, processor.tokenizer)
     for file in files:
         shutil.copyfile(file, folder / file.name)
-    if not files:
+    if files:
+        _complete_processor(folder, processor, kind)
+    else:
         _write_processor(folder, processor)
 
 
@@ -141,6 +157,19 @@ def _name_tensors(model: Any, rows: int) -> Iterator[tuple[str, torch.Tensor]]:
     if projector != "mlp2x_gelu":
         for name, tensor in pad_projector(model, projector).items():
             yield f"multi_modal_projector.{name}", tensor
+
+
+def _complete_processor(folder: Path, processor: Any, kind: str) -> None:
+    """Write into processor_config.json how many tokens a picture has.
+
+    Older files leave some of it out; transformers then counts another number than the model gives.
+    """
+    file = folder / "processor_config.json"
+    described = json.loads(file.read_text()) if file.exists() else {}
+    settings = {"processor_class": _PROCESSORS[kind], **described}
+    settings |= {n: v for n in _COUNTING if (v := getattr(processor, n, None)) is not None}
+    if settings != described:
+        write_json(file, settings)
 
 
 def _write_processor(folder: Path, processor: Any) -> None:
