@@ -10,9 +10,11 @@ import os
 import platform
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -56,6 +58,17 @@ class Figures:
     itl_p50_ms: float  # between two arrivals of text
     tpot_p50_ms: float  # a token, once the first has come
     latency_p50_s: float
+
+
+@dataclass(frozen=True)
+class LoadFigures:
+    """One row of the table of loading; medians over its runs, each in a process of its own."""
+
+    system: str
+    weights_mb: float
+    load_s: float  # model, tokenizer and picture preprocessing, packages imported before
+    peak_mb: float  # what the process grew by while loading
+    peak_to_weights: float
 
 
 Ask = Callable[[Question], AsyncIterator[int]]
@@ -225,7 +238,7 @@ def serve_here(path: Path) -> str:
     return "http://127.0.0.1:8123"
 
 
-def print_table(rows: list[Figures]) -> None:
+def print_table(rows: Sequence[Figures | LoadFigures]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -258,12 +271,12 @@ def benchmark_serve(
     ] = "both",
 ) -> None:
     """This app through HTTP, beside a thread and a `generate` a request as in LLaVA's worker."""
+    import torch
+
     counts = [int(count) for count in clients.split(",")]
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(model)
         if model == "103m":
-            import torch
-
             from llava_ray.model.build import SHAPE_103M, build_random_model
 
             path = build_random_model(scratch, SHAPE_103M, dtype=torch.bfloat16)
@@ -278,12 +291,91 @@ def benchmark_serve(
                 rows.append(row)
 
         if system in ("both", "generate"):
-            for dtype in ("float16", "bfloat16"):
+            from llava_ray.model.precision import choose_dtype
+
+            best = str(choose_dtype("cuda" if torch.cuda.is_available() else "cpu"))
+            for dtype in ("float16", best.removeprefix("torch.")):
                 ask = ask_a_generate_each(path, dtype=dtype, max_tokens=max_tokens)
                 asyncio.run(run(f"generate each, {dtype}", ask))
         if system in ("both", "llava_ray"):
             url = serve_here(path)
             asyncio.run(run("llava_ray", ask_over_http(url, "benchmark", max_tokens=max_tokens)))
+        print_table(rows)
+
+
+LOADERS = {
+    "llava_ray": """
+from llava_ray.model.core import load_model
+def load(path, dtype):
+    return load_model(path, dtype=dtype, device="cpu")
+""",
+    "transformers": """
+from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration
+def load(path, dtype):
+    AutoTokenizer.from_pretrained(path)
+    AutoImageProcessor.from_pretrained(path, backend="pil")
+    return LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, device_map={"": "cpu"})
+""",
+}
+MEASURE_LOAD = """
+import sys, time
+def read_kb(name):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+path, tiny, dtype = sys.argv[1:]
+load(tiny, dtype)
+open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+before, start = read_kb("VmRSS"), time.perf_counter()
+model = load(path, dtype)
+seconds = time.perf_counter() - start
+print(seconds, (read_kb("VmHWM") - before) * 1024)
+"""
+"""Linux only. `resource.getrusage` would not do: its peak includes that of the parent process."""
+
+
+@cli.command("load")
+def benchmark_load(
+    model: Annotated[
+        str, typer.Option(help="'103m' (random weights of that size) or the folder of a model.")
+    ] = "103m",
+    dtype: Annotated[str, typer.Option(help="Precision in memory.")] = "bfloat16",
+    runs: Annotated[int, typer.Option(help="Loads by each system, in turns.")] = 5,
+) -> None:
+    """load_model beside transformers' `from_pretrained` of the same folder: time and peak memory.
+
+    Each load is in a process of its own that has loaded a tiny model before, so that neither
+    importing packages nor the system's first look at the file counts.
+    """
+    import torch
+
+    from llava_ray.model.build import SHAPE_103M, build_random_model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny = build_random_model(Path(scratch) / "tiny")
+        path = Path(model)
+        if model == "103m":
+            path = build_random_model(Path(scratch) / "model", SHAPE_103M, dtype=torch.bfloat16)
+        num_bytes = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+        results: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
+        for run in range(runs + 1):
+            for name, loader in LOADERS.items():
+                code = [sys.executable, "-W", "ignore", "-c", loader + MEASURE_LOAD]
+                done = subprocess.run(
+                    [*code, path, tiny, dtype], capture_output=True, text=True, check=True
+                )
+                seconds, grown = done.stdout.split()
+                if run:  # the first is to bring the file into the system's cache
+                    results[name].append((float(seconds), float(grown)))
+        rows = [
+            LoadFigures(
+                system=name,
+                weights_mb=round(num_bytes / 1e6, 1),
+                load_s=round(statistics.median(seconds for seconds, _ in result), 3),
+                peak_mb=round(statistics.median(grown for _, grown in result) / 1e6, 1),
+                peak_to_weights=round(statistics.median(g for _, g in result) / num_bytes, 3),
+            )
+            for name, result in results.items()
+        ]
         print_table(rows)
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers.initialization import no_init_weights
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import Checkpoint
@@ -66,7 +67,11 @@ class Architecture(NamedTuple):
 
 
 def describe_model(
-    checkpoint: Checkpoint, stored: Mapping[str, Stored], image_token_id: int
+    checkpoint: Checkpoint,
+    stored: Mapping[str, Stored],
+    image_token_id: int,
+    *,
+    config: Any = None,
 ) -> Architecture:
     """Return what to build for a checkpoint.
 
@@ -74,17 +79,18 @@ def describe_model(
         checkpoint: what was found.
         stored: its tensors by their names in memory.
         image_token_id: the id that stands for a patch of a picture.
+        config: what `read_published` gave, of the published layout.
 
     Raises:
         ConfigError: a configuration does not hold together.
     """
     try:
         if checkpoint.layout == "published":
-            config = read_published(checkpoint)
+            config = config or read_published(checkpoint)
         else:
             config = _convert_original(checkpoint, stored, image_token_id)
         model_class = _choose_class(checkpoint, config)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             tensors = model_class(config).state_dict()
     except _BAD_CONFIG as error:
         raise ConfigError(_explain(checkpoint, error)) from error
@@ -137,7 +143,7 @@ def read_published(checkpoint: Checkpoint) -> Any:
         "llava_onevision": LlavaOnevisionConfig,
     }
     try:
-        config: Any = classes[checkpoint.model_type].from_dict(copy.deepcopy(checkpoint.config))
+        config: Any = classes[checkpoint.model_type](**copy.deepcopy(checkpoint.config))
     except _BAD_CONFIG as error:
         raise ConfigError(_explain(checkpoint, error)) from error
     if config.projector_hidden_act == IDENTITY:

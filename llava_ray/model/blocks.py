@@ -3,8 +3,6 @@
 For `compose`: a causal language model with its tokenizer, and a vision tower.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +10,6 @@ import torch
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import TOKENIZER_FILES, require_files
-from llava_ray.model.core import no_progress_bars
 from llava_ray.model.folder import REMEDY, find_folder
 from llava_ray.model.weights import find_weights, open_file
 
@@ -126,20 +123,6 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
             f"({', '.join(missing[:3])}): its weights do not belong to its config.json"
         )
     return Tower(loaded.eval(), folder)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep off the terminal what transformers says of weights that are not needed here."""
-    from transformers.utils import logging
-
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with no_progress_bars():
-            yield
-    finally:
-        logging.set_verbosity(before)
 
 
 def _check_weights(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava_ray.model.core import no_progress_bars
+from llava_ray.model.quiet import no_progress_bars
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

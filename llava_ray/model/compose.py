@@ -18,13 +18,13 @@ from llava_ray.model.blocks import (
     Tower,
     load_language_model,
     load_tower,
-    quiet,
 )
 from llava_ray.model.folder import find_folder
 from llava_ray.model.modules import Projector
 from llava_ray.model.names import count_projector_layers
 from llava_ray.model.new_chat import choose_chat
 from llava_ray.model.processing import read_preprocessing
+from llava_ray.model.quiet import no_remarks
 from llava_ray.model.staging import MAX_SHARD_SIZE, write_folder
 from llava_ray.model.to_published import write_published
 from llava_ray.template import IMAGE_TOKEN
@@ -75,7 +75,7 @@ def build_llava(
     """
     sources = [find_folder(llm), find_folder(vision_tower)]
     _check_projector(projector)
-    with write_folder(out, overwrite=overwrite, sources=sources) as scratch, quiet():
+    with write_folder(out, overwrite=overwrite, sources=sources) as scratch, no_remarks():
         language = load_language_model(llm)
         source, name = choose_chat(language.tokenizer, language.model.config.model_type, template)
         language.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

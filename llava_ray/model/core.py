@@ -9,7 +9,6 @@ build) -> transformers' model, adapters merged -> Core
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
 from llava_ray.model.original import read_pinpoints
 from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processing import encode_pictures, load_processor, mark_pictures
+from llava_ray.model.quiet import no_collecting, no_progress_bars
 from llava_ray.model.templates import OWN, choose_template, find_stop_ids
 from llava_ray.model.tiles import count_image_tokens
 from llava_ray.model.weights import Stored, check_deltas, open_parts
@@ -132,6 +132,7 @@ class Core:
         return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
 
 
+@no_collecting()
 def load_model(
     path: str | Path,
     *,
@@ -174,8 +175,9 @@ def load_model(
     target = select_device(device)
     precision = select_dtype(dtype, target)
     stored = open_parts(checkpoint.parts)
-    processor = read_processor(checkpoint)
-    architecture = describe_model(checkpoint, stored, processor.image_token_id)
+    config = read_published(checkpoint) if checkpoint.layout == "published" else None
+    processor = read_processor(checkpoint, config=config)
+    architecture = describe_model(checkpoint, stored, processor.image_token_id, config=config)
     for problem in check_weights(checkpoint, architecture, stored):
         raise ConfigError(problem)
     check_deltas(checkpoint.parts, checkpoint.text_model_type)
@@ -292,14 +294,14 @@ def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str,
     return {"": attention, "vision_config": attention, "text_config": "eager"}
 
 
-def read_processor(checkpoint: Checkpoint) -> Any:
+def read_processor(checkpoint: Checkpoint, *, config: Any = None) -> Any:
     """Return transformers' processor for a checkpoint; see `processing.load_processor`."""
     if checkpoint.layout == "published":
-        read_published(checkpoint)  # the tokenizer reads config.json too, and tells errors badly
+        config = config or read_published(checkpoint)
     pinpoints = None
     if checkpoint.layout == "original" and checkpoint.aspect_mode == "anyres":
         pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
-    return load_processor(checkpoint, pinpoints)
+    return load_processor(checkpoint, pinpoints=pinpoints, config=config)
 
 
 def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype) -> Any:
@@ -344,20 +346,6 @@ def read_context_length(text_config: Any) -> int:
     """Return how many tokens a language model was made for."""
     length = getattr(text_config, "max_position_embeddings", None)
     return length or text_config.max_seq_len  # MPT's name
-
-
-@contextlib.contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal for as long as this lasts."""
-    from transformers.utils import logging
-
-    was_on = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            logging.enable_progress_bar()
 
 
 def _find_eos(model: Any, tokenizer: Any) -> frozenset[int]:

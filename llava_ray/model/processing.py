@@ -38,19 +38,22 @@ IMAGE_SETTINGS = (
 )
 
 
-def load_processor(checkpoint: Checkpoint, pinpoints: list[list[int]] | None = None) -> Any:
+def load_processor(
+    checkpoint: Checkpoint, *, pinpoints: list[list[int]] | None = None, config: Any = None
+) -> Any:
     """Return transformers' processor for a checkpoint.
 
     Args:
         checkpoint: what was found.
         pinpoints: sizes for anyres, of the original layout.
+        config: transformers' configuration, of the published layout.
 
     Raises:
         ConfigError: a part does not load, or the tokenizer does not fit the model.
         MissingPackageError: the tokenizer needs a package.
     """
     if checkpoint.layout == "published":
-        return _load_published(checkpoint)
+        return _load_published(checkpoint, config)
     return _load_original(checkpoint, pinpoints)
 
 
@@ -68,13 +71,13 @@ def encode_pictures(processor: Any, images: Sequence["PILImage.Image"]) -> dict[
     return inputs
 
 
-def _load_published(checkpoint: Checkpoint) -> Any:
+def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
     from transformers import AutoImageProcessor, LlavaNextProcessor, LlavaProcessor
 
     folder, config = checkpoint.folder, checkpoint.config
     if checkpoint.kind == "adapter":
         folder = checkpoint.parts[0].files[0].parent
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_tokenizer(checkpoint, model_config)
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, ImportError) as error:
@@ -191,7 +194,7 @@ def _read_patch_size(tower: Path) -> int:
     return config.get("vision_config", config).get("patch_size", 14)
 
 
-def load_tokenizer(checkpoint: Checkpoint) -> Any:
+def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
     """Return a checkpoint's tokenizer.
 
     Raises:
@@ -202,10 +205,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
 
     folder = checkpoint.tokenizer_folder
     # Without it transformers looks into config.json, which of the original layout it does not know.
-    text_type = checkpoint.text_model_type
-    known = {"config": CONFIG_MAPPING[text_type]()} if checkpoint.layout == "original" else {}
+    config = config or CONFIG_MAPPING[checkpoint.text_model_type]()
     try:
-        return AutoTokenizer.from_pretrained(folder, **known)
+        return AutoTokenizer.from_pretrained(folder, config=config)
     except ImportError as error:
         raise MissingPackageError(
             f"the tokenizer of {str(folder)!r} needs another package: {error}"

@@ -1,0 +1,52 @@
+"""Contexts for the time in which a model is read or written.
+
+For `core`, `build` and `blocks`: transformers says nothing meanwhile, Python collects nothing.
+"""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers' progress bars off the terminal for as long as this lasts."""
+    from transformers.utils import logging
+
+    was_on = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_remarks() -> Iterator[None]:
+    """Keep off the terminal what transformers says of weights that are not needed, and the bars."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def no_collecting() -> Iterator[None]:
+    """Put off the collection of garbage.
+
+    A model's many small objects would start it several times, and each time it looks through all
+    objects of all packages, which takes longer than reading a small model.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
