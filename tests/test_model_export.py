@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from originals import Original
+from originals import Original, write_tensors
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_base import add_lora, write_lora, write_projector_only
@@ -256,6 +256,22 @@ def test_the_chat_template_writes_what_we_write_for_every_reader(
             before.template.render([Message("user", (TextPart("hi"),))])
         )
         assert compute(core, written)[0] == compute(before, text)[0]
+
+
+@pytest.mark.parametrize("form", ["hf", "original"])
+def test_a_tower_that_is_kept_in_more_precision_than_the_rest_loses_none(
+    form: Any, tmp_path: Path
+) -> None:
+    folder = Original().write(tmp_path / "model", tower_inside=False)
+    halved = {n: t.half() for n, t in read_weights(folder).items()}
+    write_tensors(folder, halved)
+    out = export_model(folder, tmp_path / "out", to=form)
+    expected = compute(load(folder))[1]
+    assert torch.equal(compute(load(out))[1][:, : expected.shape[1]], expected)
+    kinds = {n.split("vision")[0]: t.dtype for n, t in read_weights(out).items()}
+    assert {torch.float16, torch.float32} == set(kinds.values())
+    same = export_model(folder, tmp_path / "same", to=form, dtype="float16")
+    assert {tensor.dtype for tensor in read_weights(same).values()} == {torch.float16}
 
 
 def test_answers_are_the_same_before_and_after(sources: Any, tmp_path: Path) -> None:

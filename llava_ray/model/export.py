@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from llava_ray.errors import ConfigError
 from llava_ray.model.architecture import IDENTITY
 from llava_ray.model.checkpoint import PROCESSOR_FILES, Checkpoint, inspect_checkpoint
@@ -58,7 +60,8 @@ def export_model(
         out: the folder to write.
         to: see above; by default the layout that the checkpoint has, so that it is written anew,
             whole, in shards and under today's names.
-        dtype: "float32", "bfloat16" or "float16"; by default what most weights are stored in.
+        dtype: "float32", "bfloat16" or "float16"; by default every weight keeps its own, as towers
+            have that are kept beside a checkpoint.
         max_shard_size: of a weight file, "5GB" or a number of bytes.
         tower_name: of forms original and projector: what config.json is to call the vision tower
             (a hub name); by default the tower is written into the folder.
@@ -83,6 +86,8 @@ def export_model(
     ) as scratch:
         limit = parse_size(max_shard_size)
         core = load_model(path, base=base, vision_tower=vision_tower, dtype=precision, device="cpu")
+        if dtype is None:
+            _keep_precision(core.model, stored)
         ends = sorted(core.eos_token_ids)
         core.model.generation_config.eos_token_id = ends if len(ends) > 1 else (ends or [None])[0]
         if form in ("hf", "vllm"):
@@ -118,6 +123,25 @@ def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> No
     )
     if form == "vllm" and text == "gpt_neox":
         raise ConfigError("vLLM's LLaVA takes no GPT-NeoX as language model: use --to hf")
+
+
+def _keep_precision(model: Any, stored: Mapping[str, Stored]) -> None:
+    """Put weights that were stored otherwise than most back into a model as they were.
+
+    Not those that an adapter has changed.
+    """
+    for name, parameter in list(model.named_parameters()):
+        tensor = stored.get(name)
+        if tensor is None or tensor.dtype not in _DTYPES:
+            continue
+        if getattr(torch, _DTYPES[tensor.dtype]) == parameter.dtype:
+            continue
+        exact = tensor[...]
+        if torch.equal(exact.to(parameter.dtype), parameter):
+            place, _, last = name.rpartition(".")
+            setattr(
+                model.get_submodule(place), last, torch.nn.Parameter(exact, requires_grad=False)
+            )
 
 
 def _write_published(folder: Path, core: Core, form: str, max_shard_size: int) -> None:

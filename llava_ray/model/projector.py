@@ -22,7 +22,8 @@ def get_projector(config: Any) -> str:
 def pad_projector(model: Any, projector: str) -> dict[str, torch.Tensor]:
     """Return two linear layers that, without an activation, compute what fewer computed."""
     width = model.config.text_config.hidden_size
-    same = torch.eye(width, dtype=model.dtype), torch.zeros(width, dtype=model.dtype)
+    dtype = model.lm_head.weight.dtype
+    same = torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)
     weight, bias = same
     if count_projector_layers(projector):
         layer = model.model.multi_modal_projector.linear_1

@@ -30,7 +30,6 @@ from llava_ray.model.staging import MAX_SHARD_SIZE, write_json, write_shards
 from llava_ray.model.to_published import write_generation
 
 PROJECTOR_FILE = "mm_projector.bin"
-_TOWER = "model.vision_tower."
 
 
 def check_original_form(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
@@ -151,7 +150,7 @@ def describe_original(
         **kept,
         "architectures": [architecture],
         "model_type": model_type,
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "torch_dtype": str(model.lm_head.weight.dtype).removeprefix("torch."),
         "tie_word_embeddings": bool(config.tie_word_embeddings),
         "mm_vision_tower": tower,
         "mm_hidden_size": config.vision_config.hidden_size,
@@ -189,16 +188,13 @@ def write_tower(folder: Path, model: Any, processor: Any, place: Path) -> str:
     is_clip = config.model_type == "clip_vision_model"
     name = "clip-vision-tower" if is_clip else "siglip-vision-tower"  # SGLang asks for these words
     (folder / name).mkdir()
-    tensors = (
-        (f"vision_model.{n.removeprefix(_TOWER)}", tensor)
-        for n, tensor in model.state_dict().items()
-        if n.startswith(_TOWER)
-    )
+    tower = model.model.vision_tower
+    tensors = ((f"vision_model.{n}", tensor) for n, tensor in tower.state_dict().items())
     write_shards(folder / name, tensors)
     described = json.loads(config.to_json_string(use_diff=True))
     described |= {
         "architectures": ["CLIPVisionModel" if is_clip else "SiglipVisionModel"],
-        "torch_dtype": str(model.dtype).removeprefix("torch."),
+        "torch_dtype": str(next(tower.parameters()).dtype).removeprefix("torch."),
     }
     write_json(folder / name / "config.json", described)
     write_json(folder / name / "preprocessor_config.json", describe_pictures(model, processor))
