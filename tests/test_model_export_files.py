@@ -113,6 +113,13 @@ def test_a_delta_needs_the_language_model_that_was_trained(tmp_path: Path) -> No
     assert not (tmp_path / "delta").exists()
 
 
+def test_a_first_llava_is_written_anew_under_todays_name(tmp_path: Path) -> None:
+    original = Original(projector="linear", start_end=True, extra={"model_type": "llama"})
+    out = export_model(original.write(tmp_path / "v0"), tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["model_type"] == "llava"
+    assert_same_logits(load(out), original)
+
+
 def list_all(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

@@ -20,6 +20,7 @@ from llava_ray.model.original import (
     find_tower,
     is_original,
     read_aspect,
+    read_text_type,
 )
 from llava_ray.model.weights import Part, find_weights, open_file
 
@@ -176,7 +177,7 @@ def _inspect_original(
         kind=kind,
         layout="original",
         model_type="llava_next" if read_aspect(config) == "anyres" else "llava",
-        text_model_type=TEXT_TYPES[config["model_type"]],
+        text_model_type=read_text_type(config) or "llama",
         config=config,
         tower=str(vision_tower or tower),
         projector=config.get("mm_projector_type") or "linear",
@@ -307,7 +308,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind in HF_TYPES and "text_config" in config:
         return config
-    if is_original(config) and kind in TEXT_TYPES:
+    if is_original(config) and read_text_type(config):
         return config
     if kind == "llava" and "vision_config" in config:
         return config

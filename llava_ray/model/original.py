@@ -53,6 +53,17 @@ def is_original(config: Mapping[str, Any]) -> bool:
     return any(name.startswith("mm_") for name in config) or config.get("model_type") in TEXT_TYPES
 
 
+def read_text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of the language model of an original config.json, or None if it has none.
+
+    LLaVA's first checkpoints (v0) call themselves by it.
+    """
+    kind = config.get("model_type")
+    if kind == "llama" and "mm_vision_tower" in config:
+        return "llama"
+    return TEXT_TYPES.get(str(kind))
+
+
 def read_aspect(config: Mapping[str, Any]) -> str:
     """Return how pictures are brought to the tower's size."""
     return config.get("image_aspect_ratio") or "square"
