@@ -12,9 +12,11 @@ from originals import Original, write_tensors
 from safetensors.torch import load_file
 from test_model_base import write_lora
 from test_model_original import assert_same_logits, load
+from test_model_published import write_published
 from tiny import tiny_model
 
 from llava_ray.errors import ConfigError
+from llava_ray.model.compose import build_llava
 from llava_ray.model.delta import make_delta
 from llava_ray.model.export import export_model
 from llava_ray.model.pieces import agrees, join_pieces
@@ -66,6 +68,36 @@ def test_whole_prompts_get_the_ids_of_their_pieces(prepend: str, tmp_path: Path)
         found, expected = (c.encode(text, images)["input_ids"].tolist() for c in (core, before))
         assert found == expected
     assert agrees(core.tokenizer, before.tokenizer)  # also as it was read again
+
+
+def test_prompts_that_were_read_whole_stay_whole_there_and_back(tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    tokenizer = build_sentencepiece("first")
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["image_token_index"] = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    (folder / "config.json").write_text(json.dumps(config))
+    original = export_model(folder, tmp_path / "original", to="original")
+    again = export_model(original, tmp_path / "again", to="hf")
+    text = "USER: <image>\nWhat?"
+    ids = [load(f).encode(text, [picture_of(text)])["input_ids"] for f in (folder, original, again)]
+    assert ids[0].tolist() == ids[1].tolist() == ids[2].tolist()
+
+
+def test_what_is_built_reads_the_same_in_every_form(tmp_path: Path) -> None:
+    original = Original()
+    original.__dict__["tokenizer"] = build_sentencepiece("first")
+    parts = {"llm": original.write_lm(tmp_path / "lm")}
+    parts["vision_tower"] = original.write_tower(tmp_path / "clip")
+    folder = build_llava(tmp_path / "built", **parts)
+    core, other = load(folder), load(export_model(folder, tmp_path / "out", to="original"))
+    text = "USER: <image>\nWhat? <image> a"
+    images = [picture_of(text)] * 2
+    assert core.encode(text, images)["input_ids"].tolist() == (
+        other.encode(text, images)["input_ids"].tolist()
+    )
+    assert other.checkpoint.in_pieces
 
 
 def picture_of(text: str) -> Any:

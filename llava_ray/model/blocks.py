@@ -3,6 +3,7 @@
 For `compose`: a causal language model with its tokenizer, and a vision tower.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,9 @@ import torch
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import TOKENIZER_FILES, require_files
 from llava_ray.model.folder import REMEDY, find_folder
+from llava_ray.model.pieces import join_pieces
 from llava_ray.model.weights import find_weights, open_file
+from llava_ray.template import IMAGE_TOKEN
 
 KINDS = "llama, mistral, qwen2, qwen3, gemma, gemma3_text, gpt_neox"
 """Language models of which it is known that a LLaVA holds them; others may do, and are tried."""
@@ -81,6 +84,19 @@ def load_language_model(path: str | Path) -> LanguageModel:
             f"use a model of the kinds {KINDS}"
         )
     return LanguageModel(model.eval(), tokenizer)
+
+
+def add_image_token(language: LanguageModel) -> LanguageModel:
+    """Return the language model with a tokenizer that knows `<image>`.
+
+    Where that can be done it gives whole prompts the ids that LLaVA's code gives their pieces, so
+    that the model reads the same in every form that it is exported to.
+    """
+    tokenizer = language.tokenizer
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    with contextlib.suppress(ConfigError):
+        tokenizer = join_pieces(tokenizer)
+    return LanguageModel(language.model, tokenizer)
 
 
 def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:

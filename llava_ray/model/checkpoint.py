@@ -81,6 +81,14 @@ class Checkpoint:
         return bool(self.config.get("mm_use_im_start_end"))
 
     @property
+    def in_pieces(self) -> bool:
+        """Text is tokenised as by LLaVA's code, each piece between two pictures by itself.
+
+        What `export` made of transformers' layout may have been trained with whole prompts.
+        """
+        return self.layout == "original" and not self.config.get("llava_ray_whole_prompts")
+
+    @property
     def metadata(self) -> dict[str, str]:
         """What the files say that helps to choose a conversation template."""
         facts = {

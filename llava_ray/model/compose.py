@@ -16,6 +16,7 @@ from llava_ray.model.blocks import (
     KINDS,
     LanguageModel,
     Tower,
+    add_image_token,
     load_language_model,
     load_tower,
 )
@@ -78,7 +79,7 @@ def build_llava(
     with write_folder(out, overwrite=overwrite, sources=sources) as scratch, no_remarks():
         language = load_language_model(llm)
         source, name = choose_chat(language.tokenizer, language.model.config.model_type, template)
-        language.tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+        language = add_image_token(language)
         tower = load_tower(vision_tower, dtype=language.model.dtype)
         config = _describe(language, tower, projector, image_aspect, select_layer, select_feature)
         model = _join(language, tower, config, seed=seed)

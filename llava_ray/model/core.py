@@ -109,10 +109,15 @@ class Core:
         return dict(inputs)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return the ids that LLaVA's own code gives a prompt, -200 for each picture."""
+        """Return a prompt's ids, those of LLaVA's own code in its layout; -200 for each picture."""
         if self.checkpoint.uses_start_end:
             text = mark_pictures(text)
-        return tokenize_pieces(self.tokenizer, text)
+        if self.checkpoint.in_pieces:
+            return tokenize_pieces(self.tokenizer, text)
+        bos = self.tokenizer.bos_token
+        begins = not (bos and text.startswith(bos))
+        ids = self.tokenizer(text, add_special_tokens=begins).input_ids
+        return [IMAGE_PLACEHOLDER if id_ == self.image_token_id else id_ for id_ in ids]
 
     def _encode_original(
         self, text: str, images: Sequence["PILImage.Image"]

@@ -22,7 +22,7 @@ from llava_ray.model.architecture import IDENTITY
 from llava_ray.model.checkpoint import PROCESSOR_FILES, Checkpoint, inspect_checkpoint
 from llava_ray.model.core import Core, load_model
 from llava_ray.model.new_chat import add_beginning
-from llava_ray.model.pieces import join_pieces
+from llava_ray.model.pieces import agrees, join_pieces
 from llava_ray.model.staging import MAX_SHARD_SIZE, parse_size, write_folder
 from llava_ray.model.templates import OWN
 from llava_ray.model.to_original import (
@@ -151,7 +151,8 @@ def _write_published(folder: Path, core: Core, form: str, max_shard_size: int) -
     if checkpoint.layout == "published":
         files = _find_processor_files(checkpoint)
     else:
-        core.processor.tokenizer = join_pieces(core.tokenizer)
+        if checkpoint.in_pieces:
+            core.processor.tokenizer = join_pieces(core.tokenizer)
         core.processor.chat_template = add_beginning(core.template.source, core.tokenizer)
     if checkpoint.uses_start_end:
         fields["mm_use_im_start_end"] = True
@@ -179,6 +180,8 @@ def _write_original(
 ) -> None:
     parts = (folder, core.model, core.processor, core.checkpoint)
     fields = _name_template(core)
+    if not (core.checkpoint.in_pieces or agrees(core.tokenizer, core.tokenizer)):
+        fields["llava_ray_whole_prompts"] = True
     if form == "projector":
         write_projector(*parts, place=place, tower_name=tower_name, fields=fields)
     else:

@@ -107,7 +107,7 @@ def _read_notation(checkpoint: Checkpoint, processor: Any) -> Notation:
         image_token=processor.image_token,
         marks=START_END if checkpoint.uses_start_end else ("", ""),
         special_tokens=tuple(dict.fromkeys(special)),
-        in_pieces=checkpoint.layout == "original",
+        in_pieces=checkpoint.in_pieces,
     )
 
 
