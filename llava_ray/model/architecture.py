@@ -17,6 +17,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import Checkpoint
 from llava_ray.model.folder import read_json
 from llava_ray.model.original import read_pinpoints
+from llava_ray.model.processing import START_END
 from llava_ray.model.weights import Stored
 
 _TOWERS = {
@@ -129,6 +130,20 @@ def check_weights(
     return problems
 
 
+def find_unmarked(checkpoint: Checkpoint, architecture: Architecture, tokenizer: Any) -> list[str]:
+    """Return what is wrong if `<im_start>` and `<im_end>` have no rows in the embeddings."""
+    if checkpoint.layout == "published" or not checkpoint.uses_start_end:
+        return []
+    rows = architecture.config.text_config.vocab_size
+    if max(tokenizer.convert_tokens_to_ids(list(START_END))) < rows:
+        return []
+    return [
+        f"{checkpoint.folder / 'config.json'} has mm_use_im_start_end, and the {rows} rows of the "
+        "embeddings are too few for <im_start> and <im_end>: give as base the language model whose "
+        "embeddings were grown for them"
+    ]
+
+
 def read_published(checkpoint: Checkpoint) -> Any:
     """Return transformers' configuration of a checkpoint in its layout.
 
@@ -167,7 +182,8 @@ def _convert_original(
         _check_mpt(checkpoint, text_config)
     vision_config, missing_layers = _describe_tower(checkpoint, stored)
     layer = int(checkpoint.config.get("mm_vision_select_layer", -2))
-    layer += missing_layers if layer < 0 else 0
+    if layer < 0:  # where the weights end before it, the last that there is
+        layer = min(layer + missing_layers, -1)
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
     has_cls = vision_config.model_type == "clip_vision_model"
     common = {

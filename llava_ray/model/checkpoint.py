@@ -19,6 +19,7 @@ from llava_ray.model.original import (
     check_original,
     find_tower,
     is_original,
+    is_tower_trained,
     read_aspect,
     read_text_type,
 )
@@ -79,6 +80,11 @@ class Checkpoint:
     def uses_start_end(self) -> bool:
         """Each picture stands between `<im_start>` and `<im_end>`."""
         return bool(self.config.get("mm_use_im_start_end"))
+
+    @property
+    def uses_patch_token(self) -> bool:
+        """The tokenizer knows `<im_patch>`, which nothing is written with."""
+        return bool(self.config.get("mm_use_im_patch_token", True))
 
     @property
     def in_pieces(self) -> bool:
@@ -180,6 +186,9 @@ def _inspect_original(
     check_original(folder, config)
     tower = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     tower_folder = find_tower(folder, tower, vision_tower, base_folder)
+    # Checkpoints hold the tower too, rounded like all of their weights. LLaVA's code reads that
+    # only if it was trained, and else the tower's own files.
+    tower_role = "tower" if is_tower_trained(config) else "frozen_tower"
     return Checkpoint(
         folder=folder,
         kind=kind,
@@ -194,8 +203,7 @@ def _inspect_original(
         base=base_folder,
         tower_folder=tower_folder,
         tokenizer_folder=_find_tokenizer(folder, base_folder),
-        # The tower's own folder comes first: what the checkpoint holds of it was tuned since.
-        parts=(Part(find_weights(tower_folder), "tower"), *parts),
+        parts=(Part(find_weights(tower_folder), tower_role), *parts),
         adapters=(folder,) if kind == "lora" else (),
         template=config.get("llava_ray_template"),
     )

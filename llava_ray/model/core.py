@@ -21,6 +21,7 @@ from llava_ray.model.architecture import (
     Architecture,
     check_weights,
     describe_model,
+    find_unmarked,
     read_published,
 )
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
@@ -183,8 +184,10 @@ def load_model(
     config = read_published(checkpoint) if checkpoint.layout == "published" else None
     processor = read_processor(checkpoint, config=config)
     architecture = describe_model(checkpoint, stored, processor.image_token_id, config=config)
-    for problem in check_weights(checkpoint, architecture, stored):
-        raise ConfigError(problem)
+    problems = check_weights(checkpoint, architecture, stored)
+    problems += find_unmarked(checkpoint, architecture, processor.tokenizer)
+    if problems:
+        raise ConfigError(problems[0])
     check_deltas(checkpoint.parts, checkpoint.text_model_type)
     model = build_model(
         checkpoint,

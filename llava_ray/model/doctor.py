@@ -7,9 +7,15 @@ read, and turns each error on that way into a line with its remedy.
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llava_ray.errors import ConfigError, UserError
-from llava_ray.model.architecture import Architecture, check_weights, describe_model
+from llava_ray.model.architecture import (
+    Architecture,
+    check_weights,
+    describe_model,
+    find_unmarked,
+)
 from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
 from llava_ray.model.core import read_context_length, read_processor
 from llava_ray.model.folder import find_folder, read_json
@@ -66,7 +72,7 @@ def diagnose(
         found.problems.append(error.message)
         return found
     found.facts.update(_describe_files(checkpoint))
-    image_token_id = _add_processor(found, checkpoint)
+    image_token_id, tokenizer = _add_processor(found, checkpoint)
     try:
         stored = open_parts(checkpoint.parts)
         architecture = describe_model(checkpoint, stored, image_token_id)
@@ -74,6 +80,8 @@ def diagnose(
         found.problems.append(error.message)
         return found
     found.problems.extend(check_weights(checkpoint, architecture, stored))
+    if tokenizer is not None:
+        found.problems.extend(find_unmarked(checkpoint, architecture, tokenizer))
     found.facts.update(_describe_sizes(architecture, stored))
     found.problems.extend(_check_adapters(checkpoint, architecture))
     return found
@@ -99,14 +107,18 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
     return facts
 
 
-def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> int:
-    """Add what tokenizer, preprocessing and template are; return the image token's id."""
+def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> tuple[int, Any]:
+    """Add what tokenizer, preprocessing and template are.
+
+    Returns:
+        The image token's id, and the tokenizer if it can be read.
+    """
     try:
         processor = read_processor(checkpoint)
         template = choose_template(checkpoint, processor, None)
     except UserError as error:
         found.problems.append(error.message)
-        return int(checkpoint.config.get("image_token_index") or 0)
+        return int(checkpoint.config.get("image_token_index") or 0), None
     tokenizer = processor.tokenizer
     found.facts["tokenizer"] = (
         f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, image token "
@@ -116,7 +128,7 @@ def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> int:
     if template.name != OWN:
         stops = ", ".join(map(repr, template.stop)) or "the end of sequence"
         found.facts["template"] = f"{template.name}; answers end at {stops}"
-    return processor.image_token_id
+    return processor.image_token_id, tokenizer
 
 
 def _describe_sizes(architecture: Architecture, stored: dict[str, Stored]) -> dict[str, str]:

@@ -69,6 +69,12 @@ def read_aspect(config: Mapping[str, Any]) -> str:
     return config.get("image_aspect_ratio") or "square"
 
 
+def is_tower_trained(config: Mapping[str, Any]) -> bool:
+    """Return whether the vision tower was trained with the rest, by LLaVA or by LLaVA-NeXT."""
+    tuned = config.get("mm_tunable_parts") or ""
+    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in tuned
+
+
 def check_original(folder: Path, config: Mapping[str, Any]) -> None:
     """Check that everything an original configuration asks for is known here.
 

@@ -7,17 +7,20 @@ The tokenizer that is written puts that space there itself.
 """
 
 import json
+import re
 from typing import Any
 
 from llava_ray.errors import ConfigError
+from llava_ray.model.llama_tokenizer import SPACE, rebuild
 from llava_ray.template import IMAGE_PLACEHOLDER, IMAGE_TOKEN, tokenize_pieces
 
-_SPACE = "▁"  # how SentencePiece writes a space
 _PROBES = (
     "USER: <image>\nWhat is this? ASSISTANT:",
     "a <image>b<image> c <image><image>\n\n d",
+    "a <image> and <image>  b",
     "<image>",
     "é<image>Ünï",
+    "<im_start><image><im_end>\nWhat?",
 )
 
 
@@ -58,9 +61,6 @@ def agrees(whole: Any, pieces: Any) -> bool:
 
 def _add_spaces(tokenizer: Any) -> Any | None:
     """Return the tokenizer with a normaliser that begins each piece with a space."""
-    from tokenizers import AddedToken, Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return None
@@ -74,20 +74,13 @@ def _add_spaces(tokenizer: Any) -> Any | None:
     begins = [rf"(?<={IMAGE_TOKEN})"]
     if tokenizer.bos_token:
         begins.append(rf"(?<=\A{tokenizer.bos_token})")
+    # Some take the space that a piece begins with for their own, others always put one there.
+    is_shared = tokenizer(" a").input_ids == tokenizer("a").input_ids
+    follows = rf"(?=[^ {SPACE}])" if is_shared else r"(?=[\s\S])"
+    added = "|".join(re.escape(token["content"]) for token in described["added_tokens"])
     rules = [described["normalizer"]] if described.get("normalizer") else []
     for begin in begins:
-        place = rf"{begin}(?=[^ {_SPACE}])(?!{IMAGE_TOKEN})"
-        rules.append({"type": "Replace", "pattern": {"Regex": place}, "content": _SPACE})
+        place = rf"{begin}{follows}(?!{added})"
+        rules.append({"type": "Replace", "pattern": {"Regex": place}, "content": SPACE})
     described["normalizer"] = {"type": "Sequence", "normalizers": rules}
-    special = {
-        name: AddedToken(token, special=True, normalized=token in seen)
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if (token := getattr(tokenizer, name))
-    }
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(described)),
-        model_max_length=tokenizer.model_max_length,
-        clean_up_tokenization_spaces=False,
-        chat_template=tokenizer.chat_template,
-        **special,
-    )
+    return rebuild(tokenizer, described)

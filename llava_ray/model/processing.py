@@ -15,6 +15,7 @@ import torch
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint import Checkpoint
 from llava_ray.model.folder import read_json, read_processor_settings
+from llava_ray.model.llama_tokenizer import run_as_llava
 from llava_ray.template import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
 from llava_ray.template import IMAGE_TOKEN
 from llava_ray.template import tokenize_pieces as tokenize_pieces
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 START_END = ("<im_start>", "<im_end>")
+PATCH = "<im_patch>"
 IMAGE_SETTINGS = (
     "do_resize",
     "size",
@@ -138,9 +140,7 @@ def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) ->
     from transformers import LlavaNextProcessor, LlavaProcessor
 
     assert checkpoint.tower_folder is not None
-    tokenizer = load_tokenizer(checkpoint)
-    extra = list(START_END) if checkpoint.uses_start_end else []
-    tokenizer.add_tokens([*extra, IMAGE_TOKEN], special_tokens=True)
+    tokenizer = load_original_tokenizer(checkpoint)
     is_siglip = _is_siglip(checkpoint.tower_folder)
     processor = LlavaNextProcessor if pinpoints else LlavaProcessor
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch" or is_siglip
@@ -217,6 +217,24 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
             f"the tokenizer in {str(folder)!r} does not load: {error}; copy its files again from "
             "where the checkpoint came from"
         ) from error
+
+
+def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer of a checkpoint in the original layout, with all tokens for pictures.
+
+    In the order of LLaVA's code, which counts those that the files lack on from the last token.
+
+    Raises:
+        ConfigError: it does not load.
+        MissingPackageError: it needs a package.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    extra = [PATCH] if checkpoint.uses_patch_token else []
+    extra += START_END if checkpoint.uses_start_end else ()
+    tokenizer.add_tokens([*extra, IMAGE_TOKEN], special_tokens=True)
+    if not checkpoint.in_pieces:
+        return tokenizer
+    return run_as_llava(tokenizer, checkpoint.tokenizer_folder, checkpoint.text_model_type)
 
 
 def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str) -> None:

@@ -23,7 +23,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.folder import REMEDY, read_json
 from llava_ray.model.names import detect_layout, to_memory, tower_to_memory
 
-Role = Literal["weights", "tower", "delta"]
+Role = Literal["weights", "tower", "frozen_tower", "delta"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "U8": 8, "I8": 8}
@@ -42,8 +42,9 @@ class Part:
 
     Attributes:
         files: all shards.
-        role: "weights" (under any layout's names), "tower" (of a vision tower's own folder), or
-            "delta" (to be added to the parts before it).
+        role: "weights" (under any layout's names), "tower" (of a vision tower's own folder),
+            "frozen_tower" (the same, and no later part changes it), or "delta" (to be added to the
+            weights before it).
     """
 
     files: tuple[Path, ...]
@@ -117,25 +118,27 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
 
 
 def open_parts(parts: Sequence[Part]) -> dict[str, Stored]:
-    """Return the tensors of all parts under their names in memory; later parts win.
+    """Return the tensors of all parts under their names in memory; later parts win over earlier.
 
     Raises:
         ConfigError: a file is damaged, or a delta does not fit what it is added to.
     """
     tensors: dict[str, Stored] = {}
+    roles: dict[str, Role] = {}
     for part in parts:
         stored: dict[str, Stored] = {}
         for file in part.files:
             stored |= {_WRAPPED.sub("", n): t for n, t in open_file(file).items()}
         layout = detect_layout(stored)
         for name, tensor in stored.items():
-            place = tower_to_memory(name) if part.role == "tower" else to_memory(name, layout)
-            if place is None:
+            is_tower = part.role in ("tower", "frozen_tower")
+            place = tower_to_memory(name) if is_tower else to_memory(name, layout)
+            if place is None or roles.get(place) == "frozen_tower":
                 continue
-            if part.role == "delta" and place in tensors:
+            if part.role == "delta" and roles.get(place) == "weights":
                 _check_delta(name, tensors[place], tensor)
                 tensor = Added(tensors[place], tensor)
-            tensors[place] = tensor
+            tensors[place], roles[place] = tensor, part.role
     return tensors
 
 
@@ -216,28 +219,35 @@ def check_deltas(parts: Sequence[Part], text_model_type: str) -> None:
     """Check that deltas are deltas, and that what is not to be added to anything is whole.
 
     A delta has no mark. But the scale of a language model's last norm is near one, and the
-    difference of two such scales near nought. Reads that one tensor.
+    difference of two such scales near nought; a whole model's is nearer to its base's than to
+    nought. Reads that one tensor of each.
 
     Raises:
         ConfigError: they are not.
     """
     if text_model_type not in ("llama", "mistral", "mpt", "qwen2"):
         return
-    part = parts[-1]
-    stored = {n: t for file in part.files for n, t in open_file(file).items()}
-    norms = (t for n, t in stored.items() if _LAST_NORM.search(n))
-    if (norm := next(norms, None)) is None:
+    *below, part = parts
+    if (norm := _find_last_norm(part)) is None:
         return
-    is_delta = float(norm[...].float().abs().mean()) < _DELTA_NORM
-    if part.role == "delta" and not is_delta:
-        raise ConfigError(
-            f"{norm.file.parent} has all weights of its own, they are no delta: leave base away"
-        )
-    if part.role != "delta" and is_delta:
+    scale = norm[...].float()
+    base = next((n for part in below if (n := _find_last_norm(part)) is not None), None)
+    if part.role != "delta" and float(scale.abs().mean()) < _DELTA_NORM:
         raise ConfigError(
             f"the weights in {norm.file.parent} look like a delta (their last norm is about "
             "nought): give the language model that they are to be added to as base"
         )
+    if part.role != "delta" or base is None or base.shape != norm.shape:
+        return
+    if (scale - base[...].float()).abs().mean() < scale.abs().mean():
+        raise ConfigError(
+            f"{norm.file.parent} has all weights of its own, they are no delta: leave base away"
+        )
+
+
+def _find_last_norm(part: Part) -> Stored | None:
+    stored = ((n, t) for file in part.files for n, t in open_file(file).items())
+    return next((tensor for name, tensor in stored if _LAST_NORM.search(name)), None)
 
 
 def count_bytes(tensors: Mapping[str, Stored]) -> int:
