@@ -88,6 +88,17 @@ def test_a_projector_alone_is_loaded_over_its_language_model(projector, tmp_path
     assert_same_logits(load(folder, base=base), original)
 
 
+def test_a_projector_alone_without_the_end_of_rows_is_told_why(tmp_path, base):
+    original = Original(aspect="anyres", merge="spatial_unpad")
+    folder = write_projector_only(original, tmp_path / "projector")
+    assert_same_logits(load(folder, base=base), original)
+    tensors = torch.load(folder / "mm_projector.bin")
+    del tensors["model.image_newline"]
+    torch.save(tensors, folder / "mm_projector.bin")
+    with pytest.raises(ConfigError, match=r"image_newline\): LLaVA's trainer leaves it out"):
+        load(folder, base=base)
+
+
 def test_a_projector_alone_asks_for_its_base(tmp_path):
     folder = write_projector_only(Original(), tmp_path / "projector")
     with pytest.raises(ConfigError, match="holds only a projector: give the language model"):
@@ -211,6 +222,23 @@ def test_a_delta_is_added_to_its_base(tmp_path, base):
     assert core.checkpoint.kind == "delta"
     assert_same_logits(core, changed)
     assert not torch.equal(changed.lm.lm_head.weight, original.lm.lm_head.weight)
+
+
+def test_a_delta_is_added_to_its_base_however_much_was_trained(tmp_path, base):
+    changed = Original()
+    torch.manual_seed(6)
+    with torch.no_grad():
+        for parameter in changed.lm.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    folder = write_delta(changed, base, tmp_path / "delta")
+    assert_same_logits(load(folder, base=base), changed)
+
+
+def test_a_delta_does_not_change_the_tower(tmp_path, base):
+    original = Original(extra={"unfreeze_mm_vision_tower": True})
+    folder = write_delta(original, base, tmp_path / "delta")
+    original.write_tower(tmp_path / "the-tower")
+    assert_same_logits(load(folder, base=base), original)
 
 
 def test_a_delta_without_its_base_and_a_base_without_a_delta_are_told(tmp_path, base):

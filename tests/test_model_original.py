@@ -56,12 +56,24 @@ KINDS = {
     ),
 }
 
+OF_THE_ORIGINAL = json.loads((Path(__file__).parent / "original_logits.json").read_text())
+"""What LLaVA's code at its last commit gave for these files, prompt and pictures in float32 (MPT's
+forward mended): the first eight logits of the last position."""
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_reference(kind: str, tmp_path: Path) -> None:
     original = KINDS[kind]
     core = load(original.write(tmp_path / "any name"))
     assert_same_logits(core, original)
+
+
+@pytest.mark.parametrize("kind", OF_THE_ORIGINAL)
+def test_logits_are_those_of_the_original_code(kind: str, tmp_path: Path) -> None:
+    core = load(KINDS[kind].write(tmp_path / "model"))
+    with torch.inference_mode():
+        found = core.model(**core.encode(PROMPT, pictures())).logits[0, -1, :8]
+    torch.testing.assert_close(found, torch.tensor(OF_THE_ORIGINAL[kind]), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["mpt", "anyres, unpad", "three-layer projector"])
@@ -110,6 +122,20 @@ def test_the_tower_may_lie_beside_the_checkpoint_with_its_weights(tmp_path: Path
     assert_same_logits(load(original.write(tmp_path / "a", tower_inside=False)), original)
 
 
+@pytest.mark.parametrize(
+    "told", [{}, {"unfreeze_mm_vision_tower": True}, {"mm_tunable_parts": "mm_vision_tower,mm_mlp"}]
+)
+def test_a_tower_is_read_from_its_own_files_unless_it_was_trained(told, tmp_path: Path) -> None:
+    original = Original(extra=told)
+    folder = original.write(tmp_path / "model")
+    with torch.no_grad():  # what lies beside is another than what is inside
+        for parameter in original.vision.parameters():
+            parameter += 0.2
+    original.write_tower(tmp_path / "the-tower")
+    expected = original if not told else Original()
+    assert_same_logits(load(folder), expected)
+
+
 def test_a_given_tower_is_taken(tmp_path: Path) -> None:
     original = Original()
     folder = original.write(tmp_path / "a", tower_inside=False)
@@ -117,10 +143,12 @@ def test_a_given_tower_is_taken(tmp_path: Path) -> None:
     assert_same_logits(load(folder, vision_tower=tower), original)
 
 
+@pytest.mark.parametrize("said", [-2, -1])
 def test_a_tower_that_was_saved_without_its_last_layer_gives_the_same_features(
-    tmp_path: Path,
+    said: int, tmp_path: Path
 ) -> None:
-    original = Original(tower="siglip")  # LLaVA's SigLIP towers are saved so
+    # LLaVA-NeXT's SigLIP towers are saved so, and give their last layer whatever is said.
+    original = Original(tower="siglip", extra={"mm_vision_select_layer": said})
     folder = original.write(tmp_path / "model")
     from safetensors.torch import load_file, save_file
 

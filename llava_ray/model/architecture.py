@@ -42,6 +42,11 @@ IDENTITY = "torch.nn.modules.linear.Identity"
 _EMBEDDINGS = re.compile(r"model\.language_model\.(embed_tokens|wte|embed_in)\.weight")
 
 
+_NEWLINE_REMEDY = (
+    "LLaVA's trainer leaves it out where it saves a projector alone: load the whole checkpoint, or "
+    "write the projector with `llava-ray export --to projector`"
+)
+
 _BAD_CONFIG = (
     StrictDataclassError,
     ValueError,
@@ -111,6 +116,7 @@ def check_weights(
     for part, remedy in (
         ("model.vision_tower.", "give the tower's folder or hub name as vision_tower"),
         ("model.multi_modal_projector.", _projector_remedy(checkpoint)),
+        ("model.image_newline", _NEWLINE_REMEDY),
         ("", "the files do not belong to this config.json; copy all of them again"),
     ):
         if found := [name for name in missing if name.startswith(part)]:
