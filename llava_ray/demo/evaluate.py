@@ -20,6 +20,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_ray.demo import questions, scenes, talk
+from llava_ray.model.precision import choose_dtype
 
 KINDS = tuple(questions.QUESTIONS)
 TARGETS = {
@@ -114,7 +115,9 @@ class Answerer:
 
     def __init__(self, model_dir: Path | str) -> None:
         self._processor = AutoProcessor.from_pretrained(model_dir)
-        self._model: Any = LlavaForConditionalGeneration.from_pretrained(model_dir).eval()
+        self._model: Any = LlavaForConditionalGeneration.from_pretrained(
+            model_dir, dtype=choose_dtype("cpu")
+        ).eval()
 
     @torch.inference_mode()
     def answer(self, cases: Sequence[Case], *, is_blind: bool = False) -> list[str]:
