@@ -392,6 +392,31 @@ def test_the_shipped_folder_is_small_and_holds_published_tensor_names():
     }  # fmt: skip
 
 
+def test_training_goes_on_from_the_shipped_folder_with_the_same_weights(tmp_path):
+    import torch
+
+    from llava_ray.demo import joined, pace, recipe
+
+    recipe.unpack(demo.MODEL_DIR, tmp_path)
+    tokenizer = recipe.load_tokenizer(tmp_path / "tokenizer")
+    model = joined.Joined(tokenizer)
+    untrained = {name: tensor.clone() for name, tensor in model.teachers().items()}
+    pace.resume(model, tmp_path / "joint.pt")
+    assert not any(torch.equal(untrained[name], t) for name, t in model.teachers().items())
+    recipe.write_model(tmp_path / "joint.pt", tmp_path / "again", tokenizer)
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        shipped = (demo.MODEL_DIR / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == shipped, name
+
+
+def test_a_folder_without_what_it_was_taught_with_cannot_be_trained_on(tmp_path):
+    from llava_ray.demo import recipe
+    from llava_ray.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=r"has no teachers\.pt: give the folder of a model"):
+        recipe.train(tmp_path / "out", start=tmp_path, budget_minutes=0.1)
+
+
 def test_the_shipped_model_answers_held_out_questions(answerer, cases):
     from llava_ray.demo.evaluate import prior
 

@@ -38,15 +38,20 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU cores to use.")] = 2,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Train the model of this folder on; 'demo' is the embedded one."),
+    ] = None,
 ) -> None:
-    """Train the embedded model from nothing, on the CPU."""
-    from llava_ray.demo import recipe
+    """Train the embedded model on the CPU, from nothing or further."""
+    from llava_ray.demo import MODEL_DIR, recipe
 
     recipe.train(
         output_dir,
         budget_minutes=recipe.BUDGET_MINUTES if minutes is None else minutes,
         seed=seed,
         threads=threads,
+        start=MODEL_DIR if start == Path("demo") else start,
     )
 
 

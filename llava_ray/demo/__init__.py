@@ -17,7 +17,8 @@ KNOWS = (
     "This very small model knows drawn scenes of up to five objects: coloured shapes, sixty "
     "everyday things (animals, food, vehicles, tools) and printed numbers from 0 to 99. It says "
     "what there is and where, how many, what colour, which is larger, what number is written, and "
-    "describes the scene. It is often wrong, and knows nothing else, and nothing about photographs."
+    "describes the scene. It is sometimes wrong, and knows nothing else, and nothing about "
+    "photographs."
 )
 EXAMPLE_SCALE = 3  # drawn larger than the model sees, for people to look at
 

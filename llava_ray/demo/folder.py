@@ -7,6 +7,7 @@ transformers itself no longer writes.
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,13 +16,8 @@ from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTra
 
 from llava_ray.demo import language, scenes
 from llava_ray.demo.tower import PATCH
+from llava_ray.model.names import from_memory
 
-_PUBLISHED_NAMES = {
-    "model.vision_tower.": "vision_tower.vision_model.",
-    "model.multi_modal_projector.": "multi_modal_projector.",
-    "model.language_model.": "language_model.model.",
-    "lm_head.": "language_model.lm_head.",
-}
 _IMAGE_PROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "do_convert_rgb": True,
@@ -59,10 +55,17 @@ _PROCESSOR = {
 }
 
 
+TEACHERS = "teachers.pt"
+"""What a model was taught with, kept beside it so that training can go on from the folder."""
+
+
 def write_folder(
-    folder: Path, model: LlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+    folder: Path,
+    model: LlavaForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    teachers: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write weights (bfloat16), configuration, tokenizer and processor; other files stay.
+    """Write weights (bfloat16), configuration, tokenizer, processor, teachers; other files stay.
 
     Every file is replaced in one step, so a reader never meets half of one.
     """
@@ -71,6 +74,10 @@ def write_folder(
         _write_weights(Path(scratch), model)
         _write_config(Path(scratch), model)
         tokenizer.save_pretrained(scratch)
+        torch.save(
+            {name: tensor.bfloat16() for name, tensor in teachers.items()},
+            Path(scratch) / TEACHERS,
+        )
         _write_json(Path(scratch) / "tokenizer_config.json", _TOKENIZER)
         _write_json(Path(scratch) / "preprocessor_config.json", _IMAGE_PROCESSOR)
         _write_json(Path(scratch) / "processor_config.json", _PROCESSOR)
@@ -82,10 +89,8 @@ def write_folder(
 def _write_weights(folder: Path, model: LlavaForConditionalGeneration) -> None:
     tensors = {}
     for name, tensor in model.state_dict().items():
-        ours = next(prefix for prefix in _PUBLISHED_NAMES if name.startswith(prefix))
-        published = _PUBLISHED_NAMES[ours] + name.removeprefix(ours)
-        is_float = tensor.is_floating_point()
-        tensors[published] = tensor.to(torch.bfloat16 if is_float else tensor.dtype).clone()
+        stored = tensor.bfloat16() if tensor.is_floating_point() else tensor
+        tensors[from_memory(name, "published")] = stored.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -6,6 +6,7 @@ neighbours at rest. Then everything learns from answers, the tower slowly.
 Shapes: B conversations, T tokens, N pictures, P patches a picture, D hidden.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ ALIGN_RATE = 2e-3
 ALIGN_BATCH = 32
 JOINT_RATE = 5e-4
 SYMBOL_SHARE = 0.3  # of the symbols' loss beside the answers'
+_TEACHERS = ("labeller.heads.", "reader.finder.", "reader.speller.extra.")
 
 
 def build_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
@@ -77,6 +79,20 @@ class Joined(nn.Module):
         llava.model.language_model.load_state_dict(self.reader.model.model.state_dict())
         llava.lm_head.load_state_dict(self.reader.model.lm_head.state_dict())
         return llava
+
+    def teachers(self) -> dict[str, torch.Tensor]:
+        """What was learned beside the LLaVA and is no part of it."""
+        return {n: tensor for n, tensor in self.state_dict().items() if n.startswith(_TEACHERS)}
+
+    def take_over(
+        self, llava: LlavaForConditionalGeneration, teachers: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Become what `to_llava` and `teachers` came from."""
+        self.labeller.tower.load_state_dict(llava.model.vision_tower.state_dict())
+        self.projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
+        self.reader.model.model.load_state_dict(llava.model.language_model.state_dict())
+        self.reader.model.lm_head.load_state_dict(llava.lm_head.state_dict())
+        self.load_state_dict({**self.state_dict(), **teachers})
 
 
 def align_projector(

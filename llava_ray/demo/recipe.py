@@ -7,15 +7,18 @@
 4. Projector and language model together on painted pictures.
 """
 
+import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
 from llava_ray.demo import folder, joined, language, partners, reader, tower
-from llava_ray.demo.pace import Pace, resume
+from llava_ray.demo.pace import Pace, resume, save
+from llava_ray.errors import ConfigError
 
 MINUTES = {"tower": 8.0, "reader": 41.0, "align": 1.0, "joint": 26.0}
 """How long each stage of the shipped model was trained, on two cores."""
@@ -31,22 +34,29 @@ def train(
     seed: int = 0,
     threads: int = 2,
     work_dir: Path | str | None = None,
-    stages: Sequence[str] = STAGES,
+    start: Path | None = None,
 ) -> Path:
     """Train the model on the CPU and write it to `output_dir`.
 
     Stages stop by the CPU time that they had: all four take `budget_minutes` if `threads` cores
-    are free. Their checkpoints go to `work_dir`, and one that is there is trained on. `stages`
-    leaves out some, whose checkpoints must be there: `stages=("joint",)` goes on with the last.
+    are free. Their checkpoints go to `work_dir`, and one that is there is trained on.
+
+    Args:
+        start: the folder of a model that this has written, which is trained on, with the last
+            stage alone; by default all begins from nothing.
     """
+    stages = ("joint",) if start else STAGES
+    share = budget_minutes / sum(MINUTES[stage] for stage in stages)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(work_dir or scratch)
         work.mkdir(parents=True, exist_ok=True)
+        if start:
+            unpack(start, work)
         tokenizer = load_tokenizer(work / "tokenizer")
 
         def run(stage: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
             if stage in stages:
-                pace = Pace(MINUTES[stage] * budget_minutes / BUDGET_MINUTES, seed)
+                pace = Pace(MINUTES[stage] * share, seed)
                 path = work / f"{stage}.pt"
                 partners.run_together(function, path, pace, *args, partners=threads, **options)
 
@@ -54,7 +64,8 @@ def train(
         run("reader", reader.train_reader, tokenizer)
         neighbours = {"tower": work / "tower.pt", "reader": work / "reader.pt"}
         run("align", joined.align_projector, tokenizer, **neighbours)
-        _start_from(work / "align.pt", work / "joint.pt")
+        if not (work / "joint.pt").exists():
+            shutil.copyfile(work / "align.pt", work / "joint.pt")
         run("joint", joined.train_joined, tokenizer)
         write_model(work / "joint.pt", Path(output_dir), tokenizer)
     return Path(output_dir)
@@ -67,14 +78,27 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
-def _start_from(earlier: Path, later: Path) -> None:
-    """Let a stage begin where the one before it ended, unless it has begun already."""
-    if not later.exists():
-        later.write_bytes(earlier.read_bytes())
+def unpack(model_dir: Path, work_dir: Path) -> None:
+    """Lay a finished model out as what the last stage goes on with.
+
+    Raises:
+        ConfigError: it is not a model that `train` has written.
+    """
+    if not (model_dir / folder.TEACHERS).is_file():
+        raise ConfigError(
+            f"{str(model_dir)!r} has no {folder.TEACHERS}: give the folder of a model that "
+            "`llava-ray demo train` wrote, or train from nothing"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.save_pretrained(work_dir / "tokenizer")
+    model = joined.Joined(tokenizer)
+    llava = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+    model.take_over(llava, torch.load(model_dir / folder.TEACHERS))
+    save(model, work_dir / "joint.pt")
 
 
 def write_model(checkpoint: Path, output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the folder of a joint checkpoint."""
     model = joined.Joined(tokenizer)
     resume(model, checkpoint)
-    folder.write_folder(output_dir, model.to_llava(tokenizer), tokenizer)
+    folder.write_folder(output_dir, model.to_llava(tokenizer), tokenizer, model.teachers())
