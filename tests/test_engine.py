@@ -25,6 +25,7 @@ from llava_ray.engine.torch_engine import TorchEngine
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.build import build_byte_tokenizer
 from llava_ray.model.core import load_model
+from llava_ray.model.pack import PackedLinear, pack_linears
 from llava_ray.types import Chunk, Prompt, Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -143,18 +144,35 @@ def test_a_full_cache_makes_requests_wait_and_all_finish(generate):
     asyncio.run(main())
 
 
-def test_bfloat16_with_packed_weights_computes_the_same_logits():
-    core = load_model(tiny_model(), dtype="bfloat16", device="cpu")
+def last_logits(core) -> torch.Tensor:
     inputs = core.encode("USER: <image> hello ASSISTANT:", [picture()])
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs["pixel_values"] = inputs["pixel_values"].to(core.model.dtype)
     with torch.inference_mode():
-        before = core.model(**inputs).logits[0, -1].float()
-    from llava_ray.model.pack import pack_linears
+        return core.model(**inputs).logits[0, -1].float()
 
+
+has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU does not compute in it")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [pytest.param("bfloat16", 0.05, marks=needs_bfloat16), ("float32", 1e-5)],
+)
+def test_packed_weights_compute_the_same_logits(dtype, tolerance):
+    core = load_model(tiny_model(), dtype=dtype, device="cpu")
+    for weight in core.model.parameters():  # as from a checkpoint in 16 bits
+        weight.data = weight.data.half().to(weight.dtype)
+    before = last_logits(core)
     pack_linears(core.model)
-    with torch.inference_mode():
-        after = core.model(**inputs).logits[0, -1].float()
-    assert (before - after).abs().max() < 0.05 * before.abs().max()
+    assert any(isinstance(module, PackedLinear) for module in core.model.modules())
+    assert (before - last_logits(core)).abs().max() < tolerance * before.abs().max()
+
+
+def test_weights_that_need_32_bits_keep_them():
+    linear = torch.nn.Sequential(torch.nn.Linear(64, 64))
+    pack_linears(linear)
+    assert not isinstance(linear[0], PackedLinear)
 
 
 # ---- how answers end ----
