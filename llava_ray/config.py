@@ -84,7 +84,10 @@ class ModelConfig(Section):
         default=0.0, ge=0, description="GPUs that Ray sets aside for each replica."
     )
     num_threads: int | None = Field(
-        default=None, ge=1, description="Threads of torch on the CPU; default: all cores."
+        default=None,
+        ge=1,
+        description="Threads of torch on the CPU; default: all cores for one replica, num_cpus "
+        "where there may be several.",
     )
     min_replicas: int = Field(default=1, ge=0, description="Replicas kept when nobody asks.")
     max_replicas: int = Field(default=1, ge=1, description="Replicas at most, under load.")

@@ -175,6 +175,14 @@ def test_weights_that_need_32_bits_keep_them():
     assert not isinstance(linear[0], PackedLinear)
 
 
+def test_replicas_that_share_a_machine_do_not_each_take_all_its_cores():
+    torch.set_num_threads(1)
+    engine = TorchEngine.load(ModelConfig(path=str(tiny_model()), max_replicas=4, num_cpus=3))
+    assert torch.get_num_threads() == 3
+    asyncio.run(engine.close())
+    torch.set_num_threads(1)
+
+
 # ---- how answers end ----
 
 

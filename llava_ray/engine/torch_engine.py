@@ -83,7 +83,7 @@ class TorchEngine:
         Raises:
             ConfigError: the model does not load, or the configuration asks more than it has.
         """
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_num_threads(_count_threads(config))
         core = run_in_passing_thread(
             lambda: load_model(
                 config.path, dtype=config.dtype, device=config.device, template=config.template
@@ -196,3 +196,15 @@ class TorchEngine:
                 param="max_tokens",
             )
         return room - num_tokens if asked is None else asked
+
+
+def _count_threads(config: ModelConfig) -> int:
+    """All cores for one replica; only its own where several may share a machine.
+
+    Threads that outnumber the cores wait for one another, which costs most of the speed.
+    """
+    if config.num_threads:
+        return config.num_threads
+    if config.max_replicas > 1:
+        return max(1, int(config.num_cpus))
+    return len(os.sched_getaffinity(0))
