@@ -53,6 +53,15 @@ class Sampling:
         stop: generation ends before the first of these texts; they are not part of the answer.
         seed: makes sampling repeatable.
         ignore_eos: go on after the end-of-sequence token (for load tests).
+        top_k: only the so many likeliest tokens are drawn from; 0: all.
+        min_p: tokens below this share of the likeliest one's probability are not drawn.
+        presence_penalty: taken off the logit of each token that the answer holds already.
+        frequency_penalty: the same, times how often the answer holds it.
+        repetition_penalty: logits of tokens in prompt or answer are divided by it if positive,
+            else multiplied (Keskar et al. 2019); 1 changes nothing.
+        logit_bias: (token id, what is added to its logit), each id once.
+        min_tokens: the answer does not end by itself before it has so many tokens.
+        stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
     """
 
     max_tokens: int | None = None
@@ -61,6 +70,19 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def is_greedy(self) -> bool:
+        """Below this temperature a division by it would leave the numbers that a float holds."""
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,11 +20,13 @@ class Sequence:
         sampling: how to choose the next token.
         max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
         text: decodes the answer.
-        eos_token_ids: the answer ends at any of these.
+        eos_token_ids: the answer ends at any of these, unless they are to be ignored.
         inputs: the pictures as the model takes them; only the runner looks inside.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
         region: its part of the cache; None while it has none.
+        seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
+            are among them where a penalty looks at the prompt.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
     """
@@ -40,10 +42,30 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     region: Region | None = None
+    seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self.random = Random(self.sampling.seed)
+        sampling = self.sampling
+        self.random = Random(sampling.seed)
+        self.has_penalty = (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
+        self.seen = dict.fromkeys(self.prompt_ids, 0) if sampling.repetition_penalty != 1 else {}
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        self.end_token_ids = eos | frozenset(sampling.stop_token_ids)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the next token may be one of `end_token_ids`."""
+        return len(self.token_ids) >= self.sampling.min_tokens
+
+    @property
+    def has_own_logits(self) -> bool:
+        """Whether the model's logits are changed before the next token is chosen."""
+        return self.has_penalty or bool(self.sampling.logit_bias) or not self.may_end
 
     @property
     def num_tokens(self) -> int:
@@ -70,10 +92,13 @@ class Sequence:
 
     def append(self, token_id: int) -> Chunk:
         """Take the next token of the answer; the chunk says what it adds and whether it ends."""
+        may_stop = self.may_end
         self.token_ids.append(token_id)
-        if token_id in self.eos_token_ids and not self.sampling.ignore_eos:
+        if self.has_penalty:
+            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+        if token_id in self.end_token_ids:
             return self._chunk(self.text.flush(), "stop")
-        text = self.text.push(token_id)
+        text = self.text.push(token_id, may_stop=may_stop)
         if self.text.is_stopped:
             return self._chunk(text, "stop")
         if len(self.token_ids) >= self.max_tokens:

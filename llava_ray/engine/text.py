@@ -28,8 +28,11 @@ class TextStream:
         self._shown = ""  # their text
         self._held = ""  # text that may be the beginning of a stop text
 
-    def push(self, token_id: int) -> str:
-        """Return the text that is certain now that this token is known; often empty."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Return the text that is certain now that this token is known; often empty.
+
+        Stop texts that end before the first token that `may_stop` are passed over.
+        """
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.endswith(UNFINISHED):
@@ -38,7 +41,7 @@ class TextStream:
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
         self._shown = self._decode(self._window)
-        return self._hold_back(new)
+        return self._hold_back(new, may_stop=may_stop)
 
     def flush(self) -> str:
         """Return what was held back, at the end of the answer."""
@@ -49,8 +52,8 @@ class TextStream:
         self._window, self._num_shown, self._shown, self._held = [], 0, "", ""
         return text
 
-    def _hold_back(self, new: str) -> str:
-        if not self._stop:
+    def _hold_back(self, new: str, *, may_stop: bool = True) -> str:
+        if not (self._stop and may_stop):
             return new
         text = self._held + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]

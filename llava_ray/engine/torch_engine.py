@@ -23,7 +23,7 @@ from llava_ray.engine.threads import (
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.errors import ConfigError, ContextLengthError, EngineError
+from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.core import Core, load_model
 from llava_ray.types import Chunk, Prompt
 
@@ -159,6 +159,7 @@ class TorchEngine:
         prompt_ids: list[int] = inputs["input_ids"][0].tolist()
         num_image_tokens = prompt_ids.count(self._core.image_token_id)
         tokenizer = self._core.tokenizer
+        self._check_token_ids(prompt)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -172,6 +173,16 @@ class TorchEngine:
             eos_token_ids=self._core.eos_token_ids,
             inputs=select_pictures(inputs),
         )
+
+    def _check_token_ids(self, prompt: Prompt) -> None:
+        size = self._core.model.config.text_config.vocab_size
+        for id_, _ in prompt.sampling.logit_bias:
+            if id_ >= size:
+                raise RequestError(
+                    f"logit_bias names token {id_}, the vocabulary ends at {size - 1}: "
+                    "leave it out",
+                    param="logit_bias",
+                )
 
     def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:
         """Return how long the answer may become."""

@@ -15,15 +15,9 @@ from typing import Any
 from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
-from llava_ray.serve.openai_fields import (
-    check_options,
-    check_unicode,
-    is_one_of,
-    kind_of,
-    refuse_unknown,
-    show,
-)
-from llava_ray.types import ChatRequest, ImagePart, Message, Role, Sampling, TextPart
+from llava_ray.serve.openai_checks import check_unicode, is_one_of, kind_of, refuse_unknown, show
+from llava_ray.serve.openai_fields import ChatBody, check_options, read_sampling
+from llava_ray.types import ChatRequest, ImagePart, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -68,7 +62,7 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
         RequestError: it cannot be served; `param` names the field, the message the remedy.
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
-    options = check_options(body)
+    options = check_options(body, ChatBody)
     if len(options.messages) > limits.max_messages:
         raise RequestError(
             f"{len(options.messages)} messages, more than the {limits.max_messages} allowed: "
@@ -76,19 +70,22 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
             param="messages",
         )
     messages = _join_turns(_read_messages(options.messages, limits))
-    sampling = Sampling(
-        max_tokens=options.max_completion_tokens or options.max_tokens,
-        temperature=1.0 if options.temperature is None else options.temperature,
-        top_p=1.0 if options.top_p is None else options.top_p,
-        stop=tuple(options.stop or ()),
-        seed=options.seed,
-        ignore_eos=bool(options.ignore_eos),
-    )
+    sampling = read_sampling(options, max_tokens=_read_max_tokens(options))
     return ChatCall(
         ChatRequest(request_id, options.model, messages, sampling),
         stream=bool(options.stream),
         include_usage=bool(options.stream_options and options.stream_options.include_usage),
     )
+
+
+def _read_max_tokens(options: ChatBody) -> int | None:
+    limit, older = options.max_completion_tokens, options.max_tokens
+    if limit is not None and older is not None and limit != older:
+        raise RequestError(
+            f"max_tokens={older} and max_completion_tokens={limit} disagree: send one of them",
+            param="max_completion_tokens",
+        )
+    return limit or older
 
 
 def load_json(body: bytes) -> dict[str, Any]:
