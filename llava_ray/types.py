@@ -62,6 +62,8 @@ class Sampling:
         logit_bias: (token id, what is added to its logit), each id once.
         min_tokens: the answer does not end by itself before it has so many tokens.
         stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
+        num_logprobs: for each token of the answer its logprob, and those of the so many likeliest;
+            None: no logprobs.
     """
 
     max_tokens: int | None = None
@@ -78,6 +80,7 @@ class Sampling:
     logit_bias: tuple[tuple[int, float], ...] = ()
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:
@@ -87,12 +90,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation that a user wants continued, checked and free of wire format."""
+    """A conversation that a user wants continued, checked and free of wire format.
+
+    Attributes:
+        num_answers: how many different answers are wanted.
+    """
 
     request_id: str
     model: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    num_answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +120,20 @@ class Prompt:
     sampling: Sampling = field(default_factory=Sampling)
 
 
+class TokenLogprob(NamedTuple):
+    """How likely a token of an answer was to the model itself, before penalties and temperature.
+
+    Attributes:
+        data: the token's bytes; they may be a part of a character.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens in its place, with their logprobs, best first.
+    """
+
+    data: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
 class Chunk(NamedTuple):
     """A piece of an answer, streamed as soon as it is known.
 
@@ -122,6 +144,8 @@ class Chunk(NamedTuple):
         num_tokens: tokens generated so far, this chunk's included.
         num_prompt_tokens: tokens of the prompt, image tokens included.
         num_image_tokens: tokens of the prompt that stand for pictures.
+        answer: which of the answers to a request this is a piece of, from 0.
+        logprobs: of the tokens that begin in this piece, where they were asked for.
     """
 
     text: str
@@ -129,3 +153,9 @@ class Chunk(NamedTuple):
     num_tokens: int
     num_prompt_tokens: int
     num_image_tokens: int
+    answer: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def join(self, later: "Chunk") -> "Chunk":
+        """Return this piece and the next one of the same answer as one."""
+        return later._replace(text=self.text + later.text, logprobs=self.logprobs + later.logprobs)

@@ -24,7 +24,22 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:
         chosen = _choose(logits_BV[special].float(), [sequences[i] for i in special])
         for i, token in zip(special, chosen, strict=True):
             tokens[i] = token
+    asking = [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]
+    if asking:
+        _measure(logits_BV[asking], [tokens[i] for i in asking], [sequences[i] for i in asking])
     return tokens
+
+
+def _measure(logits_BV: torch.Tensor, tokens: list[int], sequences: Many[Sequence]) -> None:
+    """Tell the sequences how likely their tokens, and the likeliest ones, were to the model."""
+    streams = [sequence.logprobs for sequence in sequences if sequence.logprobs is not None]
+    logprobs_BV = logits_BV.float().log_softmax(-1)
+    chosen_B1 = torch.tensor(tokens, device=logits_BV.device)[:, None]
+    chosen = logprobs_BV.gather(1, chosen_B1)[:, 0].tolist()
+    best = logprobs_BV.topk(max(stream.num_top for stream in streams), dim=-1)
+    rows = zip(streams, tokens, chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+    for stream, token, logprob, ids, values in rows:
+        stream.measure(token, logprob, list(zip(ids, values, strict=True)))
 
 
 def _choose(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> list[int]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.regions import Region
 from llava_ray.engine.text import TextStream
 from llava_ray.types import Chunk, Sampling
@@ -21,6 +22,7 @@ class Sequence:
         max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
         text: decodes the answer.
         eos_token_ids: the answer ends at any of these, unless they are to be ignored.
+        logprobs: keeps those of the answer's tokens; None: nobody asks for them.
         inputs: the pictures as the model takes them; only the runner looks inside.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
@@ -38,6 +40,7 @@ class Sequence:
     max_tokens: int
     text: TextStream
     eos_token_ids: frozenset[int] = frozenset()
+    logprobs: LogprobStream | None = None
     inputs: Any = None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
@@ -98,6 +101,8 @@ class Sequence:
             self.seen[token_id] = self.seen.get(token_id, 0) + 1
         if token_id in self.end_token_ids:
             return self._chunk(self.text.flush(), "stop")
+        if self.logprobs is not None:
+            self.logprobs.push(self.text.num_decoded)
         text = self.text.push(token_id, may_stop=may_stop)
         if self.text.is_stopped:
             return self._chunk(text, "stop")
@@ -107,6 +112,15 @@ class Sequence:
         return self._chunk(text, None)
 
     def _chunk(self, text: str, finish_reason: Any) -> Chunk:
+        logprobs = ()
+        if self.logprobs is not None:
+            is_whole = finish_reason is not None and not self.text.is_stopped
+            logprobs = self.logprobs.take(None if is_whole else self.text.num_returned)
         return Chunk(
-            text, finish_reason, len(self.token_ids), len(self.prompt_ids), self.num_image_tokens
+            text,
+            finish_reason,
+            len(self.token_ids),
+            len(self.prompt_ids),
+            self.num_image_tokens,
+            logprobs=logprobs,
         )

@@ -17,10 +17,14 @@ class TextStream:
 
     Attributes:
         is_stopped: a stop text was found; the text ends before it.
+        num_decoded: characters so far, those that are held back included.
+        num_returned: characters that were returned so far.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()) -> None:
         self.is_stopped = False
+        self.num_decoded = 0
+        self.num_returned = 0
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
         self._window: list[int] = []
@@ -48,13 +52,19 @@ class TextStream:
         if self.is_stopped:
             return ""
         rest = self._decode(self._window)[len(self._shown) :]
-        text = self._hold_back(rest) + ("" if self.is_stopped else self._held)
+        text = self._hold_back(rest)
+        held = "" if self.is_stopped else self._held
+        self.num_returned += len(held)
         self._window, self._num_shown, self._shown, self._held = [], 0, "", ""
-        return text
+        return text + held
 
     def _hold_back(self, new: str, *, may_stop: bool = True) -> str:
-        if not (self._stop and may_stop):
-            return new
+        text = self._cut(new) if self._stop and may_stop else new
+        self.num_decoded += len(new)
+        self.num_returned += len(text)
+        return text
+
+    def _cut(self, new: str) -> str:
         text = self._held + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:

@@ -6,6 +6,7 @@ chunks, back in the event loop of whoever reads the stream.
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
@@ -13,6 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from llava_ray.config import ModelConfig
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
 from llava_ray.engine.scheduler import Scheduler
@@ -23,6 +25,7 @@ from llava_ray.engine.threads import (
     start_single_threaded_executor,
     use_threads,
 )
+from llava_ray.engine.vocabulary import Vocabulary
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.core import Core, load_model
 from llava_ray.types import Chunk, Prompt
@@ -171,8 +174,21 @@ class TorchEngine:
                 stop=prompt.sampling.stop,
             ),
             eos_token_ids=self._core.eos_token_ids,
+            logprobs=self._open_logprobs(prompt),
             inputs=select_pictures(inputs),
         )
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            self._core.tokenizer,
+            size=self._core.model.config.text_config.vocab_size,
+            eos_token_ids=self._core.eos_token_ids,
+        )
+
+    def _open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
+        num_top = prompt.sampling.num_logprobs
+        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
 
     def _check_token_ids(self, prompt: Prompt) -> None:
         size = self._core.model.config.text_config.vocab_size

@@ -8,6 +8,7 @@ become one turn, joined by a line break; the last turn is the user's; only the u
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,14 @@ from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.serve.openai_checks import check_unicode, is_one_of, kind_of, refuse_unknown, show
-from llava_ray.serve.openai_fields import ChatBody, check_options, read_sampling
+from llava_ray.serve.openai_choices import ChatForm, Form, Head
+from llava_ray.serve.openai_fields import (
+    ChatBody,
+    check_options,
+    read_num_answers,
+    read_sampling,
+    wants_usage,
+)
 from llava_ray.types import ChatRequest, ImagePart, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {
@@ -47,15 +55,17 @@ _OTHER_PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ChatCall:
+class Call:
     """A request, and how its answer is to be written."""
 
     request: ChatRequest
+    form: Form
+    head: Head
     stream: bool
     include_usage: bool
 
 
-def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> ChatCall:
+def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> Call:
     """Check the JSON body of `/v1/chat/completions` and return what it asks for.
 
     Raises:
@@ -70,12 +80,29 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
             param="messages",
         )
     messages = _join_turns(_read_messages(options.messages, limits))
-    sampling = read_sampling(options, max_tokens=_read_max_tokens(options))
-    return ChatCall(
-        ChatRequest(request_id, options.model, messages, sampling),
-        stream=bool(options.stream),
-        include_usage=bool(options.stream_options and options.stream_options.include_usage),
+    sampling = read_sampling(
+        options,
+        max_tokens=_read_max_tokens(options),
+        num_logprobs=_read_num_logprobs(options),
     )
+    num_answers = read_num_answers(options, limits)
+    request = ChatRequest(request_id, options.model, messages, sampling, num_answers)
+    return Call(
+        request,
+        ChatForm(has_logprobs=sampling.num_logprobs is not None),
+        Head(request_id, options.model, int(time.time()), num_answers, num_answers),
+        stream=bool(options.stream),
+        include_usage=wants_usage(options),
+    )
+
+
+def _read_num_logprobs(options: ChatBody) -> int | None:
+    if options.top_logprobs and not options.logprobs:
+        raise RequestError(
+            "top_logprobs is set, but logprobs is not: set logprobs to true or leave it out",
+            param="top_logprobs",
+        )
+    return options.top_logprobs or 0 if options.logprobs else None
 
 
 def _read_max_tokens(options: ChatBody) -> int | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.serve.openai_checks import explain, is_one_of, refuse_unknown, show
 from llava_ray.types import Sampling
@@ -22,10 +23,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "leave it out and describe the task in the prompt"),
     "function_call": (("none", "auto"), _LEAVE_OUT),
     "response_format": (({"type": "text"},), "ask for the format in the prompt, and check it"),
-    "logprobs": ((False,), _LEAVE_OUT),
-    "top_logprobs": ((0,), _LEAVE_OUT),
-    "n": ((1,), "send the request n times, with a seed each"),
-    "best_of": ((1,), _LEAVE_OUT),
     "audio": ((), "ask for text"),
     "modalities": ((["text"],), 'send ["text"]'),
     "reasoning_effort": (("none",), _LEAVE_OUT),
@@ -110,6 +107,8 @@ class SamplingBody(BaseModel):
         None, ge=-(2**63), lt=2**63, description="a whole number of at most 64 bits"
     )
     ignore_eos: bool | None = Field(None, description="true or false")
+    n: int | None = Field(None, ge=1, le=128, description="a whole number from 1 to 128")
+    best_of: int | None = Field(None, ge=1, description="the same number as n, or leave it out")
 
 
 class ChatBody(SamplingBody):
@@ -120,6 +119,10 @@ class ChatBody(SamplingBody):
     )
     max_completion_tokens: int | None = Field(
         None, ge=1, le=2**31, description="a whole number from 1, or leave it out"
+    )
+    logprobs: bool | None = Field(None, description="true or false")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="a whole number from 0 to 20"
     )
 
 
@@ -154,7 +157,36 @@ def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
     return options
 
 
-def read_sampling(options: SamplingBody, *, max_tokens: int | None) -> Sampling:
+def wants_usage(options: SamplingBody) -> bool:
+    """Whether a stream ends with the number of tokens."""
+    return bool(options.stream_options and options.stream_options.include_usage)
+
+
+def read_num_answers(options: SamplingBody, limits: LimitsConfig) -> int:
+    """Return how many answers each prompt is to get.
+
+    Raises:
+        RequestError: more than the limit.
+        UnsupportedError: fewer than are to be computed.
+    """
+    num_answers = options.n or 1
+    if num_answers > limits.max_answers:
+        raise RequestError(
+            f"n={num_answers} is more than the {limits.max_answers} answers allowed: ask for fewer",
+            param="n",
+        )
+    if options.best_of not in (None, num_answers):
+        raise UnsupportedError(
+            f"best_of={options.best_of} is not supported by this server: "
+            f"leave it out or send n, which is {num_answers}",
+            param="best_of",
+        )
+    return num_answers
+
+
+def read_sampling(
+    options: SamplingBody, *, max_tokens: int | None, num_logprobs: int | None
+) -> Sampling:
     """Return how the answer is to be generated, with OpenAI's defaults.
 
     Raises:
@@ -181,6 +213,7 @@ def read_sampling(options: SamplingBody, *, max_tokens: int | None) -> Sampling:
         logit_bias=_read_biases(options.logit_bias or {}),
         min_tokens=options.min_tokens or 0,
         stop_token_ids=tuple(options.stop_token_ids or ()),
+        num_logprobs=num_logprobs,
     )
 
 
