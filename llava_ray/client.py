@@ -191,6 +191,9 @@ def _sampling(sampling: Sampling) -> dict[str, Any]:
         fields["logit_bias"] = {str(id_): bias for id_, bias in sampling.logit_bias}
     if "num_logprobs" in fields:
         fields |= {"logprobs": True, "top_logprobs": fields.pop("num_logprobs")}
+    if "json_schema" in fields:
+        schema = {"name": "answer", "schema": json.loads(fields.pop("json_schema"))}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 
 

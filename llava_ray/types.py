@@ -64,6 +64,7 @@ class Sampling:
         stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
         num_logprobs: for each token of the answer its logprob, and those of the so many likeliest;
             None: no logprobs.
+        json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
     """
 
     max_tokens: int | None = None
@@ -81,6 +82,7 @@ class Sampling:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
+    json_schema: str | None = None
 
     @property
     def is_greedy(self) -> bool:

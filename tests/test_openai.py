@@ -167,8 +167,6 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
         ("best_of", 3),
@@ -220,6 +218,29 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"stop": "\ud800"}, "stop[0]", "unicode"),
         ({"ignore_eos": 1}, "ignore_eos", "true or false"),
+        ({"response_format": "json"}, "response_format", '"json_object"'),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "use text, json_object"),
+        ({"response_format": {"type": "text", "a": 1}}, "response_format.a", "leave it out"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing or null",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+            "response_format.json_schema.schema",
+            "which is an object",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}},
+            "response_format.json_schema.scheme",
+            "did you mean 'schema'?",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 3}}},
+            "response_format.json_schema.name",
+            "a text",
+        ),
         ({"n": 0}, "n", "from 1 to 128"),
         ({"n": True}, "n", "from 1 to 128"),
         ({"n": 17}, "n", "the 16 answers allowed"),
@@ -252,6 +273,17 @@ def test_a_bad_field_is_named_with_the_remedy(
     assert error.param == param
     assert words in error.message
     assert len(error.message) < 300
+
+
+def test_a_response_format_becomes_a_json_schema() -> None:
+    def schema(value: Any) -> Any:
+        found = read(body(response_format=value)).request.sampling.json_schema
+        return found and json.loads(found)
+
+    assert schema({"type": "text"}) is None
+    assert schema({"type": "json_object"}) == {"type": "object"}
+    asked = {"name": "n", "strict": True, "description": None, "schema": {"enum": ["\u00e9"]}}
+    assert schema({"type": "json_schema", "json_schema": asked}) == {"enum": ["\u00e9"]}
 
 
 @pytest.mark.parametrize(

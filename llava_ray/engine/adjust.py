@@ -1,4 +1,4 @@
-"""Changes the logits of the sequences that ask for it, before a token is chosen: penalties, bias.
+"""Changes logits of sequences that ask for it, before a token is chosen: format, bias, penalties.
 
 Called by `sampling.sample`. What is done, and in which order, is as in vLLM; the repetition penalty
 is that of transformers. Every row is changed by itself, so that what else is in the batch never
@@ -17,9 +17,18 @@ from llava_ray.engine.sequence import Sequence
 
 def adjust(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
     """Change float32 logits in place, each row as its sequence asks."""
+    _hold_to_format(logits_BV, sequences)
     _forbid_the_end(logits_BV, sequences)
     _add_bias(logits_BV, sequences)
     _penalise(logits_BV, sequences)
+
+
+def _hold_to_format(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    size = logits_BV.shape[1]
+    for logits_V, sequence in zip(logits_BV, sequences, strict=True):
+        if sequence.grammar is not None:
+            allowed_V = torch.from_numpy(sequence.grammar.list_allowed()[:size])
+            logits_V.masked_fill_(~allowed_V.to(logits_V.device), float("-inf"))
 
 
 def _forbid_the_end(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:

@@ -50,7 +50,8 @@ async def chat(
 def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
-    An answer ends at the template's stop texts as well as at those that were asked for.
+    An answer ends at the template's stop texts as well as at those that were asked for; JSON ends
+    by itself, and may well hold them.
     """
     pictures = tuple(
         images.decode(part, limits=limits)
@@ -60,6 +61,6 @@ def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt
     )
     template, sampling = engine.template, request.sampling
     text = template.render(request.messages)
-    if not sampling.ignore_eos:
+    if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, pictures, sampling)

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 
 from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.text import TextStream
-from llava_ray.errors import ContextLengthError, EngineError
+from llava_ray.errors import ContextLengthError, EngineError, UnsupportedError
 from llava_ray.template import OwnTemplate, Template, find_template
 from llava_ray.types import Chunk, Prompt
 
@@ -36,6 +36,12 @@ class EchoEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
+        if prompt.sampling.json_schema is not None:
+            raise UnsupportedError(
+                "response_format is not supported by the echo engine, which says back what it "
+                "hears: leave it out",
+                param="response_format",
+            )
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from llava_ray.engine.grammar import Grammar
 from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.regions import Region
 from llava_ray.engine.text import TextStream
-from llava_ray.types import Chunk, Sampling
+from llava_ray.types import Chunk, FinishReason, Sampling
 
 
 @dataclass(eq=False)
@@ -22,6 +23,7 @@ class Sequence:
         max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
         text: decodes the answer.
         eos_token_ids: the answer ends at any of these, unless they are to be ignored.
+        grammar: the answer's format; None: any text.
         logprobs: keeps those of the answer's tokens; None: nobody asks for them.
         inputs: the pictures as the model takes them; only the runner looks inside.
         token_ids: the answer so far.
@@ -40,6 +42,7 @@ class Sequence:
     max_tokens: int
     text: TextStream
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
     logprobs: LogprobStream | None = None
     inputs: Any = None
     token_ids: list[int] = field(default_factory=list)
@@ -68,7 +71,12 @@ class Sequence:
     @property
     def has_own_logits(self) -> bool:
         """Whether the model's logits are changed before the next token is chosen."""
-        return self.has_penalty or bool(self.sampling.logit_bias) or not self.may_end
+        return (
+            self.has_penalty
+            or not self.may_end
+            or self.grammar is not None
+            or bool(self.sampling.logit_bias)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -106,12 +114,19 @@ class Sequence:
         text = self.text.push(token_id, may_stop=may_stop)
         if self.text.is_stopped:
             return self._chunk(text, "stop")
-        if len(self.token_ids) >= self.max_tokens:
+        reason = self._find_end(token_id)
+        if reason is not None:
             text += self.text.flush()
-            return self._chunk(text, "stop" if self.text.is_stopped else "length")
-        return self._chunk(text, None)
+        return self._chunk(text, "stop" if self.text.is_stopped else reason)
 
-    def _chunk(self, text: str, finish_reason: Any) -> Chunk:
+    def _find_end(self, token_id: int) -> FinishReason | None:
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
+            if self.grammar.is_over:
+                return "length" if self.grammar.is_broken else "stop"
+        return "length" if len(self.token_ids) >= self.max_tokens else None
+
+    def _chunk(self, text: str, finish_reason: FinishReason | None) -> Chunk:
         logprobs = ()
         if self.logprobs is not None:
             is_whole = finish_reason is not None and not self.text.is_stopped

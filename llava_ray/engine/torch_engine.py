@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import torch
 
 from llava_ray.config import ModelConfig
+from llava_ray.engine.grammar import Grammar
 from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
@@ -174,6 +175,7 @@ class TorchEngine:
                 stop=prompt.sampling.stop,
             ),
             eos_token_ids=self._core.eos_token_ids,
+            grammar=self._compile_format(prompt),
             logprobs=self._open_logprobs(prompt),
             inputs=select_pictures(inputs),
         )
@@ -185,6 +187,10 @@ class TorchEngine:
             size=self._core.model.config.text_config.vocab_size,
             eos_token_ids=self._core.eos_token_ids,
         )
+
+    def _compile_format(self, prompt: Prompt) -> Grammar | None:
+        schema = prompt.sampling.json_schema
+        return None if schema is None else self._vocabulary.compile(schema)
 
     def _open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
         num_top = prompt.sampling.num_logprobs

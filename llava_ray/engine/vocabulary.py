@@ -1,13 +1,17 @@
-"""A model's tokens as bytes. Made when the first request needs it, since that takes about a second.
+"""A model's tokens as bytes, and what follows from that: how they are spelled, grammars over them.
 
-Written with llguidance, which reads every kind of transformers' fast tokenizers.
+llguidance reads transformers' fast tokenizers, byte-level and with byte fallback. That takes up to
+a second, so a vocabulary is made when the first request needs it.
 """
 
 from typing import Any
 
-from llguidance import hf
+from llguidance import LLMatcher, hf
 
-from llava_ray.errors import UnsupportedError
+from llava_ray.engine.grammar import Grammar
+from llava_ray.errors import RequestError, UnsupportedError
+
+_WHITE_SPACE = r"[ \n]{1,20}"  # between the parts of JSON: enough to indent, and it ends
 
 
 class Vocabulary:
@@ -33,6 +37,29 @@ class Vocabulary:
                 f"the tokenizer of this model does not tell what its tokens stand for ({error}): "
                 "ask without logprobs and response_format"
             ) from error
+
+    def compile(self, schema: str) -> Grammar:
+        """Return the grammar of the JSON texts that a JSON schema describes.
+
+        Raises:
+            RequestError: the schema is wrong, or uses what llguidance does not know.
+        """
+        problem = ""
+        try:
+            source = LLMatcher.grammar_from_json_schema(
+                schema, overrides={"whitespace_pattern": _WHITE_SPACE}
+            )
+            matcher = LLMatcher(self._tokens, source, log_level=0)
+            problem = matcher.get_error()
+            if not problem:
+                return Grammar(matcher)
+        except ValueError as error:
+            problem = str(error)
+        raise RequestError(
+            f"the JSON schema cannot be held to: {problem[:500]}; change it, or leave "
+            "response_format out",
+            param="response_format",
+        )
 
     def spell(self, token_id: int) -> bytes:
         """Return the bytes of a token; they may be a part of a character."""

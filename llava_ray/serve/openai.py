@@ -25,6 +25,7 @@ from llava_ray.serve.openai_fields import (
     read_sampling,
     wants_usage,
 )
+from llava_ray.serve.openai_format import read_format
 from llava_ray.types import ChatRequest, ImagePart, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {
@@ -84,6 +85,7 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
         options,
         max_tokens=_read_max_tokens(options),
         num_logprobs=_read_num_logprobs(options),
+        json_schema=read_format(options.response_format),
     )
     num_answers = read_num_answers(options, limits)
     request = ChatRequest(request_id, options.model, messages, sampling, num_answers)

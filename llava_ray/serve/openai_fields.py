@@ -22,7 +22,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tool_choice": (("none", "auto"), _LEAVE_OUT),
     "functions": (([],), "leave it out and describe the task in the prompt"),
     "function_call": (("none", "auto"), _LEAVE_OUT),
-    "response_format": (({"type": "text"},), "ask for the format in the prompt, and check it"),
     "audio": ((), "ask for text"),
     "modalities": ((["text"],), 'send ["text"]'),
     "reasoning_effort": (("none",), _LEAVE_OUT),
@@ -121,6 +120,11 @@ class ChatBody(SamplingBody):
         None, ge=1, le=2**31, description="a whole number from 1, or leave it out"
     )
     logprobs: bool | None = Field(None, description="true or false")
+    response_format: dict[str, Any] | None = Field(
+        None,
+        description='{"type": "json_object"}, {"type": "text"}, or '
+        '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {...}}}',
+    )
     top_logprobs: int | None = Field(
         None, ge=0, le=MAX_TOP_LOGPROBS, description="a whole number from 0 to 20"
     )
@@ -185,7 +189,11 @@ def read_num_answers(options: SamplingBody, limits: LimitsConfig) -> int:
 
 
 def read_sampling(
-    options: SamplingBody, *, max_tokens: int | None, num_logprobs: int | None
+    options: SamplingBody,
+    *,
+    max_tokens: int | None,
+    num_logprobs: int | None,
+    json_schema: str | None = None,
 ) -> Sampling:
     """Return how the answer is to be generated, with OpenAI's defaults.
 
@@ -214,6 +222,7 @@ def read_sampling(
         min_tokens=options.min_tokens or 0,
         stop_token_ids=tuple(options.stop_token_ids or ()),
         num_logprobs=num_logprobs,
+        json_schema=json_schema,
     )
 
 
