@@ -146,10 +146,10 @@ class Chunk(NamedTuple):
         num_tokens: tokens generated so far, this chunk's included.
         num_prompt_tokens: tokens of the prompt, image tokens included.
         num_image_tokens: tokens of the prompt that stand for pictures.
-        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
-            engine had computed the same beginning before.
         answer: which of the answers to a request this is a piece of, from 0.
         logprobs: of the tokens that begin in this piece, where they were asked for.
+        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
+            engine had computed the same beginning before.
     """
 
     text: str
@@ -157,9 +157,9 @@ class Chunk(NamedTuple):
     num_tokens: int
     num_prompt_tokens: int
     num_image_tokens: int
-    num_cached_tokens: int = 0
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""

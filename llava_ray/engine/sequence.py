@@ -144,6 +144,6 @@ class Sequence:
             len(self.token_ids),
             len(self.prompt_ids),
             self.num_image_tokens,
-            self.num_cached,
             logprobs=logprobs,
+            num_cached_tokens=self.num_cached,
         )
