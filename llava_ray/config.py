@@ -7,8 +7,9 @@ variables `LLAVA_RAY_<FIELD>`, the defaults below. Unknown names are refused.
 import difflib
 import os
 from collections.abc import Iterable
+from ipaddress import IPv4Network, IPv6Network
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -109,6 +110,32 @@ class ModelConfig(Section):
         return self
 
 
+class FetchConfig(Section):
+    """Pictures from the web: none are fetched until `hosts` names some."""
+
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="Hosts from which pictures are fetched: example.org, *.example.org for those "
+        "below it, * for every public one; by default none.",
+    )
+    ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
+        default=[80, 443], description="Ports that such an address may name."
+    )
+    networks: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list,
+        description="Address ranges, like 10.1.0.0/16, that are not public and from which "
+        "pictures may come all the same.",
+    )
+    timeout_s: float = Field(
+        default=10, gt=0, le=300, description="Seconds for a picture, redirects included."
+    )
+    max_redirects: int = Field(default=3, ge=0, le=10, description="Redirects on the way to it.")
+    max_at_once: int = Field(
+        default=64, ge=1, description="Pictures that a gateway fetches at once."
+    )
+    max_per_host: int = Field(default=8, ge=1, description="Of these, from one host.")
+
+
 class LimitsConfig(Section):
     """What a request may bring; more is refused at the door."""
 
@@ -121,6 +148,9 @@ class LimitsConfig(Section):
         default=40_000_000, ge=1, description="Width times height of a picture."
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
+    fetch: FetchConfig = Field(
+        default_factory=FetchConfig, description="Pictures that are fetched from the web."
+    )
 
 
 class ServeConfig(BaseSettings):

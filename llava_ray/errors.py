@@ -5,6 +5,8 @@
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            a picture that cannot be used
+    │   │   │   ├── LinkError         an address from which no picture is fetched
+    │   │   │   └── FetchError        an address that gave no usable picture; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   └── RequestTooLargeError  a body over the limit; 413
@@ -62,6 +64,19 @@ class ImageError(RequestError):
     """A picture that cannot be fetched, decoded or accepted."""
 
     code = "invalid_image"
+
+
+class LinkError(ImageError):
+    """The address of a picture from which this server fetches none."""
+
+    code = "image_url_refused"
+
+
+class FetchError(ImageError):
+    """The address of a picture gave nothing, or nothing that is a picture."""
+
+    status = 422
+    code = "image_fetch_failed"
 
 
 class ContextLengthError(RequestError):

@@ -1,6 +1,6 @@
 """The front door: HTTP in, records to the replicas, JSON or server-sent events out. No torch here.
 
-The way of a request: read_body -> openai.parse -> Backend.start -> Answer -> completion | events
+The way of a request: read_body -> openai.parse -> Fetcher.fill -> Backend.start -> Answer -> completion | events
 Errors: `backend.explain` makes ours of Ray's; `openai_answers.describe_error` says their status.
 """
 
@@ -9,6 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -23,6 +24,7 @@ from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestTooLargeE
 from llava_ray.serve import console, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
+from llava_ray.serve.fetch import Fetcher
 from llava_ray.serve.visits import Visit, VisitMiddleware
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
@@ -83,6 +85,7 @@ class Front:
 
     def __init__(self, config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> None:
         self._limits = config.limits
+        self._fetcher = Fetcher(config.limits)
         self._created = int(time.time())
         self._backends = {name: Backend(name, handle) for name, handle in models.items()}
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
@@ -148,7 +151,7 @@ class Front:
         else:
             call = openai.parse(body, **options)
         visit.model, visit.completion_id = call.request.model, call.request.request_id
-        return call
+        return replace(call, request=await self._fetcher.fill(call.request))
 
 
 class EventResponse(StreamingResponse):
