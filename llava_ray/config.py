@@ -131,7 +131,7 @@ class FetchConfig(Section):
     )
     max_redirects: int = Field(default=3, ge=0, le=10, description="Redirects on the way to it.")
     max_at_once: int = Field(
-        default=64, ge=1, description="Pictures that a gateway fetches at once."
+        default=64, ge=1, description="Pictures fetched at once; more wait, within their time."
     )
     max_per_host: int = Field(default=8, ge=1, description="Of these, from one host.")
 

@@ -10,10 +10,11 @@ no cookie or credential is sent, and no proxy of the environment is used.
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from ssl import SSLContext
+from typing import Any
 from weakref import WeakValueDictionary
 
 import httpcore
@@ -140,7 +141,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
 
     def __init__(self, config: FetchConfig, resolve: Resolve) -> None:
         self._config, self._resolve = config, resolve
-        self._network = httpcore.AnyIOBackend()
+        self._network: Any = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self,
@@ -220,7 +221,7 @@ def _target(link: httpx.URL) -> httpcore.URL:
     return httpcore.URL(scheme=link.raw_scheme, host=link.raw_host, port=port, target=link.raw_path)
 
 
-def _headers(link: httpx.URL) -> dict[str, str]:
+def _headers(link: httpx.URL) -> Mapping[bytes | str, bytes | str]:
     return {
         "Host": link.netloc.decode("ascii"),
         "Accept": "image/*",

@@ -1,6 +1,7 @@
 """The front door: HTTP in, records to the replicas, JSON or server-sent events out. No torch here.
 
-The way of a request: read_body -> openai.parse -> Fetcher.fill -> Backend.start -> Answer -> completion | events
+The way of a request: read_body -> openai.parse -> Fetcher.fill -> Backend.start -> Answer
+-> completion | events
 Errors: `backend.explain` makes ours of Ray's; `openai_answers.describe_error` says their status.
 """
 
