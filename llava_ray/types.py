@@ -26,12 +26,14 @@ class ImagePart:
     """An encoded picture (PNG, JPEG, ...) in a message, as it came from the client.
 
     Attributes:
-        data: the file's bytes.
+        data: the file's bytes; empty until the gateway has fetched them from `url`.
         param: where in the request it stood, for error messages ("messages[0].content[1]").
+        url: where it comes from; empty for a picture that came with the request.
     """
 
     data: bytes
     param: str = "messages"
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
