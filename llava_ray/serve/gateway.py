@@ -8,7 +8,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,17 +16,19 @@ from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
-from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestTooLargeError
+from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestError, RequestTooLargeError
 from llava_ray.serve import console, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
+from llava_ray.serve.openai_calls import Call, parse_aside
 from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
+from llava_ray.serve.openai_prompts import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openapi import describe_api
 from llava_ray.serve.visits import Visit, VisitMiddleware
-
-_LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
 
 
 @serve.ingress()
@@ -71,11 +73,17 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     v1.add_api_route("/models", front.list_models)
     v1.add_api_route("/models/{name:path}", front.get_model)
     v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
+    v1.add_api_route("/completions", front.complete, methods=["POST"])
+    v1.add_api_route("/tokenize", front.tokenize, methods=["POST"])
+    v1.add_api_route("/detokenize", front.detokenize, methods=["POST"])
     v1.add_middleware(VisitMiddleware)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
+    api.add_api_route("/openapi.json", front.describe)
     api.mount("/v1", v1)
+    for path in ("/tokenize", "/detokenize"):  # where vLLM has them
+        api.router.routes.append(Route(path, v1))
     return api
 
 
@@ -90,9 +98,38 @@ class Front:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`"""
+        return await self._answer(request, openai.parse, "chatcmpl")
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`"""
+        return await self._answer(request, parse_completion, "cmpl")
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`"""
+        body = await self._read(request)
+        options, asked = await parse_aside(parse_tokenize, body, limits=self._limits)
+        tokens = await self._choose(options.model).tokenize(asked)
+        return _json(
+            {
+                "count": len(tokens.ids),
+                "max_model_len": tokens.context_length,
+                "tokens": tokens.ids,
+                "token_strs": tokens.texts if options.return_token_strs else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`"""
+        options = await parse_aside(parse_detokenize, await self._read(request))
+        text = await self._choose(options.model).detokenize(options.tokens)
+        return _json({"prompt": text})
+
+    async def _answer(self, request: Request, parse: Callable[..., Call], prefix: str) -> Response:
         visit: Visit = request.state.visit
-        body = await read_body(request, max_bytes=self._limits.max_body_bytes)
-        call = await self._parse(body, visit)
+        body = await self._read(request)
+        name = f"{prefix}-{uuid.uuid4().hex}"
+        call = await parse_aside(parse, body, limits=self._limits, request_id=name)
+        visit.model, visit.completion_id = call.request.model, name
         answer = await self._find(call.request.model).start(call.request, visit)
         visit.answers_each = call.head.answers_each
         if call.stream:
@@ -106,12 +143,16 @@ class Front:
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        models = [answers.describe_model(name, created=self._created) for name in self._backends]
+        models = await asyncio.gather(*map(self._describe, self._backends.values()))
         return _json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return _json(answers.describe_model(self._find(name).name, created=self._created))
+        return _json(await self._describe(self._find(name)))
+
+    async def describe(self) -> Response:
+        """`GET /openapi.json`"""
+        return _json(describe_api())
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""
@@ -130,6 +171,20 @@ class Front:
         body = {"status": "ready" if is_ready else "not ready", "models": states}
         return _json(body, 200 if is_ready else 503)
 
+    async def _describe(self, backend: Backend) -> dict[str, Any]:
+        is_asleep = backend.name in self._sleepers  # a question would wake it up
+        length = None if is_asleep else await backend.find_context_length()
+        return answers.describe_model(backend.name, created=self._created, context_length=length)
+
+    def _choose(self, name: str | None) -> Backend:
+        """The model of that name, or the only one."""
+        if name is None and len(self._backends) > 1:
+            raise RequestError(
+                f"model is missing, and there are {', '.join(self._backends)}: name one",
+                param="model",
+            )
+        return self._find(next(iter(self._backends)) if name is None else name)
+
     def _find(self, name: str) -> Backend:
         if name not in self._backends:
             raise ModelNotFoundError(
@@ -138,14 +193,8 @@ class Front:
             )
         return self._backends[name]
 
-    async def _parse(self, body: bytes, visit: Visit) -> openai.Call:
-        options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
-        if len(body) > _LARGE_BODY_BYTES:
-            call = await asyncio.to_thread(openai.parse, body, **options)
-        else:
-            call = openai.parse(body, **options)
-        visit.model, visit.completion_id = call.request.model, call.request.request_id
-        return call
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
 
 class EventResponse(StreamingResponse):
@@ -221,8 +270,8 @@ async def _answer_no_route(request: Request, error: Exception) -> Response:
         reply = answers.describe_failure(405, message, code="method_not_allowed")
     else:
         message = (
-            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}} and "
-            "POST /v1/chat/completions"
+            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}}, "
+            "POST /v1/chat/completions, POST /v1/completions, POST /tokenize and POST /detokenize"
         )
         reply = answers.describe_failure(error.status_code, message, code="not_found")
     request.state.visit.error = reply.body["error"]["code"]
