@@ -30,7 +30,7 @@ def build_app(config: ServeConfig) -> Application:
     gateway = serve.deployment(
         name="gateway",
         max_ongoing_requests=1000,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)
     return gateway.bind(config, models)

@@ -1,7 +1,7 @@
 """The records that cross the boundaries between the parts of the package.
 
-request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed). They are plain,
-frozen and picklable, and know neither HTTP nor tensors.
+request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed); sample (row) ->
+batch (tensors). They are plain, frozen and picklable, and know neither HTTP nor tensors.
 """
 
 from dataclasses import dataclass, field
@@ -192,6 +192,28 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[bytes, float], ...] = ()
 
 
+PICTURE = ImagePart(b"", param="images")
+"""Stands in the messages of a `Sample` for the next of its pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation to learn from: what a row of any data set becomes.
+
+    Attributes:
+        sample_id: names it within its data set, in every run.
+        messages: the conversation, with `PICTURE` for each picture.
+        images: the pictures, in order: encoded files as they came or, before these are read, their
+            names in the folder of pictures.
+        source: the kind of data that it came from ("llava", "scienceqa").
+    """
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes | str, ...] = ()
+    source: str = ""
+
+
 class Chunk(NamedTuple):
     """A piece of an answer, streamed as soon as it is known.
 
@@ -204,6 +226,8 @@ class Chunk(NamedTuple):
         num_image_tokens: tokens of the prompt that stand for pictures.
         answer: which of the answers to a request this is a piece of, from 0.
         logprobs: of the tokens that begin in this piece, where they were asked for.
+        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
+            engine had computed the same beginning before.
     """
 
     text: str
@@ -213,6 +237,7 @@ class Chunk(NamedTuple):
     num_image_tokens: int
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""

@@ -26,11 +26,17 @@ class Sequence:
         grammar: the answer's format; None: any text.
         logprobs: keeps those of the answer's tokens; None: nobody asks for them.
         inputs: the pictures as the model takes them; only the runner looks inside.
+        content: the tokens of prompt and answer, where each image token stands as a number for
+            its picture: equal contents have equal keys and values.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
+        num_cached: how many of them were there before, of another sequence.
         region: its part of the cache; None while it has none.
         seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
             are among them where a penalty looks at the prompt.
+        has_penalty: any penalty is asked for.
+        end_token_ids: the answer ends at any of these: end-of-sequence tokens, and those that were
+            asked for.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
     """
@@ -45,13 +51,16 @@ class Sequence:
     grammar: Grammar | None = None
     logprobs: LogprobStream | None = None
     inputs: Any = None
+    content: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
     region: Region | None = None
     seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
+        self.content = list(self.content or self.prompt_ids)
         sampling = self.sampling
         self.random = Random(sampling.seed)
         self.has_penalty = (
@@ -105,6 +114,7 @@ class Sequence:
         """Take the next token of the answer; the chunk says what it adds and whether it ends."""
         may_stop = self.may_end
         self.token_ids.append(token_id)
+        self.content.append(token_id)
         if self.has_penalty:
             self.seen[token_id] = self.seen.get(token_id, 0) + 1
         if token_id in self.end_token_ids:
@@ -138,4 +148,5 @@ class Sequence:
             len(self.prompt_ids),
             self.num_image_tokens,
             logprobs=logprobs,
+            num_cached_tokens=self.num_cached,
         )

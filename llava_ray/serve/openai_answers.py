@@ -67,16 +67,16 @@ def describe_model(name: str, *, created: int, context_length: int | None = None
 
 def describe_usage(usage: Usage) -> dict[str, Any]:
     """Return the usage object of an answer."""
-    num_prompt_tokens, num_image_tokens, num_tokens = usage
+    num_text_tokens = usage.num_prompt_tokens - usage.num_image_tokens
     return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_tokens,
-        "total_tokens": num_prompt_tokens + num_tokens,
+        "prompt_tokens": usage.num_prompt_tokens,
+        "completion_tokens": usage.num_tokens,
+        "total_tokens": usage.num_prompt_tokens + usage.num_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": 0,
-            "image_tokens": num_image_tokens,
-            "text_tokens": num_prompt_tokens - num_image_tokens,
-            "multimodal_tokens": {"image": num_image_tokens},  # vLLM's name for it
+            "cached_tokens": usage.num_cached_tokens,
+            "image_tokens": usage.num_image_tokens,
+            "text_tokens": num_text_tokens,
+            "multimodal_tokens": {"image": usage.num_image_tokens},  # vLLM's name for it
         },
     }
 

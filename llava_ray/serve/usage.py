@@ -12,6 +12,7 @@ class Usage(NamedTuple):
     num_prompt_tokens: int = 0
     num_image_tokens: int = 0
     num_tokens: int = 0
+    num_cached_tokens: int = 0
 
 
 def count_usage(latest: Iterable[Chunk], *, answers_each: int = 1) -> Usage:
@@ -30,4 +31,5 @@ def count_usage(latest: Iterable[Chunk], *, answers_each: int = 1) -> Usage:
         sum(chunk.num_prompt_tokens for chunk in prompts.values()),
         sum(chunk.num_image_tokens for chunk in prompts.values()),
         num_tokens,
+        sum(chunk.num_cached_tokens for chunk in prompts.values()),
     )
