@@ -46,14 +46,19 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
         answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        return self._send(answer, request.num_answers)
+        async with aclosing(self._send(answer, request.num_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
-    def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
         """Stream the answers to plain prompts, as `chat` does."""
-        return self._send(complete(self._engine, request), request.num_answers)
+        answers = complete(self._engine, request)
+        async with aclosing(self._send(answers, request.num_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
         return await tokenize(self._engine, request, limits=self._limits, executor=self._decoders)
