@@ -152,7 +152,7 @@ class Front:
 
     async def describe(self) -> Response:
         """`GET /openapi.json`"""
-        return _json(describe_api())
+        return _json(describe_api(list(self._backends)))
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""

@@ -3,6 +3,7 @@
 What the models leave open, messages and prompts, is described here beside them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
@@ -134,8 +135,8 @@ _COMPLETION = {
 }
 
 
-def describe_api() -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document."""
+def describe_api(models: Sequence[str]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these models."""
     bodies = [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]
     _, described = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
@@ -147,6 +148,8 @@ def describe_api() -> dict[str, Any]:
         schema["properties"]["stop"] = _STOP | {
             "description": schema["properties"]["stop"]["description"]
         }
+    for body in bodies:
+        _fill(schemas[body.__name__], "model", {"enum": list(models)})
     _fill(schemas["ChatBody"], "messages", _MESSAGES)
     _fill(schemas["TokenizeBody"], "messages", _MESSAGES)
     _fill(schemas["CompletionBody"], "prompt", _PROMPT)
@@ -165,7 +168,7 @@ def describe_api() -> dict[str, Any]:
                             "name": "name",
                             "in": "path",
                             "required": True,
-                            "schema": {"type": "string"},
+                            "schema": {"enum": list(models)},
                         }
                     ]
                 }
