@@ -165,7 +165,7 @@ class LimitsConfig(Section):
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
     max_answers: int = Field(
-        default=16, ge=1, le=128, description="Answers to one request: n, times its prompts."
+        default=64, ge=1, le=1024, description="Answers to one request: n times its prompts."
     )
     max_tokens: int | None = Field(
         default=None,

@@ -108,6 +108,58 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """Texts that a user wants continued as they are, without a template.
+
+    Attributes:
+        prompts: each a text, or token ids.
+        answers_each: how many different answers each prompt gets; they are numbered prompt by
+            prompt.
+        echo: each answer begins with its prompt.
+    """
+
+    request_id: str
+    model: str
+    prompts: tuple[str | tuple[int, ...], ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    answers_each: int = 1
+    echo: bool = False
+
+    @property
+    def num_answers(self) -> int:
+        return len(self.prompts) * self.answers_each
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """A conversation or a text of which a user wants to know the tokens.
+
+    Attributes:
+        source: a conversation, which is rendered with the model's template, or a text.
+        add_special_tokens: what the tokenizer puts before a text is among them.
+        add_generation_prompt: a conversation ends with the beginning of the answer.
+    """
+
+    source: ChatRequest | str
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+
+
+class Tokens(NamedTuple):
+    """The tokens of a prompt.
+
+    Attributes:
+        ids: a picture is as many image tokens as it has features.
+        texts: how the tokenizer writes each.
+        context_length: longest prompt plus answer of the model.
+    """
+
+    ids: list[int]
+    texts: list[str]
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A request rendered with a model's template: what an engine takes.
 
@@ -116,12 +168,16 @@ class Prompt:
         text: the whole prompt, with one `<image>` for each picture, in order.
         images: the decoded pictures, RGB.
         sampling: how to continue it.
+        token_ids: the prompt's tokens, in place of text and pictures.
+        add_special_tokens: the tokenizer may put a beginning of sequence before the text.
     """
 
     request_id: str
     text: str
     images: tuple["PILImage.Image", ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+    token_ids: tuple[int, ...] = ()
+    add_special_tokens: bool = True
 
 
 class TokenLogprob(NamedTuple):

@@ -113,7 +113,6 @@ def test_others_in_the_batch_answer_as_if_alone() -> None:
         ({"not": {"type": "null"}}, "Unimplemented keys"),
         ({"type": "integer", "minimum": 5, "maximum": 3}, "greater than maximum"),
         ({"type": "object", "properties": 3}, "held to"),
-        ({"x-guidance": 3}, "held to"),
     ],
 )
 def test_a_schema_that_cannot_be_held_to_is_refused_with_the_reason(

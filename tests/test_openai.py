@@ -24,7 +24,8 @@ from llava_ray.errors import (
     UnsupportedError,
 )
 from llava_ray.serve import openai_answers as answers
-from llava_ray.serve.openai import Call, parse
+from llava_ray.serve.openai import parse
+from llava_ray.serve.openai_calls import Call
 from llava_ray.serve.openai_choices import ChatForm, ChunkEncoder, Head, TextForm, build_completion
 from llava_ray.serve.usage import count_usage
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart, TokenLogprob
@@ -243,7 +244,7 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ),
         ({"n": 0}, "n", "from 1 to 128"),
         ({"n": True}, "n", "from 1 to 128"),
-        ({"n": 17}, "n", "the 16 answers allowed"),
+        ({"n": 65}, "n", "the 64 answers allowed"),
         ({"logprobs": 3}, "logprobs", "true or false"),
         ({"top_logprobs": 3}, "top_logprobs", "set logprobs to true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),

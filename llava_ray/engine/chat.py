@@ -47,7 +47,13 @@ async def chat(
             yield chunk
 
 
-def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt:
+def render(
+    engine: Engine,
+    request: ChatRequest,
+    limits: LimitsConfig,
+    *,
+    add_generation_prompt: bool = True,
+) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
     An answer ends at the template's stop texts as well as at those that were asked for; JSON ends
@@ -60,7 +66,7 @@ def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt
         if isinstance(part, ImagePart)
     )
     template, sampling = engine.template, request.sampling
-    text = template.render(request.messages)
+    text = template.render(request.messages, add_generation_prompt=add_generation_prompt)
     if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, pictures, sampling)

@@ -6,17 +6,20 @@ the application's shell, and for measuring what everything around an engine cost
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import replace
 
 from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.text import TextStream
-from llava_ray.errors import ContextLengthError, EngineError, UnsupportedError
-from llava_ray.template import OwnTemplate, Template, find_template
-from llava_ray.types import Chunk, Prompt
+from llava_ray.errors import ContextLengthError, EngineError, RequestError, UnsupportedError
+from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, find_template
+from llava_ray.types import Chunk, Prompt, Tokens
 
 
 class EchoEngine:
     """Answers with what it was told; see `Engine`. It is certain of each word.
+
+    It counts words. Asked for tokens, it has one for each character: its code point.
 
     Args:
         delay_s: how long each token takes.
@@ -42,6 +45,9 @@ class EchoEngine:
                 "hears: leave it out",
                 param="response_format",
             )
+        if prompt.token_ids:
+            prompt = replace(prompt, text=await self.detokenize(prompt.token_ids), token_ids=())
+        self._check_pictures(prompt)
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))
@@ -73,6 +79,18 @@ class EchoEngine:
         finally:
             del self._running[prompt.request_id]
 
+    async def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return a token for each character; see `Engine.tokenize`."""
+        self._check_pictures(prompt)
+        return Tokens([ord(c) for c in prompt.text], list(prompt.text), self.context_length)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the characters; see `Engine.detokenize`."""
+        for id_ in token_ids:
+            if id_ > 0x10FFFF or 0xD800 <= id_ < 0xE000:
+                raise RequestError(f"there is no token {id_} here: leave it out", param="tokens")
+        return "".join(map(chr, token_ids))
+
     async def check(self) -> None:
         """Always able to work, until it is closed."""
         if self._is_closed:
@@ -90,6 +108,14 @@ class EchoEngine:
     async def close(self) -> None:
         """End all streams at their next token."""
         self._is_closed = True
+
+    def _check_pictures(self, prompt: Prompt) -> None:
+        if prompt.text.count(IMAGE_TOKEN) != len(prompt.images):
+            raise RequestError(
+                f"the prompt names {prompt.text.count(IMAGE_TOKEN)} pictures and "
+                f"{len(prompt.images)} came with it: write {IMAGE_TOKEN} once for each picture",
+                param="messages",
+            )
 
     def _fit(self, prompt: Prompt, num_prompt_tokens: int) -> int:
         room = self.context_length - num_prompt_tokens

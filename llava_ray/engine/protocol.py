@@ -1,10 +1,10 @@
 """The seam between serving or evaluation and whatever computes the answer."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
 
 from llava_ray.template import Template
-from llava_ray.types import Chunk, Prompt
+from llava_ray.types import Chunk, Prompt, Tokens
 
 
 class Engine(Protocol):
@@ -14,9 +14,11 @@ class Engine(Protocol):
 
     Attributes:
         template: renders conversations into the prompts that this engine's model was trained on.
+        context_length: longest prompt plus answer, in tokens.
     """
 
     template: Template
+    context_length: int
 
     def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; the last chunk alone has a `finish_reason`.
@@ -28,6 +30,22 @@ class Engine(Protocol):
             ContextLengthError: before the first chunk, if the prompt does not fit.
             RequestError: before the first chunk, if the prompt cannot be served as it is.
             EngineError: the engine broke.
+        """
+        ...
+
+    async def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return the tokens that a prompt has for this engine's model.
+
+        Raises:
+            RequestError: the prompt cannot be read.
+        """
+        ...
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens, special ones included.
+
+        Raises:
+            RequestError: there is no such token.
         """
         ...
 

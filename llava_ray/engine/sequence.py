@@ -34,6 +34,9 @@ class Sequence:
         region: its part of the cache; None while it has none.
         seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
             are among them where a penalty looks at the prompt.
+        has_penalty: any penalty is asked for.
+        end_token_ids: the answer ends at any of these: end-of-sequence tokens, and those that were
+            asked for.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
     """

@@ -7,7 +7,8 @@ chunks, back in the event loop of whoever reads the stream.
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Sequence as Many
 from concurrent.futures import Future
 
 import torch
@@ -30,7 +31,7 @@ from llava_ray.engine.threads import (
 from llava_ray.engine.vocabulary import Vocabulary
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.core import Core, load_model
-from llava_ray.types import Chunk, Prompt
+from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 256
 PREFILL_TOKENS_GPU = 4096
@@ -128,6 +129,20 @@ class TorchEngine:
             if not is_finished:
                 self._abort(sequence)
 
+    async def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return a prompt's tokens; see `Engine.tokenize`."""
+        here = asyncio.get_running_loop()
+        ids, _ = await here.run_in_executor(self._encoder, self._read, prompt)
+        texts = self._core.tokenizer.convert_ids_to_tokens(ids)
+        return Tokens(ids, [text or "" for text in texts], self.context_length)
+
+    async def detokenize(self, token_ids: Many[int]) -> str:
+        """Return the text of tokens; see `Engine.detokenize`."""
+        self._check_token_ids(token_ids, param="tokens")
+        here = asyncio.get_running_loop()
+        ids = list(token_ids)
+        return await here.run_in_executor(self._encoder, self._core.tokenizer.decode, ids)
+
     async def check(self) -> None:
         """Send a token through the model, between two steps; see `Engine.check`."""
         answer: Future[None] = Future()
@@ -165,11 +180,11 @@ class TorchEngine:
             self._loop.send(Abort(sequence))
 
     def _encode(self, prompt: Prompt) -> Sequence:
-        inputs = self._core.encode(prompt.text, prompt.images)
-        prompt_ids: list[int] = inputs["input_ids"][0].tolist()
+        prompt_ids, pictures = self._read(prompt)
         num_image_tokens = prompt_ids.count(self._core.image_token_id)
         tokenizer = self._core.tokenizer
-        self._check_token_ids(prompt)
+        biased = [id_ for id_, _ in prompt.sampling.logit_bias]
+        self._check_token_ids(biased, param="logit_bias")
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -183,9 +198,25 @@ class TorchEngine:
             eos_token_ids=self._core.eos_token_ids,
             grammar=self._compile_format(prompt),
             logprobs=self._open_logprobs(prompt),
-            inputs=select_pictures(inputs),
+            inputs=pictures,
             content=describe_content(prompt_ids, self._core.image_token_id, prompt.images),
         )
+
+    def _read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
+        """Return a prompt's token ids, and its pictures as the model takes them."""
+        if prompt.token_ids:
+            self._check_token_ids(prompt.token_ids, param="prompt")
+            if self._core.image_token_id in prompt.token_ids:
+                raise RequestError(
+                    f"token {self._core.image_token_id} stands for a picture, and none came with "
+                    "it: leave it out",
+                    param="prompt",
+                )
+            return list(prompt.token_ids), None
+        if not (prompt.images or prompt.add_special_tokens):
+            return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
+        inputs = self._core.encode(prompt.text, prompt.images)
+        return inputs["input_ids"][0].tolist(), select_pictures(inputs)
 
     @functools.cached_property
     def _vocabulary(self) -> Vocabulary:
@@ -203,14 +234,13 @@ class TorchEngine:
         num_top = prompt.sampling.num_logprobs
         return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
 
-    def _check_token_ids(self, prompt: Prompt) -> None:
+    def _check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
         size = self._core.model.config.text_config.vocab_size
-        for id_, _ in prompt.sampling.logit_bias:
+        for id_ in token_ids:
             if id_ >= size:
                 raise RequestError(
-                    f"logit_bias names token {id_}, the vocabulary ends at {size - 1}: "
-                    "leave it out",
-                    param="logit_bias",
+                    f"{param} names token {id_}, the vocabulary ends at {size - 1}: leave it out",
+                    param=param,
                 )
 
     def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:

@@ -44,17 +44,17 @@ class Vocabulary:
         Raises:
             RequestError: the schema is wrong, or uses what llguidance does not know.
         """
-        problem = ""
         try:
             source = LLMatcher.grammar_from_json_schema(
                 schema, overrides={"whitespace_pattern": _WHITE_SPACE}
             )
             matcher = LLMatcher(self._tokens, source, log_level=0)
             problem = matcher.get_error()
-            if not problem:
-                return Grammar(matcher)
         except ValueError as error:
             problem = str(error)
+        else:
+            if not problem:
+                return Grammar(matcher)
         raise RequestError(
             f"the JSON schema cannot be held to: {problem[:500]}; change it, or leave "
             "response_format out",

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -13,10 +13,11 @@ from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import console
 from llava_ray.serve.visits import Visit
 from llava_ray.serve.waiting_room import WaitingRoom
-from llava_ray.types import ChatRequest, Chunk
+from llava_ray.types import ChatRequest, Chunk, CompletionRequest, TokenizeRequest, Tokens
 
 READY_TIMEOUT_S = 3.0
 _FRESH_S = 10.0
+_QUICK_S = 1.0
 
 
 class Backend:
@@ -34,8 +35,9 @@ class Backend:
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
         self._answered_at = float("-inf")
+        self._context_length: int | None = None
 
-    async def start(self, request: ChatRequest, visit: Visit) -> "Answer":
+    async def start(self, request: ChatRequest | CompletionRequest, visit: Visit) -> "Answer":
         """Return the answer once its first chunk is there, so that an error still has a status.
 
         A replica that dies before that is replaced by another one, once.
@@ -76,8 +78,36 @@ class Backend:
             return f"not answering: {type(error).__name__}"
         return ""
 
-    async def _start_once(self, request: ChatRequest, visit: Visit) -> "Answer":
-        response: Any = self._stream_handle.chat.remote(request)
+    async def tokenize(self, request: TokenizeRequest) -> Tokens:
+        """Return the tokens of a prompt; raises a `LlavaRayError`."""
+        return await self._ask(self._handle.tokenize.remote(request))
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; raises a `LlavaRayError`."""
+        return await self._ask(self._handle.detokenize.remote(token_ids))
+
+    async def find_context_length(self) -> int | None:
+        """Return how long prompt and answer may be; None if no replica says so at once."""
+        if self._context_length is None:
+            response = self._handle.tell_context_length.remote()
+            try:
+                self._context_length = await asyncio.wait_for(response, _QUICK_S)
+            except TimeoutError:
+                response.cancel()
+            except (RayError, RayServeException):
+                pass  # told without it; /readyz says what is wrong
+        return self._context_length
+
+    async def _ask(self, response: Any) -> Any:
+        try:
+            return await response
+        except (RayError, RayServeException) as error:
+            raise explain(error, self.name) from error
+
+    async def _start_once(self, request: ChatRequest | CompletionRequest, visit: Visit) -> "Answer":
+        is_chat = isinstance(request, ChatRequest)
+        method = self._stream_handle.chat if is_chat else self._stream_handle.complete
+        response: Any = method.remote(request)
         try:
             first = await anext(response)
         except StopAsyncIteration:

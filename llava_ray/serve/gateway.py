@@ -10,7 +10,7 @@ import json
 import os
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig, ModelConfig, ServeConfig
@@ -30,12 +31,13 @@ from llava_ray.serve.backend import Answer, Backend
 from llava_ray.serve.door import Door, DoorMiddleware
 from llava_ray.serve.fetch import Fetcher
 from llava_ray.serve.metrics import Metrics
+from llava_ray.serve.openai_calls import Call, parse_aside
 from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
+from llava_ray.serve.openai_prompts import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openapi import describe_api
 from llava_ray.serve.visits import Visit, VisitMiddleware
 from llava_ray.serve.waiting_room import WaitingRoom
-from llava_ray.types import ChatRequest
-
-_LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
+from llava_ray.types import ChatRequest, CompletionRequest
 
 
 @serve.ingress()
@@ -88,12 +90,18 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     v1.add_api_route("/models", front.list_models)
     v1.add_api_route("/models/{name:path}", front.get_model)
     v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
+    v1.add_api_route("/completions", front.complete, methods=["POST"])
+    v1.add_api_route("/tokenize", front.tokenize, methods=["POST"])
+    v1.add_api_route("/detokenize", front.detokenize, methods=["POST"])
     v1.add_api_route("/usage", front.show_usage)
     _guard(v1, door, config)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
+    api.add_api_route("/openapi.json", front.describe)
     api.mount("/v1", v1)
+    for path in ("/tokenize", "/detokenize"):  # where vLLM has them
+        api.router.routes.append(Route(path, v1))
     return api
 
 
@@ -129,10 +137,42 @@ class Front:
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`"""
+        return await self._answer(request, openai.parse, "chatcmpl")
+
+    async def complete(self, request: Request) -> Response:
+        """`POST /v1/completions`"""
+        return await self._answer(request, parse_completion, "cmpl")
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`"""
+        body = await self._read(request)
+        options, asked = await parse_aside(parse_tokenize, body, limits=self._limits)
+        tokens = await self._choose(options.model).tokenize(asked)
+        return _json(
+            {
+                "count": len(tokens.ids),
+                "max_model_len": tokens.context_length,
+                "tokens": tokens.ids,
+                "token_strs": tokens.texts if options.return_token_strs else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`"""
+        options = await parse_aside(parse_detokenize, await self._read(request))
+        text = await self._choose(options.model).detokenize(options.tokens)
+        return _json({"prompt": text})
+
+    async def _answer(self, request: Request, parse: Callable[..., Call], prefix: str) -> Response:
         visit: Visit = request.state.visit
-        body = await read_body(request, max_bytes=self._limits.max_body_bytes)
-        call = await self._parse(body, visit)
-        answer = await self._find(call.request.model).start(call.request, visit)
+        body = await self._read(request)
+        name = f"{prefix}-{uuid.uuid4().hex}"
+        call = await parse_aside(parse, body, limits=self._limits, request_id=name)
+        visit.model, visit.completion_id = call.request.model, name
+        asked = cap_tokens(call.request, self._limits)
+        if isinstance(asked, ChatRequest):
+            asked = await self._fetcher.fill(asked)
+        answer = await self._find(asked.model).start(asked, visit)
         visit.answers_each = call.head.answers_each
         if call.stream:
             encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
@@ -145,12 +185,16 @@ class Front:
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        models = [answers.describe_model(name, created=self._created) for name in self._backends]
+        models = await asyncio.gather(*map(self._describe, self._backends.values()))
         return _json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return _json(answers.describe_model(self._find(name).name, created=self._created))
+        return _json(await self._describe(self._find(name)))
+
+    async def describe(self) -> Response:
+        """`GET /openapi.json`"""
+        return _json(describe_api(list(self._backends)))
 
     async def show_usage(self, request: Request) -> Response:
         """`GET /v1/usage`: of the caller's key, or of all keys for an admin's."""
@@ -173,6 +217,20 @@ class Front:
         body = {"status": "ready" if is_ready else "not ready", "models": states}
         return _json(body, 200 if is_ready else 503)
 
+    async def _describe(self, backend: Backend) -> dict[str, Any]:
+        is_asleep = backend.name in self._sleepers  # a question would wake it up
+        length = None if is_asleep else await backend.find_context_length()
+        return answers.describe_model(backend.name, created=self._created, context_length=length)
+
+    def _choose(self, name: str | None) -> Backend:
+        """The model of that name, or the only one."""
+        if name is None and len(self._backends) > 1:
+            raise RequestError(
+                f"model is missing, and there are {', '.join(self._backends)}: name one",
+                param="model",
+            )
+        return self._find(next(iter(self._backends)) if name is None else name)
+
     def _find(self, name: str) -> Backend:
         if name not in self._backends:
             raise ModelNotFoundError(
@@ -181,15 +239,8 @@ class Front:
             )
         return self._backends[name]
 
-    async def _parse(self, body: bytes, visit: Visit) -> openai.Call:
-        options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
-        if len(body) > _LARGE_BODY_BYTES:
-            call = await asyncio.to_thread(openai.parse, body, **options)
-        else:
-            call = openai.parse(body, **options)
-        visit.model, visit.completion_id = call.request.model, call.request.request_id
-        request = cap_tokens(call.request, self._limits)
-        return replace(call, request=await self._fetcher.fill(request))
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
 
 class EventResponse(StreamingResponse):
@@ -245,7 +296,9 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
     )
 
 
-def cap_tokens(request: ChatRequest, limits: LimitsConfig) -> ChatRequest:
+def cap_tokens(
+    request: ChatRequest | CompletionRequest, limits: LimitsConfig
+) -> ChatRequest | CompletionRequest:
     """Return the request with as many tokens for its answer as are allowed at most.
 
     Raises:
@@ -292,8 +345,8 @@ async def _answer_no_route(request: Request, error: Exception) -> Response:
         reply = answers.describe_failure(405, message, code="method_not_allowed")
     else:
         message = (
-            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}} and "
-            "POST /v1/chat/completions"
+            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}}, "
+            "POST /v1/chat/completions, POST /v1/completions, POST /tokenize and POST /detokenize"
         )
         reply = answers.describe_failure(error.status_code, message, code="not_found")
     request.state.visit.error = reply.body["error"]["code"]

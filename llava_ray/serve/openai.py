@@ -1,23 +1,24 @@
 """The OpenAI chat API, inwards: an untrusted JSON body becomes a `ChatRequest` or an error.
 
-`openai_fields.py` knows the fields beside the messages, `openai_answers.py` the way back.
+`openai_fields.py` knows the fields beside the messages, `openai_prompts.py` plain completions,
+`openai_choices.py` the way back.
 Source: https://platform.openai.com/docs/api-reference/chat, and vLLM's extensions to it.
 
 How a conversation is read: system (or developer) messages come first; neighbours of one role
 become one turn, joined by a line break; the last turn is the user's; only the user has pictures.
+`detail` is checked and has no effect: LLaVA has one encoding of a picture, that of its training.
 """
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.serve.links import read_image_url
+from llava_ray.serve.openai_calls import Call, load_json
 from llava_ray.serve.openai_checks import check_unicode, is_one_of, kind_of, refuse_unknown, show
-from llava_ray.serve.openai_choices import ChatForm, Form, Head
+from llava_ray.serve.openai_choices import ChatForm, Head
 from llava_ray.serve.openai_fields import (
     ChatBody,
     check_options,
@@ -55,17 +56,6 @@ _OTHER_PARTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A request, and how its answer is to be written."""
-
-    request: ChatRequest
-    form: Form
-    head: Head
-    stream: bool
-    include_usage: bool
-
-
 def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> Call:
     """Check the JSON body of `/v1/chat/completions` and return what it asks for.
 
@@ -74,13 +64,7 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
     options = check_options(body, ChatBody)
-    if len(options.messages) > limits.max_messages:
-        raise RequestError(
-            f"{len(options.messages)} messages, more than the {limits.max_messages} allowed: "
-            "leave out the oldest",
-            param="messages",
-        )
-    messages = _join_turns(_read_messages(options.messages, limits))
+    messages = read_messages(options.messages, limits)
     sampling = read_sampling(
         options,
         max_tokens=_read_max_tokens(options),
@@ -117,24 +101,18 @@ def _read_max_tokens(options: ChatBody) -> int | None:
     return limit or older
 
 
-def load_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body; raises `RequestError` for anything else."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    if not body.strip():
-        raise RequestError("the body is empty: send a JSON object")
-    try:
-        value = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON ({error}): send a JSON object") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
-    return value
+def read_messages(values: list[Any], limits: LimitsConfig) -> tuple[Message, ...]:
+    """Return a conversation; raises `RequestError` for one that cannot be continued."""
+    if len(values) > limits.max_messages:
+        raise RequestError(
+            f"{len(values)} messages, more than the {limits.max_messages} allowed: "
+            "leave out the oldest",
+            param="messages",
+        )
+    return _join_turns(_read_each(values, limits))
 
 
-def _read_messages(values: list[Any], limits: LimitsConfig) -> Iterator[Message]:
+def _read_each(values: list[Any], limits: LimitsConfig) -> Iterator[Message]:
     if not values:
         raise RequestError("messages is empty: send at least one from the user", param="messages")
     num_images = 0

@@ -63,9 +63,15 @@ def describe_failure(
     return ErrorReply(status, {"error": body}, headers)
 
 
-def describe_model(name: str, *, created: int) -> dict[str, Any]:
-    """Return the model object of `/v1/models`."""
-    return {"id": name, "object": "model", "created": created, "owned_by": "llava-ray"}
+def describe_model(name: str, *, created: int, context_length: int | None = None) -> dict[str, Any]:
+    """Return the model object of `/v1/models`; the last field is vLLM's."""
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "llava-ray",
+        "max_model_len": context_length,
+    }
 
 
 def describe_usage(usage: Usage) -> dict[str, Any]:

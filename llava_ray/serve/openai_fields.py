@@ -17,7 +17,7 @@ LARGEST_TOKEN_ID = 2**31 - 1
 
 # Fields that change the answer, which we cannot do; the values that ask for nothing; the remedy.
 _LEAVE_OUT = "leave it out"
-_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "leave it out and describe the task in the prompt"),
     "tool_choice": (("none", "auto"), _LEAVE_OUT),
     "functions": (([],), "leave it out and describe the task in the prompt"),
@@ -30,6 +30,8 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "prediction": ((), _LEAVE_OUT),
     "include_stop_str_in_output": ((False,), _LEAVE_OUT),
     "echo": ((False,), _LEAVE_OUT),
+    "response_format": (({"type": "text"},), "use /v1/chat/completions"),
+    "suffix": (("",), "the models here continue a text, they do not fill in: leave it out"),
     "add_generation_prompt": ((True,), _LEAVE_OUT),
     "continue_final_message": ((False,), _LEAVE_OUT),
     "chat_template": ((), "the template comes with the model; leave it out"),
@@ -37,7 +39,7 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_processor_kwargs": (({},), _LEAVE_OUT),
 }
 # Fields that say something about the caller or the service and nothing about the answer.
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "metadata",
     "parallel_tool_calls",
     "prompt_cache_key",
@@ -130,6 +132,36 @@ class ChatBody(SamplingBody):
     )
 
 
+class CompletionBody(SamplingBody):
+    """The fields of a plain completion that have an effect."""
+
+    prompt: Any = Field(description="send a text, a list of texts, or a list of token ids")
+    logprobs: int | None = Field(None, ge=0, le=5, description="a whole number from 0 to 5")
+    echo: bool | None = Field(None, description="true or false")
+
+
+class TokenizeBody(BaseModel):
+    """The fields of `/tokenize`, as in vLLM."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, max_length=500, description="one that /v1/models lists")
+    prompt: str | None = Field(None, description="a text")
+    messages: list[Any] | None = Field(None, description="a list, as in a chat")
+    add_special_tokens: bool | None = Field(None, description="true or false")
+    add_generation_prompt: bool | None = Field(None, description="true or false")
+    return_token_strs: bool | None = Field(None, description="true or false")
+
+
+class DetokenizeBody(BaseModel):
+    """The fields of `/detokenize`, as in vLLM."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    model: str | None = Field(None, max_length=500, description="one that /v1/models lists")
+    tokens: list[_TokenId] = Field(description="a list of token ids")
+
+
 Body = TypeVar("Body", bound=SamplingBody)
 
 
@@ -141,8 +173,8 @@ def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
         UnsupportedError: a field asks for what this server cannot do.
     """
     own = kind.model_fields
-    refuse_unknown(body, {*own, *_UNSUPPORTED, *_WITHOUT_EFFECT}, "")
-    for name, (neutral, remedy) in _UNSUPPORTED.items():
+    refuse_unknown(body, {*own, *UNSUPPORTED, *WITHOUT_EFFECT}, "")
+    for name, (neutral, remedy) in UNSUPPORTED.items():
         if name in body and name not in own and not is_one_of(body[name], neutral):
             raise UnsupportedError(
                 f"{name}={show(body[name])} is not supported by this server: {remedy}", param=name

@@ -1,17 +1,26 @@
 """One replica of one model: the worker that Ray Serve starts, watches and multiplies.
 
-What it does with a request is `engine/chat.py`.
+What it does with a request is in `engine/chat.py` and `engine/complete.py`.
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
+from llava_ray.engine.complete import complete, tokenize
 from llava_ray.serve import console
-from llava_ray.types import ChatRequest, Chunk, Message, TextPart
+from llava_ray.types import (
+    ChatRequest,
+    Chunk,
+    CompletionRequest,
+    Message,
+    TextPart,
+    TokenizeRequest,
+    Tokens,
+)
 
 DECODES_AT_ONCE = 2
 """Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
@@ -37,10 +46,28 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
         answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        return self._send(answer, request.num_answers)
+        async with aclosing(self._send(answer, request.num_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+        """Stream the answers to plain prompts, as `chat` does."""
+        answers = complete(self._engine, request)
+        async with aclosing(self._send(answers, request.num_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+
+    async def tokenize(self, request: TokenizeRequest) -> Tokens:
+        return await tokenize(self._engine, request, limits=self._limits, executor=self._decoders)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        return await self._engine.detokenize(token_ids)
+
+    async def tell_context_length(self) -> int:
+        return self._engine.context_length
 
     async def _send(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
         """Yield an answer, joined to the pieces that are sent.

@@ -1,0 +1,51 @@
+"""What every body of the OpenAI API begins as, and what it becomes: JSON -> a call."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from llava_ray.errors import RequestError
+from llava_ray.serve.openai_checks import kind_of
+from llava_ray.serve.openai_choices import Form, Head
+from llava_ray.types import ChatRequest, CompletionRequest
+
+Parsed = TypeVar("Parsed")
+
+_LARGE_BODY_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A request, and how its answers are to be written."""
+
+    request: ChatRequest | CompletionRequest
+    form: Form
+    head: Head
+    stream: bool
+    include_usage: bool
+
+
+async def parse_aside(parse: Callable[..., Parsed], body: bytes, **options: Any) -> Parsed:
+    """Return what `parse` makes of a body; of a large one in a thread, so that others go on."""
+    if len(body) > _LARGE_BODY_BYTES:
+        return await asyncio.to_thread(parse, body, **options)
+    return parse(body, **options)
+
+
+def load_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body; raises `RequestError` for anything else."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if not body.strip():
+        raise RequestError("the body is empty: send a JSON object")
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error}): send a JSON object") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
+    return value
