@@ -11,7 +11,7 @@ from llguidance import LLMatcher, hf
 from llava_ray.engine.grammar import Grammar
 from llava_ray.errors import RequestError, UnsupportedError
 
-_WHITE_SPACE = r"[ \n]{1,20}"  # between the parts of JSON: enough to indent, and it ends
+_WHITE_SPACE = r" "  # one at most between the parts of JSON: a weak model may not end with more
 
 
 class Vocabulary:
