@@ -80,6 +80,11 @@ class ModelConfig(Section):
         ge=64,
         description="Size of the key-value cache in tokens, over all requests.",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep what was computed of ended requests while its place is free, for prompts "
+        "that begin alike: the next turn of a conversation, another question about a picture.",
+    )
     messages_per_s: int = Field(
         default=100,
         ge=1,
@@ -93,7 +98,10 @@ class ModelConfig(Section):
         default=0.0, ge=0, description="GPUs that Ray sets aside for each replica."
     )
     num_threads: int | None = Field(
-        default=None, ge=1, description="Threads of torch on the CPU; default: all cores."
+        default=None,
+        ge=1,
+        description="Threads of torch on the CPU; default: all cores for one replica, num_cpus "
+        "where there may be several.",
     )
     min_replicas: int = Field(default=1, ge=0, description="Replicas kept when nobody asks.")
     max_replicas: int = Field(default=1, ge=1, description="Replicas at most, under load.")
@@ -156,6 +164,9 @@ class LimitsConfig(Section):
         default=40_000_000, ge=1, description="Width times height of a picture."
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
+    max_answers: int = Field(
+        default=16, ge=1, le=128, description="Answers to one request: n, times its prompts."
+    )
     max_tokens: int | None = Field(
         default=None,
         ge=1,

@@ -15,9 +15,9 @@ from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
 from llava_ray.errors import AuthError, OverloadedError, RateLimitError
-from llava_ray.serve.accounts import Account, Usage
+from llava_ray.serve.accounts import Account
+from llava_ray.serve.usage import Usage
 from llava_ray.serve.waiting_room import WaitingRoom
-from llava_ray.types import Chunk
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 
@@ -207,9 +207,7 @@ def test_budgets_are_filled_again_evenly() -> None:
     assert caught.value.retry_after_s == pytest.approx(10)
     now[0] += 10
     account.begin()
-    used = Usage()
-    used.add_answer(Chunk("", "stop", 100, 50, 20))
-    account.end(used)  # 90 below zero
+    account.end(Usage(num_prompt_tokens=50, num_tokens=100), is_error=False)  # 90 below zero
     now[0] += 60
     with pytest.raises(RateLimitError, match="60 tokens a minute: try again in 31 s"):
         account.begin()
@@ -398,6 +396,7 @@ def test_usage_is_ones_own_and_an_admins_is_everybodys() -> None:
                 "completion_tokens": 3,
                 "total_tokens": 10,
                 "image_tokens": 1,
+                "cached_tokens": 0,
             }
         ]
         everybody = (await there.get("/v1/usage", "carol")).json()["data"]

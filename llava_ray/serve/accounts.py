@@ -3,36 +3,13 @@
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from llava_ray.config import KeyConfig
 from llava_ray.errors import RateLimitError
-from llava_ray.types import Chunk
+from llava_ray.serve.usage import Usage
 
 Clock = Callable[[], float]
-
-
-@dataclass(slots=True)
-class Usage:
-    """Counts of requests and tokens."""
-
-    num_requests: int = 0
-    num_errors: int = 0
-    num_refused: int = 0
-    num_prompt_tokens: int = 0
-    num_image_tokens: int = 0
-    num_completion_tokens: int = 0
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_prompt_tokens + self.num_completion_tokens
-
-    def add_answer(self, last: Chunk) -> None:
-        """Count the tokens of an answer, of which this is the last piece that came."""
-        self.num_prompt_tokens += last.num_prompt_tokens
-        self.num_image_tokens += last.num_image_tokens
-        self.num_completion_tokens += last.num_tokens
 
 
 class Budget:
@@ -70,8 +47,8 @@ class Account:
 
     def __init__(self, key: KeyConfig, *, clock: Clock = time.monotonic) -> None:
         self.key = key
-        self.usage = Usage()
-        self.num_in_flight = 0
+        self.used = Usage()
+        self.num_requests = self.num_errors = self.num_refused = self.num_in_flight = 0
         self._requests, self._tokens = [], []
         for budgets, amount, period_s, what in (
             (self._requests, key.requests_per_min, 60, "requests"),
@@ -90,20 +67,20 @@ class Account:
         try:
             self._check()
         except RateLimitError:
-            self.usage.num_refused += 1
+            self.num_refused += 1
             raise
         for budget in self._requests:
             budget.take(1)
         self.num_in_flight += 1
 
-    def end(self, used: Usage) -> None:
+    def end(self, used: Usage, *, is_error: bool) -> None:
         """Count what a request has used, whichever way it ended."""
         self.num_in_flight -= 1
+        self.num_requests += 1
+        self.num_errors += is_error
+        self.used = Usage(*map(sum, zip(self.used, used, strict=True)))
         for budget in self._tokens:
-            budget.take(used.num_tokens)
-        self.usage.num_requests += 1
-        for name, count in asdict(used).items():
-            setattr(self.usage, name, getattr(self.usage, name) + count)
+            budget.take(used.num_prompt_tokens + used.num_tokens)
 
     def describe_limits(self) -> dict[str, str]:
         """The headers of OpenAI's API that say what is left, of the tightest budget of a kind."""
@@ -121,14 +98,15 @@ class Account:
         """The usage object of `/v1/usage`."""
         return {
             "key": self.key.name,
-            "requests": self.usage.num_requests,
-            "errors": self.usage.num_errors,
-            "refused": self.usage.num_refused,
+            "requests": self.num_requests,
+            "errors": self.num_errors,
+            "refused": self.num_refused,
             "in_flight": self.num_in_flight,
-            "prompt_tokens": self.usage.num_prompt_tokens,
-            "completion_tokens": self.usage.num_completion_tokens,
-            "total_tokens": self.usage.num_tokens,
-            "image_tokens": self.usage.num_image_tokens,
+            "prompt_tokens": self.used.num_prompt_tokens,
+            "completion_tokens": self.used.num_tokens,
+            "total_tokens": self.used.num_prompt_tokens + self.used.num_tokens,
+            "image_tokens": self.used.num_image_tokens,
+            "cached_tokens": self.used.num_cached_tokens,
         }
 
     def _check(self) -> None:

@@ -100,8 +100,7 @@ class Door:
     def end(self, account: Account, visit: Visit) -> None:
         """Count what a request used; a later one may use its Idempotency-Key."""
         self._num_in_flight -= 1
-        visit.usage.num_errors = int(bool(visit.error))
-        account.end(visit.usage)
+        account.end(visit.usage, is_error=bool(visit.error))
         visit.is_over.set()
         if self._tries.get((account.key.name, visit.retry_key)) is visit:
             del self._tries[account.key.name, visit.retry_key]

@@ -30,6 +30,7 @@ from llava_ray.serve.backend import Answer, Backend
 from llava_ray.serve.door import Door, DoorMiddleware
 from llava_ray.serve.fetch import Fetcher
 from llava_ray.serve.metrics import Metrics
+from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
 from llava_ray.serve.visits import Visit, VisitMiddleware
 from llava_ray.serve.waiting_room import WaitingRoom
 from llava_ray.types import ChatRequest
@@ -132,19 +133,15 @@ class Front:
         body = await read_body(request, max_bytes=self._limits.max_body_bytes)
         call = await self._parse(body, visit)
         answer = await self._find(call.request.model).start(call.request, visit)
-        header = {
-            "completion_id": call.request.request_id,
-            "model": call.request.model,
-            "created": int(time.time()),
-        }
+        visit.answers_each = call.head.answers_each
         if call.stream:
-            encoder = answers.ChunkEncoder(**header, include_usage=call.include_usage)
+            encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
             return EventResponse(answer, encoder, visit)
         try:
             chunks = [chunk async for chunk in answer]
         finally:
             answer.close()
-        return _json(answers.build_completion(chunks, **header))
+        return _json(build_completion(chunks, call.form, call.head))
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
@@ -184,7 +181,7 @@ class Front:
             )
         return self._backends[name]
 
-    async def _parse(self, body: bytes, visit: Visit) -> openai.ChatCall:
+    async def _parse(self, body: bytes, visit: Visit) -> openai.Call:
         options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
         if len(body) > _LARGE_BODY_BYTES:
             call = await asyncio.to_thread(openai.parse, body, **options)
@@ -198,7 +195,7 @@ class Front:
 class EventResponse(StreamingResponse):
     """An answer as server-sent events. However it ends, the replica stops working on it."""
 
-    def __init__(self, answer: Answer, encoder: answers.ChunkEncoder, visit: Visit) -> None:
+    def __init__(self, answer: Answer, encoder: ChunkEncoder, visit: Visit) -> None:
         self._answer, self._encoder, self._visit = answer, encoder, visit
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._encode(), media_type="text/event-stream", headers=headers)

@@ -16,9 +16,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_ray.serve import console
-from llava_ray.serve.accounts import Usage
 from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.openai_answers import ErrorReply, describe_failure
+from llava_ray.serve.usage import Usage, count_usage
 from llava_ray.types import Chunk
 
 if TYPE_CHECKING:
@@ -40,12 +40,20 @@ class Visit:
     model: str = ""
     completion_id: str = ""
     is_model_known: bool = False
-    last: Chunk | None = None
     key: str = ""
-    usage: Usage = field(default_factory=Usage)
     deadline: Deadline = field(default_factory=Deadline)
     retry_key: str = ""
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
+    answers_each: int = 1
+    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens that its answers have taken so far."""
+        return count_usage(self.latest.values(), answers_each=self.answers_each)
+
+    def note_chunk(self, chunk: Chunk) -> None:
+        self.latest[chunk.answer] = chunk
 
     def note_first(self) -> None:
         self.first_after_s = time.monotonic() - self.started_at
@@ -77,8 +85,8 @@ class Visit:
             words.append(self.error)
         if self.model:
             words.append(_printable(self.model))
-        if self.last:
-            words.append(f"{self.last.num_prompt_tokens}+{self.last.num_tokens} tokens")
+        if self.latest:
+            words.append(f"{self.usage.num_prompt_tokens}+{self.usage.num_tokens} tokens")
         if self.first_after_s is not None:
             words.append(f"first {self.first_after_s:.3f} s")
         words.append(f"total {self.total_s:.3f} s")
