@@ -5,6 +5,7 @@
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            a picture that cannot be used
+    │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
     │   │   │   ├── LinkError         an address from which no picture is fetched
     │   │   │   └── FetchError        an address that gave no usable picture; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
@@ -72,6 +73,10 @@ class ImageError(RequestError):
     code = "invalid_image"
 
 
+class ImageTooLargeError(ImageError):
+    """A picture with more bytes or pixels than the limits allow."""
+
+
 class LinkError(ImageError):
     """The address of a picture from which this server fetches none."""
 
@@ -105,9 +110,17 @@ class RequestTooLargeError(RequestError):
 
 
 class SampleError(UserError):
-    """A sample that cannot be trained on as it is."""
+    """A sample that cannot be trained on as it is.
+
+    Attributes:
+        reason: the word under which such samples are counted ("roles", "image_missing").
+    """
 
     code = "invalid_sample"
+
+    def __init__(self, message: str, *, param: str | None = None, reason: str = "unusable") -> None:
+        super().__init__(message, param=param)
+        self.reason = reason
 
 
 class ModelNotFoundError(UserError):

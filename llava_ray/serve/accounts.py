@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llava_ray.config import KeyConfig
@@ -10,6 +11,26 @@ from llava_ray.errors import RateLimitError
 from llava_ray.serve.usage import Usage
 
 Clock = Callable[[], float]
+
+
+@dataclass(slots=True)
+class Totals:
+    """Counts of requests, and of their tokens."""
+
+    num_requests: int = 0
+    num_errors: int = 0
+    num_refused: int = 0
+    num_prompt_tokens: int = 0
+    num_image_tokens: int = 0
+    num_completion_tokens: int = 0
+
+    def add(self, used: Usage, *, is_error: bool) -> None:
+        """Count a request that is over."""
+        self.num_requests += 1
+        self.num_errors += is_error
+        self.num_prompt_tokens += used.num_prompt_tokens
+        self.num_image_tokens += used.num_image_tokens
+        self.num_completion_tokens += used.num_tokens
 
 
 class Budget:
@@ -47,8 +68,8 @@ class Account:
 
     def __init__(self, key: KeyConfig, *, clock: Clock = time.monotonic) -> None:
         self.key = key
-        self.used = Usage()
-        self.num_requests = self.num_errors = self.num_refused = self.num_in_flight = 0
+        self.totals = Totals()
+        self.num_in_flight = 0
         self._requests, self._tokens = [], []
         for budgets, amount, period_s, what in (
             (self._requests, key.requests_per_min, 60, "requests"),
@@ -67,7 +88,7 @@ class Account:
         try:
             self._check()
         except RateLimitError:
-            self.num_refused += 1
+            self.totals.num_refused += 1
             raise
         for budget in self._requests:
             budget.take(1)
@@ -81,6 +102,7 @@ class Account:
         self.used = Usage(*map(sum, zip(self.used, used, strict=True)))
         for budget in self._tokens:
             budget.take(used.num_prompt_tokens + used.num_tokens)
+        self.totals.add(used, is_error=is_error)
 
     def describe_limits(self) -> dict[str, str]:
         """The headers of OpenAI's API that say what is left, of the tightest budget of a kind."""
@@ -98,15 +120,14 @@ class Account:
         """The usage object of `/v1/usage`."""
         return {
             "key": self.key.name,
-            "requests": self.num_requests,
-            "errors": self.num_errors,
-            "refused": self.num_refused,
+            "requests": self.totals.num_requests,
+            "errors": self.totals.num_errors,
+            "refused": self.totals.num_refused,
             "in_flight": self.num_in_flight,
-            "prompt_tokens": self.used.num_prompt_tokens,
-            "completion_tokens": self.used.num_tokens,
-            "total_tokens": self.used.num_prompt_tokens + self.used.num_tokens,
-            "image_tokens": self.used.num_image_tokens,
-            "cached_tokens": self.used.num_cached_tokens,
+            "prompt_tokens": self.totals.num_prompt_tokens,
+            "completion_tokens": self.totals.num_completion_tokens,
+            "total_tokens": self.totals.num_prompt_tokens + self.totals.num_completion_tokens,
+            "image_tokens": self.totals.num_image_tokens,
         }
 
     def _check(self) -> None:

@@ -39,13 +39,13 @@ class Visit:
     error: str = ""
     model: str = ""
     completion_id: str = ""
+    answers_each: int = 1
+    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
     is_model_known: bool = False
     key: str = ""
     deadline: Deadline = field(default_factory=Deadline)
     retry_key: str = ""
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
-    answers_each: int = 1
-    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
 
     @property
     def usage(self) -> Usage:
