@@ -396,7 +396,6 @@ def test_usage_is_ones_own_and_an_admins_is_everybodys() -> None:
                 "completion_tokens": 3,
                 "total_tokens": 10,
                 "image_tokens": 1,
-                "cached_tokens": 0,
             }
         ]
         everybody = (await there.get("/v1/usage", "carol")).json()["data"]

@@ -97,9 +97,6 @@ class Account:
     def end(self, used: Usage, *, is_error: bool) -> None:
         """Count what a request has used, whichever way it ended."""
         self.num_in_flight -= 1
-        self.num_requests += 1
-        self.num_errors += is_error
-        self.used = Usage(*map(sum, zip(self.used, used, strict=True)))
         for budget in self._tokens:
             budget.take(used.num_prompt_tokens + used.num_tokens)
         self.totals.add(used, is_error=is_error)
