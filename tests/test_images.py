@@ -268,3 +268,34 @@ def test_a_data_url_that_is_too_long_is_refused_before_it_is_decoded() -> None:
     with pytest.raises(ImageError, match="more than the 100 allowed"):
         images.decode_data_url("data:;base64," + "?" * 200, limits=limits, param="url")
     assert images.decode_data_url("data:;base64," + "A" * 132, limits=limits, param="url")
+
+
+def test_a_colour_profile_is_neither_applied_nor_in_the_way() -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    for icc in (profile, b"broken", b"x" * (1 << 20)):
+        for file_format in ("PNG", "WEBP", "TIFF"):
+            options = {"lossless": True} if file_format == "WEBP" else {}
+            data = encode(picture(RED), file_format, icc_profile=icc, **options)
+            assert decode(data).getpixel((3, 3)) == RED
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iCCP", b"iTXt"])
+def test_a_chunk_that_unpacks_to_very_much_is_refused(name: bytes) -> None:
+    packed = zlib.compress(bytes(20 << 20))
+    head = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[name]
+    body = name + head + packed
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    data = encode(picture(RED))
+    data = data[:33] + chunk + data[33:]  # after the header
+    assert "too large" in refusal(data)
+
+
+def test_an_animation_costs_no_more_than_its_first_picture() -> None:
+    frames = [picture((number, 0, 0)) for number in range(200)]
+    for file_format in ("GIF", "WEBP", "PNG"):
+        data = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
+        decoded = decode(data, max_image_pixels=48)
+        assert decoded.size == (8, 6)
+        assert getattr(decoded, "n_frames", 1) == 1

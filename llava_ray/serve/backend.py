@@ -153,7 +153,7 @@ class Answer:
         return chunk
 
     def close(self) -> None:
-        """Stop the replica's work on it, if there is any left, and count what was done."""
+        """Stop the replica's work on it, if there is any left, and give up the seat."""
         if self._is_closed:
             return
         self._is_closed = True

@@ -19,7 +19,7 @@ class Metrics:
         )
         self._tokens = Counter(
             "llava_ray_tokens",
-            "Tokens; those of pictures are also among those of prompts.",
+            "Tokens; those of pictures and cached ones are also among those of prompts.",
             tag_keys=(*tags, "kind"),
         )
         self._first = Histogram(
@@ -44,6 +44,7 @@ class Metrics:
             ("prompt", used.num_prompt_tokens),
             ("completion", used.num_tokens),
             ("image", used.num_image_tokens),
+            ("cached", used.num_cached_tokens),
         ):
             if count:
                 self._tokens.inc(count, {**tags, "kind": kind})
