@@ -74,6 +74,25 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A prompt that its sender has rendered already and wants continued as it is.
+
+    Attributes:
+        prompt: the whole text, with one `<image>` for each picture, in order.
+        images: the encoded pictures.
+    """
+
+    request_id: str
+    model: str
+    prompt: str
+    images: tuple[ImagePart, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+Request = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """A request rendered with a model's template: what an engine takes.
 

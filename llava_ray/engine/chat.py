@@ -2,6 +2,7 @@
 
 The spine that a Serve replica and the command line share:
 ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk
+A CompletionRequest goes the same way, without the template.
 """
 
 import asyncio
@@ -13,20 +14,20 @@ from dataclasses import replace
 from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.protocol import Engine
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt
+from llava_ray.types import Chunk, CompletionRequest, ImagePart, Prompt, Request
 
 
 async def chat(
-    engine: Engine, request: ChatRequest, *, limits: LimitsConfig, executor: Executor | None = None
+    engine: Engine, request: Request, *, limits: LimitsConfig, executor: Executor | None = None
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer; closing the iterator aborts the request in the engine.
 
     The white space with which models begin an answer, because prompts end in "ASSISTANT:", is
-    left out.
+    left out; what continues a prompt is given as it is.
 
     Args:
         engine: answers.
-        request: the conversation.
+        request: the conversation, or the prompt.
         limits: what its pictures may be.
         executor: decodes pictures; default: the event loop's own threads.
 
@@ -35,7 +36,7 @@ async def chat(
     """
     loop = asyncio.get_running_loop()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
-    has_begun = False
+    has_begun = isinstance(request, CompletionRequest)
     async with aclosing(engine.stream(prompt)) as chunks:
         async for chunk in chunks:
             if not has_begun:
@@ -44,11 +45,15 @@ async def chat(
             yield chunk
 
 
-def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt:
+def render(engine: Engine, request: Request, limits: LimitsConfig) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
-    An answer ends at the template's stop texts as well as at those that were asked for.
+    The answer to a conversation ends at the template's stop texts as well as at those that were
+    asked for.
     """
+    if isinstance(request, CompletionRequest):
+        pictures = tuple(images.decode(part, limits=limits) for part in request.images)
+        return Prompt(request.request_id, request.prompt, pictures, request.sampling)
     pictures = tuple(
         images.decode(part, limits=limits)
         for message in request.messages

@@ -12,7 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import console
 from llava_ray.serve.visits import Visit
-from llava_ray.types import ChatRequest, Chunk
+from llava_ray.types import Chunk, Request
 
 READY_TIMEOUT_S = 3.0
 _FRESH_S = 10.0
@@ -32,7 +32,7 @@ class Backend:
         self._stream_handle = handle.options(stream=True)
         self._answered_at = float("-inf")
 
-    async def start(self, request: ChatRequest, visit: Visit) -> "Answer":
+    async def start(self, request: Request, visit: Visit) -> "Answer":
         """Return the answer once its first chunk is there, so that an error still has a status.
 
         A replica that dies before that is replaced by another one, once.
@@ -71,7 +71,7 @@ class Backend:
     def note_life(self) -> None:
         self._answered_at = time.monotonic()
 
-    async def _start_once(self, request: ChatRequest, visit: Visit) -> "Answer":
+    async def _start_once(self, request: Request, visit: Visit) -> "Answer":
         response: Any = self._stream_handle.chat.remote(request)
         try:
             first = await anext(response)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.serve import console
-from llava_ray.types import ChatRequest, Chunk, Message, TextPart
+from llava_ray.types import Chunk, Message, Request, TextPart
 
 DECODES_AT_ONCE = 2
 """Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
@@ -37,7 +37,7 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    async def chat(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine.
 
         The first piece goes out at once. Later ones are joined while the replica as a whole would
