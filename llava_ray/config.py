@@ -131,6 +131,35 @@ class LimitsConfig(Section):
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
 
 
+class LlavaProtocolConfig(Section):
+    """The protocol of LLaVA's own controller and workers, for clients and workers in use."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Answer LLaVA's own clients (its page, test_message) as its controller does.",
+    )
+    address: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s/]+.*[^/])?$",
+        description="Where clients reach this gateway; default: the address that they asked.",
+    )
+    workers: list[str] = Field(
+        default_factory=list,
+        description="Addresses of LLaVA's own workers that may register, http://host:port or "
+        "http://host:*; no other is ever called. Empty: none may.",
+    )
+    worker_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A worker that sent no heart beat for so long is gone; they come every 15 s.",
+    )
+    dispatch_method: Literal["shortest_queue", "lottery"] = Field(
+        default="shortest_queue",
+        description="Which of several workers of a model answers: the one with the shortest "
+        "queue for its speed, or one drawn by speed.",
+    )
+
+
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
@@ -153,6 +182,9 @@ class ServeConfig(BaseSettings):
     )
     limits: LimitsConfig = Field(
         default_factory=LimitsConfig, description="What a request may bring."
+    )
+    llava_protocol: LlavaProtocolConfig = Field(
+        default_factory=LlavaProtocolConfig, description="For LLaVA's own clients and workers."
     )
 
     @model_validator(mode="before")

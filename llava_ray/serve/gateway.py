@@ -19,10 +19,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
-from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestTooLargeError
+from llava_ray.errors import LlavaRayError
 from llava_ray.serve import console, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
+from llava_ray.serve.body import read_body
+from llava_ray.serve.directory import Directory
+from llava_ray.serve.llava_routes import add_llava_routes
 from llava_ray.serve.visits import Visit, VisitMiddleware
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
@@ -75,6 +78,8 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
     api.mount("/v1", v1)
+    if config.llava_protocol.enabled:
+        add_llava_routes(api, config, front.models)
     return api
 
 
@@ -85,6 +90,7 @@ class Front:
         self._limits = config.limits
         self._created = int(time.time())
         self._backends = {name: Backend(name, handle) for name, handle in models.items()}
+        self.models = Directory(self._backends)
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -92,7 +98,7 @@ class Front:
         visit: Visit = request.state.visit
         body = await read_body(request, max_bytes=self._limits.max_body_bytes)
         call = await self._parse(body, visit)
-        answer = await self._find(call.request.model).start(call.request, visit)
+        answer = await self.models.find(call.request.model).start(call.request, visit)
         header = {
             "completion_id": call.request.request_id,
             "model": call.request.model,
@@ -109,12 +115,14 @@ class Front:
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        models = [answers.describe_model(name, created=self._created) for name in self._backends]
+        models = [
+            answers.describe_model(name, created=self._created) for name in self.models.names()
+        ]
         return _json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return _json(answers.describe_model(self._find(name).name, created=self._created))
+        return _json(answers.describe_model(self.models.find(name).name, created=self._created))
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""
@@ -132,14 +140,6 @@ class Front:
         is_ready = not any(troubles)
         body = {"status": "ready" if is_ready else "not ready", "models": states}
         return _json(body, 200 if is_ready else 503)
-
-    def _find(self, name: str) -> Backend:
-        if name not in self._backends:
-            raise ModelNotFoundError(
-                f"there is no model {name[:100]!r} here; there is {', '.join(self._backends)}",
-                param="model",
-            )
-        return self._backends[name]
 
     async def _parse(self, body: bytes, visit: Visit) -> openai.ChatCall:
         options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
@@ -179,29 +179,6 @@ class EventResponse(StreamingResponse):
             yield answers.encode_error(self._visit.report(error))
         else:
             yield answers.DONE
-
-
-async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Return the body of a request; reading stops where it becomes too large.
-
-    Raises:
-        RequestTooLargeError: it has, or says that it has, more than `max_bytes`.
-    """
-    declared = request.headers.get("content-length", "")
-    num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
-    pieces = []
-    if num_bytes <= max_bytes:
-        num_bytes = 0
-        async for piece in request.stream():
-            pieces.append(piece)
-            num_bytes += len(piece)
-            if num_bytes > max_bytes:
-                break
-        else:
-            return b"".join(pieces)
-    raise RequestTooLargeError(
-        f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller pictures"
-    )
 
 
 def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
