@@ -8,9 +8,9 @@ import difflib
 import os
 from collections.abc import Iterable
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DEMO_MODEL = "demo"
@@ -131,6 +131,12 @@ class LimitsConfig(Section):
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
 
 
+WORKER_ADDRESS = (
+    r"^https?://([A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\])(:([0-9]{1,5}|\*))?(/[A-Za-z0-9_./~-]*)?$"
+)
+"""Of a worker that may register; the port may be a star, the rest is taken by the letter."""
+
+
 class LlavaProtocolConfig(Section):
     """The protocol of LLaVA's own controller and workers, for clients and workers in use."""
 
@@ -143,7 +149,7 @@ class LlavaProtocolConfig(Section):
         pattern=r"^(https?://[^\s/]+.*[^/])?$",
         description="Where clients reach this gateway; default: the address that they asked.",
     )
-    workers: list[str] = Field(
+    workers: list[Annotated[str, StringConstraints(pattern=WORKER_ADDRESS)]] = Field(
         default_factory=list,
         description="Addresses of LLaVA's own workers that may register, http://host:port or "
         "http://host:*; no other is ever called. Empty: none may.",

@@ -1,29 +1,52 @@
-"""The models that can be asked here, by name."""
+"""The models that can be asked here, by name: this application's own, then those of workers."""
 
 from collections.abc import Mapping
 
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
 from llava_ray.errors import ModelNotFoundError
+from llava_ray.serve import console
 from llava_ray.serve.backend import Backend
+from llava_ray.serve.worker_backend import WorkerBackend
 
 
 class Directory:
     """Finds the model that a request names.
 
+    A name that both have is this application's: a model moves over by being served here too.
+
     Args:
         backends: this application's own models.
+        workers: the deployment of `Workers`, if LLaVA's own workers may register.
     """
 
-    def __init__(self, backends: Mapping[str, Backend]) -> None:
-        self._backends = backends
+    def __init__(self, backends: Mapping[str, Backend], workers: DeploymentHandle | None) -> None:
+        self._own = backends
+        self._workers = workers
 
-    def names(self) -> list[str]:
-        return list(self._backends)
+    async def names(self) -> list[str]:
+        """Return the names of all models, this application's own first."""
+        return [*self._own, *(await self._list_foreign())]
 
-    def find(self, name: str) -> Backend:
+    async def find(self, name: str) -> Backend:
         """Return the model of that name; raises `ModelNotFoundError` with those that there are."""
-        if name not in self._backends:
-            raise ModelNotFoundError(
-                f"there is no model {name[:100]!r} here; there is {', '.join(self._backends)}",
-                param="model",
-            )
-        return self._backends[name]
+        if name in self._own:
+            return self._own[name]
+        if self._workers is not None and name in await self._list_foreign():
+            return WorkerBackend(name, self._workers)
+        raise ModelNotFoundError(
+            f"there is no model {name[:100]!r} here; there is {', '.join(await self.names())}",
+            param="model",
+        )
+
+    async def _list_foreign(self) -> list[str]:
+        if self._workers is None:
+            return []
+        try:
+            names = await self._workers.list_models.remote()
+        except (RayError, RayServeException) as error:  # Serve is starting it anew
+            console.logger.warning(f"the workers cannot be listed: {type(error).__name__}")
+            return []
+        return [name for name in names if name not in self._own]

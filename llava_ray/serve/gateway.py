@@ -38,16 +38,23 @@ class Gateway:
     Args:
         config: the application's.
         models: for each model's name the handle of its deployment of `Replica`.
+        workers: the handle of the deployment of `Workers`, if any may register.
     """
 
-    def __init__(self, config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Mapping[str, DeploymentHandle],
+        workers: DeploymentHandle | None = None,
+    ) -> None:
         console.set_up()
         self._config = config
         self._models = models
+        self._workers = workers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the gateway's process, after the constructor."""
-        api = build_api(self._config, self._models)
+        api = build_api(self._config, self._models, self._workers)
         if self._config.page:
             from llava_ray.serve.page import mount_page
 
@@ -55,14 +62,19 @@ class Gateway:
         return api
 
 
-def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> FastAPI:
+def build_api(
+    config: ServeConfig,
+    models: Mapping[str, DeploymentHandle],
+    workers: DeploymentHandle | None = None,
+) -> FastAPI:
     """Return the HTTP application, on which a page may be mounted.
 
     Args:
         config: the application's; its limits hold here.
         models: for each model's name a handle on which `chat` and `stats` can be called.
+        workers: a handle on `Workers`, if any may register.
     """
-    front = Front(config, models)
+    front = Front(config, models, workers)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -79,18 +91,23 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     api.add_api_route("/readyz", front.say_ready)
     api.mount("/v1", v1)
     if config.llava_protocol.enabled:
-        add_llava_routes(api, config, front.models)
+        add_llava_routes(api, config, front.models, workers)
     return api
 
 
 class Front:
     """The routes."""
 
-    def __init__(self, config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Mapping[str, DeploymentHandle],
+        workers: DeploymentHandle | None,
+    ) -> None:
         self._limits = config.limits
         self._created = int(time.time())
         self._backends = {name: Backend(name, handle) for name, handle in models.items()}
-        self.models = Directory(self._backends)
+        self.models = Directory(self._backends, workers)
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -98,7 +115,8 @@ class Front:
         visit: Visit = request.state.visit
         body = await read_body(request, max_bytes=self._limits.max_body_bytes)
         call = await self._parse(body, visit)
-        answer = await self.models.find(call.request.model).start(call.request, visit)
+        backend = await self.models.find(call.request.model)
+        answer = await backend.start(call.request, visit)
         header = {
             "completion_id": call.request.request_id,
             "model": call.request.model,
@@ -115,14 +133,14 @@ class Front:
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        models = [
-            answers.describe_model(name, created=self._created) for name in self.models.names()
-        ]
+        names = await self.models.names()
+        models = [answers.describe_model(name, created=self._created) for name in names]
         return _json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return _json(answers.describe_model(self.models.find(name).name, created=self._created))
+        found = await self.models.find(name)
+        return _json(answers.describe_model(found.name, created=self._created))
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""

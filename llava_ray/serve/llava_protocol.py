@@ -8,12 +8,18 @@ and an error code. What is answered where is in `llava_routes`.
 """
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from llava_ray.config import LimitsConfig
-from llava_ray.errors import LlavaRayError, ModelNotFoundError, OverloadedError, RequestError
+from llava_ray.errors import (
+    LlavaRayError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+    UnreachableError,
+)
 from llava_ray.images import decode_base64
 from llava_ray.serve.openai import load_json
 from llava_ray.serve.openai_fields import check_unicode, show
@@ -65,6 +71,13 @@ class StatusBody(Body):
     queue_length: int = Field(ge=0, le=10**9, description="a whole number from 0")
 
 
+class AnswerBody(Body):
+    """One object of what `/worker_generate_stream` answers."""
+
+    text: str
+    error_code: int = OK
+
+
 class RegisterBody(Body):
     """`/register_worker`"""
 
@@ -89,18 +102,12 @@ def parse(kind: type[B], body: bytes) -> B:
     Raises:
         RequestError: not a JSON object, or a field is missing or not what it should be.
     """
-    return check(kind, load_json(body))
-
-
-def check(kind: type[B], values: Any) -> B:
-    """The same for what has been read from JSON already."""
     try:
-        return kind.model_validate(values)
+        return kind.model_validate(load_json(body))
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
         path = ".".join(str(place) for place in detail["loc"])
-        field = kind.model_fields.get(str(detail["loc"][0])) if detail["loc"] else None
-        remedy = field.description if field else "send a JSON object"
+        remedy = kind.model_fields[str(detail["loc"][0])].description
         if detail["type"] == "missing":
             raise RequestError(f"{path} is missing: {remedy}", param=path) from None
         problem = detail["msg"][0].lower() + detail["msg"][1:]
@@ -156,7 +163,7 @@ def find_code(error: LlavaRayError) -> int:
     match error:
         case ModelNotFoundError():
             return NO_MODEL
-        case OverloadedError():
+        case OverloadedError() | UnreachableError():
             return UNREACHABLE
         case _:
             return FAILED

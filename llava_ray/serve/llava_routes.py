@@ -18,6 +18,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
+from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -25,12 +26,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import LlavaProtocolConfig, ServeConfig
-from llava_ray.errors import ContextLengthError, LlavaRayError
+from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
 from llava_ray.serve import llava_protocol as protocol
 from llava_ray.serve.backend import Answer
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
 from llava_ray.serve.visits import Visit, VisitMiddleware
+from llava_ray.serve.workers import check_address
 from llava_ray.types import Chunk, CompletionRequest
 
 REPEAT_AFTER_S = 3.0
@@ -40,20 +42,25 @@ for a broken connection, its controller five."""
 _GENERATE = "/worker_generate_stream"
 
 
-def add_llava_routes(api: FastAPI, config: ServeConfig, models: Directory) -> None:
+def add_llava_routes(
+    api: FastAPI, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+) -> None:
     """Let an application answer LLaVA's own clients.
 
     Args:
         api: the application.
         config: its limits and its `llava_protocol` hold.
         models: those that can be asked.
+        workers: the deployment of `Workers`, if any may register.
     """
-    routes = LlavaRoutes(config, models)
+    routes = LlavaRoutes(config, models, workers)
     paths = {
         "/list_models": routes.list_models,
         "/refresh_all_workers": routes.refresh_all_workers,
         "/get_worker_address": routes.get_worker_address,
         "/worker_get_status": routes.get_status,
+        "/register_worker": routes.register_worker,
+        "/receive_heart_beat": routes.receive_heart_beat,
         _GENERATE: routes.generate,
     }
     app = Starlette(
@@ -61,37 +68,58 @@ def add_llava_routes(api: FastAPI, config: ServeConfig, models: Directory) -> No
         middleware=[Middleware(VisitMiddleware)],
         exception_handlers={LlavaRayError: _answer_error, HTTPException: _answer_no_route},
     )
-    for path in paths:
-        api.add_route(path, app, include_in_schema=False)
+    api.router.routes += [Route(path, app, include_in_schema=False) for path in paths]
 
 
 class LlavaRoutes:
     """What is answered where."""
 
-    def __init__(self, config: ServeConfig, models: Directory) -> None:
+    def __init__(
+        self, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+    ) -> None:
         self._limits = config.limits
         self._protocol = config.llava_protocol
         self._models = models
+        self._workers = workers
         self._num_running = 0
 
     async def list_models(self, _: Request) -> Response:
-        return _json({"models": self._models.names()})
+        return _json({"models": await self._models.names()})
 
     async def refresh_all_workers(self, _: Request) -> Response:
+        if self._workers:
+            await self._workers.refresh.remote()
         return _json(None)
 
     async def get_worker_address(self, request: Request) -> Response:
-        """Always the gateway itself, or nothing if it has no such model."""
-        body = await self._read(request)
-        asked = protocol.parse(protocol.ModelBody, body).model
-        is_here = asked in self._models.names()
+        """Always the gateway itself, which hands on what is for a worker, or nothing."""
+        asked = protocol.parse(protocol.ModelBody, await self._read(request)).model
+        is_here = asked in await self._models.names()
         return _json({"address": find_address(request, self._protocol) if is_here else ""})
 
     async def get_status(self, _: Request) -> Response:
         """As a worker would answer another controller: one of speed 1 for each model."""
-        names = self._models.names()
+        names = await self._models.names()
         status = {"model_names": names, "speed": len(names), "queue_length": self._num_running}
         return _json(status)
+
+    async def register_worker(self, request: Request) -> Response:
+        """Unlike a controller, says so if it comes to nothing."""
+        body = protocol.parse(protocol.RegisterBody, await self._read(request))
+        address = check_address(body.worker_name, self._protocol.workers)
+        assert self._workers is not None  # or no address is allowed
+        status = body.worker_status
+        trouble = await self._workers.register.remote(address, body.check_heart_beat, status)
+        if trouble:
+            raise RequestError(trouble, param="worker_name")
+        return _json(None)
+
+    async def receive_heart_beat(self, request: Request) -> Response:
+        body = protocol.parse(protocol.HeartBeatBody, await self._read(request))
+        address = check_address(body.worker_name, self._protocol.workers)
+        assert self._workers is not None
+        exists = await self._workers.note_heart_beat.remote(address, body.queue_length)
+        return _json({"exist": exists})
 
     async def generate(self, request: Request) -> Response:
         visit: Visit = request.state.visit
@@ -139,7 +167,7 @@ class LlavaRoutes:
 
     async def _start(self, call: CompletionRequest, visit: Visit) -> Answer:
         """Begin an answer of at most `max_new_tokens`; of fewer if the context ends before."""
-        backend = self._models.find(call.model)
+        backend = await self._models.find(call.model)
         try:
             return await backend.start(call, visit)
         except ContextLengthError as error:
