@@ -219,6 +219,12 @@ def test_numbers_may_be_written_as_text_and_zero_top_p_is_greedy() -> None:
             {"X_Forwarded_Host": "llava.example:8443", "X_Forwarded_Proto": "https"},
             "https://llava.example:8443/slow",
         ),
+        (
+            {"Host": "llava.example", "Authorization": "Basic dGVhbTprL2V5"},  # team:k/ey
+            "http://team:k%2Fey@llava.example/slow",
+        ),
+        ({"Host": "llava.example", "Authorization": "Basic *"}, "http://llava.example/slow"),
+        ({"Host": "llava.example", "Authorization": "Bearer a"}, "http://llava.example/slow"),
     ],
 )
 def test_the_address_is_the_one_that_the_client_asked(

@@ -135,6 +135,13 @@ def test_an_error_of_a_worker_is_told_with_its_address(gateway: str, worker: Lla
     assert MODEL in ask(gateway, "/list_models")["models"]
 
 
+def test_a_worker_is_not_asked_what_it_could_only_refuse(gateway: str, worker: LlavaWorker) -> None:
+    text, code = generate(gateway, MODEL, render("none"), images=[picture()])
+    assert code == 1
+    assert "names 0 pictures and 1 came" in text
+    assert worker.asked == []
+
+
 def test_a_worker_that_breaks_off_in_the_middle_is_error_3(
     gateway: str, worker: LlavaWorker
 ) -> None:

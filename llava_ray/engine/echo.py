@@ -9,8 +9,8 @@ import re
 from collections.abc import AsyncGenerator, Iterator
 
 from llava_ray.engine.text import TextStream
-from llava_ray.errors import ContextLengthError, EngineError, RequestError
-from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, find_template
+from llava_ray.errors import ContextLengthError, EngineError
+from llava_ray.template import OwnTemplate, Template, check_pictures, find_template
 from llava_ray.types import Chunk, Prompt
 
 
@@ -35,12 +35,7 @@ class EchoEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
-        if prompt.text.count(IMAGE_TOKEN) != len(prompt.images):
-            raise RequestError(
-                f"the prompt names {prompt.text.count(IMAGE_TOKEN)} pictures and "
-                f"{len(prompt.images)} came with it: write {IMAGE_TOKEN} once for each picture",
-                param="messages",
-            )
+        check_pictures(prompt.text, len(prompt.images))
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))

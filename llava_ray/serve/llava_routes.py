@@ -25,12 +25,13 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.config import LlavaProtocolConfig, ServeConfig
+from llava_ray.config import ServeConfig
 from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
 from llava_ray.serve import llava_protocol as protocol
 from llava_ray.serve.backend import Answer
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
+from llava_ray.serve.llava_address import find_address
 from llava_ray.serve.visits import Visit, VisitMiddleware
 from llava_ray.serve.workers import check_address
 from llava_ray.types import Chunk, CompletionRequest
@@ -95,7 +96,7 @@ class LlavaRoutes:
         """Always the gateway itself, which hands on what is for a worker, or nothing."""
         asked = protocol.parse(protocol.ModelBody, await self._read(request)).model
         is_here = asked in await self._models.names()
-        return _json({"address": find_address(request, self._protocol) if is_here else ""})
+        return _json({"address": find_address(request, self._protocol.address) if is_here else ""})
 
     async def get_status(self, _: Request) -> Response:
         """As a worker would answer another controller: one of speed 1 for each model."""
@@ -219,20 +220,6 @@ async def _with_pauses(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk | 
             yield item
     finally:
         listening.cancel()
-
-
-def find_address(request: Request, config: LlavaProtocolConfig) -> str:
-    """Return where the client of a request reaches this gateway, as far as can be known.
-
-    That is the configured address, else the one that it asked, which a proxy in front may have
-    noted in `X-Forwarded-Host` and `X-Forwarded-Proto`.
-    """
-    if config.address:
-        return config.address
-    url = request.base_url
-    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
-    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
-    return f"{scheme}://{host}{url.path.rstrip('/')}"
 
 
 def _json(body: Any, status: int = 200) -> Response:

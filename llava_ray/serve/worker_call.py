@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from llava_ray.errors import UnsupportedError
-from llava_ray.template import find_template
+from llava_ray.template import check_pictures, find_template
 from llava_ray.types import ChatRequest, CompletionRequest, ImagePart, Request, Sampling
 
 _MAX_NEW_TOKENS = 1024
@@ -37,7 +37,8 @@ def build_call(request: Request) -> Call:
 
     Raises:
         UnsupportedError: it asks for what such workers cannot do.
-        RequestError: the template does not accept the conversation.
+        RequestError: the template does not accept the conversation, or the prompt does not name
+            its pictures.
     """
     sampling = request.sampling
     for field in fields(Sampling):
@@ -59,6 +60,7 @@ def build_call(request: Request) -> Call:
             for part in message.parts
             if isinstance(part, ImagePart)
         )
+    check_pictures(prompt, len(images))
     body = {
         "model": request.model,
         "prompt": prompt,
