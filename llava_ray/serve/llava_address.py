@@ -9,9 +9,10 @@ from fastapi import Request
 def find_address(request: Request, configured: str) -> str:
     """Return where the client of a request reaches this gateway, as far as can be known.
 
-    That is the configured address if there is one, else the one that it asked, which a proxy in front may have
-    noted in `X-Forwarded-Host` and `X-Forwarded-Proto`. A name and password that the client sent
-    are in it, since LLaVA's clients can only send those of the address that they call.
+    That is the configured address if there is one, else the one that it asked, which a proxy in
+    front may have noted in `X-Forwarded-Host` and `X-Forwarded-Proto`. A name and password that
+    the client sent are in it, since LLaVA's clients can only send those of the address that they
+    call.
     """
     url = request.base_url
     host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
