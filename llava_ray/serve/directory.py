@@ -25,28 +25,34 @@ class Directory:
     def __init__(self, backends: Mapping[str, Backend], workers: DeploymentHandle | None) -> None:
         self._own = backends
         self._workers = workers
+        self._foreign: dict[str, Backend] = {}
 
     async def names(self) -> list[str]:
         """Return the names of all models, this application's own first."""
-        return [*self._own, *(await self._list_foreign())]
+        await self._look_for_workers()
+        return [*self._own, *self._foreign]
 
     async def find(self, name: str) -> Backend:
         """Return the model of that name; raises `ModelNotFoundError` with those that there are."""
         if name in self._own:
             return self._own[name]
-        if self._workers is not None and name in await self._list_foreign():
-            return WorkerBackend(name, self._workers)
+        names = await self.names()
+        if name in self._foreign:
+            return self._foreign[name]
         raise ModelNotFoundError(
-            f"there is no model {name[:100]!r} here; there is {', '.join(await self.names())}",
-            param="model",
+            f"there is no model {name[:100]!r} here; there is {', '.join(names)}", param="model"
         )
 
-    async def _list_foreign(self) -> list[str]:
+    async def _look_for_workers(self) -> None:
         if self._workers is None:
-            return []
+            return
+        names = []
         try:
             names = await self._workers.list_models.remote()
         except (RayError, RayServeException) as error:  # Serve is starting it anew
             console.logger.warning(f"the workers cannot be listed: {type(error).__name__}")
-            return []
-        return [name for name in names if name not in self._own]
+        self._foreign = {
+            name: self._foreign.get(name) or WorkerBackend(name, self._workers)
+            for name in names
+            if name not in self._own
+        }

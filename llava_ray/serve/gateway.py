@@ -16,6 +16,7 @@ from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
@@ -25,7 +26,7 @@ from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
-from llava_ray.serve.llava_routes import add_llava_routes
+from llava_ray.serve.llava_routes import PATHS, build_llava_app
 from llava_ray.serve.visits import Visit, VisitMiddleware
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
@@ -91,7 +92,9 @@ def build_api(
     api.add_api_route("/readyz", front.say_ready)
     api.mount("/v1", v1)
     if config.llava_protocol.enabled:
-        add_llava_routes(api, config, front.models, workers)
+        llava = build_llava_app(config, front.models, workers)
+        llava.add_middleware(VisitMiddleware)
+        api.router.routes += [Route(path, llava) for path in PATHS]
     return api
 
 

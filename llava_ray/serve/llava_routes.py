@@ -16,12 +16,11 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 from ray.serve.handle import DeploymentHandle
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -32,7 +31,7 @@ from llava_ray.serve.backend import Answer
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
 from llava_ray.serve.llava_address import find_address
-from llava_ray.serve.visits import Visit, VisitMiddleware
+from llava_ray.serve.visits import Visit
 from llava_ray.serve.workers import check_address
 from llava_ray.types import Chunk, CompletionRequest
 
@@ -43,33 +42,44 @@ for a broken connection, its controller five."""
 _GENERATE = "/worker_generate_stream"
 
 
-def add_llava_routes(
-    api: FastAPI, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
-) -> None:
-    """Let an application answer LLaVA's own clients.
+PATHS = (
+    "/list_models",
+    "/refresh_all_workers",
+    "/get_worker_address",
+    "/worker_get_status",
+    "/register_worker",
+    "/receive_heart_beat",
+    _GENERATE,
+)
+
+
+def build_llava_app(
+    config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+) -> Starlette:
+    """Return the application that answers `PATHS`; it expects a `Visit` with each request.
 
     Args:
-        api: the application.
         config: its limits and its `llava_protocol` hold.
         models: those that can be asked.
         workers: the deployment of `Workers`, if any may register.
     """
     routes = LlavaRoutes(config, models, workers)
-    paths = {
-        "/list_models": routes.list_models,
-        "/refresh_all_workers": routes.refresh_all_workers,
-        "/get_worker_address": routes.get_worker_address,
-        "/worker_get_status": routes.get_status,
-        "/register_worker": routes.register_worker,
-        "/receive_heart_beat": routes.receive_heart_beat,
-        _GENERATE: routes.generate,
-    }
-    app = Starlette(
-        routes=[Route(path, answer, methods=["POST"]) for path, answer in paths.items()],
-        middleware=[Middleware(VisitMiddleware)],
+    answers = (
+        routes.list_models,
+        routes.refresh_all_workers,
+        routes.get_worker_address,
+        routes.get_status,
+        routes.register_worker,
+        routes.receive_heart_beat,
+        routes.generate,
+    )
+    return Starlette(
+        routes=[
+            Route(path, answer, methods=["POST"])
+            for path, answer in zip(PATHS, answers, strict=True)
+        ],
         exception_handlers={LlavaRayError: _answer_error, HTTPException: _answer_no_route},
     )
-    api.router.routes += [Route(path, app, include_in_schema=False) for path in paths]
 
 
 class LlavaRoutes:
