@@ -8,6 +8,7 @@ of the two answers. Any server with the OpenAI API will do; errors become our ow
 
 import json
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import asdict
 from io import BytesIO
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -181,15 +182,18 @@ def _body(request: ChatRequest) -> dict[str, Any]:
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:
     """The fields that differ from the defaults, so that a server need not know them all."""
-    fields: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    if sampling.max_tokens is not None:
-        fields["max_tokens"] = sampling.max_tokens
-    if sampling.stop:
-        fields["stop"] = list(sampling.stop)
-    if sampling.seed is not None:
-        fields["seed"] = sampling.seed
-    if sampling.ignore_eos:
-        fields["ignore_eos"] = True
+    names = {"temperature", "top_p"}
+    names |= {
+        name for name, value in asdict(Sampling()).items() if getattr(sampling, name) != value
+    }
+    fields = {name: getattr(sampling, name) for name in sorted(names)}
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {str(id_): bias for id_, bias in sampling.logit_bias}
+    if "num_logprobs" in fields:
+        fields |= {"logprobs": True, "top_logprobs": fields.pop("num_logprobs")}
+    if "json_schema" in fields:
+        schema = {"name": "answer", "schema": json.loads(fields.pop("json_schema"))}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 
 

@@ -129,6 +129,9 @@ class LimitsConfig(Section):
         default=40_000_000, ge=1, description="Width times height of a picture."
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
+    max_answers: int = Field(
+        default=16, ge=1, le=128, description="Answers to one request: n, times its prompts."
+    )
 
 
 WORKER_ADDRESS = (

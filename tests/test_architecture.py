@@ -23,6 +23,7 @@ FLOORS = [
 MAY_IMPORT = {
     "ray": ("app.py", "cli/", "serve/", "data/", "train/launch.py", "evaluate/"),
     "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
+    "llguidance": ("engine/grammar.py", "engine/vocabulary.py"),
     "gradio": ("serve/page.py",),
     "vllm": ("engine/vllm_engine.py",),
     "sglang": ("engine/sglang_engine.py",),

@@ -19,7 +19,7 @@ from llava_ray.errors import (
     OverloadedError,
 )
 from llava_ray.serve import llava_protocol as protocol
-from llava_ray.types import Chunk, CompletionRequest
+from llava_ray.types import Chunk, PromptRequest
 
 GENERATE = "/worker_generate_stream"
 
@@ -198,7 +198,7 @@ def test_numbers_may_be_written_as_text_and_zero_top_p_is_greedy() -> None:
     body = {"model": "m", "prompt": "p", "temperature": "0.5", "max_new_tokens": "7", "new": 1}
     limits = LimitsConfig()
 
-    def parse(body: dict[str, Any]) -> CompletionRequest:
+    def parse(body: dict[str, Any]) -> PromptRequest:
         return protocol.parse_generate(json.dumps(body).encode(), limits=limits, request_id="r")
 
     sampling = parse(body).sampling
@@ -247,7 +247,7 @@ def slow(served: str) -> str:
         async def stats(self) -> dict[str, float]:
             return {"num_running": self.num_running}
 
-        async def chat(self, request: CompletionRequest) -> AsyncIterator[Chunk]:
+        async def chat(self, request: PromptRequest) -> AsyncIterator[Chunk]:
             import asyncio
 
             from llava_ray.errors import EngineError

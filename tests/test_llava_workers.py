@@ -19,7 +19,7 @@ from llava_ray.serve.llava_protocol import StatusBody
 from llava_ray.serve.worker_call import build_call, name_template
 from llava_ray.serve.workers import MAX_WORKERS, Workers, check_address
 from llava_ray.template import TEMPLATES
-from llava_ray.types import CompletionRequest, Sampling
+from llava_ray.types import PromptRequest, Sampling
 
 MODEL = "llava-v1.5-7b"
 
@@ -387,6 +387,6 @@ def test_the_template_of_a_name_is_the_one_of_llavas_page(model: str, template: 
 
 def test_a_worker_is_never_asked_for_more_than_it_says_and_always_gets_a_stop_text() -> None:
     sampling = Sampling(max_tokens=None, stop=())
-    call = build_call(CompletionRequest("r", "m", "p", (), sampling))
+    call = build_call(PromptRequest("r", "m", "p", (), sampling))
     assert call.body["max_new_tokens"] == 1024
     assert call.body["stop"] == "</s>"

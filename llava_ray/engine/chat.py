@@ -2,7 +2,7 @@
 
 The spine that a Serve replica and the command line share:
 ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk
-A CompletionRequest goes the same way, without the template.
+A PromptRequest goes the same way, without the template.
 """
 
 import asyncio
@@ -14,13 +14,14 @@ from dataclasses import replace
 from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.protocol import Engine
-from llava_ray.types import Chunk, CompletionRequest, ImagePart, Prompt, Request
+from llava_ray.engine.streams import spread, stream_all
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt, PromptRequest, Request
 
 
 async def chat(
     engine: Engine, request: Request, *, limits: LimitsConfig, executor: Executor | None = None
 ) -> AsyncGenerator[Chunk]:
-    """Yield the answer; closing the iterator aborts the request in the engine.
+    """Yield the answer, or several at once; closing the iterator aborts them in the engine.
 
     The white space with which models begin an answer, because prompts end in "ASSISTANT:", is
     left out; what continues a prompt is given as it is.
@@ -36,12 +37,14 @@ async def chat(
     """
     loop = asyncio.get_running_loop()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
-    has_begun = isinstance(request, CompletionRequest)
-    async with aclosing(engine.stream(prompt)) as chunks:
+    begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
+    prompts = spread(prompt, request.num_answers)
+    async with aclosing(stream_all(engine, prompts)) as chunks:
         async for chunk in chunks:
-            if not has_begun:
+            if chunk.answer not in begun:
                 chunk = chunk._replace(text=chunk.text.lstrip())
-                has_begun = bool(chunk.text)
+                if chunk.text:
+                    begun.add(chunk.answer)
             yield chunk
 
 
@@ -49,9 +52,9 @@ def render(engine: Engine, request: Request, limits: LimitsConfig) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
     The answer to a conversation ends at the template's stop texts as well as at those that were
-    asked for.
+    asked for; JSON ends by itself, and may well hold them.
     """
-    if isinstance(request, CompletionRequest):
+    if isinstance(request, PromptRequest):
         pictures = tuple(images.decode(part, limits=limits) for part in request.images)
         return Prompt(request.request_id, request.prompt, pictures, request.sampling)
     pictures = tuple(
@@ -62,6 +65,6 @@ def render(engine: Engine, request: Request, limits: LimitsConfig) -> Prompt:
     )
     template, sampling = engine.template, request.sampling
     text = template.render(request.messages)
-    if not sampling.ignore_eos:
+    if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, pictures, sampling)

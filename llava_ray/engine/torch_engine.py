@@ -6,6 +6,7 @@ chunks, back in the event loop of whoever reads the stream.
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 
@@ -13,7 +14,9 @@ import torch
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.content import describe_content
+from llava_ray.engine.grammar import Grammar
 from llava_ray.engine.load import count_threads
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
 from llava_ray.engine.scheduler import Scheduler
@@ -24,7 +27,8 @@ from llava_ray.engine.threads import (
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.errors import ConfigError, ContextLengthError, EngineError
+from llava_ray.engine.vocabulary import Vocabulary
+from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.core import Core, load_model
 from llava_ray.types import Chunk, Prompt
 
@@ -165,6 +169,7 @@ class TorchEngine:
         prompt_ids: list[int] = inputs["input_ids"][0].tolist()
         num_image_tokens = prompt_ids.count(self._core.image_token_id)
         tokenizer = self._core.tokenizer
+        self._check_token_ids(prompt)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -176,9 +181,37 @@ class TorchEngine:
                 stop=prompt.sampling.stop,
             ),
             eos_token_ids=self._core.eos_token_ids,
+            grammar=self._compile_format(prompt),
+            logprobs=self._open_logprobs(prompt),
             inputs=select_pictures(inputs),
             content=describe_content(prompt_ids, self._core.image_token_id, prompt.images),
         )
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            self._core.tokenizer,
+            size=self._core.model.config.text_config.vocab_size,
+            eos_token_ids=self._core.eos_token_ids,
+        )
+
+    def _compile_format(self, prompt: Prompt) -> Grammar | None:
+        schema = prompt.sampling.json_schema
+        return None if schema is None else self._vocabulary.compile(schema)
+
+    def _open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
+        num_top = prompt.sampling.num_logprobs
+        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
+
+    def _check_token_ids(self, prompt: Prompt) -> None:
+        size = self._core.model.config.text_config.vocab_size
+        for id_, _ in prompt.sampling.logit_bias:
+            if id_ >= size:
+                raise RequestError(
+                    f"logit_bias names token {id_}, the vocabulary ends at {size - 1}: "
+                    "leave it out",
+                    param="logit_bias",
+                )
 
     def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:
         """Return how long the answer may become."""

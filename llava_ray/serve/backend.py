@@ -81,32 +81,37 @@ class Backend:
             response.cancel()
             raise
         visit.note_first()
-        return Answer(self, first, response, visit)
+        return Answer(self, first, response, visit, num_answers=request.num_answers)
 
 
 class Answer:
-    """The chunks of one answer. Whoever holds it calls `close`, whatever happened."""
+    """The answers to one request, as chunks. Whoever holds it calls `close`, whatever happened."""
 
-    def __init__(self, backend: Backend, first: Chunk, response: Any, visit: Visit) -> None:
+    def __init__(
+        self, backend: Backend, first: Chunk, response: Any, visit: Visit, *, num_answers: int
+    ) -> None:
         self._backend, self._first, self._response = backend, first, response
         self._visit = visit
+        self._num_open = num_answers
         self.is_over = False
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        chunk = self._first
         try:
-            yield chunk
+            yield self._note(self._first)
             async for chunk in self._response:
-                self._visit.last = chunk
-                yield chunk
+                yield self._note(chunk)
             self.is_over = True
         except (RayError, RayServeException) as error:
             raise explain(error, self._backend.name) from error
         finally:
-            self._visit.last = chunk
             self._backend.note_life()
-        if chunk.finish_reason is None:
+        if self._num_open:
             raise EngineError(f"{self._backend.name!r} broke off in the middle: try again")
+
+    def _note(self, chunk: Chunk) -> Chunk:
+        self._visit.note_chunk(chunk)
+        self._num_open -= chunk.finish_reason is not None
+        return chunk
 
     def close(self) -> None:
         """Stop the replica's work on it, if there is any left."""

@@ -27,6 +27,7 @@ from llava_ray.serve.backend import Answer, Backend
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
 from llava_ray.serve.llava_routes import PATHS, build_llava_app
+from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
 from llava_ray.serve.visits import Visit, VisitMiddleware
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
@@ -120,19 +121,15 @@ class Front:
         call = await self._parse(body, visit)
         backend = await self.models.find(call.request.model)
         answer = await backend.start(call.request, visit)
-        header = {
-            "completion_id": call.request.request_id,
-            "model": call.request.model,
-            "created": int(time.time()),
-        }
+        visit.answers_each = call.head.answers_each
         if call.stream:
-            encoder = answers.ChunkEncoder(**header, include_usage=call.include_usage)
+            encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
             return EventResponse(answer, encoder, visit)
         try:
             chunks = [chunk async for chunk in answer]
         finally:
             answer.close()
-        return _json(answers.build_completion(chunks, **header))
+        return _json(build_completion(chunks, call.form, call.head))
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
@@ -162,7 +159,7 @@ class Front:
         body = {"status": "ready" if is_ready else "not ready", "models": states}
         return _json(body, 200 if is_ready else 503)
 
-    async def _parse(self, body: bytes, visit: Visit) -> openai.ChatCall:
+    async def _parse(self, body: bytes, visit: Visit) -> openai.Call:
         options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
         if len(body) > _LARGE_BODY_BYTES:
             call = await asyncio.to_thread(openai.parse, body, **options)
@@ -175,7 +172,7 @@ class Front:
 class EventResponse(StreamingResponse):
     """An answer as server-sent events. However it ends, the replica stops working on it."""
 
-    def __init__(self, answer: Answer, encoder: answers.ChunkEncoder, visit: Visit) -> None:
+    def __init__(self, answer: Answer, encoder: ChunkEncoder, visit: Visit) -> None:
         self._answer, self._encoder, self._visit = answer, encoder, visit
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._encode(), media_type="text/event-stream", headers=headers)

@@ -1,6 +1,6 @@
 """The wire format of LLaVA's own controller and workers, in both directions; pure functions.
 
-    bytes -> parse_generate -> CompletionRequest;  text so far -> encode_text -> bytes
+    bytes -> parse_generate -> PromptRequest;  text so far -> encode_text -> bytes
 
 A client sends a prompt that it has rendered itself, with one `<image>` for each picture. An answer
 is a row of JSON objects, each ended by a zero byte: the prompt and all that has been said so far,
@@ -22,8 +22,8 @@ from llava_ray.errors import (
 )
 from llava_ray.images import decode_base64
 from llava_ray.serve.openai import load_json
-from llava_ray.serve.openai_fields import check_unicode, show
-from llava_ray.types import CompletionRequest, ImagePart, Sampling
+from llava_ray.serve.openai_checks import check_unicode, show
+from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 END = b"\0"
 
@@ -116,7 +116,7 @@ def parse(kind: type[B], body: bytes) -> B:
         ) from None
 
 
-def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> CompletionRequest:
+def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> PromptRequest:
     """Return what the body of `/worker_generate_stream` asks for.
 
     A stop text of nothing but white space is passed over, as LLaVA's workers do: its `test_message`
@@ -145,7 +145,7 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Com
         top_p=fields.top_p or 1.0,
         stop=tuple(text for text in stop if text.strip()),
     )
-    return CompletionRequest(request_id, fields.model, fields.prompt, images, sampling)
+    return PromptRequest(request_id, fields.model, fields.prompt, images, sampling)
 
 
 def encode_text(text: str, code: int = OK) -> bytes:

@@ -33,7 +33,7 @@ from llava_ray.serve.directory import Directory
 from llava_ray.serve.llava_address import find_address
 from llava_ray.serve.visits import Visit
 from llava_ray.serve.workers import check_address
-from llava_ray.types import Chunk, CompletionRequest
+from llava_ray.types import Chunk, PromptRequest
 
 REPEAT_AFTER_S = 3.0
 """While nothing new comes, what is known is said again: LLaVA's page takes ten seconds of silence
@@ -147,7 +147,7 @@ class LlavaRoutes:
     async def _read(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
-    async def _say(self, call: CompletionRequest, visit: Visit) -> AsyncGenerator[bytes]:
+    async def _say(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[bytes]:
         """Yield the answer's objects; an error is the last of them."""
         self._num_running += 1
         is_over, said = False, call.prompt
@@ -168,7 +168,7 @@ class LlavaRoutes:
             if not (is_over or visit.error):
                 visit.note_gone()
 
-    async def _answer(self, call: CompletionRequest, visit: Visit) -> AsyncGenerator[Chunk]:
+    async def _answer(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[Chunk]:
         answer = await self._start(call, visit)
         try:
             async for chunk in answer:
@@ -176,7 +176,7 @@ class LlavaRoutes:
         finally:
             answer.close()
 
-    async def _start(self, call: CompletionRequest, visit: Visit) -> Answer:
+    async def _start(self, call: PromptRequest, visit: Visit) -> Answer:
         """Begin an answer of at most `max_new_tokens`; of fewer if the context ends before."""
         backend = await self._models.find(call.model)
         try:

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_ray.serve import console
 from llava_ray.serve.openai_answers import ErrorReply, describe_failure
+from llava_ray.serve.usage import Usage, count_usage
 from llava_ray.types import Chunk
 
 _CLIENT_GONE = 499  # nginx's number for it, in our log only
@@ -30,7 +31,16 @@ class Visit:
     error: str = ""
     model: str = ""
     completion_id: str = ""
-    last: Chunk | None = None
+    answers_each: int = 1
+    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens that its answers have taken so far."""
+        return count_usage(self.latest.values(), answers_each=self.answers_each)
+
+    def note_chunk(self, chunk: Chunk) -> None:
+        self.latest[chunk.answer] = chunk
 
     def note_first(self) -> None:
         self.first_after_s = time.monotonic() - self.started_at
@@ -56,8 +66,8 @@ class Visit:
             words.append(self.error)
         if self.model:
             words.append(_printable(self.model))
-        if self.last:
-            words.append(f"{self.last.num_prompt_tokens}+{self.last.num_tokens} tokens")
+        if self.latest:
+            words.append(f"{self.usage.num_prompt_tokens}+{self.usage.num_tokens} tokens")
         if self.first_after_s is not None:
             words.append(f"first {self.first_after_s:.3f} s")
         words.append(f"total {time.monotonic() - self.started_at:.3f} s")

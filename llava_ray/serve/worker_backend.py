@@ -48,7 +48,7 @@ class WorkerBackend(Backend):
                 await self._handle.forget.remote(address, trouble)
             else:
                 visit.note_first()
-                return Answer(self, first, reply, visit)
+                return Answer(self, first, reply, visit, num_answers=1)
         raise UnreachableError(f"no worker of {self.name!r} answers: {trouble}; try again")
 
 

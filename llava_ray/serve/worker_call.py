@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from llava_ray.errors import UnsupportedError
 from llava_ray.template import check_pictures, find_template
-from llava_ray.types import ChatRequest, CompletionRequest, ImagePart, Request, Sampling
+from llava_ray.types import ChatRequest, ImagePart, PromptRequest, Request, Sampling
 
 _MAX_NEW_TOKENS = 1024
 """More than this LLaVA's workers never say."""
@@ -48,7 +48,13 @@ def build_call(request: Request) -> Call:
                 f"{request.model!r}: leave it out",
                 param=field.name,
             )
-    if isinstance(request, CompletionRequest):
+    if request.num_answers > 1:
+        raise UnsupportedError(
+            f"n={request.num_answers} is not supported by LLaVA's own workers, one of which serves "
+            f"{request.model!r}: send the request n times",
+            param="n",
+        )
+    if isinstance(request, PromptRequest):
         prompt, images, stop = request.prompt, request.images, sampling.stop
     else:
         template = find_template(name_template(request.model))
