@@ -31,7 +31,8 @@ def build_app(config: ServeConfig) -> Application:
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
         name="gateway",
-        max_ongoing_requests=1000,
+        # Beside the API's requests: the page's open streams and questions about health.
+        max_ongoing_requests=config.limits.max_in_flight + 1000,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)

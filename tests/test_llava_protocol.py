@@ -1,5 +1,6 @@
 """LLaVA's own protocol: its clients talk to the gateway as they did to its controller."""
 
+import asyncio
 import json
 import os
 import time
@@ -9,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 from llava_client import PATIENCE_S, ask, generate, picture, post, read, render, stream
+from nearby import KEYS, Nearby, run_nearby
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.errors import (
@@ -19,6 +21,7 @@ from llava_ray.errors import (
     OverloadedError,
 )
 from llava_ray.serve import llava_protocol as protocol
+from llava_ray.serve.llava_routes import PATHS
 from llava_ray.types import Chunk, PromptRequest
 
 GENERATE = "/worker_generate_stream"
@@ -232,6 +235,68 @@ def test_the_address_is_the_one_that_the_client_asked(
 ) -> None:
     reply = post(slow, "/get_worker_address", {"model": "slow"}, **headers)
     assert json.loads(reply.body) == {"address": address.format(served=served)}
+
+
+LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
+
+
+async def ask_nearby(there: Nearby, path: str, login: str = "", **body: Any) -> httpx.Response:
+    """Post with what stands before the host of the address, as LLaVA's clients do."""
+    url = there.url.replace("://", f"://{login}@") if login else there.url
+    async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+        return await client.post(url + path, json=body)
+
+
+def test_with_keys_every_route_wants_one_and_the_address_that_is_given_has_it() -> None:
+    async def chat() -> None:
+        async with run_nearby(**LOCKED) as there:
+            for path in PATHS:
+                for login in ("", "any:lr-mallory-0123456789"):
+                    reply = await ask_nearby(there, path, login, model="talker", prompt="Hello")
+                    assert reply.status_code == 401
+                    assert reply.json()["error_code"] == 1
+                    assert "API key" in reply.json()["text"]
+            assert there.talker.num_started == 0
+            login = f"any:{KEYS['bob']}"
+            reply = await ask_nearby(there, "/get_worker_address", login, model="talker")
+            address = reply.json()["address"]
+            assert address == there.url.replace("://", f"://{login}@")
+            async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
+                body = {"model": "talker", "prompt": "Hello"}
+                answer = await client.post(address + GENERATE, json=body)
+            assert read(answer.content.split(b"\0")[-2] + b"\0") == ("Hello1 2 3 ", 0)
+            usage = (await there.get("/v1/usage", "bob")).json()["data"]
+            assert usage[0]["completion_tokens"] == 3
+            assert not any(KEYS["bob"] in line for line in there.log)
+
+    asyncio.run(chat())
+
+
+@pytest.mark.parametrize("words", ["wait", "linger"])
+def test_an_answer_that_takes_too_long_is_stopped_and_told(words: str) -> None:
+    async def chat() -> None:
+        async with run_nearby(limits=LimitsConfig(request_timeout_s=0.3)) as there:
+            reply = await ask_nearby(there, GENERATE, model="talker", prompt=words)
+            text, code = read(reply.content.split(b"\0")[-2] + b"\0")
+            assert code == 1
+            assert "longer than the 0.3 s" in text
+            while there.talker.num_running:
+                await asyncio.sleep(0)
+
+    asyncio.run(chat())
+
+
+def test_an_answer_is_cut_to_the_tokens_that_are_allowed() -> None:
+    async def chat() -> None:
+        async with run_nearby(limits=LimitsConfig(max_tokens=5)) as there:
+            reply = await ask_nearby(
+                there, GENERATE, model="talker", prompt="Hello", max_new_tokens=512
+            )
+            assert reply.status_code == 200
+            assert there.talker.last_request is not None
+            assert there.talker.last_request.sampling.max_tokens == 5
+
+    asyncio.run(chat())
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,11 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from llava_ray.config import LimitsConfig
 from llava_ray.errors import ModelNotFoundError
 from llava_ray.serve import console
 from llava_ray.serve.backend import Backend
+from llava_ray.serve.waiting_room import WaitingRoom
 from llava_ray.serve.worker_backend import WorkerBackend
 
 
@@ -20,9 +22,16 @@ class Directory:
     Args:
         backends: this application's own models.
         workers: the deployment of `Workers`, if LLaVA's own workers may register.
+        limits: how many requests a gateway has at once; such workers have queues of their own.
     """
 
-    def __init__(self, backends: Mapping[str, Backend], workers: DeploymentHandle | None) -> None:
+    def __init__(
+        self,
+        backends: Mapping[str, Backend],
+        workers: DeploymentHandle | None,
+        limits: LimitsConfig,
+    ) -> None:
+        self._limits = limits
         self._own = backends
         self._workers = workers
         self._foreign: dict[str, Backend] = {}
@@ -52,7 +61,16 @@ class Directory:
         except (RayError, RayServeException) as error:  # Serve is starting it anew
             console.logger.warning(f"the workers cannot be listed: {type(error).__name__}")
         self._foreign = {
-            name: self._foreign.get(name) or WorkerBackend(name, self._workers)
+            name: self._foreign.get(name) or self._build_foreign(name, self._workers)
             for name in names
             if name not in self._own
         }
+
+    def _build_foreign(self, name: str, workers: DeploymentHandle) -> Backend:
+        room = WaitingRoom(
+            name,
+            num_seats=self._limits.max_in_flight,
+            max_waiting=None,
+            max_wait_s=self._limits.max_wait_s,
+        )
+        return WorkerBackend(name, workers, room)

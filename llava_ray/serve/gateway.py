@@ -1,34 +1,44 @@
 """The front door: HTTP in, records to the replicas, JSON or server-sent events out. No torch here.
 
-The way of a request: read_body -> openai.parse -> Backend.start -> Answer -> completion | events
+The way of a request: read_body -> openai.parse -> Fetcher.fill -> Backend.start -> Answer
+-> completion | events
 Errors: `backend.explain` makes ours of Ray's; `openai_answers.describe_error` says their status.
 """
 
 import asyncio
 import json
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.config import ServeConfig
-from llava_ray.errors import LlavaRayError
-from llava_ray.serve import console, openai
+from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.errors import LlavaRayError, RequestError
+from llava_ray.serve import console, llava_protocol, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
 from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
+from llava_ray.serve.door import Describe, Door, DoorMiddleware
+from llava_ray.serve.fetch import Fetcher
 from llava_ray.serve.llava_routes import PATHS, build_llava_app
+from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
 from llava_ray.serve.visits import Visit, VisitMiddleware
+from llava_ray.serve.waiting_room import WaitingRoom
+from llava_ray.types import ChatRequest
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
 
@@ -58,10 +68,17 @@ class Gateway:
         """Called by Serve in the gateway's process, after the constructor."""
         api = build_api(self._config, self._models, self._workers)
         if self._config.page:
+            self._hand_over_key()
             from llava_ray.serve.page import mount_page
 
             api = mount_page(api)
         return api
+
+    def _hand_over_key(self) -> None:
+        """The page is a client like any other: its key comes from the environment."""
+        os.environ.pop(CLIENT_KEY_VARIABLE, None)
+        if self._config.page_key:
+            os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
 
 
 def build_api(
@@ -76,7 +93,8 @@ def build_api(
         models: for each model's name a handle on which `chat` and `stats` can be called.
         workers: a handle on `Workers`, if any may register.
     """
-    front = Front(config, models, workers)
+    door = Door(config)
+    front = Front(config, models, workers, door)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -87,16 +105,33 @@ def build_api(
     v1.add_api_route("/models", front.list_models)
     v1.add_api_route("/models/{name:path}", front.get_model)
     v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
-    v1.add_middleware(VisitMiddleware)
+    v1.add_api_route("/usage", front.show_usage)
+    _guard(v1, door, config)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
     api.mount("/v1", v1)
     if config.llava_protocol.enabled:
         llava = build_llava_app(config, front.models, workers)
-        llava.add_middleware(VisitMiddleware)
+        _guard(llava, door, config, describe=llava_protocol.describe_error)
         api.router.routes += [Route(path, llava) for path in PATHS]
     return api
+
+
+def _guard(
+    api: Starlette, door: Door, config: ServeConfig, describe: Describe = answers.describe_error
+) -> None:
+    """Let nothing come to the routes of an application but through the door."""
+    api.add_middleware(DoorMiddleware, door=door, describe=describe)
+    api.add_middleware(VisitMiddleware, metrics=Metrics())
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
 
 
 class Front:
@@ -107,11 +142,17 @@ class Front:
         config: ServeConfig,
         models: Mapping[str, DeploymentHandle],
         workers: DeploymentHandle | None,
+        door: Door,
     ) -> None:
+        self._door = door
         self._limits = config.limits
+        self._fetcher = Fetcher(config.limits)
         self._created = int(time.time())
-        self._backends = {name: Backend(name, handle) for name, handle in models.items()}
-        self.models = Directory(self._backends, workers)
+        self._backends = {
+            model.name: Backend(model.name, models[model.name], _build_room(model, config.limits))
+            for model in config.models
+        }
+        self.models = Directory(self._backends, workers, config.limits)
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -142,6 +183,10 @@ class Front:
         found = await self.models.find(name)
         return _json(answers.describe_model(found.name, created=self._created))
 
+    async def show_usage(self, request: Request) -> Response:
+        """`GET /v1/usage`: of the caller's key, or of all keys for an admin's."""
+        return _json(self._door.describe_usage(request.state.visit.key))
+
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""
         return _json({"status": "alive"})
@@ -166,7 +211,8 @@ class Front:
         else:
             call = openai.parse(body, **options)
         visit.model, visit.completion_id = call.request.model, call.request.request_id
-        return call
+        request = cap_tokens(call.request, self._limits)
+        return replace(call, request=await self._fetcher.fill(request))
 
 
 class EventResponse(StreamingResponse):
@@ -197,6 +243,33 @@ class EventResponse(StreamingResponse):
             yield answers.encode_error(self._visit.report(error))
         else:
             yield answers.DONE
+
+
+def cap_tokens(request: ChatRequest, limits: LimitsConfig) -> ChatRequest:
+    """Return the request with as many tokens for its answer as are allowed at most.
+
+    Raises:
+        RequestError: it asks for more.
+    """
+    most, asked = limits.max_tokens, request.sampling.max_tokens
+    if most is None:
+        return request
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for less",
+            param="max_tokens",
+        )
+    return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))
+
+
+def _build_room(model: ModelConfig, limits: LimitsConfig) -> WaitingRoom:
+    max_waiting = model.max_queued_requests
+    return WaitingRoom(
+        model.name,
+        num_seats=model.max_replicas * model.max_ongoing_requests,
+        max_waiting=None if max_waiting < 0 else max_waiting,
+        max_wait_s=limits.max_wait_s,
+    )
 
 
 def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

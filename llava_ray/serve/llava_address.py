@@ -1,9 +1,10 @@
 """The address that `/get_worker_address` answers with: this gateway, as its client reaches it."""
 
-import base64
 from urllib.parse import quote
 
 from fastapi import Request
+
+from llava_ray.serve.login import read_login
 
 
 def find_address(request: Request, configured: str) -> str:
@@ -19,15 +20,6 @@ def find_address(request: Request, configured: str) -> str:
     scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
     address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
     scheme, mark, rest = address.partition("://")
-    return scheme + mark + _find_login(request) + rest
-
-
-def _find_login(request: Request) -> str:
-    kind, _, encoded = request.headers.get("authorization", "").partition(" ")
-    if kind.lower() != "basic":
-        return ""
-    try:
-        name, _, password = base64.b64decode(encoded, validate=True).decode().partition(":")
-    except ValueError:
-        return ""
-    return f"{quote(name, safe='')}:{quote(password, safe='')}@"
+    if login := read_login(request.headers):
+        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
+    return scheme + mark + rest

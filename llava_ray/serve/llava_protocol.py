@@ -21,7 +21,9 @@ from llava_ray.errors import (
     UnreachableError,
 )
 from llava_ray.images import decode_base64
+from llava_ray.serve import openai_answers
 from llava_ray.serve.openai import load_json
+from llava_ray.serve.openai_answers import ErrorReply
 from llava_ray.serve.openai_checks import check_unicode, show
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
@@ -140,7 +142,7 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Pro
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     is_greedy = fields.temperature <= _GREEDY_BELOW or fields.top_p == 0
     sampling = Sampling(
-        max_tokens=fields.max_new_tokens,
+        max_tokens=min(fields.max_new_tokens, limits.max_tokens or fields.max_new_tokens),
         temperature=0.0 if is_greedy else fields.temperature,
         top_p=fields.top_p or 1.0,
         stop=tuple(text for text in stop if text.strip()),
@@ -156,6 +158,12 @@ def encode_text(text: str, code: int = OK) -> bytes:
 def encode_error(error: LlavaRayError) -> bytes:
     """Return the object that tells an error."""
     return encode_text(error.message, find_code(error))
+
+
+def describe_error(error: LlavaRayError) -> ErrorReply:
+    """Return the answer for a request that is refused at the door."""
+    reply = openai_answers.describe_error(error)
+    return reply._replace(body={"text": error.message, "error_code": find_code(error)})
 
 
 def find_code(error: LlavaRayError) -> int:

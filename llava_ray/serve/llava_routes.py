@@ -169,7 +169,8 @@ class LlavaRoutes:
                 visit.note_gone()
 
     async def _answer(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[Chunk]:
-        answer = await self._start(call, visit)
+        async with visit.deadline.hold():  # the door holds no longer: the status is out
+            answer = await self._start(call, visit)
         try:
             async for chunk in answer:
                 yield chunk

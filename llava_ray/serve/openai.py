@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
+from llava_ray.serve.links import read_image_url
 from llava_ray.serve.openai_checks import check_unicode, is_one_of, kind_of, refuse_unknown, show
 from llava_ray.serve.openai_choices import ChatForm, Form, Head
 from llava_ray.serve.openai_fields import (
@@ -258,7 +258,7 @@ def _read_image(part: dict[str, Any], path: str, limits: LimitsConfig) -> ImageP
         raise RequestError(
             f'{path} is {kind_of(image)}: send {{"url": "data:image/png;base64,..."}}', param=path
         )
-    return ImagePart(images.decode_data_url(image, limits=limits, param=path), path)
+    return read_image_url(image, limits=limits, param=path)
 
 
 def _join_turns(messages: Iterable[Message]) -> tuple[Message, ...]:

@@ -5,6 +5,7 @@ Source: what the `openai` client does with it: it retries 408, 409, 429 and 5xx,
 """
 
 import json
+import math
 from typing import Any, NamedTuple
 
 from llava_ray.errors import LlavaRayError
@@ -20,6 +21,7 @@ _ERROR_TYPES = {
     503: "service_unavailable_error",
 }
 _RETRY_AFTER_S = {429: 5, 503: 1}
+_LONGEST_RETRY_S = 60  # clients wait no longer than this, and then ask too early
 
 
 class ErrorReply(NamedTuple):
@@ -32,7 +34,12 @@ class ErrorReply(NamedTuple):
 
 def describe_error(error: LlavaRayError) -> ErrorReply:
     """Return status, body and headers for an error of ours."""
-    return describe_failure(error.status, error.message, code=error.code, param=error.param)
+    reply = describe_failure(error.status, error.message, code=error.code, param=error.param)
+    if error.retry_after_s is not None:
+        reply.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+        if error.retry_after_s > _LONGEST_RETRY_S:
+            reply.headers["x-should-retry"] = "false"
+    return reply
 
 
 def describe_failure(
@@ -51,6 +58,8 @@ def describe_failure(
         headers["Retry-After"] = str(_RETRY_AFTER_S[status])
     elif status < 500:
         headers["x-should-retry"] = "false"
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return ErrorReply(status, {"error": body}, headers)
 
 
