@@ -37,10 +37,12 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    def chat(self, request: Request) -> AsyncGenerator[Chunk]:
+    async def chat(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
         answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        return self._send(answer, request.num_answers)
+        async with aclosing(self._send(answer, request.num_answers)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def _send(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
         """Yield an answer, joined to the pieces that are sent.
