@@ -9,10 +9,11 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.config import LimitsConfig, LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.serve import console
 from llava_ray.serve.gateway import Gateway
 from llava_ray.serve.replica import Replica
+from llava_ray.serve.workers import Workers
 
 _QUIET = LoggingConfig(enable_access_log=False)
 
@@ -27,6 +28,7 @@ def build_app(config: ServeConfig) -> Application:
         "the API are at http://localhost:8000, unless another port is set"
     )
     models = {model.name: _bind_model(model, config.limits) for model in config.models}
+    workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
         name="gateway",
         # Beside the API's requests: the page's open streams and questions about health.
@@ -34,7 +36,7 @@ def build_app(config: ServeConfig) -> Application:
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)
-    return gateway.bind(config, models)
+    return gateway.bind(config, models, workers)
 
 
 def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
@@ -54,6 +56,16 @@ def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
         ),
     )(Replica)
     return replica.bind(model, limits)
+
+
+def _bind_workers(config: LlavaProtocolConfig) -> Application:
+    workers = serve.deployment(
+        name="llava-workers",  # one replica: all gateways see the same workers
+        max_ongoing_requests=1000,
+        ray_actor_options={"num_cpus": 0},
+        logging_config=_QUIET,
+    )(Workers)
+    return workers.bind(config)
 
 
 def __getattr__(name: str) -> Application:

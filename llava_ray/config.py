@@ -14,7 +14,15 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEMO_MODEL = "demo"
@@ -332,6 +340,41 @@ class KeyConfig(Section):
         return {"name": name or f"key-{sha256[:6]}", "sha256": sha256}
 
 
+WORKER_ADDRESS = (
+    r"^https?://([A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\])(:([0-9]{1,5}|\*))?(/[A-Za-z0-9_./~-]*)?$"
+)
+"""Of a worker that may register; the port may be a star, the rest is taken by the letter."""
+
+
+class LlavaProtocolConfig(Section):
+    """The protocol of LLaVA's own controller and workers, for clients and workers in use."""
+
+    enabled: bool = Field(
+        default=True,
+        description="Answer LLaVA's own clients (its page, test_message) as its controller does.",
+    )
+    address: str = Field(
+        default="",
+        pattern=r"^(https?://[^\s/]+.*[^/])?$",
+        description="Where clients reach this gateway; default: the address that they asked.",
+    )
+    workers: list[Annotated[str, StringConstraints(pattern=WORKER_ADDRESS)]] = Field(
+        default_factory=list,
+        description="Addresses of LLaVA's own workers that may register, http://host:port or "
+        "http://host:*; no other is ever called. Empty: none may.",
+    )
+    worker_timeout_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="A worker that sent no heart beat for so long is gone; they come every 15 s.",
+    )
+    dispatch_method: Literal["shortest_queue", "lottery"] = Field(
+        default="shortest_queue",
+        description="Which of several workers of a model answers: the one with the shortest "
+        "queue for its speed, or one drawn by speed.",
+    )
+
+
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
@@ -357,6 +400,9 @@ class ServeConfig(BaseSettings):
     )
     limits: LimitsConfig = Field(
         default_factory=LimitsConfig, description="What a request may bring."
+    )
+    llava_protocol: LlavaProtocolConfig = Field(
+        default_factory=LlavaProtocolConfig, description="For LLaVA's own clients and workers."
     )
     api_keys: Annotated[list[KeyConfig], NoDecode] = Field(
         default_factory=list,

@@ -13,12 +13,14 @@
     │   │   └── RequestTooLargeError  a body over the limit; 413
     │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
+    │   ├── NotAllowedError           the configuration does not allow it; 403
     │   ├── AuthError                 no API key, or one that is not known; 401
     │   ├── SupersededError           a request with the same Idempotency-Key took its place; 409
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
     │   └── RateLimitError            an API key has used up what it may; 429
     ├── DeadlineError                 a request took longer than it may; 504
+    ├── UnreachableError              a server behind this one does not answer; 502
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -130,6 +132,13 @@ class ModelNotFoundError(UserError):
     code = "model_not_found"
 
 
+class NotAllowedError(UserError):
+    """The configuration of the server does not allow it."""
+
+    status = 403
+    code = "not_allowed"
+
+
 class AuthError(UserError):
     """The request has no API key, or one that is not known here."""
 
@@ -155,6 +164,13 @@ class OverloadedError(LlavaRayError):
 
     status = 503
     code = "overloaded"
+
+
+class UnreachableError(LlavaRayError):
+    """A server that this one hands the request on to does not answer."""
+
+    status = 502
+    code = "unreachable"
 
 
 class RateLimitError(OverloadedError):

@@ -138,6 +138,15 @@ def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
             f"the data URL says {media_type[:60]!r}: send a picture as {_FORMAT_NAMES}",
             param=param,
         )
+    return decode_base64(payload, limits=limits, param=param)
+
+
+def decode_base64(payload: str, *, limits: LimitsConfig, param: str) -> bytes:
+    """Return the bytes that a text in base64 stands for, as lenient as `decode_data_url`.
+
+    Raises:
+        ImageError: not base64, empty, or more than the limit of bytes.
+    """
     # A first guess, before anything is copied; a tenth is for line breaks and escapes.
     _check_bytes(int(len(payload) * 0.75 / 1.1), limits, param)
     data = _decode_base64(payload, param)
@@ -204,7 +213,7 @@ def _decode_base64(payload: str, param: str) -> bytes:
         return binascii.a2b_base64(raw + b"=" * (-len(raw) % 4), strict_mode=True)
     except ValueError as error:
         raise ImageError(
-            f"the base64 of the data URL is broken ({_first_line(error)}): encode the whole file "
+            f"the base64 of the picture is broken ({_first_line(error)}): encode the whole file "
             "once, with the standard alphabet",
             param=param,
         ) from None

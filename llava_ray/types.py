@@ -108,6 +108,27 @@ class ChatRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptRequest:
+    """A prompt that its sender has rendered already and wants continued as it is.
+
+    Attributes:
+        prompt: the whole text, with one `<image>` for each picture, in order.
+        images: the encoded pictures.
+        num_answers: how many different answers are wanted.
+    """
+
+    request_id: str
+    model: str
+    prompt: str
+    images: tuple[ImagePart, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    num_answers: int = 1
+
+
+Request = ChatRequest | PromptRequest
+
+
+@dataclass(frozen=True, slots=True)
 class CompletionRequest:
     """Texts that a user wants continued as they are, without a template.
 

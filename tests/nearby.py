@@ -16,7 +16,7 @@ import uvicorn
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.serve import console
 from llava_ray.serve.gateway import build_api
-from llava_ray.types import ChatRequest, Chunk, ImagePart, TextPart
+from llava_ray.types import Chunk, ImagePart, PromptRequest, Request, TextPart
 
 PATH = "/v1/chat/completions"
 KEYS = {name: f"lr-{name}-0123456789abcdef" for name in ("alice", "bob", "carol")}
@@ -33,19 +33,23 @@ class Talker:
         self.go = asyncio.Event()
         self.num_running = self.most_running = self.num_started = 0
         self.order: list[str] = []
-        self.last_request: ChatRequest | None = None
+        self.last_request: Request | None = None
 
     chat = stats = property(lambda self: self)
+    tell_context_length = property(lambda self: _Told(4096))
 
     def options(self, **_: Any) -> "Talker":
         return self
 
-    def remote(self, request: ChatRequest) -> "_Response":
+    def remote(self, request: Request) -> "_Response":
         return _Response(self._talk(request))
 
-    async def _talk(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    async def _talk(self, request: Request) -> AsyncGenerator[Chunk]:
         self.last_request = request
-        parts = request.messages[-1].parts
+        if isinstance(request, PromptRequest):
+            parts = (TextPart(request.prompt), *request.images)
+        else:
+            parts = request.messages[-1].parts
         words = "".join(part.text for part in parts if isinstance(part, TextPart))
         num_images = sum(isinstance(part, ImagePart) for part in parts)
         self.num_started += 1
@@ -61,6 +65,18 @@ class Talker:
                     await self.go.wait()
         finally:
             self.num_running -= 1
+
+
+class _Told:
+    """Stands for a handle's method that returns one value."""
+
+    def __init__(self, value: int) -> None:
+        self._value = value
+
+    def remote(self) -> "asyncio.Future[int]":
+        future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        future.set_result(self._value)
+        return future
 
 
 class _Response:

@@ -2,6 +2,7 @@
 
 The spine that a Serve replica and the command line share:
 ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk
+A PromptRequest goes the same way, without the template.
 """
 
 import asyncio
@@ -14,20 +15,20 @@ from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.protocol import Engine
 from llava_ray.engine.streams import spread, stream_all
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt, PromptRequest, Request
 
 
 async def chat(
-    engine: Engine, request: ChatRequest, *, limits: LimitsConfig, executor: Executor | None = None
+    engine: Engine, request: Request, *, limits: LimitsConfig, executor: Executor | None = None
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer, or several at once; closing the iterator aborts them in the engine.
 
     The white space with which models begin an answer, because prompts end in "ASSISTANT:", is
-    left out.
+    left out; what continues a prompt is given as it is.
 
     Args:
         engine: answers.
-        request: the conversation.
+        request: the conversation, or the prompt.
         limits: what its pictures may be.
         executor: decodes pictures; default: the event loop's own threads.
 
@@ -36,7 +37,7 @@ async def chat(
     """
     loop = asyncio.get_running_loop()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
-    begun: set[int] = set()
+    begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
     prompts = spread(prompt, request.num_answers)
     async with aclosing(stream_all(engine, prompts)) as chunks:
         async for chunk in chunks:
@@ -49,16 +50,19 @@ async def chat(
 
 def render(
     engine: Engine,
-    request: ChatRequest,
+    request: Request,
     limits: LimitsConfig,
     *,
     add_generation_prompt: bool = True,
 ) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
-    An answer ends at the template's stop texts as well as at those that were asked for; JSON ends
-    by itself, and may well hold them.
+    The answer to a conversation ends at the template's stop texts as well as at those that were
+    asked for; JSON ends by itself, and may well hold them.
     """
+    if isinstance(request, PromptRequest):
+        pictures = tuple(images.decode(part, limits=limits) for part in request.images)
+        return Prompt(request.request_id, request.prompt, pictures, request.sampling)
     pictures = tuple(
         images.decode(part, limits=limits)
         for message in request.messages

@@ -12,7 +12,7 @@ from dataclasses import replace
 from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ContextLengthError, EngineError, RequestError, UnsupportedError
-from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, find_template
+from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, check_pictures, find_template
 from llava_ray.types import Chunk, Prompt, Tokens
 
 
@@ -39,6 +39,7 @@ class EchoEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
+        check_pictures(prompt.text, len(prompt.images))
         if prompt.sampling.json_schema is not None:
             raise UnsupportedError(
                 "response_format is not supported by the echo engine, which says back what it "

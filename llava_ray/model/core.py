@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from llava_ray.errors import ConfigError, MissingPackageError, RequestError
+from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.architecture import (
     Architecture,
     check_weights,
@@ -32,7 +32,13 @@ from llava_ray.model.quiet import no_collecting, no_progress_bars
 from llava_ray.model.templates import OWN, choose_template, find_stop_ids
 from llava_ray.model.tiles import count_image_tokens
 from llava_ray.model.weights import Stored, check_deltas, open_parts
-from llava_ray.template import IMAGE_PLACEHOLDER, Template, find_template, tokenize_pieces
+from llava_ray.template import (
+    IMAGE_PLACEHOLDER,
+    Template,
+    check_pictures,
+    find_template,
+    tokenize_pieces,
+)
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
@@ -89,13 +95,7 @@ class Core:
         Raises:
             RequestError: the number of pictures is not the number of `<image>` in the text.
         """
-        token = self.processor.image_token
-        if text.count(token) != len(images):
-            raise RequestError(
-                f"the prompt names {text.count(token)} pictures and {len(images)} came with it: "
-                f"write {token} once for each picture",
-                param="messages",
-            )
+        check_pictures(text, len(images), self.processor.image_token)
         if self.checkpoint.layout == "original":
             return self._encode_original(text, images)
         if self.checkpoint.uses_start_end:

@@ -13,7 +13,7 @@ from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import console
 from llava_ray.serve.visits import Visit
 from llava_ray.serve.waiting_room import WaitingRoom
-from llava_ray.types import ChatRequest, Chunk, CompletionRequest, TokenizeRequest, Tokens
+from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, Tokens
 
 READY_TIMEOUT_S = 3.0
 _FRESH_S = 10.0
@@ -37,7 +37,7 @@ class Backend:
         self._answered_at = float("-inf")
         self._context_length: int | None = None
 
-    async def start(self, request: ChatRequest | CompletionRequest, visit: Visit) -> "Answer":
+    async def start(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
         """Return the answer once its first chunk is there, so that an error still has a status.
 
         A replica that dies before that is replaced by another one, once.
@@ -104,9 +104,9 @@ class Backend:
         except (RayError, RayServeException) as error:
             raise explain(error, self.name) from error
 
-    async def _start_once(self, request: ChatRequest | CompletionRequest, visit: Visit) -> "Answer":
-        is_chat = isinstance(request, ChatRequest)
-        method = self._stream_handle.chat if is_chat else self._stream_handle.complete
+    async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
+        is_completion = isinstance(request, CompletionRequest)
+        method = self._stream_handle.complete if is_completion else self._stream_handle.chat
         response: Any = method.remote(request)
         try:
             first = await anext(response)

@@ -10,6 +10,7 @@ import asyncio
 import hmac
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,8 +27,11 @@ from llava_ray.errors import (
 )
 from llava_ray.serve.accounts import Account
 from llava_ray.serve.deadline import Deadline
-from llava_ray.serve.openai_answers import describe_error
+from llava_ray.serve.login import read_key
+from llava_ray.serve.openai_answers import ErrorReply, describe_error
 from llava_ray.serve.visits import Visit, send_reply
+
+Describe = Callable[[LlavaRayError], ErrorReply]
 
 _ANYBODY = KeyConfig(name="anybody", sha256="0" * 64, is_admin=True)
 _GIVING_WAY_S = 1.0  # for the first try to be gone, when the second one comes
@@ -45,20 +49,20 @@ class Door:
         self._tries: dict[tuple[str, str], Visit] = {}
 
     def find_account(self, headers: Headers) -> Account:
-        """Return the account of the key in the header `Authorization`.
+        """Return the account of the key in the header `Authorization`, see `read_key`.
 
         Raises:
             AuthError: there is none, or it is not known.
         """
         if self._is_open:
             return self._accounts[0]
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not key.strip():
+        key = read_key(headers)
+        if not key:
             raise AuthError(
                 "this server wants an API key: send the header 'Authorization: Bearer <key>' "
                 "(api_key in OpenAI's clients, LLAVA_RAY_API_KEY for llava-ray)"
             )
-        found, sha256 = None, hash_key(key.strip())
+        found, sha256 = None, hash_key(key)
         for account in self._accounts:  # all of them, so that time tells nothing
             if hmac.compare_digest(account.key.sha256, sha256):
                 found = account
@@ -136,10 +140,16 @@ class Door:
 
 
 class DoorMiddleware:
-    """Stands before the routes that take an API key, and behind `VisitMiddleware`."""
+    """Stands before the routes that take an API key, and behind `VisitMiddleware`.
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self._app, self._door = app, door
+    Args:
+        app: the routes.
+        door: the gateway's.
+        describe: how errors are written to the clients of these routes.
+    """
+
+    def __init__(self, app: ASGIApp, door: Door, describe: Describe = describe_error) -> None:
+        self._app, self._door, self._describe = app, door, describe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -170,7 +180,7 @@ class DoorMiddleware:
                 self._door.end(account, visit)
         except LlavaRayError as error:
             visit.error = error.code
-            await send_reply(describe_error(error), send_with_limits)
+            await send_reply(self._describe(error), send_with_limits)
 
     async def _run(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the routes; once they have begun to answer, `Answer` heeds the deadline."""

@@ -18,18 +18,22 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig, ModelConfig, ServeConfig
-from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestError, RequestTooLargeError
-from llava_ray.serve import console, openai
+from llava_ray.errors import LlavaRayError, RequestError
+from llava_ray.serve import console, llava_protocol, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
-from llava_ray.serve.door import Door, DoorMiddleware
+from llava_ray.serve.body import read_body
+from llava_ray.serve.directory import Directory
+from llava_ray.serve.door import Describe, Door, DoorMiddleware
 from llava_ray.serve.fetch import Fetcher
+from llava_ray.serve.llava_routes import PATHS, build_llava_app
 from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.openai_calls import Call, parse_aside
 from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
@@ -47,16 +51,23 @@ class Gateway:
     Args:
         config: the application's.
         models: for each model's name the handle of its deployment of `Replica`.
+        workers: the handle of the deployment of `Workers`, if any may register.
     """
 
-    def __init__(self, config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Mapping[str, DeploymentHandle],
+        workers: DeploymentHandle | None = None,
+    ) -> None:
         console.set_up()
         self._config = config
         self._models = models
+        self._workers = workers
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the gateway's process, after the constructor."""
-        api = build_api(self._config, self._models)
+        api = build_api(self._config, self._models, self._workers)
         if self._config.page:
             self._hand_over_key()
             from llava_ray.serve.page import mount_page
@@ -71,15 +82,20 @@ class Gateway:
             os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
 
 
-def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> FastAPI:
+def build_api(
+    config: ServeConfig,
+    models: Mapping[str, DeploymentHandle],
+    workers: DeploymentHandle | None = None,
+) -> FastAPI:
     """Return the HTTP application, on which a page may be mounted.
 
     Args:
         config: the application's; its limits hold here.
         models: for each model's name a handle on which `chat` and `stats` can be called.
+        workers: a handle on `Workers`, if any may register.
     """
     door = Door(config)
-    front = Front(config, models, door)
+    front = Front(config, models, workers, door)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -102,12 +118,18 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     api.mount("/v1", v1)
     for path in ("/tokenize", "/detokenize"):  # where vLLM has them
         api.router.routes.append(Route(path, v1))
+    if config.llava_protocol.enabled:
+        llava = build_llava_app(config, front.models, workers)
+        _guard(llava, door, config, describe=llava_protocol.describe_error)
+        api.router.routes += [Route(path, llava) for path in PATHS]
     return api
 
 
-def _guard(api: FastAPI, door: Door, config: ServeConfig) -> None:
+def _guard(
+    api: Starlette, door: Door, config: ServeConfig, describe: Describe = answers.describe_error
+) -> None:
     """Let nothing come to the routes of an application but through the door."""
-    api.add_middleware(DoorMiddleware, door=door)
+    api.add_middleware(DoorMiddleware, door=door, describe=describe)
     api.add_middleware(VisitMiddleware, metrics=Metrics())
     if config.cors_origins:
         api.add_middleware(
@@ -123,7 +145,11 @@ class Front:
     """The routes."""
 
     def __init__(
-        self, config: ServeConfig, models: Mapping[str, DeploymentHandle], door: Door
+        self,
+        config: ServeConfig,
+        models: Mapping[str, DeploymentHandle],
+        workers: DeploymentHandle | None,
+        door: Door,
     ) -> None:
         self._door = door
         self._limits = config.limits
@@ -133,6 +159,7 @@ class Front:
             model.name: Backend(model.name, models[model.name], _build_room(model, config.limits))
             for model in config.models
         }
+        self.models = Directory(self._backends, workers, config.limits)
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -147,7 +174,7 @@ class Front:
         """`POST /tokenize`"""
         body = await self._read(request)
         options, asked = await parse_aside(parse_tokenize, body, limits=self._limits)
-        tokens = await self._choose(options.model).tokenize(asked)
+        tokens = await (await self._choose(options.model)).tokenize(asked)
         return _json(
             {
                 "count": len(tokens.ids),
@@ -160,7 +187,7 @@ class Front:
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`"""
         options = await parse_aside(parse_detokenize, await self._read(request))
-        text = await self._choose(options.model).detokenize(options.tokens)
+        text = await (await self._choose(options.model)).detokenize(options.tokens)
         return _json({"prompt": text})
 
     async def _answer(self, request: Request, parse: Callable[..., Call], prefix: str) -> Response:
@@ -172,7 +199,8 @@ class Front:
         asked = cap_tokens(call.request, self._limits)
         if isinstance(asked, ChatRequest):
             asked = await self._fetcher.fill(asked)
-        answer = await self._find(asked.model).start(asked, visit)
+        backend = await self.models.find(asked.model)
+        answer = await backend.start(asked, visit)
         visit.answers_each = call.head.answers_each
         if call.stream:
             encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
@@ -185,12 +213,14 @@ class Front:
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        models = await asyncio.gather(*map(self._describe, self._backends.values()))
+        names = await self.models.names()
+        found = [await self.models.find(name) for name in names]
+        models = await asyncio.gather(*map(self._describe, found))
         return _json({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return _json(await self._describe(self._find(name)))
+        return _json(await self._describe(await self.models.find(name)))
 
     async def describe(self) -> Response:
         """`GET /openapi.json`"""
@@ -222,22 +252,14 @@ class Front:
         length = None if is_asleep else await backend.find_context_length()
         return answers.describe_model(backend.name, created=self._created, context_length=length)
 
-    def _choose(self, name: str | None) -> Backend:
+    async def _choose(self, name: str | None) -> Backend:
         """The model of that name, or the only one."""
-        if name is None and len(self._backends) > 1:
+        names = await self.models.names()
+        if name is None and len(names) > 1:
             raise RequestError(
-                f"model is missing, and there are {', '.join(self._backends)}: name one",
-                param="model",
+                f"model is missing, and there are {', '.join(names)}: name one", param="model"
             )
-        return self._find(next(iter(self._backends)) if name is None else name)
-
-    def _find(self, name: str) -> Backend:
-        if name not in self._backends:
-            raise ModelNotFoundError(
-                f"there is no model {name[:100]!r} here; there is {', '.join(self._backends)}",
-                param="model",
-            )
-        return self._backends[name]
+        return await self.models.find(names[0] if name is None else name)
 
     async def _read(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self._limits.max_body_bytes)
@@ -271,29 +293,6 @@ class EventResponse(StreamingResponse):
             yield answers.encode_error(self._visit.report(error))
         else:
             yield answers.DONE
-
-
-async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Return the body of a request; reading stops where it becomes too large.
-
-    Raises:
-        RequestTooLargeError: it has, or says that it has, more than `max_bytes`.
-    """
-    declared = request.headers.get("content-length", "")
-    num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
-    pieces = []
-    if num_bytes <= max_bytes:
-        num_bytes = 0
-        async for piece in request.stream():
-            pieces.append(piece)
-            num_bytes += len(piece)
-            if num_bytes > max_bytes:
-                break
-        else:
-            return b"".join(pieces)
-    raise RequestTooLargeError(
-        f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller pictures"
-    )
 
 
 def cap_tokens(

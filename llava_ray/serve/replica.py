@@ -13,10 +13,10 @@ from llava_ray.engine.chat import chat
 from llava_ray.engine.complete import complete, tokenize
 from llava_ray.serve import console
 from llava_ray.types import (
-    ChatRequest,
     Chunk,
     CompletionRequest,
     Message,
+    Request,
     TextPart,
     TokenizeRequest,
     Tokens,
@@ -46,7 +46,7 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    async def chat(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
         answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
         async with aclosing(self._send(answer, request.num_answers)) as chunks:

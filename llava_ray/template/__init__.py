@@ -17,6 +17,7 @@ from llava_ray.template.tokens import (
     IMAGE_TOKEN,
     Encoded,
     Notation,
+    check_pictures,
     tokenize_pieces,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "Notation",
     "OwnTemplate",
     "Template",
+    "check_pictures",
     "find_template",
     "tokenize_pieces",
 ]

@@ -11,13 +11,23 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, RequestError
 
 IMAGE_TOKEN = "<image>"
 IMAGE_PLACEHOLDER = -200
 """Stands for a whole picture in token ids, as in LLaVA's own code."""
 IGNORED = -100
 """The label of a token that is not learned."""
+
+
+def check_pictures(prompt: str, num_images: int, image_token: str = IMAGE_TOKEN) -> None:
+    """Raise a `RequestError` unless a prompt names each picture that comes with it, once."""
+    if prompt.count(image_token) != num_images:
+        raise RequestError(
+            f"the prompt names {prompt.count(image_token)} pictures and {num_images} came with "
+            f"it: write {image_token} once for each picture",
+            param="messages",
+        )
 
 
 class Piece(NamedTuple):

@@ -1,0 +1,98 @@
+"""What one of LLaVA's own workers is asked: Request -> the body of its `/worker_generate_stream`.
+
+A conversation is rendered here, since such a worker takes prompts only.
+"""
+
+import base64
+from dataclasses import fields
+from typing import Any, NamedTuple
+
+from llava_ray.errors import UnsupportedError
+from llava_ray.template import check_pictures, find_template
+from llava_ray.types import ChatRequest, ImagePart, PromptRequest, Request, Sampling
+
+_MAX_NEW_TOKENS = 1024
+"""More than this LLaVA's workers never say."""
+_KNOWN_SAMPLING = {"max_tokens", "temperature", "top_p", "stop"}
+
+
+class Call(NamedTuple):
+    """What a worker is asked, and how its answer is read.
+
+    Attributes:
+        body: of `/worker_generate_stream`.
+        stop: the texts that end the answer; the worker itself heeds one at most.
+        is_chat: white space at the answer's beginning is left out.
+    """
+
+    body: dict[str, Any]
+    stop: tuple[str, ...]
+    is_chat: bool
+
+
+def build_call(request: Request) -> Call:
+    """Return the call of a worker for a request.
+
+    A conversation is rendered with the template that LLaVA's page takes for the model's name.
+
+    Raises:
+        UnsupportedError: it asks for what such workers cannot do.
+        RequestError: the template does not accept the conversation, or the prompt does not name
+            its pictures.
+    """
+    sampling = request.sampling
+    for field in fields(Sampling):
+        if field.name not in _KNOWN_SAMPLING and getattr(sampling, field.name) != field.default:
+            raise UnsupportedError(
+                f"{field.name} is not supported by LLaVA's own workers, one of which serves "
+                f"{request.model!r}: leave it out",
+                param=field.name,
+            )
+    if request.num_answers > 1:
+        raise UnsupportedError(
+            f"n={request.num_answers} is not supported by LLaVA's own workers, one of which serves "
+            f"{request.model!r}: send the request n times",
+            param="n",
+        )
+    if isinstance(request, PromptRequest):
+        prompt, images, stop = request.prompt, request.images, sampling.stop
+    else:
+        template = find_template(name_template(request.model))
+        prompt = template.render(request.messages)
+        stop = (*sampling.stop, *template.stop)
+        images = tuple(
+            part
+            for message in request.messages
+            for part in message.parts
+            if isinstance(part, ImagePart)
+        )
+    check_pictures(prompt, len(images))
+    body = {
+        "model": request.model,
+        "prompt": prompt,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "max_new_tokens": min(sampling.max_tokens or _MAX_NEW_TOKENS, _MAX_NEW_TOKENS),
+        "stop": stop[-1] if stop else "</s>",  # without one, such a worker fails
+        "images": [base64.b64encode(image.data).decode() for image in images],
+    }
+    return Call(body, stop, is_chat=isinstance(request, ChatRequest))
+
+
+def name_template(model: str) -> str:
+    """Return the name of the template that LLaVA's page takes for a model of that name."""
+    name = model.lower()
+    is_tagged = "mmtag" in name or ("plain" in name and "finetune" not in name)
+    if "llava" not in name:
+        return "mpt" if "mpt" in name else "llama_2" if "llama-2" in name else "vicuna_v1"
+    if "llama-2" in name:
+        return "llava_llama_2"
+    if "mistral" in name or "mixtral" in name:
+        return "chatml_direct" if "hermes" in name else "mistral_instruct"
+    if "llava-v1.6-34b" in name:
+        return "chatml_direct"
+    if "v1" in name:
+        return "v1_mmtag" if is_tagged else "llava_v1"
+    if "mpt" in name:
+        return "mpt"
+    return "v0_mmtag" if is_tagged else "llava_v0"
