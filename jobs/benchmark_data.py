@@ -95,6 +95,7 @@ def benchmark_data(
             {**fields, "datasets": [{"path": str(place / "large-shards")}]}
         )
         _compare_starts(deep, Checkpoint(model), rounds)
+        _stop_ray()  # its readers end before their files do
 
 
 def _start_ray(processes: int) -> None:
@@ -106,6 +107,12 @@ def _start_ray(processes: int) -> None:
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
+
+
+def _stop_ray() -> None:
+    import ray
+
+    ray.shutdown()
 
 
 def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files: int) -> Path:
