@@ -277,7 +277,7 @@ def test_the_workers_of_ray_train_share_each_global_batch(
 ) -> None:
     from ray import train
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.data_parallel_trainer import DataParallelTrainer
+    from ray.train.torch import TorchTrainer
 
     config = config_of(shards, num_readers=1, reader_cpus=0.25)
     checkpoint = model()
@@ -290,7 +290,7 @@ def test_the_workers_of_ray_train_share_each_global_batch(
         ]
         (Path(settings["out"]) / f"{worker.rank}.json").write_text(json.dumps(steps))
 
-    DataParallelTrainer(
+    TorchTrainer(
         read,
         train_loop_config={"out": str(tmp_path)},
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
