@@ -1,8 +1,11 @@
 """Conversion: what ends up in shards and what in rejects, and what a stopped one leaves."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ from raw_data import (
 from tiny import tiny_model
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert import PartWriter, convert
+from llava_ray.data.convert import convert
 from llava_ray.data.encode import load_encoder
 from llava_ray.data.files import check_name, open_folder
 from llava_ray.data.manifest import load_index, load_manifest
@@ -29,6 +32,7 @@ from llava_ray.data.parts import cut_parts
 from llava_ray.data.shards import ShardReader
 from llava_ray.data.sources import SOURCES
 from llava_ray.data.target import begin, describe_settings
+from llava_ray.data.write import PartWriter
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode
 
@@ -282,3 +286,33 @@ def test_rows_that_come_with_their_pictures_end_a_part_before_it_grows_large(
     config = settings(tmp_path / "hub", tmp_path / "out", source="hf")
     assert [len(part.rows) for part in cut_parts(config)] == [2, 2, 2]
     assert len(read("hf", tmp_path / "hub")) == 6
+
+
+@pytest.mark.slow
+def test_a_conversion_that_was_killed_leaves_nothing_half_and_goes_on(tmp_path: Path) -> None:
+    raw = write_llava(tmp_path / "raw", 400)
+    out = tmp_path / "out"
+    job = [sys.executable, Path(__file__).parent.parent / "jobs" / "convert.py", "llava"]
+    words = ["--input", raw, "--output", out, "--num-workers", "1", "--rows-per-shard", "8"]
+    running = subprocess.Popen(
+        [*job, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for_shards(out, running)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (out / "_manifest.json").exists()
+    finished = sorted(out.glob("part-*.parquet"))
+    for path in finished:
+        pq.ParquetFile(path).close()
+    assert 3 <= len(finished) < 50
+    done = subprocess.run([*job, *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    convert_here(settings(raw, tmp_path / "whole", rows_per_shard=8))
+    assert load_manifest(str(out)).digest == load_manifest(str(tmp_path / "whole")).digest
+    assert list_files(out) == list_files(tmp_path / "whole")
+
+
+def wait_for_shards(out: Path, running: subprocess.Popen[bytes]) -> None:
+    while len(list(out.glob("_progress/0*.json"))) < 3:
+        assert running.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)

@@ -30,6 +30,7 @@ def test_the_command_prints_counts_lengths_sizes_and_rejects(
         f"tokens counted for {tiny_model()}",
         "pictures: 4 with none, 13 with one, 3 with 2",
         "length in tokens:",
+        "grouping=length",
         "from 40 x 44 to 48 x 50 (of 19)",
         "1 rows rejected:",
         "1  image_empty",

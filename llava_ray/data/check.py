@@ -37,6 +37,13 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
     """
     if problem := find_problem(sample.messages):
         raise SampleError(problem, reason="roles")
+    texts = [sample.sample_id, *(join_text(message) for message in sample.messages)]
+    if not all(map(_is_text, texts)):
+        raise SampleError(
+            "the text has half of a surrogate pair in it, which is no character: repair its "
+            "encoding",
+            reason="bad_row",
+        )
     named, given = count_pictures(sample.messages), len(sample.images)
     if named != given:
         raise SampleError(
@@ -48,7 +55,7 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
             f"it has {given} pictures, more than the {max_images} allowed: raise max_images",
             reason="too_many_images",
         )
-    num_chars = sum(len(join_text(message)) for message in sample.messages)
+    num_chars = sum(map(len, texts))
     if num_chars > max_chars:
         raise SampleError(
             f"it has {num_chars:,} characters, more than the {max_chars:,} allowed: shorten it",
@@ -58,6 +65,15 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
         check_sample(sample.messages, sample.sample_id)
     except SampleError as error:
         raise SampleError(error.message, reason="empty") from error
+
+
+def _is_text(text: str) -> bool:
+    """Return whether a text can be stored as UTF-8, which JSON does not guarantee."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_image(data: bytes, limits: LimitsConfig, *, name: str) -> CheckedImage:

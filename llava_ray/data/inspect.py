@@ -6,20 +6,21 @@ pictures of some shards, are read from the shards themselves.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from llava_ray.data.files import Folder, open_folder
 from llava_ray.data.manifest import Manifest, load_index, load_manifest
-from llava_ray.data.plan import shuffle
+from llava_ray.data.plan import Grouping, Plan, Share, shuffle
 from llava_ray.data.pool import Pool, PoolReader
 from llava_ray.data.shards import ShardRow
 
 _MAX_SHARDS_FOR_SIZES = 20
 _NUM_BARS = 12
 _BAR_WIDTH = 40
+_BATCH_SIZE, _MICRO_SIZE = 128, 16  # of LLaVA-1.5
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,31 @@ def describe(summary: Summary) -> list[str]:
         )
     if len(summary.lengths):
         lines += ["", f"length in {summary.unit}:", *draw_histogram(summary.lengths)]
+        lines += ["", f"padding with {_BATCH_SIZE} samples a batch, {_MICRO_SIZE} at once:"]
+        lines += [
+            f"  {share:>6.1%}  grouping={name}" for name, share in _measure_padding(summary).items()
+        ]
     if manifest.rejects:
         lines += ["", f"{manifest.num_rejects:,} rows rejected:"]
         lines += [f"  {num:>9,}  {reason}" for reason, num in manifest.rejects.items()]
     return lines
+
+
+def _measure_padding(summary: Summary) -> dict[Grouping, float]:
+    """Return which share of an epoch is padding, for each way to group samples."""
+    groupings: tuple[Grouping, ...] = ("none", "modality", "length")
+    plan = Plan(
+        shares=(Share(len(summary.lengths)),),
+        lengths=summary.lengths,
+        has_images=summary.num_images > 0,
+        batch_size=_BATCH_SIZE,
+    )
+    return {
+        grouping: replace(plan, grouping=grouping).measure_padding(
+            accumulation=_BATCH_SIZE // _MICRO_SIZE
+        )
+        for grouping in groupings
+    }
 
 
 def draw_histogram(values: Sequence[int] | np.ndarray) -> list[str]:

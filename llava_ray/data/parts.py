@@ -15,7 +15,7 @@ from llava_ray.data.check import check_messages
 from llava_ray.data.files import Folder, find_input
 from llava_ray.data.sources import Source, find_source
 from llava_ray.data.sources.parts import Raw
-from llava_ray.errors import LlavaRayError, SampleError
+from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
 from llava_ray.types import Sample
 
 MAX_PART_BYTES = 64 << 20
@@ -92,8 +92,10 @@ def _convert_row(source: Source, raw: Raw) -> Sample:
         return source.convert(raw.row)
     except SampleError:
         raise
-    except LlavaRayError as error:
-        raise SampleError(error.message, reason="bad_row") from error
+    except ImageError as error:
+        is_large = isinstance(error, ImageTooLargeError)
+        reason = "image_oversized" if is_large else "image_corrupt"
+        raise SampleError(error.message, reason=reason) from error
     except _BROKEN_ROW as error:
         raise SampleError(
             f"the row is not as its source writes it ({type(error).__name__}: {error}): compare it "

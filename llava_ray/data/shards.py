@@ -4,6 +4,8 @@ Written by `convert`; read back a row at a time by `stream`, which is why a row 
 megabyte. Everything is zstd-compressed but the pictures, which are compressed already.
 """
 
+import hashlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +111,9 @@ class ShardReader:
     """Reads single rows of one shard, a row group at a time."""
 
     def __init__(self, folder: Folder, name: str) -> None:
-        self._file = pq.ParquetFile(folder.open(name))
+        # A picture in a file that is mapped is copied once, when it is read.
+        where = folder.path(name) if folder.is_local else folder.open(name)
+        self._file = pq.ParquetFile(where, memory_map=folder.is_local)
         self._ends: list[int] = []
         end = 0
         for i in range(self._file.num_row_groups):
@@ -118,9 +122,7 @@ class ShardReader:
 
     def read(self, row: int) -> ShardRow:
         """Return the sample of a row, counted from 0."""
-        import bisect
-
-        group = bisect.bisect_right(self._ends, row)
+        group = bisect_right(self._ends, row)
         table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
         first = self._ends[group - 1] if group else 0
         return parse_row(table.slice(row - first, 1).to_pylist()[0])
@@ -146,8 +148,6 @@ def describe_row(
     sample: Sample, images: Sequence[CheckedImage], *, num_tokens: int | None
 ) -> dict[str, Any]:
     """Return a sample as a row of `SCHEMA`."""
-    import hashlib
-
     messages = [{"role": m.role, "text": write_text(m)} for m in sample.messages]
     return {
         "id": sample.sample_id,

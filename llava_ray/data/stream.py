@@ -5,9 +5,10 @@
 Ray Data's own iterators keep no position, so nothing that is to be resumed exactly can come from
 them; here the plan says what comes next, and readers only prepare what they are told. No more than
 `num_ahead` batches are prepared or on their way, and an actor that dies is started again and does
-its work once more.
+its work once more. The readers end when nobody holds the stream any more.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ def _list_tasks(plan: Plan, worker: Worker, position: Position, num_epochs: int)
 def _read_ahead(
     tasks: Iterator[_Task], config: DataConfig, checkpoint: Checkpoint, pool: Pool
 ) -> Iterator[Batch]:
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote: Any = ray.remote(BatchMaker).options(
         num_cpus=config.reader_cpus,
@@ -112,16 +115,12 @@ def _read_ahead(
     )
     readers = [remote.remote(config, checkpoint, pool) for _ in range(config.num_readers)]
     waiting: deque[Any] = deque()
-    try:
-        for reader, task in zip(cycle(readers), tasks, strict=False):
-            waiting.append(reader.make.remote(task))
-            if len(waiting) >= config.num_ahead:
-                yield _receive(waiting.popleft())
-        while waiting:
+    for reader, task in zip(cycle(readers), tasks, strict=False):
+        waiting.append(reader.make.remote(task))
+        if len(waiting) >= config.num_ahead:
             yield _receive(waiting.popleft())
-    finally:
-        for reader in readers:
-            ray.kill(reader)
+    while waiting:
+        yield _receive(waiting.popleft())
 
 
 def _receive(batch: Any) -> Batch:
