@@ -23,7 +23,7 @@ FLOORS = [
 MAY_IMPORT = {
     "ray": ("app.py", "cli/", "serve/", "data/", "train/launch.py", "evaluate/"),
     "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
-    "gradio": ("serve/page.py",),
+    "gradio": ("serve/page/",),
     "vllm": ("engine/vllm_engine.py",),
     "sglang": ("engine/sglang_engine.py",),
     "deepspeed": ("train/",),
@@ -76,6 +76,7 @@ def test_a_heavy_package_is_known_to_few_files(package: str) -> None:
         ("llava_ray", {"torch", "ray", "gradio", "transformers", "PIL"}),
         ("llava_ray.cli", {"torch", "ray", "gradio", "transformers"}),
         ("llava_ray.app", {"torch", "gradio", "vllm", "sglang", "deepspeed"}),
+        ("llava_ray.serve.page", {"torch", "gradio"}),
         ("llava_ray.engine.protocol", {"torch", "ray", "gradio"}),
         ("llava_ray.demo", {"torch", "ray", "gradio"}),
     ],

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.config import ServeConfig
+from llava_ray.config import PageConfig, ServeConfig
 from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestTooLargeError
 from llava_ray.serve import console, openai
 from llava_ray.serve import openai_answers as answers
@@ -48,7 +48,12 @@ class Gateway:
         if self._config.page:
             from llava_ray.serve.page import mount_page
 
-            api = mount_page(api)
+            page = PageConfig(
+                gateway_url=None,
+                feedback_dir=self._config.feedback_dir,
+                moderation=self._config.moderation,
+            )
+            api = mount_page(api, page)
         return api
 
 
