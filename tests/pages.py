@@ -3,17 +3,17 @@
 import asyncio
 import io
 import json
-import os
-import shutil
 import socket
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import httpx
+import pytest
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -112,33 +112,37 @@ def _event(choices: list[Any], **fields: Any) -> str:
 
 @contextmanager
 def run_page(gateway: ScriptedGateway, **settings: Any) -> Iterator[str]:
-    """The page and the gateway in this process; gives their address."""
-    folder = tempfile.mkdtemp(prefix="page-test-")
-    before = os.environ.get("GRADIO_TEMP_DIR")
-    os.environ["GRADIO_TEMP_DIR"] = folder
-    with socket.socket() as listener:
+    """The page and the gateway in this process, one at a time; gives their address."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        socket.socket() as listener,
+    ):
+        patch.setenv("GRADIO_TEMP_DIR", folder)
         listener.bind(("127.0.0.1", 0))
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        if moderation := settings.get("moderation"):
+            moderation.setdefault("url", f"{address}/v1")
+        config = PageConfig(**{"gateway_url": address, **settings})
         api = FastAPI()
         gateway.add_to(api)
-        settings.setdefault("gateway_url", address)
-        if "moderation" in settings:
-            settings["moderation"].setdefault("url", f"{address}/v1")
-        mount_page(api, PageConfig(**settings))
-        config = uvicorn.Config(api, log_level="error", ws="none", timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        server = uvicorn.Server(
+            uvicorn.Config(api, log_level="error", ws="none", timeout_graceful_shutdown=1)
+        )
+
+        async def serve() -> None:
+            mount_page(api, config)  # here, or Gradio makes event loops and leaves them open
+            await server.serve([listener])
+
+        thread = threading.Thread(target=asyncio.run, args=[serve()])
         thread.start()
         try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.02)
             yield address
         finally:
             server.should_exit = True
             thread.join()
-    shutil.rmtree(folder)
-    if before is None:
-        del os.environ["GRADIO_TEMP_DIR"]
-    else:
-        os.environ["GRADIO_TEMP_DIR"] = before
 
 
 class Visitor:
@@ -156,9 +160,10 @@ class Visitor:
         path = httpx.post(f"{self._api}/upload", files={"files": (name, data)}).json()[0]
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
-    def run(self, name: str, *data: Any) -> Iterator[list[Any]]:
+    def run(self, name: str, *data: Any, event_data: Any = None) -> Iterator[list[Any]]:
         """Start an event of the page and yield its outputs as they grow."""
         call = {"data": data, "fn_index": self._events[name], "session_hash": self._session}
+        call["event_data"] = event_data
         joined = httpx.post(f"{self._api}/queue/join?{self._query}", json=call).raise_for_status()
         self._running = joined.json()["event_id"]
         shown: list[Any] = []

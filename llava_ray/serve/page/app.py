@@ -47,6 +47,9 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
         ConfigError: the folder of the log cannot be written to.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
+    # Or Gradio makes a table of its last 10,000 events at every event, for nobody.
+    os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(1 << 60))
+    os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     # A folder that pages share would lose the pictures of all with the first page that ends.
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="llava-ray-page-"))
     import gradio as gr

@@ -214,9 +214,9 @@ def mark_stopped(left: Chat, right: Chat, is_double: bool) -> list[Any]:
     return [[*left, stopped], [*right, stopped] if is_double else gr.skip()]
 
 
-def describe_model(name: str | None) -> str:
+def describe_model(name: str | None) -> Any:
     """What the embedded model knows; of others nothing is known here."""
-    return demo.KNOWS if name == ModelConfig(path="demo").name else ""
+    return gr.Markdown(demo.KNOWS, visible=name == ModelConfig(path="demo").name)
 
 
 def _show(answers: list[Answer], shown: list[Any]) -> list[Any]:

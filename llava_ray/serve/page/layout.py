@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -84,7 +85,7 @@ def build_layout(config: PageConfig) -> Layout:
         parts |= _build_head()
         if parts["is_logged"]:
             gr.Markdown(PRIVACY_NOTE, elem_id="privacy")
-        parts["knows"] = gr.Markdown(elem_id="knows")
+        parts["knows"] = gr.Markdown(visible=False, elem_id="knows")
         with gr.Row(elem_id="chats", scale=1):
             with gr.Column(min_width=280, elem_classes="side"):
                 parts["left"] = _build_chat("chat")
@@ -170,7 +171,7 @@ def _build_box() -> dict[str, Any]:
     box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
-        placeholder="Ask about pictures: attach, drop or paste them",
+        placeholder="Ask about pictures",
         file_types=["image"],
         file_count="multiple",
         autofocus=True,
@@ -210,14 +211,15 @@ def _small_button(text: str, **kwargs: Any) -> gr.Button:
 def draw_scene() -> tuple[str, list[str]]:
     """Draw a picture that the embedded model can read; return its path, and questions about it."""
     picture, questions = demo.make_example(random.randrange(1 << 31))
-    return _keep(picture), list(questions[:NUM_CHIPS])
+    path = save_pil_to_cache(picture, get_upload_folder(), format="png")
+    return path, list(questions[:NUM_CHIPS])
 
 
 def _make_example(seed: int) -> Any:
     picture, questions = demo.make_example(seed)
-    path = _keep(picture)
+    # Not in Gradio's cache: what a visitor's chat has shown from there is deleted after a while.
+    folder = Path(get_upload_folder()) / "examples"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = str(folder / f"{seed}.png")
+    picture.save(path)
     return {"text": questions[seed % len(questions)], "files": [path], "icon": path}
-
-
-def _keep(picture: Any) -> str:
-    return save_pil_to_cache(picture, get_upload_folder(), format="png")

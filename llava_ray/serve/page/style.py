@@ -55,7 +55,9 @@ main.contain { gap: .6rem; }
 @media (max-width: 640px) {
   #title { flex-basis: 100%; }
   #model, #other-model { flex: 1 1 40%; }
+  #double { flex-basis: 100%; }
   #knows p, #privacy p { font-size: .8rem; }
+  .chat .examples { grid-auto-flow: column; grid-template-columns: none; overflow-x: auto; }
   #chips { flex-wrap: nowrap; overflow-x: auto; }
   #chips button { flex: none; white-space: nowrap; }
   .chat .example-image-container, .chat .example-image { width: 4rem; height: 4rem; }
