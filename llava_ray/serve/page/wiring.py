@@ -52,6 +52,8 @@ def _wire_starts(on: Layout) -> list[Any]:
     """All that asks a question."""
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     examples: list[Any] = list(on.left.examples or [])
+    kept = [file["path"] for example in examples for file in example["files"]]
+    on.left.keep_in_cache |= set(kept)  # or they are deleted with the chats that showed them
 
     def add_example(left: Chat, right: Chat, is_double: bool, chosen: gr.SelectData) -> Any:
         # By its number alone: the files that the browser names may be any.
