@@ -68,7 +68,7 @@ def test_a_picture_is_stored_once_under_its_hash(tmp_path: Path) -> None:
     (kept,) = (tmp_path / "images").iterdir()
     assert kept.read_bytes() == png("red").data
     assert len(kept.stem) == 64
-    assert sorted(path.name for path in tmp_path.parent.iterdir()) == [tmp_path.name]
+    assert not list(tmp_path.parent.glob("c*"))
 
 
 def test_visitors_at_the_same_moment_do_not_mix(tmp_path: Path) -> None:
