@@ -21,8 +21,17 @@ FLOORS = [
 ]
 
 MAY_IMPORT = {
-    "ray": ("app.py", "cli/", "serve/", "data/", "train/launch.py", "evaluate/"),
+    "ray": (
+        "app.py",
+        "cli/",
+        "serve/",
+        "data/convert.py",
+        "data/stream.py",
+        "train/launch.py",
+        "evaluate/",
+    ),
     "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
+    "llguidance": ("engine/grammar.py", "engine/vocabulary.py"),
     "gradio": ("serve/page/",),
     "vllm": ("engine/vllm_engine.py",),
     "sglang": ("engine/sglang_engine.py",),
@@ -79,6 +88,9 @@ def test_a_heavy_package_is_known_to_few_files(package: str) -> None:
         ("llava_ray.serve.page", {"torch", "gradio"}),
         ("llava_ray.engine.protocol", {"torch", "ray", "gradio"}),
         ("llava_ray.demo", {"torch", "ray", "gradio"}),
+        ("llava_ray.data.sources", {"torch", "ray", "transformers"}),
+        ("llava_ray.data.plan", {"torch", "ray", "transformers", "pyarrow"}),
+        ("llava_ray.data.convert", {"torch", "transformers"}),
     ],
 )
 def test_importing_a_part_loads_no_more_than_it_needs(module: str, absent: set[str]) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from llava_ray import demo
-from llava_ray.demo import questions, scenes, sprites
+from llava_ray.demo import questions, scenes, sprites, symbols
 
 SCENES = [scenes.make_scene(random.Random(seed)) for seed in range(150)]
 PLACES = {name: cell for cell, name in enumerate(questions.CELLS)}
@@ -31,6 +31,21 @@ def test_a_scene_and_its_picture_are_exactly_repeatable():
     assert scenes.draw(first).tobytes() == scenes.draw(again).tobytes()
     assert scenes.draw(first).size == (scenes.PIXELS, scenes.PIXELS)
     assert first != scenes.make_scene(random.Random(4), num_items=9)
+
+
+def test_a_disguised_shape_lacks_a_name_and_its_tower_learns_only_the_rest() -> None:
+    rng = random.Random(0)
+    plain = scenes.make_scene(rng, num_items=9, kinds=("shape",))
+    disguised = scenes.disguise(rng, plain, 1.0)
+    name, colour = list(symbols.FIELDS).index("name"), list(symbols.FIELDS).index("colour")
+    for item, before, values in zip(
+        disguised.items, plain.items, symbols.spell(disguised), strict=True
+    ):
+        assert scenes.UNNAMED in (item.name, item.colour)
+        assert (values[name] == symbols.IGNORED) == (item.name == scenes.UNNAMED)
+        assert (values[colour] == symbols.IGNORED) == (item.colour == scenes.UNNAMED)
+        assert (item.size, item.x, item.y) == (before.size, before.x, before.y)
+    assert scenes.draw(disguised).tobytes() != scenes.draw(plain).tobytes()
 
 
 def test_every_item_is_painted_inside_its_own_cell():

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedTokenizerFast
 
-from llava_ray.demo import language, symbols
+from llava_ray.demo import language, questions, symbols
 from llava_ray.demo.pace import Pace, Stage, autocast, resume
 from llava_ray.demo.reader import (
     PHRASE_SHARE,
@@ -28,6 +28,7 @@ from llava_ray.demo.tower import Labeller, build_tower, make_pictures, read_towe
 ALIGN_RATE = 2e-3
 ALIGN_BATCH = 32
 JOINT_RATE = 5e-4
+JOINT_WEIGHTS = questions.WEIGHTS | {"number": 8.0, "counting": 5.0}  # what comes last
 SYMBOL_SHARE = 0.3  # of the symbols' loss beside the answers'
 _TEACHERS = ("labeller.heads.", "reader.finder.", "reader.speller.extra.")
 
@@ -126,7 +127,7 @@ def train_joined(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFas
     resume(model, checkpoint)
     shares = {model.reader.model: 1.0, model.reader.finder: 1.0, model.projector: 1.0}
     stage = Stage("joint", model, checkpoint, pace, rate=JOINT_RATE, shares=shares)
-    for batch in make_batches(tokenizer, rng, stage, is_easy_first=False):
+    for batch in make_batches(tokenizer, rng, stage, weights=JOINT_WEIGHTS, is_easy_first=False):
         with autocast():
             (answer, phrase, exact), symbol = model.losses(batch)
         loss = answer + PHRASE_SHARE * phrase + SYMBOL_SHARE * symbol

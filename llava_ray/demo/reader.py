@@ -141,6 +141,7 @@ def make_batches(
     rng: random.Random,
     stage: Stage,
     *,
+    weights: dict[str, float] | None = None,
     is_easy_first: bool = True,
 ) -> Iterator[language.Batch]:
     """Conversations of about the same length while the stage lasts, the harder ones later."""
@@ -155,7 +156,11 @@ def make_batches(
             shown = [_make_scene(rng, min(limit, now.max_items)) for _ in range(count)]
             is_apart = count == 1 and rng.random() < now.apart
             turns = questions.make_conversation(
-                rng, shown, num_turns=rng.randint(9, 12) - 2 * count, follow_ups=not is_apart
+                rng,
+                shown,
+                num_turns=rng.randint(9, 12) - 2 * count,
+                weights=weights,
+                follow_ups=not is_apart,
             )
             batch.append(
                 encoder.encode_apart(turns)

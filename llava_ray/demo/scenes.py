@@ -9,7 +9,7 @@ repeatable. Some combinations of what is drawn are kept out of every training sc
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
@@ -36,10 +36,20 @@ CATEGORIES = tuple(sprites.EMOJI)
 THINGS = tuple(sprites.THINGS)
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
+ODD_SHAPES = {
+    "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1),
+              (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
+    "hexagon": [(0.25, 0.06), (0.75, 0.06), (1, 0.5), (0.75, 0.94), (0.25, 0.94), (0, 0.5)],
+    "house": [(0.5, 0), (1, 0.5), (0.85, 0.5), (0.85, 1), (0.15, 1), (0.15, 0.5), (0, 0.5)],
+    "arrow": [(0, 0.3), (0.5, 0.3), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.7), (0, 0.7)],
+    "bolt": [(0.6, 0), (0.1, 0.6), (0.45, 0.6), (0.35, 1), (0.9, 0.38), (0.55, 0.38)],
+}  # fmt: skip
+"""Outlines that no question is about, both coordinates from 0 to 1."""
 GRID = 3
 CELL = 48  # pixels
 PIXELS = CELL * GRID  # a picture's side, as the model sees it
 MAX_JITTER = 6
+UNNAMED = "?"  # the colour or the shape that is none of those above
 _SUPERSAMPLING = 4
 
 _HELD_OUT_NUMBERS = frozenset((14, 23, 37, 46, 50, 68, 72, 85, 91))
@@ -59,6 +69,7 @@ class Item:
     colour: str | None = None  # of a shape
     ink: tuple[int, int, int] = (0, 0, 0)  # what a shape or a number is painted with
     face: int = 0  # a number's typeface
+    outline: str = ""  # of a shape whose name does not say it
 
     @property
     def row(self) -> int:
@@ -169,6 +180,33 @@ def _light(rng: random.Random) -> tuple[int, int, int]:
     return rng.randint(228, 255), rng.randint(228, 255), rng.randint(228, 255)
 
 
+def disguise(rng: random.Random, scene: Scene, share: float) -> Scene:
+    """Give some shapes an ink that is no named colour, or an outline that is no named shape.
+
+    Their colour or their name is then UNNAMED. A tower that has seen these takes colours and
+    outlines for two matters, and knows combinations of them that it never saw.
+    """
+    items = [
+        _disguise(rng, item) if item.kind == "shape" and rng.random() < share else item
+        for item in scene.items
+    ]
+    return replace(scene, items=tuple(items))
+
+
+def _disguise(rng: random.Random, item: Item) -> Item:
+    if rng.random() < 0.5:
+        return replace(item, name=UNNAMED, outline=rng.choice(tuple(ODD_SHAPES)))
+    return replace(item, colour=UNNAMED, ink=_odd_ink(rng))
+
+
+def _odd_ink(rng: random.Random) -> tuple[int, int, int]:
+    """A colour far from all that have names, and from the ground."""
+    while True:
+        ink = _any_colour(rng)
+        if min(ink) < 190 and min(math.dist(ink, named) for named in COLOURS.values()) > 105:
+            return ink
+
+
 def _any_colour(rng: random.Random) -> tuple[int, int, int]:
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
@@ -180,7 +218,7 @@ def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
         pixels = item.pixels * scale
         match item.kind:
             case "shape":
-                stamp: Image.Image = _shape_mask(item.name, pixels)
+                stamp: Image.Image = _shape_mask(item.outline or item.name, pixels)
             case "thing":
                 stamp = sprites.thing(item.name, pixels)
             case "number":
@@ -221,6 +259,8 @@ def _shape_mask(name: str, pixels: int) -> Image.Image:
 def _outline(name: str) -> list[tuple[float, float]]:
     """A shape's corners, both coordinates from 0 to 1."""
     match name:
+        case name if name in ODD_SHAPES:
+            return ODD_SHAPES[name]
         case "square":
             return [(0.06, 0.06), (0.94, 0.06), (0.94, 0.94), (0.06, 0.94)]
         case "triangle":

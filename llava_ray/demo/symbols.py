@@ -12,6 +12,7 @@ import torch
 from llava_ray.demo import scenes
 
 PATCHES_PER_CELL = 2  # along one side
+IGNORED = -100  # in place of what has no name
 DIGITS = tuple("0123456789")
 FIELDS: dict[str, tuple[str, ...]] = {
     "category": ("", "shape", *scenes.CATEGORIES, "number"),
@@ -38,7 +39,10 @@ def spell(scene: scenes.Scene) -> np.ndarray:
             item.name[-2:-1] if is_number else "",
             item.name[-1] if is_number else "",
         )
-        cells[item.cell] = [index[word] for index, word in zip(_INDEX, words, strict=True)]
+        cells[item.cell] = [
+            IGNORED if word == scenes.UNNAMED else index[word]
+            for index, word in zip(_INDEX, words, strict=True)
+        ]
     return cells
 
 

@@ -18,6 +18,7 @@ from llava_ray.demo.pace import Pace, Stage, autocast, resume
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
 RATE = 1e-3
+DISGUISED = 0.35  # of the shapes it is shown
 
 
 def build_tower() -> CLIPVisionModel:
@@ -56,13 +57,16 @@ class Labeller(nn.Module):
         return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
 
 
-def make_pictures(rng: random.Random, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def make_pictures(
+    rng: random.Random, size: int, *, disguised: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
     counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
     batch = [
         scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
         for count in counts
     ]
+    batch = [scenes.disguise(rng, scene, disguised) for scene in batch]
     return symbols.pixels(batch), symbols.spell_patches(batch)
 
 
@@ -73,7 +77,7 @@ def train_tower(checkpoint: Path, pace: Pace) -> None:
     resume(model, checkpoint)
     stage = Stage("tower", model, checkpoint, pace, rate=RATE, weight_decay=0.05)
     while not stage.is_over:
-        pixels, values = make_pictures(rng, BATCH)
+        pixels, values = make_pictures(rng, BATCH, disguised=DISGUISED)
         with autocast():
             logits = model(pixels)
         stage.step(_label_loss(logits, values), **_error_rates(logits, values))
@@ -81,7 +85,9 @@ def train_tower(checkpoint: Path, pace: Pace) -> None:
 
 def _label_loss(logits: list[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
     losses = (
-        F.cross_entropy(field.flatten(0, 1), values[..., index].flatten())
+        F.cross_entropy(
+            field.flatten(0, 1), values[..., index].flatten(), ignore_index=symbols.IGNORED
+        )
         for index, field in enumerate(logits)
     )
     return torch.stack(list(losses)).sum()
@@ -91,6 +97,9 @@ def _error_rates(logits: list[torch.Tensor], values: torch.Tensor) -> dict[str, 
     """The share of wrong labels of every field, among patches that show something."""
     is_item = values[..., 0] > 0
     return {
-        name: (field.argmax(-1) != values[..., index])[is_item].float().mean().item()
+        name: (field.argmax(-1) != values[..., index])[is_item & (values[..., index] >= 0)]
+        .float()
+        .mean()
+        .item()
         for index, (name, field) in enumerate(zip(symbols.FIELDS, logits, strict=True))
     }
