@@ -19,8 +19,9 @@ def test_answers_votes_and_comparisons_are_logged(tmp_path: Path) -> None:
         *_, (left, right) = visitor.run(
             "answer", question, question, "echo", "other", True, *PARAMETERS
         )
-        list(visitor.run("vote", left))
+        list(visitor.run("vote_up", left))
     first, second = sorted(read_feedback(tmp_path), key=lambda row: row["model"])
+    assert (first["vote"], second["vote"]) == ("up", None)
     assert first["conversations"][0]["value"] == "<image>\nWhat?"
     assert first["conversations"][1]["value"].startswith("echo heard: What? (1 pictures)")
     assert (second["model"], second["image"]) == ("other", first["image"])

@@ -50,7 +50,7 @@ class Handlers:
             gr.Dropdown(choices=names, value=chosen),
             gr.Dropdown(choices=names, value=other),
             describe_model(chosen),
-            problems,
+            problems or gr.skip(),  # a question may be there already
         )
 
     async def reload(self, model: str, other: str, request: gr.Request) -> list[Any]:

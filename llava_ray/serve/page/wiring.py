@@ -98,7 +98,8 @@ def _wire_results(on: Layout, handlers: Handlers) -> None:
     packed = on.save.click(handlers.save, chats, on.download, **QUICK)
     packed.then(None, js=CLICK_DOWNLOAD)
     for vote, button in on.votes.items():
-        button.click(_with_last(handlers.vote, vote), on.left, None, **QUICK)
+        voted = _with_last(handlers.vote, vote)
+        button.click(voted, on.left, None, api_name=f"vote_{vote}", **QUICK)
     for better, button in on.verdicts.items():
         button.click(_with_last(handlers.compare, better), chats, None, **QUICK)
     panel, text = on.correction.panel, on.correction.text
