@@ -10,7 +10,8 @@
     │   │   │   └── FetchError        an address that gave no usable picture; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
-    │   │   └── RequestTooLargeError  a body over the limit; 413
+    │   │   ├── RequestTooLargeError  a body over the limit; 413
+    │   │   └── RefusedError          a question that the moderation service objects to
     │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
     │   ├── NotAllowedError           the configuration does not allow it; 403
@@ -109,6 +110,12 @@ class RequestTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class RefusedError(RequestError):
+    """The moderation service objects to a question."""
+
+    code = "content_policy_violation"
 
 
 class SampleError(UserError):

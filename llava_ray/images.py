@@ -167,14 +167,22 @@ def to_data_url(picture: Image.Image | bytes) -> str:
         picture.save(buffer, "PNG")
         data, media_type = buffer.getvalue(), "image/png"
     else:
-        try:
-            with Image.open(io.BytesIO(picture), formats=FORMATS) as image:
-                # Pillow's name for a JPEG with a second picture in it, as telephones make them
-                name = "jpeg" if image.format == "MPO" else str(image.format).lower()
-                data, media_type = picture, f"image/{name}"
-        except (*_DAMAGE, Image.DecompressionBombError) as error:
-            raise ImageError(_explain_unknown(picture)) from error
+        data, media_type = picture, f"image/{name_format(picture)}"
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def name_format(data: bytes) -> str:
+    """Return the format of an encoded picture as media types call it: png, jpeg, ...
+
+    Raises:
+        ImageError: it is not a picture in one of `FORMATS`.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            # Pillow's name for a JPEG with a second picture in it, as telephones make them
+            return "jpeg" if image.format == "MPO" else str(image.format).lower()
+    except (*_DAMAGE, Image.DecompressionBombError) as error:
+        raise ImageError(_explain_unknown(data)) from error
 
 
 def _check_bytes(num_bytes: int, limits: LimitsConfig, param: str | None) -> None:

@@ -2,70 +2,22 @@
 
 import asyncio
 import io
-import json
 import re
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import httpx
 import pytest
 from endless import EndlessServer, run_endless_server
-from gradio_client.utils import apply_diff
+from pages import PARAMETERS, Visitor, red_png, said, texts
 from PIL import Image
 
 from llava_ray.client import LONGEST_SIDE, Client, shrink_picture
+from llava_ray.config import PageConfig
 from llava_ray.errors import ImageError, ModelNotFoundError, UserError
-from llava_ray.serve import conversation
+from llava_ray.serve.page import conversation
 from llava_ray.types import ChatRequest, Message, TextPart
-
-PARAMETERS = (0.2, 0.7, 512)
-
-
-class Visitor:
-    """One visit to the page at an address, as its browser makes it."""
-
-    def __init__(self, address: str, *, query: str = "") -> None:
-        self._api = f"{address}/gradio_api"
-        self._query = query
-        self._session = uuid.uuid4().hex
-        config = httpx.get(f"{address}/config").raise_for_status().json()
-        self._events = {event["api_name"]: event["id"] for event in config["dependencies"]}
-        self._running = ""
-
-    def upload(self, name: str, data: bytes) -> dict[str, Any]:
-        path = httpx.post(f"{self._api}/upload", files={"files": (name, data)}).json()[0]
-        return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-
-    def run(self, name: str, *data: Any) -> Iterator[list[Any]]:
-        """Start an event of the page and yield its outputs as they grow."""
-        call = {"data": data, "fn_index": self._events[name], "session_hash": self._session}
-        joined = httpx.post(f"{self._api}/queue/join?{self._query}", json=call).raise_for_status()
-        self._running = joined.json()["event_id"]
-        shown: list[Any] = []
-        url = f"{self._api}/queue/data?session_hash={self._session}"
-        with httpx.stream("GET", url, timeout=60) as told:
-            for line in told.iter_lines():
-                event = json.loads(line.removeprefix("data:") or "{}")
-                if event.get("msg") == "process_completed" and not event["success"]:
-                    raise RuntimeError(event["output"])
-                new = event.get("output", {}).get("data")
-                if event.get("msg") == "process_generating" and shown:
-                    new = [apply_diff(old, diff) for old, diff in zip(shown, new, strict=True)]
-                if new:
-                    shown = new
-                    yield shown
-
-    def stop(self, name: str) -> None:
-        call = {"session_hash": self._session, "event_id": self._running}
-        call["fn_index"] = self._events[name]
-        httpx.post(f"{self._api}/cancel", json=call).raise_for_status()
-
-    def answer(self, chat: list[Any], *, model: str = "echo") -> list[list[str]]:
-        """All that the chat showed, one after the other, as texts."""
-        views = self.run("answer", chat, model, *PARAMETERS)
-        return [texts(chat) for (chat,) in views]
 
 
 class Aside(NamedTuple):
@@ -79,29 +31,13 @@ class Aside(NamedTuple):
 def aside(served: str) -> Iterator[Aside]:
     from ray import serve
 
-    from llava_ray.serve.page import PageConfig, build_app
+    from llava_ray.serve.page import build_app
 
     with run_endless_server() as gateway:
         config = PageConfig(gateway_url=gateway.url)
         serve.run(build_app(config), name="page", route_prefix="/talk")
         yield Aside(f"{served}/talk", gateway)
         serve.delete("page")
-
-
-def said(text: str, *pictures: dict[str, Any], role: str = "user") -> dict[str, Any]:
-    """A message of the chat, as the browser holds it."""
-    files = [{"type": "file", "file": picture} for picture in pictures]
-    return {"role": role, "content": [*files, {"type": "text", "text": text}]}
-
-
-def texts(chat: list[dict[str, Any]]) -> list[str]:
-    return [part["text"] for message in chat for part in message["content"] if "text" in part]
-
-
-def red_png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (48, 48), "red").save(file, "PNG")
-    return file.getvalue()
 
 
 def test_the_page_asks_nothing_of_other_hosts(served: str) -> None:
@@ -147,11 +83,13 @@ def test_a_file_that_was_not_uploaded_is_not_read(served: str) -> None:
 
 
 def test_models_are_listed_and_the_address_chooses_one(served: str) -> None:
-    ((chosen, knows, problems),) = Visitor(served).run("load")
+    ((chosen, other, knows, problems),) = Visitor(served).run("load")
+    assert (other["choices"], other["value"]) == (chosen["choices"], "other")
     assert (chosen["choices"], chosen["value"]) == ([["echo", "echo"], ["other", "other"]], "echo")
-    assert (knows, problems) == ("", [])
+    assert not knows["visible"]
+    assert "value" not in problems
     for asked, expected in (("other", "other"), ("nope", "echo")):
-        ((chosen, _, _),) = Visitor(served, query=f"model={asked}").run("load")
+        ((chosen, *_),) = Visitor(served, query=f"model={asked}").run("load")
         assert chosen["value"] == expected
 
 
@@ -166,7 +104,7 @@ def test_a_page_of_its_own_draws_scenes_with_questions_under_its_prefix(aside: A
 def test_stop_closes_the_stream_at_the_gateway(aside: Aside) -> None:
     visitor = Visitor(aside.address)
     aside.gateway.abandoned.clear()
-    for (chat,) in visitor.run("answer", [said("Go on")], "endless", *PARAMETERS):
+    for chat, _ in visitor.run("answer", [said("Go on")], [], "endless", "", False, *PARAMETERS):
         if "on and" in texts(chat)[-1]:
             break
     assert not aside.gateway.abandoned.is_set()
@@ -176,7 +114,8 @@ def test_stop_closes_the_stream_at_the_gateway(aside: Aside) -> None:
 
 def test_a_visitor_who_leaves_stops_the_answer(aside: Aside) -> None:
     aside.gateway.abandoned.clear()
-    views = Visitor(aside.address).run("answer", [said("Go on")], "endless", *PARAMETERS)
+    question = [said("Go on")]
+    views = Visitor(aside.address).run("answer", question, [], "endless", "", False, *PARAMETERS)
     next(views)
     assert not aside.gateway.abandoned.is_set()
     views.close()

@@ -24,7 +24,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.config import (
+    CLIENT_KEY_VARIABLE,
+    LimitsConfig,
+    ModelConfig,
+    PageConfig,
+    ServeConfig,
+)
 from llava_ray.errors import LlavaRayError, RequestError
 from llava_ray.serve import console, llava_protocol, openai
 from llava_ray.serve import openai_answers as answers
@@ -72,7 +78,12 @@ class Gateway:
             self._hand_over_key()
             from llava_ray.serve.page import mount_page
 
-            api = mount_page(api)
+            page = PageConfig(
+                gateway_url=None,
+                feedback_dir=self._config.feedback_dir,
+                moderation=self._config.moderation,
+            )
+            api = mount_page(api, page)
         return api
 
     def _hand_over_key(self) -> None:

@@ -1,0 +1,33 @@
+"""A conversation as a file to take home: LLaVA's training format, with its pictures, in a zip."""
+
+import json
+import uuid
+import zipfile
+from io import BytesIO
+
+from gradio.processing_utils import save_bytes_to_cache
+from gradio.utils import get_upload_folder
+
+from llava_ray.serve.feedback import build_record
+from llava_ray.serve.page.conversation import Chat, read_history
+
+FILE_NAME = "conversation.zip"
+
+
+def pack_conversations(chats: list[Chat]) -> str:
+    """Write a zip of the chats that have anything in them; return its path.
+
+    It holds `conversation.json`, a list of samples, and the pictures that they name, as they were
+    sent to the model.
+    """
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        rows = []
+        for messages in filter(None, map(read_history, chats)):
+            record = build_record(uuid.uuid4().hex, messages)
+            rows.append(record.row)
+            for name, data in record.pictures.items():
+                if name not in archive.namelist():
+                    archive.writestr(name, data)
+        archive.writestr("conversation.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    return save_bytes_to_cache(file.getvalue(), FILE_NAME, get_upload_folder())

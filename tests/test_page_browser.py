@@ -1,0 +1,269 @@
+"""Every control of the page, in headless Chromium."""
+
+import io
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pages import ScriptedGateway, red_png, run_page
+
+from llava_ray.serve.feedback import read_feedback
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CHROMIUM, reason="needs Chromium: apt install chromium"),
+]
+FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+PATIENCE_MS = 30_000
+
+
+@pytest.fixture(scope="module")
+def gateway() -> ScriptedGateway:
+    return ScriptedGateway()
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log")
+
+
+@pytest.fixture(scope="module")
+def address(gateway: ScriptedGateway, log: Path) -> Iterator[str]:
+    with run_page(gateway, feedback_dir=str(log)) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        options = {"executable_path": CHROMIUM, "args": ["--no-sandbox", *FAKE_CAMERA]}
+        browser = playwright.chromium.launch(**options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    page = open_page(browser, f"{address}/?model=echo")
+    yield page
+    page.context.close()
+
+
+def open_page(browser: Any, url: str, **options: Any) -> Any:
+    context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    page.goto(url)
+    page.locator("#chat .example").first.wait_for()
+    sync_api.expect(page.locator("#model input")).not_to_have_value("")
+    return page
+
+
+def ask(page: Any, text: str) -> None:
+    page.locator("#box textarea").fill(text)
+    page.keyboard.press("Enter")
+    see(page, "#chat", f"heard: {text}")
+    page.locator("#box button[aria-label=Submit]").wait_for()
+
+
+def see(page: Any, place: str, text: str) -> None:
+    page.locator(place).get_by_text(text).last.wait_for()
+
+
+def attach(page: Any, *names: str) -> None:
+    files = [{"name": name, "mimeType": "image/png", "buffer": red_png()} for name in names]
+    page.locator("#box input[type=file]").set_input_files(files)
+    page.locator("#box img").nth(len(names) - 1).wait_for()
+
+
+def test_the_address_chooses_a_model_and_the_list_is_sorted_and_reloads(
+    page: Any, gateway: ScriptedGateway
+) -> None:
+    model = page.locator("#model input")
+    assert model.input_value() == "echo"
+    gateway.models.append("a-new-one")
+    page.locator("#reload").click()
+    sync_api.expect(page.locator("#reload")).to_be_enabled()
+    page.wait_for_load_state("networkidle")
+    model.click()
+    names = [name.strip() for name in page.get_by_role("option").all_inner_texts()]
+    gateway.models.remove("a-new-one")
+    assert [name.split("\n")[-1] for name in names] == [
+        *("a-new-one", "broken", "echo", "endless", "other")
+    ]
+
+
+def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
+    page: Any, gateway: ScriptedGateway
+) -> None:
+    attach(page, "a.png", "b.png")
+    ask(page, "Two")
+    attach(page, "c.png")
+    ask(page, "Three")
+    see(page, "#chat", "heard: Three (3 pictures)")
+    page.get_by_role("button", name="Edit question").click()
+    page.locator("#box img").wait_for()
+    assert page.locator("#box textarea").input_value() == "Three"
+    ask(page, "Changed")
+    see(page, "#chat", "heard: Changed (3 pictures)")
+    assert page.get_by_text("heard: Three").count() == 0
+    num_asked = len(gateway.bodies)
+    page.get_by_role("button", name="Regenerate").click()
+    page.locator("#box button[aria-label=Stop]").wait_for()
+    page.locator("#box button[aria-label=Submit]").wait_for()
+    assert gateway.bodies[num_asked]["messages"] == gateway.bodies[num_asked - 1]["messages"]
+    page.get_by_role("button", name="Clear").last.click()
+    page.locator("#chat .example").first.wait_for()
+
+
+@pytest.mark.parametrize("event", ["paste", "drop"])
+def test_a_picture_is_pasted_or_dropped(page: Any, event: str) -> None:
+    page.evaluate(
+        """([event, bytes]) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "x.png", {type: "image/png"}));
+            const options = {bubbles: true, cancelable: true};
+            const place = document.querySelector("#box textarea");
+            place.dispatchEvent(event == "paste"
+                ? new ClipboardEvent("paste", {...options, clipboardData: data})
+                : new DragEvent("drop", {...options, dataTransfer: data}));
+        }""",
+        [event, list(red_png())],
+    )
+    page.locator("#box img").wait_for()
+    ask(page, "What?")
+    see(page, "#chat", "(1 pictures)")
+
+
+def test_the_camera_takes_a_picture(page: Any) -> None:
+    page.locator("#camera > button").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.locator("#camera").get_by_role("button", name=re.compile("capture", re.I)).click()
+    page.locator("#box img").wait_for()
+    ask(page, "Who?")
+    see(page, "#chat", "(1 pictures)")
+
+
+def test_settings_and_the_image_mode_reach_the_gateway(page: Any, gateway: ScriptedGateway) -> None:
+    ask(page, "Defaults")
+    sent = gateway.bodies[-1]
+    assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0.2, 0.7, 512)
+    page.get_by_role("button", name="Parameters").click()
+    page.locator("#parameters input[type=range]").first.press("End")
+    page.locator("#parameters").get_by_label("resize").check()
+    attach(page, "a.png")
+    ask(page, "Changed")
+    sent = gateway.bodies[-1]
+    assert sent["temperature"] == 1
+    assert sent["messages"][-1]["content"][0]["image_url"]["url"].startswith("data:image/jpeg")
+
+
+def test_stop_keeps_what_is_there(page: Any, browser: Any, address: str) -> None:
+    other = open_page(browser, f"{address}/?model=endless")
+    other.locator("#box textarea").fill("Go")
+    other.keyboard.press("Enter")
+    see(other, "#chat", "on and on")
+    ask(page, "Meanwhile")  # two visitors at once
+    other.locator("#box button[aria-label=Stop]").click()
+    see(other, "#chat", "stopped")
+    assert other.get_by_text("Meanwhile").count() == 0
+    other.context.close()
+
+
+def test_an_error_has_its_cause_and_request_id(browser: Any, address: str) -> None:
+    page = open_page(browser, f"{address}/?model=broken")
+    page.locator("#box textarea").fill("Hi")
+    page.keyboard.press("Enter")
+    see(page, "#chat", "it broke: ask another model [request page-")
+    page.context.close()
+
+
+def test_markdown_and_code_are_rendered_with_tokens_and_time(page: Any) -> None:
+    page.locator("#box textarea").fill("markdown")
+    page.keyboard.press("Enter")
+    for part in ("h2", "li strong", "pre code.language-python", "td", "small.figures"):
+        page.locator(f"#chat {part}").first.wait_for()
+    assert re.search(r"\d+ tokens · \d+\.\d s", page.locator("#chat small").inner_text())
+
+
+def test_an_example_and_the_chips_of_a_scene_are_asked(page: Any) -> None:
+    page.locator("#chat .example").first.click()
+    see(page, "#chat", "(1 pictures)")
+    page.locator("#box button[aria-label=Submit]").wait_for()
+    page.get_by_role("button", name="Draw a new scene").click()
+    page.get_by_role("button", name="Describe the picture.").click()
+    see(page, "#chat", "heard: Describe the picture. (2 pictures)")
+
+
+def test_votes_and_a_correction_are_recorded(page: Any, log: Path) -> None:
+    see(page, "#privacy", "This page records")
+    ask(page, "Vote")
+    for name in ("👍 Good", "⚑ Flag"):
+        page.get_by_role("button", name=name).click()
+        page.get_by_text("Thank you").last.wait_for()
+    page.get_by_role("button", name="Correct").click()
+    page.locator("#correction textarea").fill("Better")
+    page.get_by_role("button", name="Record the correction").click()
+    see(page, "#chat", "Better")
+    row = next(row for row in read_feedback(log) if "Vote" in str(row["conversations"]))
+    assert (row["vote"], row["flag"], row["corrected"]) == ("up", True, "Better")
+
+
+def test_two_models_answer_side_by_side_and_are_compared(page: Any, log: Path) -> None:
+    page.locator("#double input").check()
+    page.locator("#other-chat").wait_for()
+    page.locator("#other-model input").fill("other")
+    page.keyboard.press("Enter")
+    page.locator("#box textarea").fill("Both")
+    page.keyboard.press("Enter")
+    see(page, "#chat", "echo heard: Both")
+    see(page, "#other-chat", "other heard: Both")
+    page.get_by_role("button", name="Right is better").click()
+    page.get_by_text("Thank you").last.wait_for()
+    assert json.loads((log / "votes.jsonl").read_text().splitlines()[-1])["better"] == "right"
+
+
+def test_the_conversation_is_downloaded_with_its_pictures(page: Any) -> None:
+    attach(page, "a.png")
+    ask(page, "Keep")
+    with page.expect_download() as download:
+        page.locator("#actions").get_by_text("Download").click()
+    archive = zipfile.ZipFile(io.BytesIO(Path(download.value.path()).read_bytes()))
+    (row,) = json.loads(archive.read("conversation.json"))
+    assert row["conversations"][0]["value"] == "<image>\nKeep"
+    assert archive.read(row["image"]) == red_png()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_phone_needs_no_sideways_scrolling(browser: Any, address: str, scheme: str) -> None:
+    size = {"width": 390, "height": 844}
+    page = open_page(browser, f"{address}/?model=echo", viewport=size, color_scheme=scheme)
+    page.locator("#box textarea").fill("markdown")
+    page.keyboard.press("Enter")
+    page.locator("#chat small.figures").wait_for()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert (page.locator("body.dark").count() == 1) == (scheme == "dark")
+    page.context.close()
+
+
+def test_the_keyboard_reaches_every_control_and_shows_where_it_is(page: Any) -> None:
+    reached = {}
+    page.locator("#model input").focus()
+    for _ in range(40):
+        name, outline = page.evaluate(
+            """() => { const on = document.activeElement; return [
+                on.ariaLabel || on.innerText || on.placeholder || on.type || on.id,
+                getComputedStyle(on).outlineStyle + getComputedStyle(on).boxShadow] }"""
+        )
+        reached[name.strip().splitlines()[0] if name.strip() else ""] = outline
+        page.keyboard.press("Tab")
+    for name in ("⟳ Models", "Draw a new scene", "Clear", "Ask about pictures", "Submit"):
+        assert name in reached
+    assert "solid" in reached["Draw a new scene"]
