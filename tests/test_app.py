@@ -13,12 +13,11 @@ from ray.serve.schema import ServeDeploySchema
 from tiny import tiny_model
 
 from llava_ray import app, demo
-from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.config import LimitsConfig, ModelConfig, PageConfig, ServeConfig
 from llava_ray.demo.questions import make_conversation
 from llava_ray.demo.scenes import draw, make_scene
 from llava_ray.errors import EngineError
 from llava_ray.images import to_data_url
-from llava_ray.serve.page import PageConfig
 from llava_ray.serve.replica import Replica
 from llava_ray.types import ChatRequest, Message, TextPart
 
