@@ -227,6 +227,7 @@ def test_two_models_answer_side_by_side_and_are_compared(page: Any, log: Path) -
     page.locator("#other-chat").wait_for()
     page.locator("#other-model input").fill("other")
     page.keyboard.press("Enter")
+    page.wait_for_load_state("networkidle")
     page.locator("#box textarea").fill("Both")
     page.keyboard.press("Enter")
     see(page, "#chat", "echo heard: Both")
