@@ -63,6 +63,7 @@ def open_page(browser: Any, url: str, **options: Any) -> Any:
     page.goto(url)
     page.locator("#chat .example").first.wait_for()
     sync_api.expect(page.locator("#model input")).not_to_have_value("")
+    page.wait_for_load_state("networkidle")  # or Gradio loses what is done meanwhile
     return page
 
 
@@ -110,6 +111,7 @@ def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
     see(page, "#chat", "heard: Three (3 pictures)")
     page.get_by_role("button", name="Edit question").click()
     page.locator("#box img").wait_for()
+    page.wait_for_load_state("networkidle")
     assert page.locator("#box textarea").input_value() == "Three"
     ask(page, "Changed")
     see(page, "#chat", "heard: Changed (3 pictures)")
@@ -156,7 +158,11 @@ def test_settings_and_the_image_mode_reach_the_gateway(page: Any, gateway: Scrip
     sent = gateway.bodies[-1]
     assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0.2, 0.7, 512)
     page.get_by_role("button", name="Parameters").click()
-    page.locator("#parameters input[type=range]").first.press("End")
+    temperature = page.locator("#parameters input[type=range]").first
+    sync_api.expect(temperature).to_be_visible()
+    page.wait_for_load_state("networkidle")
+    temperature.press("End")
+    sync_api.expect(page.locator("#parameters input[type=number]").first).to_have_value("1")
     page.locator("#parameters").get_by_label("resize").check()
     attach(page, "a.png")
     ask(page, "Changed")
@@ -221,6 +227,7 @@ def test_two_models_answer_side_by_side_and_are_compared(page: Any, log: Path) -
     page.locator("#other-chat").wait_for()
     page.locator("#other-model input").fill("other")
     page.keyboard.press("Enter")
+    page.wait_for_load_state("networkidle")
     page.locator("#box textarea").fill("Both")
     page.keyboard.press("Enter")
     see(page, "#chat", "echo heard: Both")

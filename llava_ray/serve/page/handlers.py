@@ -60,7 +60,10 @@ class Handlers:
             gr.Warning(problems[0]["content"])
             return [gr.skip(), gr.skip()]
         return [
-            gr.Dropdown(choices=names, value=name if name in names else next(iter(names), None))
+            # Without a value: the visitor may be choosing one at this moment.
+            gr.Dropdown(choices=names)
+            if name in names
+            else gr.Dropdown(choices=names, value=next(iter(names), None))
             for name in (model, other)
         ]
 
@@ -187,7 +190,8 @@ def take_back(left: Chat, right: Chat, is_double: bool) -> tuple[Any, ...]:
     """The last question goes back into the box, to be changed and asked again."""
     before, text, paths = conversation.take_back(left)
     other = conversation.take_back(right)[0] if is_double else gr.skip()
-    return before, other, {"text": text, "files": paths}
+    hidden = gr.Row(visible=False)
+    return before, other, {"text": text, "files": paths}, hidden, hidden
 
 
 def draw() -> tuple[Any, ...]:

@@ -35,10 +35,8 @@ def _wire_models(on: Layout, handlers: Handlers) -> None:
     on.reload.click(handlers.reload, models, models, **QUICK)
     on.model.focus(handlers.reload, models, models, api_name="refresh", **QUICK)
     on.model.change(do.describe_model, on.model, on.knows, **QUICK)
-    sides = [on.other_model, on.right_side, on.right]
-    _get_ready_after(
-        on.is_double.change(_lay_out_sides, [on.is_double, on.left], sides, **QUICK), on
-    )
+    changed = [on.other_model, on.right_side, on.right, on.vote_row, on.verdict_row]
+    on.is_double.change(_lay_out_sides, [on.is_double, on.left], changed, **QUICK)
 
 
 def _wire_pictures(on: Layout) -> None:
@@ -89,7 +87,9 @@ def _wire_ends(on: Layout, running: list[Any]) -> None:
     stopping = on.box.stop(None, cancels=running)
     _get_ready_after(stopping.then(do.mark_stopped, sides, chats, **QUICK), on)
     _get_ready_after(on.clear.click(do.forget, None, [*chats, *on.chips], **QUICK), on)
-    _get_ready_after(on.edit.click(do.take_back, sides, [*chats, on.box], **QUICK), on)
+    # Not ready "after": a second change of the box would lose what is typed meanwhile.
+    changed = [*chats, on.box, on.vote_row, on.verdict_row]
+    on.edit.click(do.take_back, sides, changed, **QUICK)
 
 
 def _wire_results(on: Layout, handlers: Handlers) -> None:
@@ -131,7 +131,8 @@ def _hide() -> Any:
 def _lay_out_sides(is_double: bool, left: Chat) -> tuple[Any, ...]:
     """One chat or two; the second goes on from where the first is."""
     right = left if is_double else []
-    return gr.Dropdown(visible=is_double), gr.Column(visible=is_double), right
+    hidden = gr.Row(visible=False)
+    return gr.Dropdown(visible=is_double), gr.Column(visible=is_double), right, hidden, hidden
 
 
 def _controls(on: Layout) -> list[Any]:
