@@ -143,11 +143,14 @@ def test_serve_answers_on_its_port_until_ctrl_c() -> None:
         port = str(listener.getsockname()[1])
     words = [*COMMAND, "serve", "echo", "--engine", "echo", "--no-page", "--port", port]
     with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as server:
-        assert server.stderr
-        told = next(line for line in server.stderr if "Ctrl-C" in line)
-        answer = httpx.get(f"http://127.0.0.1:{port}/readyz").json()
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=60)
+        try:
+            assert server.stderr
+            told = next(line for line in server.stderr if "Ctrl-C" in line)
+            answer = httpx.get(f"http://127.0.0.1:{port}/readyz").json()
+            server.send_signal(signal.SIGINT)
+            server.communicate(timeout=60)
+        finally:
+            server.kill()  # or leaving the block waits for ever for one that does not end
     assert port in told
     assert answer["models"] == {"echo": "ready"}
     assert server.returncode == 0

@@ -73,7 +73,6 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.regions = Regions(cache_tokens, granule=GRANULE)
         self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
-        self._patient: set[Sequence] = set()
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
 
@@ -96,8 +95,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """Return the next step: one token for each that streams, and a share of the prompts."""
         self._admit()
-        copies = list(self._plan_copies())
-        return Plan([*self._plan_decode(), *self._plan_prefill()], copies)
+        copies: list[Copy] = []
+        return Plan([*self._plan_decode(), *self._plan_prefill(copies)], copies)
 
     def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
         """Take the outcome of a step: one token for each complete piece, in order."""
@@ -121,44 +120,43 @@ class Scheduler:
             sequence.region = region
             self.running.append(sequence)
 
-    def _plan_copies(self) -> Iterator[Copy]:
-        """Let sequences that have not begun take over what is computed already.
-
-        One that waits for another to compute most of its prompt is left out of this step.
-        """
-        self._patient.clear()
-        for index, sequence in enumerate(self.running):
-            if sequence.num_computed:
-                continue
-            donor, num_shared = self.prefixes.find(sequence, self.running[:index])
-            if donor is None:
-                continue
-            num_ready = min(num_shared, donor.num_computed)
-            is_growing = num_ready < num_shared and donor.num_pending > 1
-            if is_growing and 2 * num_shared > len(sequence.prompt_ids):
-                self._patient.add(sequence)
-            elif num_ready:
-                assert donor.region is not None
-                assert sequence.region is not None
-                sequence.num_computed = sequence.num_cached = num_ready
-                yield Copy(donor.region, sequence.region, num_ready)
-
     def _plan_decode(self) -> Iterator[Piece]:
         for sequence in self.running:
             if sequence.num_pending == 1:
                 yield Piece(sequence, 1)
 
-    def _plan_prefill(self) -> Iterator[Piece]:
+    def _plan_prefill(self, copies: list[Copy]) -> Iterator[Piece]:
+        """Yield pieces of prompts; what they take over from others is added to `copies`."""
         budget = self._prefill_tokens
-        for sequence in self.running:
-            if sequence in self._patient:
+        for index, sequence in enumerate(self.running):
+            if not budget:
+                return
+            if sequence.num_pending == 1:
                 continue
+            if not sequence.num_computed:
+                donor, num_shared = self.prefixes.find(sequence, self.running[:index])
+                if donor and _is_worth_waiting(sequence, donor, num_shared):
+                    continue
+                if donor and (num_ready := min(num_shared, donor.num_computed)):
+                    copies.append(_copy(donor, sequence, num_ready))
             num_tokens = min(sequence.num_pending, budget)
-            if sequence.num_pending > 1 and num_tokens:
-                budget -= num_tokens
-                yield Piece(sequence, num_tokens)
+            budget -= num_tokens
+            yield Piece(sequence, num_tokens)
 
     def _release(self, sequence: Sequence) -> None:
         sequence.inputs = None
         self.running.remove(sequence)
         self.prefixes.keep(sequence)
+
+
+def _is_worth_waiting(sequence: Sequence, donor: Sequence, num_shared: int) -> bool:
+    """Is another sequence about to compute most of this one's prompt?"""
+    is_growing = donor.num_computed < num_shared and donor.num_pending > 1
+    return is_growing and 2 * num_shared > len(sequence.prompt_ids)
+
+
+def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> Copy:
+    assert donor.region is not None
+    assert sequence.region is not None
+    sequence.num_computed = sequence.num_cached = num_tokens
+    return Copy(donor.region, sequence.region, num_tokens)

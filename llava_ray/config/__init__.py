@@ -1,0 +1,34 @@
+"""Typed configuration: every field has a bound, a sentence and an environment variable.
+
+Precedence, highest first: the arguments of the Serve config file or command line, environment
+variables `LLAVA_RAY_<FIELD>`, the defaults in these files. Unknown names are refused.
+"""
+
+from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig
+from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, hash_key
+from llava_ray.config.limits import FetchConfig, LimitsConfig
+from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
+from llava_ray.config.page import ModerationConfig, PageConfig
+from llava_ray.config.section import Section, refuse_unknown
+from llava_ray.config.serve import WORKER_ADDRESS, LlavaProtocolConfig, ServeConfig
+
+__all__ = [
+    "CLIENT_KEY_VARIABLE",
+    "DEMO_MODEL",
+    "WORKER_ADDRESS",
+    "ConvertConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EngineName",
+    "FetchConfig",
+    "KeyConfig",
+    "LimitsConfig",
+    "LlavaProtocolConfig",
+    "ModelConfig",
+    "ModerationConfig",
+    "PageConfig",
+    "Section",
+    "ServeConfig",
+    "hash_key",
+    "refuse_unknown",
+]

@@ -1,0 +1,104 @@
+"""One served model: what is loaded, by which engine, on what, and how it scales."""
+
+from pathlib import PurePosixPath
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from llava_ray.config.section import Section
+
+DEMO_MODEL = "demo"
+"""The name under which the embedded model is asked for and served."""
+
+EngineName = Literal["torch", "vllm", "sglang", "echo"]
+
+
+class ModelConfig(Section):
+    """One model: what is loaded, by which engine, on what, and how it scales."""
+
+    path: str = Field(
+        default=DEMO_MODEL,
+        min_length=1,
+        description="Folder or hub name of the weights; 'demo' is the embedded model.",
+    )
+    name: str = Field(
+        default="",
+        description="Name in the API and on the page; by default the last part of the path.",
+    )
+    engine: EngineName = Field(
+        default="torch",
+        description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Precision of the weights; auto: bfloat16 where the device computes in it, "
+        "float32 elsewhere.",
+    )
+    device: str = Field(
+        default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."
+    )
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of a conversation template (vicuna_v1, llava_v0, mistral_instruct, ...), "
+        "or own: the checkpoint's chat template; default: what its files point to.",
+    )
+    context_length: int | None = Field(
+        default=None,
+        ge=16,
+        description="Longest prompt plus answer in tokens; default: the model's own.",
+    )
+    max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests computed at once.")
+    cache_tokens: int = Field(
+        default=16384,
+        ge=64,
+        description="Size of the key-value cache in tokens, over all requests.",
+    )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep what was computed of ended requests while its place is free, for prompts "
+        "that begin alike: the next turn of a conversation, another question about a picture.",
+    )
+    messages_per_s: int = Field(
+        default=100,
+        ge=1,
+        description="Pieces of answers that a replica sends each second, over all its streams; "
+        "tokens in between are joined. Each piece costs about 1 ms of CPU on its way through Ray.",
+    )
+    num_cpus: float = Field(
+        default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."
+    )
+    num_gpus: float = Field(
+        default=0.0, ge=0, description="GPUs that Ray sets aside for each replica."
+    )
+    num_threads: int | None = Field(
+        default=None,
+        ge=1,
+        description="Threads of torch on the CPU; default: all cores for one replica, num_cpus "
+        "where there may be several.",
+    )
+    min_replicas: int = Field(default=1, ge=0, description="Replicas kept when nobody asks.")
+    max_replicas: int = Field(default=1, ge=1, description="Replicas at most, under load.")
+    target_ongoing_requests: int = Field(
+        default=16, ge=1, description="Requests for each replica at which Ray starts another."
+    )
+    max_ongoing_requests: int = Field(
+        default=64, ge=1, description="Requests that one replica accepts; more wait in the queue."
+    )
+    max_queued_requests: int = Field(
+        default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."
+    )
+
+    @model_validator(mode="after")
+    def _fill_name(self) -> "ModelConfig":
+        if not self.name:
+            self.name = "llava-ray-demo" if self.path == DEMO_MODEL else _last_part(self.path)
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
+def _last_part(path: str) -> str:
+    return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path
