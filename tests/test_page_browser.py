@@ -147,6 +147,7 @@ def test_a_picture_is_pasted_or_dropped(page: Any, event: str) -> None:
 def test_the_camera_takes_a_picture(page: Any) -> None:
     page.locator("#camera > button").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#camera video')?.readyState === 4")
     page.locator("#camera").get_by_role("button", name=re.compile("capture", re.I)).click()
     page.locator("#box img").wait_for()
     ask(page, "Who?")
