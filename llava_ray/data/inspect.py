@@ -129,7 +129,7 @@ def _measure_padding(summary: Summary) -> dict[Grouping, float]:
 
 def draw_histogram(values: Sequence[int] | np.ndarray) -> list[str]:
     """Return how values are spread, a line for each range."""
-    counts, edges = np.histogram(values, bins=_NUM_BARS)
+    counts, edges = np.histogram(values, bins=min(_NUM_BARS, int(np.ptp(values)) + 1))
     width = len(f"{edges[-1]:,.0f}")
     return [
         f"  {edges[i]:>{width},.0f} - {edges[i + 1]:>{width},.0f}  "
