@@ -71,6 +71,11 @@ class ModelConfig(Section):
         ge=64,
         description="Size of the key-value cache in tokens, over all requests.",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep what was computed of ended requests while its place is free, for prompts "
+        "that begin alike: the next turn of a conversation, another question about a picture.",
+    )
     messages_per_s: int = Field(
         default=100,
         ge=1,

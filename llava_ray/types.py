@@ -100,6 +100,8 @@ class Chunk(NamedTuple):
         num_tokens: tokens generated so far, this chunk's included.
         num_prompt_tokens: tokens of the prompt, image tokens included.
         num_image_tokens: tokens of the prompt that stand for pictures.
+        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
+            engine had computed the same beginning before.
     """
 
     text: str
@@ -107,3 +109,4 @@ class Chunk(NamedTuple):
     num_tokens: int
     num_prompt_tokens: int
     num_image_tokens: int
+    num_cached_tokens: int = 0

@@ -22,8 +22,11 @@ class Sequence:
         text: decodes the answer.
         eos_token_ids: the answer ends at any of these.
         inputs: the pictures as the model takes them; only the runner looks inside.
+        content: the tokens of prompt and answer, where each image token stands as a number for
+            its picture: equal contents have equal keys and values.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
+        num_cached: how many of them were there before, of another sequence.
         region: its part of the cache; None while it has none.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
@@ -37,13 +40,16 @@ class Sequence:
     text: TextStream
     eos_token_ids: frozenset[int] = frozenset()
     inputs: Any = None
+    content: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
     region: Region | None = None
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
         self.random = Random(self.sampling.seed)
+        self.content = list(self.content or self.prompt_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -71,6 +77,7 @@ class Sequence:
     def append(self, token_id: int) -> Chunk:
         """Take the next token of the answer; the chunk says what it adds and whether it ends."""
         self.token_ids.append(token_id)
+        self.content.append(token_id)
         if token_id in self.eos_token_ids and not self.sampling.ignore_eos:
             return self._chunk(self.text.flush(), "stop")
         text = self.text.push(token_id)
@@ -83,5 +90,10 @@ class Sequence:
 
     def _chunk(self, text: str, finish_reason: Any) -> Chunk:
         return Chunk(
-            text, finish_reason, len(self.token_ids), len(self.prompt_ids), self.num_image_tokens
+            text,
+            finish_reason,
+            len(self.token_ids),
+            len(self.prompt_ids),
+            self.num_image_tokens,
+            self.num_cached,
         )

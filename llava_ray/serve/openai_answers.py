@@ -67,7 +67,7 @@ def describe_usage(chunk: Chunk) -> dict[str, Any]:
         "completion_tokens": chunk.num_tokens,
         "total_tokens": chunk.num_prompt_tokens + chunk.num_tokens,
         "prompt_tokens_details": {
-            "cached_tokens": 0,
+            "cached_tokens": chunk.num_cached_tokens,
             "image_tokens": chunk.num_image_tokens,
             "text_tokens": chunk.num_prompt_tokens - chunk.num_image_tokens,
             "multimodal_tokens": {"image": chunk.num_image_tokens},  # vLLM's name for it
