@@ -91,6 +91,8 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
 def forward_dashboard(laptop: hosts.Host, file: Path) -> Iterator[None]:
     """`ray dashboard`, which brings the head's dashboard to the laptop, while the block runs."""
     with laptop.start(f"ray dashboard {file}", RAY_AUTH_MODE="token"):
+        asked = f"curl -s {DASHBOARD['RAY_ADDRESS']}"
+        wait_for(lambda: laptop.run(asked).returncode == 0, 60)
         yield
 
 

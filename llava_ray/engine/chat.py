@@ -5,7 +5,7 @@ ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Ch
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,7 +17,12 @@ from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt
 
 
 async def chat(
-    engine: Engine, request: ChatRequest, *, limits: LimitsConfig, executor: Executor | None = None
+    engine: Engine,
+    request: ChatRequest,
+    *,
+    limits: LimitsConfig,
+    executor: Executor | None = None,
+    note_render: Callable[[float], None] = lambda seconds: None,
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer; closing the iterator aborts the request in the engine.
 
@@ -29,12 +34,15 @@ async def chat(
         request: the conversation.
         limits: what its pictures may be.
         executor: decodes pictures; default: the event loop's own threads.
+        note_render: told how long decoding and rendering took.
 
     Raises:
         RequestError, EngineError: see `Engine.stream`, `images.decode`, `Template.render`.
     """
     loop = asyncio.get_running_loop()
+    started = loop.time()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
+    note_render(loop.time() - started)
     has_begun = False
     async with aclosing(engine.stream(prompt)) as chunks:
         async for chunk in chunks:

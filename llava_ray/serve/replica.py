@@ -11,6 +11,7 @@ from contextlib import aclosing
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.serve import console
+from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import ChatRequest, Chunk, Message, TextPart
 
 DECODES_AT_ONCE = 2
@@ -32,19 +33,31 @@ class Replica:
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._num_streams = 0
+        self._metrics = ReplicaMetrics()
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
     async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
-        """Stream the answer; leaving the iterator aborts the request in the engine.
+        """Stream the answer; leaving the iterator aborts the request in the engine."""
+        answer = chat(
+            self._engine,
+            request,
+            limits=self._limits,
+            executor=self._decoders,
+            note_render=self._metrics.note_render,
+        )
+        with self._metrics.follow(request.request_id) as progress:
+            async with aclosing(self._join(answer)) as pieces:
+                async for piece in pieces:
+                    progress.note_piece(piece)
+                    yield piece
 
-        The first piece goes out at once. Later ones are joined while the replica as a whole would
-        send more than `messages_per_s`.
-        """
+    async def _join(self, answer: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk]:
+        """Yield the first piece at once, and later ones joined while the replica as a whole would
+        send more than `messages_per_s`."""
         self._num_streams += 1
-        answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
         held, sent_at = "", float("-inf")
         try:
             async with aclosing(answer) as chunks:
@@ -60,6 +73,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve; raises when the engine does not work, and Serve replaces the replica."""
+        self._metrics.note_stats(self._engine.stats())
         await self._engine.check()
 
     async def stats(self) -> dict[str, float]:
