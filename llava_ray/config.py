@@ -126,6 +126,59 @@ class LimitsConfig(Section):
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
 
 
+class ConvertConfig(Section):
+    """A conversion: which raw data becomes which shards, and what is refused."""
+
+    source: str = Field(description="Kind of raw data: llava, scienceqa, coco, hf, ...")
+    input: str = Field(min_length=1, description="Folder, file or address of the raw data.")
+    output: str = Field(min_length=1, description="Folder or address of the shards.")
+    pictures: str | None = Field(
+        default=None, description="Folder of the pictures; by default where the source has it."
+    )
+    split: str = Field(default="", description="Which part of the data; by default the source's.")
+    prompt_format: str = Field(
+        default="",
+        description="Form of the conversations, of sources that have several: ScienceQA's QCM-LEA, "
+        "QCM-LEPA, CQM-A, ...; COCO's pretrain and instruct.",
+    )
+    model: str | None = Field(
+        default=None, description="Checkpoint for which tokens are counted; default: none are."
+    )
+    template: str | None = Field(
+        default=None, description="Conversation template, in place of the checkpoint's own."
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=16, description="Longer samples are rejected; needs a model to count with."
+    )
+    max_chars: int = Field(
+        default=200_000, ge=1, description="Samples with more text than this are rejected."
+    )
+    max_rejects: str = Field(
+        default="1%",
+        pattern=r"^\d+(\.\d+)?%?$",
+        description="Rejected rows, a number or a share, at which the conversion fails.",
+    )
+    duplicate_ids: Literal["reject", "rename"] = Field(
+        default="reject",
+        description="What becomes of another sample with an id that was there before; rename adds "
+        "a digest of its content. The same sample again is always rejected.",
+    )
+    rows_per_shard: int = Field(default=1000, ge=1, le=100_000, description="Rows of one shard.")
+    num_workers: int | None = Field(
+        default=None, ge=1, description="Processes that read and check pictures; default: the CPUs."
+    )
+    overwrite: bool = Field(default=False, description="Replace what the output holds.")
+    limits: LimitsConfig = Field(
+        default_factory=LimitsConfig, description="Bytes, pixels and number of pictures allowed."
+    )
+
+    @model_validator(mode="after")
+    def _check_counting(self) -> "ConvertConfig":
+        if self.model is None and (self.max_tokens or self.template):
+            raise ValueError("max_tokens and template need a model that tokens are counted for")
+        return self
+
+
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 

@@ -5,6 +5,7 @@
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            a picture that cannot be used
+    │   │   │   └── ImageTooLargeError    more bytes or pixels than the limits allow
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   └── RequestTooLargeError  a body over the limit; 413
@@ -64,6 +65,10 @@ class ImageError(RequestError):
     code = "invalid_image"
 
 
+class ImageTooLargeError(ImageError):
+    """A picture with more bytes or pixels than the limits allow."""
+
+
 class ContextLengthError(RequestError):
     """More tokens than the model's context, or the cache of its engine, can hold."""
 
@@ -84,9 +89,17 @@ class RequestTooLargeError(RequestError):
 
 
 class SampleError(UserError):
-    """A sample that cannot be trained on as it is."""
+    """A sample that cannot be trained on as it is.
+
+    Attributes:
+        reason: the word under which such samples are counted ("roles", "image_missing").
+    """
 
     code = "invalid_sample"
+
+    def __init__(self, message: str, *, param: str | None = None, reason: str = "unusable") -> None:
+        super().__init__(message, param=param)
+        self.reason = reason
 
 
 class ModelNotFoundError(UserError):

@@ -14,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_ray.config import LimitsConfig
-from llava_ray.errors import ImageError
+from llava_ray.errors import ImageError, ImageTooLargeError
 from llava_ray.types import ImagePart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -88,7 +88,7 @@ def decode(
     except UnidentifiedImageError:
         raise ImageError(_explain_unknown(picture), param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"the picture has too many pixels ({error}); the limit here is "
             f"{limits.max_image_pixels:,}: scale it down",
             param=param,
@@ -158,7 +158,7 @@ def to_data_url(picture: Image.Image | bytes) -> str:
 
 def _check_bytes(num_bytes: int, limits: LimitsConfig, param: str | None) -> None:
     if num_bytes > limits.max_image_bytes:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"the picture has {num_bytes:,} bytes, more than the {limits.max_image_bytes:,} "
             "allowed: scale it down, or save it as JPEG",
             param=param,
@@ -169,13 +169,13 @@ def _check_bytes(num_bytes: int, limits: LimitsConfig, param: str | None) -> Non
 
 def _check_size(width: int, height: int, limits: LimitsConfig, param: str | None) -> None:
     if width * height > limits.max_image_pixels:
-        raise ImageError(
+        raise ImageTooLargeError(
             f"the picture is {width} x {height} = {width * height:,} pixels, more than the "
             f"{limits.max_image_pixels:,} allowed: scale it down",
             param=param,
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError(
+        raise ImageTooLargeError(
             f"the picture is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times "
             "the other; crop it",
             param=param,

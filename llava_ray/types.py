@@ -1,7 +1,7 @@
 """The records that cross the boundaries between the parts of the package.
 
-request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed). They are plain,
-frozen and picklable, and know neither HTTP nor tensors.
+request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed); sample (row) ->
+batch (tensors). They are plain, frozen and picklable, and know neither HTTP nor tensors.
 """
 
 from dataclasses import dataclass, field
@@ -88,6 +88,28 @@ class Prompt:
     text: str
     images: tuple["PILImage.Image", ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+
+
+PICTURE = ImagePart(b"", param="images")
+"""Stands in the messages of a `Sample` for the next of its pictures."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A conversation to learn from: what a row of any data set becomes.
+
+    Attributes:
+        sample_id: names it within its data set, in every run.
+        messages: the conversation, with `PICTURE` for each picture.
+        images: the pictures, in order: encoded files as they came or, before these are read, their
+            names in the folder of pictures.
+        source: the kind of data that it came from ("llava", "scienceqa").
+    """
+
+    sample_id: str
+    messages: tuple[Message, ...]
+    images: tuple[bytes | str, ...] = ()
+    source: str = ""
 
 
 class Chunk(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from llava_ray.cli.console import notes
+from llava_ray.cli.console import explain_settings, notes
 from llava_ray.config import EngineName, ServeConfig
 from llava_ray.errors import ConfigError
 
@@ -36,7 +36,7 @@ def serve(
     try:
         described = ServeConfig(**settings)
     except ValueError as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(explain_settings(error)) from error
 
     from ray import serve as ray_serve
 
@@ -67,10 +67,3 @@ def _read_settings(path: Path | None) -> dict[str, Any]:
             f"with `serve run {path}`"
         )
     return settings
-
-
-def _explain(error: ValueError) -> str:
-    """One line a problem, with the field in front."""
-    problems = getattr(error, "errors", list)()
-    lines = [f"{'.'.join(map(str, p['loc']))}: {p['msg']}".lstrip(": ") for p in problems]
-    return "; ".join(lines) or str(error)

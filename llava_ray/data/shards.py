@@ -1,0 +1,204 @@
+"""Shards: Parquet files of samples, with pictures as they came and small row groups.
+
+Written by `convert`; read back a row at a time by `stream`, which is why a row group ends at a
+megabyte. Everything is zstd-compressed but the pictures, which are compressed already.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llava_ray.data.check import CheckedImage
+from llava_ray.data.files import Folder, hash_file
+from llava_ray.template import IMAGE_TOKEN
+from llava_ray.types import PICTURE, ImagePart, Message, Sample, TextPart
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("messages", pa.list_(pa.struct([("role", pa.string()), ("text", pa.string())]))),
+        (
+            "images",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("data", pa.binary()),
+                        ("width", pa.int32()),
+                        ("height", pa.int32()),
+                        ("sha256", pa.string()),
+                    ]
+                )
+            ),
+        ),
+        ("num_images", pa.int32()),
+        ("num_words", pa.int32()),
+        ("num_tokens", pa.int32()),
+    ]
+)
+"""One row a sample. `text` has `<image>` for each picture; `num_words` is the length that LLaVA
+groups by; `num_tokens` is that of the whole sample for the manifest's model, or null."""
+
+COUNTS = ("num_images", "num_words", "num_tokens")
+MAX_GROUP_BYTES = 1 << 20
+MAX_GROUP_ROWS = 64
+_COLUMNS = ["id", "source", "messages", "images"]
+
+
+class ShardFile(NamedTuple):
+    """A written shard: its rows, bytes and SHA-256."""
+
+    num_rows: int
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """A sample as a shard holds it.
+
+    Attributes:
+        sample: with its pictures as bytes.
+        image_sizes: width and height of each picture, upright.
+    """
+
+    sample: Sample
+    image_sizes: tuple[tuple[int, int], ...]
+
+
+class ShardWriter:
+    """Writes one shard to a path, holding no more than a row group in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        compression: Any = dict.fromkeys(_list_leaves(), "zstd")  # pyarrow's types know one only
+        compression["images.list.element.data"] = "none"
+        self._writer = pq.ParquetWriter(path, SCHEMA, compression=compression, use_dictionary=False)
+        self._rows: list[dict[str, Any]] = []
+        self._held_bytes = self._num_rows = 0
+
+    def add(
+        self, sample: Sample, images: Sequence[CheckedImage], *, num_tokens: int | None
+    ) -> None:
+        """Add a sample with its pictures."""
+        row = describe_row(sample, images, num_tokens=num_tokens)
+        self._rows.append(row)
+        self._num_rows += 1
+        self._held_bytes += sum(len(image.data) for image in images)
+        self._held_bytes += sum(len(message["text"]) for message in row["messages"])
+        if self._held_bytes >= MAX_GROUP_BYTES or len(self._rows) >= MAX_GROUP_ROWS:
+            self._flush()
+
+    def close(self) -> ShardFile:
+        """Finish the file."""
+        self._flush()
+        self._writer.close()
+        return ShardFile(self._num_rows, self._path.stat().st_size, hash_file(self._path))
+
+    def _flush(self) -> None:
+        if self._rows:
+            self._writer.write_table(pa.Table.from_pylist(self._rows, SCHEMA))
+        self._rows, self._held_bytes = [], 0
+
+
+class ShardReader:
+    """Reads single rows of one shard, a row group at a time."""
+
+    def __init__(self, folder: Folder, name: str) -> None:
+        self._file = pq.ParquetFile(folder.open(name))
+        self._ends: list[int] = []
+        end = 0
+        for i in range(self._file.num_row_groups):
+            end += self._file.metadata.row_group(i).num_rows
+            self._ends.append(end)
+
+    def read(self, row: int) -> ShardRow:
+        """Return the sample of a row, counted from 0."""
+        import bisect
+
+        group = bisect.bisect_right(self._ends, row)
+        table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
+        first = self._ends[group - 1] if group else 0
+        return parse_row(table.slice(row - first, 1).to_pylist()[0])
+
+    def rows(self) -> Iterator[ShardRow]:
+        """Yield all samples in order."""
+        for group in range(self._file.num_row_groups):
+            table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
+            yield from (parse_row(row) for row in table.to_pylist())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close(force=True)
+
+
+def read_counts(folder: Folder, name: str) -> pa.Table:
+    """Return the `COUNTS` of a shard's rows; its texts and pictures are not read."""
+    with folder.open(name) as file:
+        return pq.read_table(file, columns=list(COUNTS))
+
+
+def describe_row(
+    sample: Sample, images: Sequence[CheckedImage], *, num_tokens: int | None
+) -> dict[str, Any]:
+    """Return a sample as a row of `SCHEMA`."""
+    import hashlib
+
+    messages = [{"role": m.role, "text": write_text(m)} for m in sample.messages]
+    return {
+        "id": sample.sample_id,
+        "source": sample.source,
+        "messages": messages,
+        "images": [
+            {
+                "data": image.data,
+                "width": image.width,
+                "height": image.height,
+                "sha256": hashlib.sha256(image.data).hexdigest(),
+            }
+            for image in images
+        ],
+        "num_images": len(images),
+        "num_words": sum(len(message["text"].split()) for message in messages),
+        "num_tokens": num_tokens,
+    }
+
+
+def parse_row(row: dict[str, Any]) -> ShardRow:
+    """Return what `describe_row` was given."""
+    messages = tuple(Message(m["role"], _parse_text(m["text"])) for m in row["messages"])
+    images = row["images"]
+    sample = Sample(row["id"], messages, tuple(i["data"] for i in images), row["source"])
+    return ShardRow(sample, tuple((i["width"], i["height"]) for i in images))
+
+
+def write_text(message: Message) -> str:
+    """Return a message's text, with `<image>` for each picture."""
+    pieces = [p.text if isinstance(p, TextPart) else IMAGE_TOKEN for p in message.parts]
+    return "".join(pieces)
+
+
+def _parse_text(text: str) -> tuple[TextPart | ImagePart, ...]:
+    parts: list[TextPart | ImagePart] = []
+    for i, piece in enumerate(text.split(IMAGE_TOKEN)):
+        if i:
+            parts.append(PICTURE)
+        if piece:
+            parts.append(TextPart(piece))
+    return tuple(parts)
+
+
+def _list_leaves() -> list[str]:
+    """Return the names that Parquet has for the columns of `SCHEMA`, nested ones in full."""
+    names: list[str] = []
+    for field in SCHEMA:
+        if pa.types.is_list(field.type):
+            inner = field.type.value_type
+            names += [f"{field.name}.list.element.{leaf.name}" for leaf in inner]
+        else:
+            names.append(field.name)
+    return names

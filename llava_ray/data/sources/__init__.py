@@ -1,0 +1,94 @@
+"""The sources of data: one pure function each, from a raw row to a `Sample`.
+
+To add one, write the function, and if no reader here fits, one that yields rows; then add a line to
+`SOURCES`.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from llava_ray.data.files import Folder
+from llava_ray.data.sources.coco import convert_coco, read_coco
+from llava_ray.data.sources.conversations import (
+    convert_llava,
+    convert_openai,
+    convert_sharegpt,
+    read_conversations,
+)
+from llava_ray.data.sources.gqa import convert_gqa, read_gqa
+from llava_ray.data.sources.pairs import convert_pair, read_pairs
+from llava_ray.data.sources.parts import Raw, Row
+from llava_ray.data.sources.regions import (
+    convert_refcoco,
+    convert_vg,
+    read_refcoco,
+    read_vg,
+)
+from llava_ray.data.sources.scienceqa import convert_scienceqa, read_scienceqa
+from llava_ray.data.sources.tables import (
+    convert_hf,
+    convert_webdataset,
+    read_hf,
+    read_webdataset,
+)
+from llava_ray.data.sources.text_in_pictures import (
+    convert_ocrvqa,
+    convert_textcaps,
+    convert_textvqa,
+    read_ocrvqa,
+    read_textcaps,
+    read_textvqa,
+)
+from llava_ray.data.sources.vqa import convert_vqa, read_vqa
+from llava_ray.errors import ConfigError
+from llava_ray.types import Sample
+
+if TYPE_CHECKING:
+    from llava_ray.config import ConvertConfig
+
+
+class Source(NamedTuple):
+    """A kind of raw data.
+
+    Attributes:
+        read: yields the rows of a folder, given the names of the files in it.
+        convert: turns one into a sample.
+        pictures: the folder in it that the names of pictures are relative to.
+    """
+
+    read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[Raw]]
+    convert: Callable[[Row], Sample]
+    pictures: str = ""
+
+
+SOURCES = {
+    "llava": Source(read_conversations, convert_llava),
+    "sharegpt": Source(read_conversations, convert_sharegpt),
+    "openai": Source(read_conversations, convert_openai),
+    "pairs": Source(read_pairs, convert_pair),
+    "scienceqa": Source(read_scienceqa, convert_scienceqa, pictures="images"),
+    "coco": Source(read_coco, convert_coco),
+    "vqa": Source(read_vqa, convert_vqa),
+    "gqa": Source(read_gqa, convert_gqa, pictures="images"),
+    "textvqa": Source(read_textvqa, convert_textvqa),
+    "textcaps": Source(read_textcaps, convert_textcaps),
+    "ocrvqa": Source(read_ocrvqa, convert_ocrvqa, pictures="images"),
+    "refcoco": Source(read_refcoco, convert_refcoco),
+    "vg": Source(read_vg, convert_vg),
+    "hf": Source(read_hf, convert_hf),
+    "webdataset": Source(read_webdataset, convert_webdataset),
+}
+
+
+def find_source(name: str) -> Source:
+    """Return the source of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in SOURCES:
+        close = difflib.get_close_matches(name, SOURCES, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SOURCES)}"
+        raise ConfigError(f"no source is called {name!r}: {hint}")
+    return SOURCES[name]

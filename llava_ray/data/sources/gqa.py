@@ -1,0 +1,34 @@
+"""GQA (Hudson and Manning 2019): train_balanced_questions.json, pictures images/{id}.jpg.
+
+The questions about one picture become one conversation, as in LLaVA's 665k mix.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llava_ray.data.files import Folder
+from llava_ray.data.sources.parts import SHORT_ANSWER, Raw, Row, ask_in_turn, sample_of
+from llava_ray.data.sources.reading import find_one, read_json_dict
+from llava_ray.types import Sample
+
+if TYPE_CHECKING:
+    from llava_ray.config import ConvertConfig
+
+
+def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+    """Yield a row for each picture, with all its questions and short answers."""
+    split = config.split or "train_balanced"
+    name = find_one(folder, names, f"{split}_questions.json")
+    turns: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
+    for _, asked in read_json_dict(folder, name):
+        turns[asked["imageId"]].append((asked["question"], asked["answer"]))
+    for image_id, found in turns.items():
+        yield Raw(f"{name} image {image_id}", {"id": image_id, "turns": found})
+
+
+def convert_gqa(row: Row) -> Sample:
+    """Return the sample of a picture's questions."""
+    (question, answer), *others = row["turns"]
+    turns = [(f"{question}\n{SHORT_ANSWER}", answer), *others]
+    return sample_of("gqa", row["id"], ask_in_turn(turns), f"{row['id']}.jpg")

@@ -1,0 +1,39 @@
+"""A folder of pictures, each with its text beside it: `cat.jpg`, `cat.txt`.
+
+The text is learned as the answer to one of LLaVA's requests for a description.
+"""
+
+import posixpath
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llava_ray.data.files import Folder
+from llava_ray.data.sources.coco import REQUESTS
+from llava_ray.data.sources.parts import Raw, Row, ask_in_turn, choose, sample_of
+from llava_ray.errors import ConfigError
+from llava_ray.types import Sample
+
+if TYPE_CHECKING:
+    from llava_ray.config import ConvertConfig
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+    """Yield a row for each picture; one without a text has none in its row."""
+    texts = {posixpath.splitext(name)[0]: name for name in names if name.endswith(".txt")}
+    pictures = [name for name in names if name.lower().endswith(ENDINGS)]
+    if not pictures:
+        raise ConfigError(f"there are no pictures in {folder.address!r}: give their folder")
+    for name in pictures:
+        row = {"id": name, "image": name}
+        if text := texts.get(posixpath.splitext(name)[0]):
+            row["text"] = folder.read(text).decode("utf-8", errors="replace")
+        yield Raw(name, row)
+
+
+def convert_pair(row: Row) -> Sample:
+    """Return the sample of a picture and its text."""
+    request = REQUESTS[choose(row["image"], len(REQUESTS))]
+    messages = ask_in_turn([(request, row["text"].strip())])
+    return sample_of("pairs", row["id"], messages, row["image"])
