@@ -13,6 +13,7 @@
     │   ├── ModelNotFoundError        no such model here; 404
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
+    ├── TrainingError                 a training run that cannot go on as it is
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -120,6 +121,12 @@ class OverloadedError(LlavaRayError):
 
     status = 503
     code = "overloaded"
+
+
+class TrainingError(LlavaRayError):
+    """A training run that cannot go on: its loss is no number, or memory ran out."""
+
+    code = "training_error"
 
 
 class EngineError(LlavaRayError):

@@ -1,7 +1,7 @@
 """What a training run is: one YAML file, with `key=value` from the command line over it.
 
-The first step of training. Names follow Hugging Face's Trainer, DeepSpeed and LLaVA where these have
-one, so that a recipe can be read beside the script that it came from.
+The first step of training. Names follow Hugging Face Trainer, DeepSpeed and LLaVA where these have
+one, so that a recipe can be read beside the script it came from.
 """
 
 from collections.abc import Sequence
