@@ -17,9 +17,10 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from benchmark_data import benchmark_data
 from PIL import Image
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -238,7 +239,7 @@ def serve_here(path: Path) -> str:
     return "http://127.0.0.1:8123"
 
 
-def print_table(rows: Sequence[Figures | LoadFigures]) -> None:
+def print_table(rows: Sequence[Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -378,6 +379,8 @@ def benchmark_load(
         ]
         print_table(rows)
 
+
+cli.command("data")(benchmark_data)
 
 if __name__ == "__main__":
     cli()

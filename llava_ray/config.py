@@ -179,6 +179,56 @@ class ConvertConfig(Section):
         return self
 
 
+class DatasetConfig(Section):
+    """One set of shards in a mixture."""
+
+    path: str = Field(min_length=1, description="Folder or address that `convert` wrote.")
+    weight: float = Field(
+        default=1.0,
+        gt=0,
+        le=100,
+        description="How often an epoch has each sample; of 0.25 another quarter each epoch.",
+    )
+    max_samples: int | None = Field(
+        default=None, ge=1, description="Only so many, the same in every epoch."
+    )
+    seed: int = Field(default=0, ge=0, description="Which ones weight and max_samples draw.")
+
+
+class DataConfig(Section):
+    """What a training run reads, in which order, and who prepares it."""
+
+    datasets: list[DatasetConfig] = Field(min_length=1, description="Sets of shards, mixed.")
+    batch_size: int = Field(default=128, ge=1, description="Samples of a step, over all workers.")
+    seed: int = Field(default=0, ge=0, description="The same seed, the same order.")
+    grouping: Literal["none", "modality", "length"] = Field(
+        default="modality",
+        description="What a batch has in common: nothing; all pictures or all text, as LLaVA's "
+        "group_by_modality_length; or the length, tokens of pictures included.",
+    )
+    max_length: int | None = Field(
+        default=None, ge=16, description="Longest sample in tokens; default: the model's context."
+    )
+    over_long: Literal["drop", "truncate"] = Field(
+        default="drop",
+        description="Longer samples are left out and recorded, or cut at the end, never inside a "
+        "picture.",
+    )
+    num_readers: int = Field(
+        default=2,
+        ge=0,
+        le=256,
+        description="Processes that prepare batches, for each training worker; 0: itself.",
+    )
+    reader_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray keeps for each.")
+    num_ahead: int = Field(
+        default=4, ge=1, le=256, description="Batches that wait prepared, for each worker."
+    )
+    limits: LimitsConfig = Field(
+        default_factory=LimitsConfig, description="Bytes and pixels of a picture allowed."
+    )
+
+
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 

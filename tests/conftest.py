@@ -17,6 +17,7 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 
 ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
+    r"ignore::DeprecationWarning:ray\.data",  # of its own settings, whenever it copies them
     "ignore:subprocess .* is still running:ResourceWarning",  # Ray does not wait for its own
 )
 
@@ -27,12 +28,23 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
-def served() -> Iterator[str]:
+def cluster() -> Iterator[None]:
+    """One Ray for the session, with two CPUs whatever the machine has."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def served(cluster: None) -> Iterator[str]:
     """Address of the real application, without a slash at its end.
 
     Models: `echo` and `other` say back what they hear (`llava_ray.engine.echo`). Page at `/`.
     """
-    import ray
     from ray import serve
 
     from llava_ray.app import build_app
@@ -45,10 +57,7 @@ def served() -> Iterator[str]:
     models = [
         ModelConfig(path=name, engine="echo", num_cpus=0.1, messages_per_s=10**9) for name in names
     ]
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
-        serve.run(build_app(ServeConfig(models=models)), name="app", route_prefix="/")
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        ray.shutdown()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(build_app(ServeConfig(models=models)), name="app", route_prefix="/")
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()

@@ -15,8 +15,10 @@ from PIL import Image
 from tiny import picture
 
 from llava_ray.config import ConvertConfig
+from llava_ray.data.convert import PartWriter
 from llava_ray.data.parts import Draft, Reject, cut_parts
 from llava_ray.data.shards import write_text
+from llava_ray.data.target import begin, describe_settings, finish
 
 
 def save(path: Path, seed: int = 0, **size: int) -> bytes:
@@ -71,6 +73,15 @@ def read(source: str, folder: Path, **settings: Any) -> list[Any]:
             texts = [write_text(message) for message in row.sample.messages]
             found.append((row.sample.sample_id, texts, list(row.sample.images)))
     return found
+
+
+def convert_here(config: ConvertConfig) -> None:
+    """Do what `convert` does, in this process and without limits."""
+    described = describe_settings(config)
+    target, records = begin(config, described)
+    writer = PartWriter(config)
+    records |= {part.number: writer.write(part) for part in cut_parts(config, done=set(records))}
+    finish(target, list(records.values()), described, template=None)
 
 
 def odd_pictures() -> dict[str, bytes]:

@@ -163,7 +163,7 @@ def describe_row(
             for image in images
         ],
         "num_images": len(images),
-        "num_words": sum(len(message["text"].split()) for message in messages),
+        "num_words": sum(_count_words(message) for message in sample.messages),
         "num_tokens": num_tokens,
     }
 
@@ -180,6 +180,11 @@ def write_text(message: Message) -> str:
     """Return a message's text, with `<image>` for each picture."""
     pieces = [p.text if isinstance(p, TextPart) else IMAGE_TOKEN for p in message.parts]
     return "".join(pieces)
+
+
+def _count_words(message: Message) -> int:
+    """Return a message's words, a picture being one: the length that LLaVA's sampler goes by."""
+    return sum(len(p.text.split()) if isinstance(p, TextPart) else 1 for p in message.parts)
 
 
 def _parse_text(text: str) -> tuple[TextPart | ImagePart, ...]:

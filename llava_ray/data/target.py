@@ -78,7 +78,7 @@ def begin(config: ConvertConfig, settings: dict[str, Any]) -> tuple[Folder, dict
                 f"{config.output!r} holds an unfinished conversion with other settings or of other "
                 "files: give another folder, or --overwrite"
             )
-    elif target.files.isdir(target.root) and target.files.ls(target.root):
+    elif any(not _SCRATCH.fullmatch(name) for name in _list_all(target)):
         raise ConfigError(
             f"{config.output!r} is not empty: give a new folder, or --overwrite to replace shards"
         )
@@ -127,9 +127,9 @@ def finish(
     )
     target.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
     target.remove(PROGRESS)
-    for path in target.files.find(target.root):
-        if _SCRATCH.fullmatch(path[len(target.root) + 1 :]):  # of a process that was killed
-            target.files.rm(path)
+    for name in _list_all(target):
+        if _SCRATCH.fullmatch(name):  # of a process that was killed
+            target.remove(name)
     return manifest
 
 
@@ -143,15 +143,20 @@ def _read_records(target: Folder) -> list[PartRecord]:
     return [PartRecord.model_validate_json(target.read(n)) for n in names if n != _SETTINGS]
 
 
+def _list_all(target: Folder) -> list[str]:
+    """Return the names of all files there are, hidden ones too."""
+    if not target.files.isdir(target.root):
+        return []
+    return [path[len(target.root) + 1 :] for path in target.files.find(target.root)]
+
+
 def _clear(target: Folder) -> None:
     """Remove an earlier conversion, and nothing else.
 
     Raises:
         ConfigError: there are other files.
     """
-    if not target.files.isdir(target.root):
-        return
-    names = [path[len(target.root) + 1 :] for path in target.files.find(target.root)]
+    names = _list_all(target)
     if others := [
         name for name in names if not (_OURS.fullmatch(name) or _SCRATCH.fullmatch(name))
     ]:
@@ -159,5 +164,5 @@ def _clear(target: Folder) -> None:
             f"{target.address!r} holds {others[0]!r}, which no conversion wrote, so --overwrite "
             "does not remove it: give another folder"
         )
-    for name in (MANIFEST, INDEX, *names):
+    for name in (MANIFEST, INDEX, PROGRESS, REJECTS, *names):
         target.remove(name)

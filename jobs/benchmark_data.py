@@ -1,0 +1,276 @@
+"""Speed of data, measured: what `python jobs/benchmark.py data` runs.
+
+Conversion, and the training stream beside a torch DataLoader that encodes the same pictures from
+the same files with as many processes; how long a stream takes to its first batch, at the beginning
+and deep in an epoch; memory while 2,000 and 50,000 rows are converted.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import random
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+
+BATCH_SIZE = 16
+WARM_BATCHES = 8
+"""Left out of the throughput: until then the queues are not full."""
+
+
+@dataclass(frozen=True)
+class StreamFigures:
+    """One row of the table of streams: samples a second once the queues are full."""
+
+    system: str
+    processes: int
+    samples: int
+    samples_per_s: float
+    first_batch_s: float
+
+
+@dataclass(frozen=True)
+class ConvertFigures:
+    """One row of the table of conversions."""
+
+    rows: int
+    samples_per_s: float
+    seconds: float
+    peak_mb: float  # of all processes together, what they share counted once
+
+
+def benchmark_data(
+    rows: Annotated[int, typer.Option(help="Rows of the large conversion.")] = 50_000,
+    num_streamed: Annotated[int, typer.Option(help="Samples that each system streams.")] = 2_000,
+    processes: Annotated[int, typer.Option(help="Processes that prepare batches.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Times that each system streams, in turns.")] = 2,
+) -> None:
+    """Conversion, and the training stream beside a torch DataLoader over the same files."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+    from benchmark import print_table
+
+    from llava_ray.config import DataConfig
+    from llava_ray.data.stream import Checkpoint
+    from llava_ray.model.build import TINY, build_random_model
+
+    shape = dataclasses.replace(TINY, image_size=336, patch_size=14, context_length=2048)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        model = str(build_random_model(place / "model", shape))
+        photos = _write_rows(place / "photos", num_streamed, size=(640, 480), num_files=1000)
+        shards = place / "photo-shards"
+        _start_ray(processes)
+        _measure_conversion(photos, shards, num_streamed)  # warms up
+        small = _write_rows(place / "small", 2_000, size=(256, 192), num_files=500)
+        large = _write_rows(place / "large", rows, size=(256, 192), num_files=500)
+        converted = [
+            _measure_conversion(small, place / "small-shards", 2_000),
+            _measure_conversion(large, place / "large-shards", rows),
+        ]
+        print_table(converted)
+
+        fields = {"batch_size": BATCH_SIZE, "num_readers": processes, "num_ahead": 2 * processes}
+        config = DataConfig.model_validate({**fields, "datasets": [{"path": str(shards)}]})
+        systems = {
+            "torch DataLoader": lambda: _load_with_torch(photos, model, processes),
+            "llava_ray": lambda: _stream(config, Checkpoint(model)),
+        }
+        streamed: list[StreamFigures] = []
+        for _ in range(rounds):
+            for name, start in systems.items():
+                streamed.append(_measure_stream(name, start, processes))
+                print(streamed[-1], flush=True)
+        print_table(streamed)
+
+        deep = DataConfig.model_validate(
+            {**fields, "datasets": [{"path": str(place / "large-shards")}]}
+        )
+        _compare_starts(deep, Checkpoint(model), rounds)
+
+
+def _start_ray(processes: int) -> None:
+    import ray
+
+    ray.init(
+        num_cpus=processes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files: int) -> Path:
+    """Write JPEGs and as many rows of LLaVA's JSON as asked for, each about one of them."""
+    folder.mkdir()
+    for number in range(num_files):
+        rng = random.Random(number)
+        tiles = bytes(rng.randrange(256) for _ in range(48 * 36 * 3))
+        image = Image.frombytes("RGB", (48, 36), tiles).resize(size, Image.Resampling.BICUBIC)
+        image.save(folder / f"{number}.jpg", quality=90)
+    words = "what which how many is are the of in on left right red blue cat dog near".split()
+    rows = []
+    for number in range(num_rows):
+        rng = random.Random(number)
+        turns = []
+        for turn in range(rng.randint(1, 4)):
+            question = " ".join(rng.choices(words, k=rng.randint(6, 20)))
+            answer = " ".join(rng.choices(words, k=rng.randint(4, 60)))
+            marker = "" if turn else "<image>\n"
+            turns += [
+                {"from": "human", "value": marker + question},
+                {"from": "gpt", "value": answer},
+            ]
+        image = f"{number % num_files}.jpg"
+        rows.append({"id": str(number), "image": image, "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
+    from llava_ray.config import ConvertConfig
+    from llava_ray.data.convert import convert
+
+    config = ConvertConfig(source="llava", input=str(raw), output=str(out), rows_per_shard=500)
+    with _watch_memory() as peak:
+        start = time.perf_counter()
+        manifest = convert(config)
+        seconds = time.perf_counter() - start
+    assert manifest.num_samples == num_rows
+    return ConvertFigures(
+        rows=num_rows,
+        samples_per_s=round(num_rows / seconds, 1),
+        seconds=round(seconds, 1),
+        peak_mb=round(peak[0] / 1e6),
+    )
+
+
+@contextmanager
+def _watch_memory() -> Iterator[list[float]]:
+    """Give a list whose one entry becomes the most that this process and those below it held."""
+    import psutil
+
+    peak, ended = [0.0], threading.Event()
+
+    def measure() -> float:
+        total = 0.0
+        this = psutil.Process()
+        for process in [this, *this.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+                continue  # it ended meanwhile
+        return total
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            peak[0] = max(peak[0], measure())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+        peak[0] = max(peak[0], measure())
+
+
+def _stream(config: Any, checkpoint: Any) -> Iterable[int]:
+    """Yield how many samples each batch of the training stream has, as tensors."""
+    from llava_ray.data.stream import stream_batches
+
+    for batch in stream_batches(config, checkpoint):
+        yield len(batch.to_tensors()["input_ids"])
+
+
+class RawPictures:
+    """A torch dataset over LLaVA's JSON and its pictures, encoded as the stream does it."""
+
+    def __init__(self, raw: Path, model: str) -> None:
+        self._raw, self._model = raw, model
+        self._rows = json.loads((raw / "rows.json").read_text())
+        self._encoder: Any = None
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> Any:
+        from llava_ray.config import LimitsConfig
+        from llava_ray.data.encode import load_encoder
+        from llava_ray.data.shards import ShardRow
+        from llava_ray.data.sources import SOURCES
+
+        if self._encoder is None:
+            self._encoder = load_encoder(self._model)
+        sample = SOURCES["llava"].convert(self._rows[number])
+        data = [(self._raw / str(name)).read_bytes() for name in sample.images]
+        whole = dataclasses.replace(sample, images=tuple(data))
+        return self._encoder.encode(ShardRow(whole, ((640, 480),) * len(data)), LimitsConfig())
+
+
+def _load_with_torch(raw: Path, model: str, processes: int) -> Iterable[int]:
+    """Yield how many samples each batch of a DataLoader has."""
+    from torch.utils.data import DataLoader
+
+    dataset: Any = RawPictures(raw, model)
+    loader = DataLoader(
+        dataset,
+        batch_size=BATCH_SIZE,
+        shuffle=True,
+        num_workers=processes,
+        prefetch_factor=2,
+        collate_fn=_collate_to_tensors,
+        multiprocessing_context="spawn",
+    )
+    for batch in loader:
+        yield len(batch["input_ids"])
+
+
+def _collate_to_tensors(examples: list[Any]) -> Any:
+    import torch
+
+    from llava_ray.data.collate import collate
+
+    arrays = collate(examples, pad_token_id=0)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _measure_stream(
+    system: str, start_stream: Callable[[], Iterable[int]], processes: int
+) -> StreamFigures:
+    start = time.perf_counter()
+    first_s = warm_at = 0.0
+    num_samples = num_warm = 0
+    for i, size in enumerate(start_stream()):
+        num_samples += size
+        if i == 0:
+            first_s = time.perf_counter() - start
+        if i == WARM_BATCHES:
+            warm_at, num_warm = time.perf_counter(), num_samples
+    rate = (num_samples - num_warm) / (time.perf_counter() - warm_at)
+    return StreamFigures(system, processes, num_samples, round(rate, 1), round(first_s, 2))
+
+
+def _compare_starts(config: Any, checkpoint: Any, rounds: int) -> None:
+    """Print how long the first batch takes at the beginning and at nine tenths of an epoch."""
+    from llava_ray.data.pool import make_plan, open_pool
+    from llava_ray.data.stream import stream_batches
+
+    plan = make_plan(config, open_pool(config.datasets))
+    deep = plan.start()._replace(batch=plan.num_batches * 9 // 10)
+    for _ in range(rounds):
+        for name, position in (("fresh start", None), (f"resume at batch {deep.batch}", deep)):
+            start = time.perf_counter()
+            stream = stream_batches(config, checkpoint, start=position)
+            next(iter(stream))
+            print(f"{name}: first batch after {time.perf_counter() - start:.2f} s", flush=True)
+            getattr(stream, "close", lambda: None)()

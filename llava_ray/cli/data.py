@@ -1,0 +1,55 @@
+"""`llava-ray data`: what shards hold."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llava_ray.cli.console import notes, out
+from llava_ray.errors import ConfigError
+
+app = typer.Typer(help="Look into data for training.")
+
+
+@app.callback()
+def _group() -> None: ...
+
+
+@app.command("inspect")
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or address of shards.")],
+    page: Annotated[
+        Path | None, typer.Option(help="HTML file to write, with some samples to look at.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(min=1, max=1000, help="Samples on the page.")] = 12,
+    seed: Annotated[int, typer.Option(min=0, help="Which samples.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint, to mark on the page what is learned.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="Conversation template, in place of the checkpoint's own.")
+    ] = None,
+) -> None:
+    """Print what a set of shards holds: counts, lengths, sizes, and what was rejected.
+
+    With --page some samples are written to an HTML file, with their pictures and, with --model,
+    their loss mask.
+    """
+    from llava_ray.data.inspect import describe, draw_samples, summarize
+
+    for line in describe(summarize(path)):
+        out.print(line, markup=False)
+    if page is None:
+        return
+    from llava_ray.data.encode import load_encoder
+    from llava_ray.data.page import write_page
+
+    encoder = load_encoder(model, template=template) if model else None
+    rows = draw_samples(path, num_samples=num_samples, seed=seed)
+    try:
+        page.write_text(write_page(rows, title=path, encoder=encoder), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {str(page)!r} ({error.strerror}): give another file"
+        ) from error
+    notes.print(f"{len(rows)} samples: {page}", markup=False)

@@ -1,0 +1,132 @@
+"""What is in a set of shards: numbers for the terminal, and a few samples to look at in a browser.
+
+Numbers come from the manifest and the index; only the samples that are shown, and the sizes of
+pictures of some shards, are read from the shards themselves.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from llava_ray.data.files import Folder, open_folder
+from llava_ray.data.manifest import Manifest, load_index, load_manifest
+from llava_ray.data.plan import shuffle
+from llava_ray.data.pool import Pool, PoolReader
+from llava_ray.data.shards import ShardRow
+
+_MAX_SHARDS_FOR_SIZES = 20
+_NUM_BARS = 12
+_BAR_WIDTH = 40
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a set of shards holds.
+
+    Attributes:
+        manifest: what it says of itself.
+        num_bytes: of all shards.
+        unit: of `lengths`: "tokens" or "words".
+        lengths: of each sample.
+        num_images: of each sample.
+        image_sizes: width and height of pictures, from the first shards.
+    """
+
+    manifest: Manifest
+    num_bytes: int
+    unit: str
+    lengths: np.ndarray
+    num_images: np.ndarray
+    image_sizes: np.ndarray
+
+
+def summarize(address: str) -> Summary:
+    """Return the numbers of a set of shards.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = open_folder(address)
+    manifest = load_manifest(folder)
+    index = load_index(folder)
+    has_tokens = manifest.model is not None
+    unit = "tokens" if has_tokens else "words"
+    return Summary(
+        manifest=manifest,
+        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        unit=unit,
+        lengths=index.column(f"num_{unit}").to_numpy(),
+        num_images=index.column("num_images").to_numpy(),
+        image_sizes=_read_sizes(folder, manifest),
+    )
+
+
+def draw_samples(address: str, *, num_samples: int, seed: int = 0) -> list[ShardRow]:
+    """Return some samples of a set of shards, drawn by the seed.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    folder = open_folder(address)
+    manifest = load_manifest(folder)
+    ends = tuple(np.cumsum([shard.num_rows for shard in manifest.shards]).tolist())
+    reader = PoolReader(Pool((folder,), (manifest,), (ends,)))
+    numbers = shuffle(np.arange(manifest.num_samples), seed)[:num_samples]
+    return [reader.read(number) for number in numbers.tolist()]
+
+
+def describe(summary: Summary) -> list[str]:
+    """Return a summary as lines of text."""
+    manifest = summary.manifest
+    lines = [
+        f"{manifest.num_samples:,} samples from {manifest.source!r} in {len(manifest.shards)} "
+        f"shards, {summary.num_bytes / 1e6:,.1f} MB, digest {manifest.digest[:12]}",
+    ]
+    if manifest.model:
+        lines.append(f"tokens counted for {manifest.model} with template {manifest.template}")
+    counts = Counter(summary.num_images.tolist())
+    kinds = [f"{num:,} with {name_images(k)}" for k, num in sorted(counts.items())]
+    lines += ["", f"pictures: {', '.join(kinds)}"]
+    if len(summary.image_sizes):
+        width, height = np.median(summary.image_sizes, axis=0)
+        low, high = summary.image_sizes.min(0), summary.image_sizes.max(0)
+        lines.append(
+            f"sizes: median {width:.0f} x {height:.0f}, from {low[0]} x {low[1]} to "
+            f"{high[0]} x {high[1]} (of {len(summary.image_sizes):,})"
+        )
+    if len(summary.lengths):
+        lines += ["", f"length in {summary.unit}:", *draw_histogram(summary.lengths)]
+    if manifest.rejects:
+        lines += ["", f"{manifest.num_rejects:,} rows rejected:"]
+        lines += [f"  {num:>9,}  {reason}" for reason, num in manifest.rejects.items()]
+    return lines
+
+
+def draw_histogram(values: Sequence[int] | np.ndarray) -> list[str]:
+    """Return how values are spread, a line for each range."""
+    counts, edges = np.histogram(values, bins=_NUM_BARS)
+    width = len(f"{edges[-1]:,.0f}")
+    return [
+        f"  {edges[i]:>{width},.0f} - {edges[i + 1]:>{width},.0f}  "
+        f"{'█' * -(-_BAR_WIDTH * int(count) // int(counts.max()))} {count:,}"
+        for i, count in enumerate(counts)
+    ]
+
+
+def name_images(num: int) -> str:
+    """Return a number of pictures in words."""
+    return {0: "none", 1: "one"}.get(num, f"{num}")
+
+
+def _read_sizes(folder: Folder, manifest: Manifest) -> np.ndarray:
+    """Return width and height of the pictures in the first shards, which is enough to judge by."""
+    columns = ["images.list.element.width", "images.list.element.height"]
+    sizes: list[tuple[int, int]] = []
+    for shard in manifest.shards[:_MAX_SHARDS_FOR_SIZES]:
+        with folder.open(shard.name) as file:
+            images = pq.ParquetFile(file).read(columns).column("images").to_pylist()
+        sizes += [(image["width"], image["height"]) for row in images for image in row]
+    return np.array(sizes, dtype=np.int64).reshape(-1, 2)

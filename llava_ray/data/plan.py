@@ -1,0 +1,206 @@
+"""The order of training: which samples are in global batch k of an epoch, and who gets them.
+
+A pure function of seed, epoch and what the manifests say, so any process can compute it and all
+agree. Batch k holds the same samples on any number of workers and with any accumulation; only how
+it is dealt to them differs. Where training stands is a `Position`, four integers.
+
+Pseudo-random order comes from a hash of places (splitmix64, Steele et al. 2014) rather than from
+NumPy's generators, whose streams may change between versions.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from llava_ray.errors import ConfigError
+
+Grouping = Literal["none", "modality", "length"]
+
+_POOL_BATCHES = 50
+"""Batches that are sorted by length together: enough for like lengths, little enough for chance."""
+
+
+class Position(NamedTuple):
+    """Where training stands: before global batch `batch` of `epoch`.
+
+    Attributes:
+        seed: of the order.
+        epoch, batch: counted from 0.
+        fingerprint: of data, batch size and grouping; another one is another order.
+    """
+
+    seed: int
+    epoch: int
+    batch: int
+    fingerprint: int
+
+
+class Share(NamedTuple):
+    """One data set's part in a mixture; see `config.DatasetConfig`."""
+
+    num_samples: int
+    weight: float = 1.0
+    max_samples: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The order of all epochs.
+
+    Samples are numbered through all data sets, in the order of `shares`.
+
+    Attributes:
+        shares: the data sets.
+        lengths: of each sample, in tokens or words.
+        has_images: of each sample.
+        batch_size: samples of a global batch; the last one of an epoch has what is left.
+        seed: the same seed, the same order.
+        grouping: what a batch has in common.
+        data_id: stands for the content of the data sets.
+    """
+
+    shares: tuple[Share, ...]
+    lengths: np.ndarray
+    has_images: np.ndarray
+    batch_size: int
+    seed: int = 0
+    grouping: Grouping = "none"
+    data_id: str = ""
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches of an epoch."""
+        return -(-len(self.order_epoch(0)) // self.batch_size)
+
+    def start(self) -> Position:
+        """Return the position before everything."""
+        return Position(self.seed, 0, 0, self._fingerprint)
+
+    def advance(self, position: Position) -> Position:
+        """Return the position behind the batch at a position."""
+        epoch, batch = position.epoch, position.batch + 1
+        if batch >= self.num_batches:
+            epoch, batch = epoch + 1, 0
+        return position._replace(epoch=epoch, batch=batch)
+
+    def check(self, position: Position) -> None:
+        """Check that a saved position is one in this plan.
+
+        Raises:
+            ConfigError: data, batch size, grouping or seed are others than when it was saved.
+        """
+        if (position.seed, position.fingerprint) != (self.seed, self._fingerprint):
+            raise ConfigError(
+                "the checkpoint was saved with other data, batch_size, grouping or seed, so batch "
+                f"{position.batch} of epoch {position.epoch} is not where it stopped: set them as "
+                "they were, or start the data anew"
+            )
+
+    def batch(self, position: Position) -> np.ndarray:
+        """Return the samples of a global batch, longest first."""
+        first = position.batch * self.batch_size
+        numbers = self.order_epoch(position.epoch)[first : first + self.batch_size]
+        return numbers[np.argsort(-self.lengths[numbers], kind="stable")]
+
+    def order_epoch(self, epoch: int) -> np.ndarray:
+        """Return the samples of an epoch; its batches are cut from it."""
+        return _order_epoch(self, epoch)
+
+    def deal(
+        self, position: Position, *, num_workers: int, accumulation: int = 1
+    ) -> list[list[np.ndarray]]:
+        """Return who gets what of a global batch: for each worker its micro-batches in order.
+
+        Samples of like length come together, and at the same time on all workers. A micro-batch is
+        empty if there are not enough samples.
+        """
+        pieces = np.array_split(self.batch(position), num_workers * accumulation)
+        return [pieces[rank::num_workers] for rank in range(num_workers)]
+
+    def measure_padding(
+        self, epoch: int = 0, *, num_workers: int = 1, accumulation: int = 1
+    ) -> float:
+        """Return which share of an epoch's tokens is padding, by `lengths`."""
+        held = kept = 0
+        for k in range(self.num_batches):
+            position = Position(self.seed, epoch, k, self._fingerprint)
+            for micros in self.deal(position, num_workers=num_workers, accumulation=accumulation):
+                for numbers in micros:
+                    if len(numbers):
+                        lengths = self.lengths[numbers]
+                        held += int(lengths.max()) * len(numbers)
+                        kept += int(lengths.sum())
+        return 1 - kept / held if held else 0.0
+
+    @property
+    def _fingerprint(self) -> int:
+        said = repr((self.data_id, self.shares, self.batch_size, self.grouping))
+        return int.from_bytes(hashlib.sha256(said.encode()).digest()[:6])
+
+
+def draw_members(shares: Sequence[Share], epoch: int) -> np.ndarray:
+    """Return the samples of an epoch, each as often as it is due, data set after data set."""
+    members: list[np.ndarray] = []
+    first = 0
+    for share in shares:
+        numbers = np.arange(first, first + share.num_samples)
+        if share.max_samples is not None:
+            numbers = np.sort(shuffle(numbers, share.seed)[: share.max_samples])
+        whole, part = divmod(share.weight, 1)
+        members += [numbers] * int(whole)
+        members.append(shuffle(numbers, share.seed, epoch)[: round(part * len(numbers))])
+        first += share.num_samples
+    return np.concatenate(members)
+
+
+def shuffle(numbers: np.ndarray, *key: int) -> np.ndarray:
+    """Return an array's elements in an order that only its length and the key decide."""
+    state = np.zeros(1, np.uint64)
+    for part in key:
+        state = _mix(state + np.uint64(part))
+    return numbers[np.argsort(_mix(np.arange(len(numbers), dtype=np.uint64) + state))]
+
+
+def _mix(values: np.ndarray) -> np.ndarray:
+    """Return splitmix64 of each value."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+@lru_cache(maxsize=2)
+def _order_epoch(plan: Plan, epoch: int) -> np.ndarray:
+    members = shuffle(draw_members(plan.shares, epoch), plan.seed, epoch)
+    size = plan.batch_size
+    if plan.grouping == "none":
+        return members
+    if plan.grouping == "modality":
+        has_images = plan.has_images[members]
+        groups = [members[has_images], members[~has_images]]
+    else:
+        groups = [members]
+    batches: list[np.ndarray] = []
+    left: list[np.ndarray] = []
+    for group in groups:
+        num_full = len(group) // size * size
+        full = group[:num_full]
+        if plan.grouping == "length":
+            full = _sort_pools(full, plan.lengths, size * _POOL_BATCHES)
+        batches += np.split(full, num_full // size) if num_full else []
+        left.append(group[num_full:])
+    order = shuffle(np.arange(len(batches)), plan.seed, epoch, 1)
+    # What is left of each group makes the last batches, in which modalities are mixed.
+    return np.concatenate([*(batches[i] for i in order), *left])
+
+
+def _sort_pools(numbers: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    pools = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    return np.concatenate(
+        [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools] or [numbers]
+    )
