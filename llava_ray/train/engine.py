@@ -16,8 +16,7 @@ from llava_ray.model.core import Core, load_model
 from llava_ray.model.names import to_memory
 from llava_ray.model.weights import open_file, open_parts
 from llava_ray.train.inputs import Inputs, encode_blank
-from llava_ray.train.parts import describe_parts, group_parameters, select_parts
-from llava_ray.train.parts import PartState as PartState
+from llava_ray.train.parts import PartState, describe_parts, group_parameters, select_parts
 from llava_ray.train.settings import TrainConfig
 from llava_ray.train.zero import describe_engine, read_stage
 

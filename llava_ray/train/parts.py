@@ -1,7 +1,7 @@
 """What of a model is trained, at which rate: the vision tower, the projector, the language model.
 
-After `load_model`, before DeepSpeed: freezes what rests, puts LoRA into the language model and sorts
-what is trained into the optimizer's groups.
+After `load_model`, before DeepSpeed: freezes what rests, puts LoRA into the language model and
+sorts what is trained into the optimizer's groups.
 """
 
 from collections.abc import Iterator

@@ -137,7 +137,9 @@ def _sum(trainee: Trainee, value: float) -> float:
 
 def _gather(batches: Sequence[Batch]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the ids of a step over all workers, and those that were left out."""
-    mine = [(batch.sample_ids, [(d.sample_id, d.reason) for d in batch.dropped]) for batch in batches]
+    mine = [
+        (batch.sample_ids, [(d.sample_id, d.reason) for d in batch.dropped]) for batch in batches
+    ]
     gathered: list[list] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)
     ids = tuple(id_ for some in gathered for batch, _ in some for id_ in batch)
