@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
@@ -128,8 +127,6 @@ def _work(rank: int, num_workers: int, scenarios: list[Scenario], folder: Path) 
     import torch
     import torch.distributed as dist
 
-    from llava_ray.errors import LlavaRayError
-
     torch.set_num_threads(1)
     meeting = folder / f"meeting-{num_workers}-{scenarios[0].name}"
     dist.init_process_group(
@@ -139,14 +136,10 @@ def _work(rank: int, num_workers: int, scenarios: list[Scenario], folder: Path) 
         for scenario in scenarios:
             try:
                 _train(scenario, rank, num_workers, folder)
-            except LlavaRayError as error:
+            except Exception:  # noqa: BLE001
                 (folder / scenario.name).mkdir(exist_ok=True)
-                (folder / scenario.name / "error.txt").write_text(error.message)
-    except BaseException:
-        traceback.print_exc()
-        raise
+                (folder / scenario.name / "error.txt").write_text(traceback.format_exc())
     finally:
-        sys.stdout.flush()
         dist.destroy_process_group()
 
 

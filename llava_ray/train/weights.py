@@ -71,7 +71,7 @@ def collect_weights(trainee: Trainee, form: str, config: TrainConfig) -> Tensors
 
     Of weights that ZeRO divides, one after another is put together.
     """
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     kept: Tensors = {}
     for name, parameter in trainee.core.model.named_parameters():
