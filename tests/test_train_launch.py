@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 from tiny import picture, tiny_model
+from typer.testing import CliRunner
 
+from llava_ray.cli import app
 from llava_ray.config import ConvertConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model import load_model
@@ -131,6 +133,26 @@ def test_a_killed_driver_goes_on_with_fewer_workers(
         launch(config)
     one = make_config(shards, tmp_path, num_workers=1)
     assert_same_run(launch(one, resume=True), undisturbed)
+
+
+def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_path: Path) -> None:
+    config = make_config(shards, tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    arguments = ["train", str(tmp_path / "run.yaml"), "learning_rate=3e-4", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for said in (
+        "learning_rate: 0.0003",
+        "vision_tower: frozen",
+        "projector: trains",
+        "2 samples x 1 accumulated x 2 workers = 4 a step",
+        "24 samples = 6 steps an epoch x 4 epochs = 24 steps",
+        "optimizer: ",
+        "1 pictures",
+        "It is ",
+    ):
+        assert said in result.output
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_run_without_shards_says_so(tmp_path: Path) -> None:

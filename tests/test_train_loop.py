@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = [
         Scenario("alone", {"zero_stage": 2}, num_steps=NUM_STEPS),
         *(Scenario(f"alone-{name}", settings) for name, settings in PARTS.items()),
+        Scenario("diverging", {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}),
     ]
     together = [
         *(Scenario(name, settings, num_steps=NUM_STEPS) for name, settings in ZEROS.items()),
@@ -96,3 +97,10 @@ def test_every_step_names_its_samples_and_an_epoch_has_each_once(runs: Path) -> 
     lines = [json.loads(x) for x in (runs / "zero2" / "train_log.jsonl").read_text().splitlines()]
     ids = [id_ for line in lines[:6] for id_ in line["sample_ids"]]
     assert sorted(ids) == sorted(f"sample-{number}" for number in range(24))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(runs: Path) -> None:
+    said = (runs / "diverging" / "error.txt").read_text()
+    assert "the loss is" in said
+    assert "'sample-" in said
+    assert "lower learning_rate" in said
