@@ -34,6 +34,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = [
         Scenario("alone", {"zero_stage": 2}, num_steps=NUM_STEPS),
         *(Scenario(f"alone-{name}", settings) for name, settings in PARTS.items()),
+        Scenario("qlora", {**PARTS["lora"], "quantization": "4bit"}),
         Scenario("diverging", {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}),
     ]
     together = [
@@ -104,3 +105,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(runs: Path
     assert "the loss is" in said
     assert "'sample-" in said
     assert "lower learning_rate" in said
+
+
+def test_adapters_over_four_bit_weights_learn(runs: Path) -> None:
+    losses = read_losses(runs, "qlora")
+    assert losses[-1] < losses[0]

@@ -68,6 +68,8 @@ def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) ->
         (["gradient_accumulation_steps=3"], "leave gradient_accumulation_steps away"),
         (["data.batch_size=4"], "leave data.batch_size away"),
         (["quantization=4bit"], "set method=lora"),
+        (["quantization=4bit", "method=lora", "zero_stage=3"], "zero_stage=2 or lower"),
+        (["eval_steps=5"], "needs eval_datasets"),
         (["offload=all"], "zero_stage=3"),
         (["learning_rate=fast"], "learning_rate"),
         (["learning_rate"], "write key=value"),

@@ -59,9 +59,6 @@ class TrainConfig(Section):
     eval_steps: int | None = Field(
         default=None, ge=1, description="Steps from one evaluation to the next; default: each save."
     )
-    eval_generations: int = Field(
-        default=0, ge=0, le=64, description="Answers written out at each evaluation."
-    )
 
     # Batches.
     train_batch_size: int = Field(
@@ -177,6 +174,10 @@ class TrainConfig(Section):
             raise ValueError("method=projector with train_projector=false leaves nothing to train")
         if self.offload == "all" and self.zero_stage != 3 and not self.deepspeed:
             raise ValueError("offload=all needs zero_stage=3, which divides the weights")
+        if self.quantization and self.zero_stage == 3:
+            raise ValueError("quantized weights cannot be divided: set zero_stage=2 or lower")
+        if self.eval_steps and not self.eval_datasets:
+            raise ValueError("eval_steps needs eval_datasets")
         if self.metric_for_best_model == "eval_loss" and not self.eval_datasets:
             raise ValueError("metric_for_best_model=eval_loss needs eval_datasets")
         self._share_with_data()
