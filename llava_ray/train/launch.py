@@ -4,6 +4,7 @@ launch -> TorchTrainer -> train_worker (on each worker) -> loop.train -> export
 """
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from llava_ray.data.collate import Batch
 from llava_ray.data.plan import Position
 from llava_ray.data.pool import make_plan, open_pool
 from llava_ray.errors import ConfigError, LlavaRayError, TrainingError
+from llava_ray.train.checkpoint import read_progress
 from llava_ray.train.finish import export_run, write_settings
 from llava_ray.train.log import RunLog
 from llava_ray.train.loop import Surroundings, train
@@ -130,7 +132,17 @@ def train_worker(settings: dict[str, Any]) -> None:
     home = Path(config.output_dir) / config.name if rank == 0 else None
     log = RunLog(home, trackers=open_trackers(config, home), every=config.logging_steps)
     with _open_checkpoint() as checkpoint:
+        if home:
+            remove_unfinished(home, read_progress(checkpoint).step if checkpoint else 0)
         train(config, describe_surroundings(config), log, resume=checkpoint)
+
+
+def remove_unfinished(home: Path, step: int) -> None:
+    """Remove checkpoints behind the one to go on from: their workers died while they wrote them."""
+    for folder in home.glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdecimal() and int(number) > step:
+            shutil.rmtree(folder)
 
 
 def describe_surroundings(config: TrainConfig) -> Surroundings:
@@ -201,7 +213,7 @@ def _explain(error: TrainingFailedError, config: TrainConfig) -> LlavaRayError:
     """Return what a worker raised on purpose, or what is known of its end."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
-        cause = getattr(failure, "cause", None) or failure
+        cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raises
         if isinstance(cause, LlavaRayError):
             return cause
     return TrainingError(
