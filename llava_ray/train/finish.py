@@ -14,6 +14,7 @@ import yaml
 
 import llava_ray
 from llava_ray.data.pool import open_pool
+from llava_ray.model.checkpoint import inspect_checkpoint
 from llava_ray.model.export import export_model
 from llava_ray.model.staging import write_json
 from llava_ray.train.checkpoint import MODEL, read_progress
@@ -42,7 +43,14 @@ def export_run(checkpoint: Path, folder: Path, config: TrainConfig) -> Path:
     Raises:
         ConfigError: the form cannot express the model.
     """
-    target = export_model(checkpoint / MODEL, folder / EXPORT, to=config.export_to, overwrite=True)
+    begun = inspect_checkpoint(config.model, base=config.base, vision_tower=config.vision_tower)
+    target = export_model(
+        checkpoint / MODEL,
+        folder / EXPORT,
+        to=config.export_to or ("hf" if begun.layout == "published" else "original"),
+        vision_tower=config.vision_tower if config.method == "lora" else None,
+        overwrite=True,
+    )
     write_json(target / RUN_FILE, describe_run(checkpoint, config))
     draw_curves(folder)
     return target
