@@ -29,7 +29,8 @@ def build_app(config: ServeConfig) -> Application:
     models = {model.name: _bind_model(model, config.limits) for model in config.models}
     gateway = serve.deployment(
         name="gateway",
-        max_ongoing_requests=1000,
+        # Beside the API's requests: the page's open streams and questions about health.
+        max_ongoing_requests=config.limits.max_in_flight + 1000,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)

@@ -7,7 +7,9 @@ of the two answers. Any server with the OpenAI API will do; errors become our ow
 """
 
 import json
+import os
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import asdict
 from io import BytesIO
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -15,8 +17,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from llava_ray import images
-from llava_ray.config import LimitsConfig
+from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig
 from llava_ray.errors import (
+    AuthError,
     EngineError,
     ImageError,
     LlavaRayError,
@@ -60,9 +63,13 @@ class Client:
     Args:
         base_url: where the gateway answers, with its route prefix if it has one.
         timeout_s: the longest silence in the middle of an answer.
+        api_key: sent with each request; by default that of the environment, `LLAVA_RAY_API_KEY`.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, *, timeout_s: float = 300) -> None:
+    def __init__(
+        self, base_url: str = DEFAULT_URL, *, timeout_s: float = 300, api_key: str | None = None
+    ) -> None:
+        key = os.environ.get(CLIENT_KEY_VARIABLE) if api_key is None else api_key
         if "://" not in base_url:
             base_url = f"http://{base_url}"
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
@@ -73,6 +80,7 @@ class Client:
             )
         self._http = httpx.AsyncClient(
             base_url=self.base_url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout_s, connect=5),
             # Creating a TLS context takes longer than a whole request to a server nearby.
             verify=address.scheme == "https",
@@ -181,15 +189,18 @@ def _body(request: ChatRequest) -> dict[str, Any]:
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:
     """The fields that differ from the defaults, so that a server need not know them all."""
-    fields: dict[str, Any] = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    if sampling.max_tokens is not None:
-        fields["max_tokens"] = sampling.max_tokens
-    if sampling.stop:
-        fields["stop"] = list(sampling.stop)
-    if sampling.seed is not None:
-        fields["seed"] = sampling.seed
-    if sampling.ignore_eos:
-        fields["ignore_eos"] = True
+    names = {"temperature", "top_p"}
+    names |= {
+        name for name, value in asdict(Sampling()).items() if getattr(sampling, name) != value
+    }
+    fields = {name: getattr(sampling, name) for name in sorted(names)}
+    if "logit_bias" in fields:
+        fields["logit_bias"] = {str(id_): bias for id_, bias in sampling.logit_bias}
+    if "num_logprobs" in fields:
+        fields |= {"logprobs": True, "top_logprobs": fields.pop("num_logprobs")}
+    if "json_schema" in fields:
+        schema = {"name": "answer", "schema": json.loads(fields.pop("json_schema"))}
+        fields["response_format"] = {"type": "json_schema", "json_schema": schema}
     return fields
 
 
@@ -222,6 +233,8 @@ def _error_of(body: bytes, answer: httpx.Response) -> LlavaRayError:
 def _class_for(status: int) -> type[LlavaRayError]:
     if status in (429, 503):
         return OverloadedError
+    if status == 401:
+        return AuthError
     if status == 413:
         return RequestTooLargeError
     return RequestError if 400 <= status < 500 else EngineError

@@ -5,16 +5,25 @@ variables `LLAVA_RAY_<FIELD>`, the defaults below. Unknown names are refused.
 """
 
 import difflib
+import hashlib
 import os
+import re
 from collections.abc import Iterable
-from pathlib import PurePosixPath
-from typing import Any, Literal
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DEMO_MODEL = "demo"
 """The name under which the embedded model is asked for and served."""
+
+CLIENT_KEY_VARIABLE = "LLAVA_RAY_API_KEY"
+"""The environment variable with the key that `llava_ray.client` sends."""
+
+MIN_KEY_LENGTH = 20
 
 EngineName = Literal["torch", "vllm", "sglang", "echo"]
 
@@ -71,6 +80,11 @@ class ModelConfig(Section):
         ge=64,
         description="Size of the key-value cache in tokens, over all requests.",
     )
+    prefix_cache: bool = Field(
+        default=True,
+        description="Keep what was computed of ended requests while its place is free, for prompts "
+        "that begin alike: the next turn of a conversation, another question about a picture.",
+    )
     messages_per_s: int = Field(
         default=100,
         ge=1,
@@ -112,6 +126,32 @@ class ModelConfig(Section):
         return self
 
 
+class FetchConfig(Section):
+    """Pictures from the web: none are fetched until `hosts` names some."""
+
+    hosts: list[str] = Field(
+        default_factory=list,
+        description="Hosts from which pictures are fetched: example.org, *.example.org for those "
+        "below it, * for every public one; by default none.",
+    )
+    ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
+        default=[80, 443], description="Ports that such an address may name."
+    )
+    networks: list[IPv4Network | IPv6Network] = Field(
+        default_factory=list,
+        description="Address ranges, like 10.1.0.0/16, that are not public and from which "
+        "pictures may come all the same.",
+    )
+    timeout_s: float = Field(
+        default=10, gt=0, le=300, description="Seconds for a picture, redirects included."
+    )
+    max_redirects: int = Field(default=3, ge=0, le=10, description="Redirects on the way to it.")
+    max_at_once: int = Field(
+        default=64, ge=1, description="Pictures fetched at once; more wait, within their time."
+    )
+    max_per_host: int = Field(default=8, ge=1, description="Of these, from one host.")
+
+
 class LimitsConfig(Section):
     """What a request may bring; more is refused at the door."""
 
@@ -124,6 +164,29 @@ class LimitsConfig(Section):
         default=40_000_000, ge=1, description="Width times height of a picture."
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
+    max_answers: int = Field(
+        default=16, ge=1, le=128, description="Answers to one request: n, times its prompts."
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Tokens in one answer; by default as many as the model's context holds.",
+    )
+    max_in_flight: int = Field(
+        default=1000, ge=1, description="Requests that a gateway works on at once; more get 503."
+    )
+    max_wait_s: float = Field(
+        default=30, gt=0, description="Seconds that a request waits for a busy model; then 503."
+    )
+    request_timeout_s: float = Field(
+        default=600,
+        gt=0,
+        description="Seconds that a request may take in all; then 504. The header "
+        "X-Request-Timeout asks for less.",
+    )
+    fetch: FetchConfig = Field(
+        default_factory=FetchConfig, description="Pictures that are fetched from the web."
+    )
 
 
 class ConvertConfig(Section):
@@ -229,6 +292,46 @@ class DataConfig(Section):
     )
 
 
+def hash_key(key: str) -> str:
+    """Return what is kept of an API key. It is 256 random bits, so no slow hash is needed."""
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+class KeyConfig(Section):
+    """An API key and what it may use, counted by each gateway for itself.
+
+    Read from a text, `name=key` or the key alone, it is hashed at once.
+    """
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="Whose it is: in the log, usage, metrics."
+    )
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="What `llava-ray keys new` printed.")
+    is_admin: bool = Field(default=False, description="Sees the usage of all keys.")
+    requests_per_min: int | None = Field(default=None, ge=1, description="Requests in a minute.")
+    tokens_per_min: int | None = Field(
+        default=None, ge=1, description="Tokens of prompts and answers in a minute."
+    )
+    tokens_per_day: int | None = Field(
+        default=None, ge=1, description="Tokens of prompts and answers in a day."
+    )
+    max_in_flight: int | None = Field(default=None, ge=1, description="Requests at once.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _hash_plain(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        name, _, key = value.strip().rpartition("=")
+        if len(key) < MIN_KEY_LENGTH:
+            raise ValueError(
+                f"an API key has {len(key)} characters: take at least {MIN_KEY_LENGTH} random "
+                "ones, as `llava-ray keys new NAME` makes them"
+            )
+        sha256 = hash_key(key)
+        return {"name": name or f"key-{sha256[:6]}", "sha256": sha256}
+
+
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
@@ -236,7 +339,10 @@ class ServeConfig(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="LLAVA_RAY_", env_nested_delimiter="__", extra="forbid"
+        env_prefix="LLAVA_RAY_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        hide_input_in_errors=True,  # it may be a key
     )
 
     model: str = Field(
@@ -252,15 +358,50 @@ class ServeConfig(BaseSettings):
     limits: LimitsConfig = Field(
         default_factory=LimitsConfig, description="What a request may bring."
     )
+    api_keys: Annotated[list[KeyConfig], NoDecode] = Field(
+        default_factory=list,
+        description="API keys, one of which a request must have; by default none is needed. In the "
+        "environment: the keys themselves, as name=key, separated by commas.",
+    )
+    api_keys_file: str | None = Field(
+        default=None, description="YAML or JSON file with a list of more such keys, hashed."
+    )
+    page_key: SecretStr | None = Field(
+        default=None, description="Key with which the page at / asks, on behalf of all who see it."
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list,
+        description="Web sites, like https://example.org, whose scripts may call the API; * for "
+        "all.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, values: Any) -> Any:
         prefix = "LLAVA_RAY_"
-        variables = [name.removeprefix(prefix) for name in os.environ if name.startswith(prefix)]
+        variables = [
+            name.removeprefix(prefix)
+            for name in os.environ
+            if name.startswith(prefix) and name != CLIENT_KEY_VARIABLE
+        ]
         known = [name.upper() for name in cls.model_fields]
         refuse_unknown([name.split("__")[0] for name in variables], known, prefix)
         return refuse_unknown(values, cls.model_fields)
+
+    @field_validator("api_keys", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        return re.split(r"[\s,]+", value.strip(" ,\n")) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _read_keys(self) -> "ServeConfig":
+        if self.api_keys_file is not None:
+            self.api_keys += _read_keys(Path(self.api_keys_file))
+            self.api_keys_file = None
+        names = [key.name for key in self.api_keys]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two API keys are named {twice}: give each a name of its own")
+        return self
 
     @model_validator(mode="after")
     def _check_models(self) -> "ServeConfig":
@@ -281,6 +422,19 @@ def refuse_unknown(values: Any, known: Iterable[str], prefix: str = "") -> Any:
             hint = f"did you mean {prefix}{close[0]}?" if close else f"there are {', '.join(known)}"
             raise ValueError(f"unknown setting {prefix}{name}: {hint}")
     return values
+
+
+def _read_keys(path: Path) -> list[KeyConfig]:
+    try:
+        entries = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read api_keys_file {str(path)!r}: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(
+            f"{str(path)!r} is not a list of keys: write lines like - {{name: me, sha256: ...}}, "
+            "as `llava-ray keys new me` prints them"
+        )
+    return [KeyConfig.model_validate(entry) for entry in entries]
 
 
 def _last_part(path: str) -> str:

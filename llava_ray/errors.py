@@ -5,14 +5,20 @@
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            a picture that cannot be used
-    │   │   │   └── ImageTooLargeError    more bytes or pixels than the limits allow
+    │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
+    │   │   │   ├── LinkError         an address from which no picture is fetched
+    │   │   │   └── FetchError        an address that gave no usable picture; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   └── RequestTooLargeError  a body over the limit; 413
     │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
+    │   ├── AuthError                 no API key, or one that is not known; 401
+    │   ├── SupersededError           a request with the same Idempotency-Key took its place; 409
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
+    │   └── RateLimitError            an API key has used up what it may; 429
+    ├── DeadlineError                 a request took longer than it may; 504
     ├── TrainingError                 a training run that cannot go on as it is
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
@@ -29,10 +35,12 @@ class LlavaRayError(Exception):
         status: the HTTP status with which the gateway answers.
         code: the machine-readable code in the body of that answer.
         param: the field of the request that is at fault, where there is one.
+        retry_after_s: seconds after which another try may succeed, where that is known.
     """
 
     status: int = 500
     code: str = "internal_error"
+    retry_after_s: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -68,6 +76,19 @@ class ImageError(RequestError):
 
 class ImageTooLargeError(ImageError):
     """A picture with more bytes or pixels than the limits allow."""
+
+
+class LinkError(ImageError):
+    """The address of a picture from which this server fetches none."""
+
+    code = "image_url_refused"
+
+
+class FetchError(ImageError):
+    """The address of a picture gave nothing, or nothing that is a picture."""
+
+    status = 422
+    code = "image_fetch_failed"
 
 
 class ContextLengthError(RequestError):
@@ -110,6 +131,20 @@ class ModelNotFoundError(UserError):
     code = "model_not_found"
 
 
+class AuthError(UserError):
+    """The request has no API key, or one that is not known here."""
+
+    status = 401
+    code = "invalid_api_key"
+
+
+class SupersededError(UserError):
+    """Another request with the same Idempotency-Key took the place of this one."""
+
+    status = 409
+    code = "superseded"
+
+
 class MissingPackageError(UserError):
     """An optional package is not installed."""
 
@@ -121,6 +156,20 @@ class OverloadedError(LlavaRayError):
 
     status = 503
     code = "overloaded"
+
+
+class RateLimitError(OverloadedError):
+    """An API key has used up what it may use for now."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class DeadlineError(LlavaRayError):
+    """A request took longer than it may, and was stopped."""
+
+    status = 504
+    code = "deadline_exceeded"
 
 
 class TrainingError(LlavaRayError):

@@ -1,6 +1,8 @@
 """Pictures on their way in: nothing else in the package opens an image.
 
 bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB picture without alpha.
+Of an animation or a file of several pages the first picture is taken. The EXIF orientation is
+applied. A colour profile is not: these models were trained on the numbers as the files have them.
 """
 
 import base64
@@ -9,12 +11,12 @@ import io
 import math
 import struct
 import zlib
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from llava_ray.config import LimitsConfig
-from llava_ray.errors import ImageError, ImageTooLargeError
+from llava_ray.errors import FetchError, ImageError, ImageTooLargeError
 from llava_ray.types import ImagePart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
@@ -74,11 +76,21 @@ def decode(
         param: the field of the request that the error names; by default the part's own.
 
     Raises:
-        ImageError: not a picture, not in one of `FORMATS`, damaged, or over a limit.
+        ImageError: not a picture, not in one of `FORMATS`, damaged, or over a limit. It is a
+            `FetchError` for one that was fetched.
     """
-    if isinstance(picture, ImagePart):
-        param = param or picture.param
-        picture = picture.data
+    if isinstance(picture, bytes):
+        return _decode(picture, limits, param)
+    try:
+        return _decode(picture.data, limits, param or picture.param)
+    except ImageError as error:
+        if not picture.url:
+            raise
+        message = f"the file from {urlsplit(picture.url).hostname}: {error.message}"
+        raise FetchError(message, param=error.param) from error
+
+
+def _decode(picture: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
     _check_bytes(len(picture), limits, param)
     try:
         image = Image.open(io.BytesIO(picture), formats=FORMATS)

@@ -26,12 +26,14 @@ class ImagePart:
     """An encoded picture (PNG, JPEG, ...) in a message, as it came from the client.
 
     Attributes:
-        data: the file's bytes.
+        data: the file's bytes; empty until the gateway has fetched them from `url`.
         param: where in the request it stood, for error messages ("messages[0].content[1]").
+        url: where it comes from; empty for a picture that came with the request.
     """
 
     data: bytes
     param: str = "messages"
+    url: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,18 @@ class Sampling:
         stop: generation ends before the first of these texts; they are not part of the answer.
         seed: makes sampling repeatable.
         ignore_eos: go on after the end-of-sequence token (for load tests).
+        top_k: only the so many likeliest tokens are drawn from; 0: all.
+        min_p: tokens below this share of the likeliest one's probability are not drawn.
+        presence_penalty: taken off the logit of each token that the answer holds already.
+        frequency_penalty: the same, times how often the answer holds it.
+        repetition_penalty: logits of tokens in prompt or answer are divided by it if positive,
+            else multiplied (Keskar et al. 2019); 1 changes nothing.
+        logit_bias: (token id, what is added to its logit), each id once.
+        min_tokens: the answer does not end by itself before it has so many tokens.
+        stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
+        num_logprobs: for each token of the answer its logprob, and those of the so many likeliest;
+            None: no logprobs.
+        json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
     """
 
     max_tokens: int | None = None
@@ -61,16 +75,36 @@ class Sampling:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    num_logprobs: int | None = None
+    json_schema: str | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Below this temperature a division by it would leave the numbers that a float holds."""
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation that a user wants continued, checked and free of wire format."""
+    """A conversation that a user wants continued, checked and free of wire format.
+
+    Attributes:
+        num_answers: how many different answers are wanted.
+    """
 
     request_id: str
     model: str
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
+    num_answers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +122,20 @@ class Prompt:
     text: str
     images: tuple["PILImage.Image", ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
+
+
+class TokenLogprob(NamedTuple):
+    """How likely a token of an answer was to the model itself, before penalties and temperature.
+
+    Attributes:
+        data: the token's bytes; they may be a part of a character.
+        logprob: natural logarithm of its probability.
+        top: the likeliest tokens in its place, with their logprobs, best first.
+    """
+
+    data: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
 
 
 PICTURE = ImagePart(b"", param="images")
@@ -122,6 +170,10 @@ class Chunk(NamedTuple):
         num_tokens: tokens generated so far, this chunk's included.
         num_prompt_tokens: tokens of the prompt, image tokens included.
         num_image_tokens: tokens of the prompt that stand for pictures.
+        answer: which of the answers to a request this is a piece of, from 0.
+        logprobs: of the tokens that begin in this piece, where they were asked for.
+        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
+            engine had computed the same beginning before.
     """
 
     text: str
@@ -129,3 +181,10 @@ class Chunk(NamedTuple):
     num_tokens: int
     num_prompt_tokens: int
     num_image_tokens: int
+    answer: int = 0
+    logprobs: tuple[TokenLogprob, ...] = ()
+    num_cached_tokens: int = 0
+
+    def join(self, later: "Chunk") -> "Chunk":
+        """Return this piece and the next one of the same answer as one."""
+        return later._replace(text=self.text + later.text, logprobs=self.logprobs + later.logprobs)

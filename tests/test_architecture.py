@@ -32,6 +32,7 @@ MAY_IMPORT = {
         "evaluate/",
     ),
     "torch": ("model/", "engine/", "demo/", "data/collate.py", "train/"),
+    "llguidance": ("engine/grammar.py", "engine/vocabulary.py"),
     "gradio": ("serve/page.py",),
     "vllm": ("engine/vllm_engine.py",),
     "sglang": ("engine/sglang_engine.py",),

@@ -183,6 +183,83 @@ def test_replicas_that_share_a_machine_do_not_each_take_all_its_cores():
     torch.set_num_threads(1)
 
 
+# ---- beginnings that prompts share ----
+
+
+FIRST = "USER: <image> what is this thing here? ASSISTANT:"
+SECOND = f"{FIRST} a dog. USER: and what else is there to be seen? ASSISTANT:"
+
+
+def test_the_next_turn_of_a_conversation_computes_only_what_is_new(generate):
+    async def main():
+        engine = load()
+
+        async def count_cached(text: str, image) -> tuple[int, int]:
+            each = prompt(text, image, max_tokens=8)
+            chunks = await read(engine, each)
+            assert "".join(chunk.text for chunk in chunks) == generate(each)
+            return chunks[-1].num_cached_tokens, chunks[-1].num_prompt_tokens
+
+        num_cached, num_first = await count_cached(FIRST, picture())
+        assert num_cached == 0
+        num_cached, num_second = await count_cached(SECOND, picture())
+        assert num_first - 2 <= num_cached < num_second
+        assert (await count_cached(SECOND, picture()))[0] == num_second - 1
+        assert (await count_cached(SECOND, picture(1)))[0] == 0
+        assert engine.stats()["cache_tokens_used"] == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
+def test_questions_about_one_picture_that_come_together_compute_it_once(generate):
+    prompts = [prompt(f"{FIRST[:-11]} {'x' * i} ASSISTANT:", picture()) for i in range(8)]
+
+    async def main():
+        engine = load(prefill_tokens=16)
+        answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
+        assert answers == [generate(each) for each in prompts]
+        stats = engine.stats()
+        assert stats["num_cached_tokens"] > 2 * stats["num_prompt_tokens"]
+        await engine.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_shared_beginnings_never_change_an_answer(generate, prefix_cache):
+    rng = random.Random(3)
+    prompts = []
+    for _ in range(40):
+        images = [picture(rng.randrange(3)) for _ in range(rng.randrange(3))]
+        text = f"USER: {'see <image> ' * len(images)}{SECOND[14 : rng.randrange(20, len(SECOND))]}"
+        prompts.append(prompt(text, *images, max_tokens=rng.randint(2, 12)))
+    is_read_whole = [rng.random() < 0.7 for _ in prompts]
+    expected = [generate(each) for each in prompts]
+
+    async def main():
+        engine = load(
+            cache_tokens=640, max_batch_size=6, prefill_tokens=24, prefix_cache=prefix_cache
+        )
+
+        async def ask(i: int) -> str:
+            for _ in range(i % 7):
+                await engine.check()
+            if is_read_whole[i]:
+                return await answer(engine, prompts[i])
+            return await read_some(engine, prompts[i], 1)
+
+        answers = await asyncio.gather(*[ask(i) for i in range(len(prompts))])
+        for got, want, is_whole in zip(answers, expected, is_read_whole, strict=True):
+            assert got == want if is_whole else want.startswith(got)
+        assert (engine.stats()["num_cached_tokens"] > 0) == prefix_cache
+        await engine.check()
+        assert engine.stats()["cache_tokens_used"] == 0
+        await engine.close()
+
+    asyncio.run(main())
+
+
 # ---- how answers end ----
 
 
@@ -418,8 +495,8 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
         if rng.random() < 0.1:
             scheduler.abort(rng.choice(sequences))
         steps += 1
-    assert scheduler.regions.num_used == 0
-    assert scheduler.regions.reserve(640) == (0, 640)
+    assert scheduler.regions.num_used == scheduler.prefixes.num_tokens
+    assert scheduler.prefixes.reserve(640) == (0, 640)
 
 
 def test_regions_join_again_when_they_come_back():

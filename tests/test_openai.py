@@ -24,8 +24,10 @@ from llava_ray.errors import (
     UnsupportedError,
 )
 from llava_ray.serve import openai_answers as answers
-from llava_ray.serve.openai import ChatCall, parse
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
+from llava_ray.serve.openai import Call, parse
+from llava_ray.serve.openai_choices import ChatForm, ChunkEncoder, Head, TextForm, build_completion
+from llava_ray.serve.usage import count_usage
+from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart, TokenLogprob
 
 LIMITS = LimitsConfig(max_images=3, max_messages=6)
 _BUFFER = io.BytesIO()
@@ -40,7 +42,7 @@ def body(*messages: Any, **fields: Any) -> dict[str, Any]:
     return {"model": "m", "messages": list(messages) or [HELLO], **fields}
 
 
-def read(value: Any) -> ChatCall:
+def read(value: Any) -> Call:
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
     return parse(data, limits=LIMITS, request_id="chatcmpl-1")
 
@@ -55,9 +57,10 @@ def refuse(value: Any) -> RequestError:
 def test_a_plain_request_becomes_a_record_with_openais_defaults() -> None:
     call = read(body())
     messages = (Message("user", (TextPart("Hello"),)),)
-    assert call == ChatCall(ChatRequest("chatcmpl-1", "m", messages, Sampling()), False, False)
+    assert call.request == ChatRequest("chatcmpl-1", "m", messages, Sampling())
+    assert (call.stream, call.include_usage, call.head.num_answers) == (False, False, 1)
     assert call.request.sampling == Sampling(None, 1.0, 1.0, (), None, False)
-    assert parse(body(), limits=LIMITS, request_id="chatcmpl-1") == call
+    assert parse(body(), limits=LIMITS, request_id="chatcmpl-1").request == call.request
 
 
 def test_every_option_arrives() -> None:
@@ -71,15 +74,44 @@ def test_every_option_arrives() -> None:
             stop=["a", "b"],
             seed=-3,
             ignore_eos=True,
+            top_k=40,
+            min_p=0.1,
+            presence_penalty=-1,
+            frequency_penalty=0.5,
+            repetition_penalty=1.2,
+            logit_bias={"7": -100, "11": 2.5},
+            min_tokens=3,
+            stop_token_ids=[2, 5],
+            logprobs=True,
+            top_logprobs=4,
+            n=3,
+            best_of=3,
         )
     )
-    assert call.request.sampling == Sampling(7, 0, 0.5, ("a", "b"), -3, True)
+    assert call.request.num_answers == call.head.num_answers == call.head.answers_each == 3
+    assert call.request.sampling == Sampling(
+        max_tokens=7,
+        temperature=0,
+        top_p=0.5,
+        stop=("a", "b"),
+        seed=-3,
+        ignore_eos=True,
+        top_k=40,
+        min_p=0.1,
+        presence_penalty=-1,
+        frequency_penalty=0.5,
+        repetition_penalty=1.2,
+        logit_bias=((7, -100), (11, 2.5)),
+        min_tokens=3,
+        stop_token_ids=(2, 5),
+        num_logprobs=4,
+    )
     assert (call.stream, call.include_usage) == (True, True)
     assert read(body(max_tokens=9)).request.sampling.max_tokens == 9
     assert read(body(max_tokens=9, max_completion_tokens=9)).request.sampling.max_tokens == 9
     assert read(body(stop="end")).request.sampling.stop == ("end",)
     nulls = dict.fromkeys(("stream", "max_tokens", "temperature", "top_p", "stop", "seed", "tools"))
-    assert read(body(**nulls)) == read(body())
+    assert read(body(**nulls)).request == read(body()).request
 
 
 def test_pictures_keep_their_place_and_say_where_they_stood() -> None:
@@ -126,7 +158,7 @@ def test_developers_are_systems_and_neighbours_of_one_role_become_one_turn() -> 
     ],
 )
 def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None:
-    assert read(body(**fields)) == read(body())
+    assert read(body(**fields)).request == read(body()).request
 
 
 @pytest.mark.parametrize(
@@ -135,20 +167,9 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ("tools", [{"type": "function", "function": {"name": "f"}}]),
         ("tool_choice", "required"),
         ("functions", [{"name": "f"}]),
-        ("response_format", {"type": "json_object"}),
-        ("response_format", {"type": "json_schema", "json_schema": {}}),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("n", 2),
-        ("n", True),
-        ("presence_penalty", 0.1),
-        ("frequency_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"50256": -100}),
         ("audio", {"voice": "alloy"}),
         ("modalities", ["text", "audio"]),
-        ("top_k", 40),
-        ("min_p", 0.1),
+        ("best_of", 3),
         ("chat_template", "{{ x }}"),
         ("continue_final_message", True),
     ],
@@ -197,6 +218,48 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"stop": "\ud800"}, "stop[0]", "unicode"),
         ({"ignore_eos": 1}, "ignore_eos", "true or false"),
+        ({"response_format": "json"}, "response_format", '"json_object"'),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "use text, json_object"),
+        ({"response_format": {"type": "text", "a": 1}}, "response_format.a", "leave it out"),
+        (
+            {"response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+            "missing or null",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+            "response_format.json_schema.schema",
+            "which is an object",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}},
+            "response_format.json_schema.scheme",
+            "did you mean 'schema'?",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 3}}},
+            "response_format.json_schema.name",
+            "a text",
+        ),
+        ({"n": 0}, "n", "from 1 to 128"),
+        ({"n": True}, "n", "from 1 to 128"),
+        ({"n": 17}, "n", "the 16 answers allowed"),
+        ({"logprobs": 3}, "logprobs", "true or false"),
+        ({"top_logprobs": 3}, "top_logprobs", "set logprobs to true"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "from 0 to 20"),
+        ({"top_k": -2}, "top_k", "0 or -1 means all"),
+        ({"min_p": 1.5}, "min_p", "a number from 0 to 1"),
+        ({"presence_penalty": 2.1}, "presence_penalty", "a number from -2 to 2"),
+        ({"frequency_penalty": "x"}, "frequency_penalty", "a number from -2 to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "a number over 0"),
+        ({"logit_bias": {"red": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1", "from -100 to 100"),
+        ({"logit_bias": [1]}, "logit_bias", "from -100 to 100"),
+        ({"min_tokens": -1}, "min_tokens", "from 0 to max_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than the 4"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "token ids"),
+        ({"stop_token_ids": 3}, "stop_token_ids", "token ids"),
         ({"messages": None}, "messages", "send a list like"),
         ({"messages": "Hello"}, "messages", "send a list like"),
         ({"messages": []}, "messages", "at least one"),
@@ -210,6 +273,17 @@ def test_a_bad_field_is_named_with_the_remedy(
     assert error.param == param
     assert words in error.message
     assert len(error.message) < 300
+
+
+def test_a_response_format_becomes_a_json_schema() -> None:
+    def schema(value: Any) -> Any:
+        found = read(body(response_format=value)).request.sampling.json_schema
+        return found and json.loads(found)
+
+    assert schema({"type": "text"}) is None
+    assert schema({"type": "json_object"}) == {"type": "object"}
+    asked = {"name": "n", "strict": True, "description": None, "schema": {"enum": ["\u00e9"]}}
+    assert schema({"type": "json_schema", "json_schema": asked}) == {"enum": ["\u00e9"]}
 
 
 @pytest.mark.parametrize(
@@ -349,7 +423,7 @@ def test_mutated_requests_give_a_request_or_a_request_error_and_nothing_else() -
         for _ in range(dice.choice((1, 1, 2, 4))):
             mutate(value, dice, odd)
         try:
-            num_good += isinstance(read(value), ChatCall)
+            num_good += isinstance(read(value), Call)
         except RequestError as error:
             json.dumps(answers.describe_error(error).body)
     assert 100 < num_good < 3000
@@ -411,10 +485,20 @@ CHUNKS = [
 ]
 
 
+HEAD = Head("chatcmpl-1", '"m"', 5)
+
+
+def decode(events: bytes) -> list[dict[str, Any]]:
+    *written, rest = events.decode().split("\n\n")
+    assert rest == ""
+    return [json.loads(event.removeprefix("data: ")) for event in written]
+
+
 def test_a_completion_joins_the_chunks_and_counts_image_tokens() -> None:
-    value = answers.build_completion(CHUNKS, completion_id="chatcmpl-1", model="m", created=5)
+    value = build_completion(CHUNKS, ChatForm(has_logprobs=False), HEAD)
     assert value["choices"][0]["message"]["content"] == 'A "\u00e9\n\U0001f600.'
     assert value["choices"][0]["finish_reason"] == "stop"
+    assert value["choices"][0]["logprobs"] is None
     assert value["usage"] == {
         "prompt_tokens": 10,
         "completion_tokens": 4,
@@ -430,19 +514,15 @@ def test_a_completion_joins_the_chunks_and_counts_image_tokens() -> None:
 
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_stream_is_role_then_text_then_the_reason_then_usage(include_usage: bool) -> None:
-    encoder = answers.ChunkEncoder(
-        completion_id="chatcmpl-1", model='"m"', created=5, include_usage=include_usage
-    )
+    encoder = ChunkEncoder(ChatForm(has_logprobs=False), HEAD, include_usage=include_usage)
     assert encoder.encode(Chunk("", None, 0, 10, 4)).startswith(b"data: {")
     assert encoder.encode(Chunk("", None, 0, 10, 4)) == b""
-    events = b"".join(encoder.encode(chunk) for chunk in CHUNKS).decode().split("\n\n")
-    assert events.pop() == ""
-    values = [json.loads(event.removeprefix("data: ")) for event in events]
+    values = decode(b"".join(encoder.encode(chunk) for chunk in CHUNKS))
     assert all(value["id"] == "chatcmpl-1" and value["model"] == '"m"' for value in values)
     if include_usage:
         usage = values.pop()
         assert usage["choices"] == []
-        assert usage["usage"] == answers.describe_usage(CHUNKS[-1])
+        assert usage["usage"] == answers.describe_usage(count_usage(CHUNKS[-1:]))
         assert all(value["usage"] is None for value in values)
     else:
         assert all("usage" not in value for value in values)
@@ -452,3 +532,84 @@ def test_a_stream_is_role_then_text_then_the_reason_then_usage(include_usage: bo
     )
     assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
     assert choices[-1]["delta"] == {}
+
+
+TWO = [
+    Chunk("A", None, 1, 10, 4, 1),
+    Chunk("B", None, 1, 10, 4, 0),
+    Chunk("b", "length", 2, 10, 4, 0),
+    Chunk("a", "stop", 3, 10, 4, 1),
+]
+
+
+def test_several_answers_are_told_apart_and_their_prompt_counts_once() -> None:
+    head = HEAD._replace(answers_each=2, num_answers=2)
+    value = build_completion(TWO, ChatForm(has_logprobs=False), head)
+    told = [(c["index"], c["message"]["content"], c["finish_reason"]) for c in value["choices"]]
+    assert told == [(0, "Bb", "length"), (1, "Aa", "stop")]
+    usage = value["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (10, 5)
+    encoder = ChunkEncoder(ChatForm(has_logprobs=False), head, include_usage=True)
+    *events, last = decode(b"".join(encoder.encode(chunk) for chunk in TWO))
+    choices = [event["choices"][0] for event in events]
+    assert [choice["index"] for choice in choices] == [1, 1, 0, 0, 0, 0, 1, 1]
+    assert [choice["delta"].get("role") for choice in choices].count("assistant") == 2
+    assert last["usage"] == usage
+    two_prompts = count_usage([TWO[2], TWO[3]], answers_each=1)
+    assert (two_prompts.num_prompt_tokens, two_prompts.num_image_tokens) == (20, 8)
+
+
+SPELLED = [
+    Chunk("A ", None, 1, 10, 0, 0, (TokenLogprob(b"A ", -0.5, ((b"A ", -0.5), (b"B", -1.0))),)),
+    Chunk(
+        "\u00e9",
+        "stop",
+        3,
+        10,
+        0,
+        0,
+        (TokenLogprob(b"\xc3", -0.25), TokenLogprob(b"\xa9", float("-inf"))),
+    ),
+]
+
+
+def test_logprobs_of_a_chat_are_a_list_of_tokens_with_their_bytes() -> None:
+    form = ChatForm(has_logprobs=True)
+    whole = build_completion(SPELLED, form, HEAD)["choices"][0]["logprobs"]
+    assert whole == {
+        "content": [
+            {
+                "token": "A ",
+                "logprob": -0.5,
+                "bytes": [65, 32],
+                "top_logprobs": [
+                    {"token": "A ", "logprob": -0.5, "bytes": [65, 32]},
+                    {"token": "B", "logprob": -1.0, "bytes": [66]},
+                ],
+            },
+            {"token": "\ufffd", "logprob": -0.25, "bytes": [0xC3], "top_logprobs": []},
+            {"token": "\ufffd", "logprob": -9999.0, "bytes": [0xA9], "top_logprobs": []},
+        ],
+        "refusal": None,
+    }
+    encoder = ChunkEncoder(form, HEAD, include_usage=False)
+    events = decode(b"".join(encoder.encode(chunk) for chunk in SPELLED))
+    streamed = [event["choices"][0]["logprobs"] for event in events]
+    assert [part for told in streamed if told for part in told["content"]] == whole["content"]
+
+
+def test_logprobs_of_a_plain_completion_are_lists_side_by_side() -> None:
+    whole = build_completion(SPELLED, TextForm(has_logprobs=True), HEAD)
+    assert whole["object"] == "text_completion"
+    assert whole["choices"][0]["text"] == "A \u00e9"
+    assert whole["choices"][0]["logprobs"] == {
+        "tokens": ["A ", "\ufffd", "\ufffd"],
+        "token_logprobs": [-0.5, -0.25, -9999.0],
+        "top_logprobs": [{"A ": -0.5, "B": -1.0}, {"\ufffd": -0.25}, {"\ufffd": -9999.0}],
+        "text_offset": [0, 2, 3],
+    }
+    encoder = ChunkEncoder(TextForm(has_logprobs=True), HEAD, include_usage=False)
+    events = decode(b"".join(encoder.encode(chunk) for chunk in SPELLED))
+    told = [event["choices"][0]["logprobs"] for event in events]
+    assert [part["text_offset"] for part in told if part] == [[0], [2, 3]]
+    assert [event["choices"][0]["text"] for event in events] == ["A ", "\u00e9", ""]

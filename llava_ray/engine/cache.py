@@ -68,6 +68,12 @@ class KVCache:
         for pool, new_KTE in ((self.keys[layer], key_KTE), (self.values[layer], value_KTE)):
             pool.index_copy_(0, rows, new_KTE.transpose(0, 1).to(pool.dtype).flatten(0, 1))
 
+    def copy(self, source: Region, target: Region, num_tokens: int) -> None:
+        """Copy the first keys and values of a region to the beginning of another."""
+        for pool in (*self.keys, *self.values):
+            new = self.view(pool, target)[:, :num_tokens]
+            new.copy_(self.view(pool, source)[:, :num_tokens])
+
     def view(self, pool: torch.Tensor, region: Region) -> torch.Tensor:
         """Return a region of a pool, [K, S, E], without copying it."""
         heads = self.num_kv_heads

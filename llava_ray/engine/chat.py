@@ -13,13 +13,14 @@ from dataclasses import replace
 from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.protocol import Engine
+from llava_ray.engine.streams import spread, stream_all
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt
 
 
 async def chat(
     engine: Engine, request: ChatRequest, *, limits: LimitsConfig, executor: Executor | None = None
 ) -> AsyncGenerator[Chunk]:
-    """Yield the answer; closing the iterator aborts the request in the engine.
+    """Yield the answer, or several at once; closing the iterator aborts them in the engine.
 
     The white space with which models begin an answer, because prompts end in "ASSISTANT:", is
     left out.
@@ -35,19 +36,22 @@ async def chat(
     """
     loop = asyncio.get_running_loop()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
-    has_begun = False
-    async with aclosing(engine.stream(prompt)) as chunks:
+    begun: set[int] = set()
+    prompts = spread(prompt, request.num_answers)
+    async with aclosing(stream_all(engine, prompts)) as chunks:
         async for chunk in chunks:
-            if not has_begun:
+            if chunk.answer not in begun:
                 chunk = chunk._replace(text=chunk.text.lstrip())
-                has_begun = bool(chunk.text)
+                if chunk.text:
+                    begun.add(chunk.answer)
             yield chunk
 
 
 def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
-    An answer ends at the template's stop texts as well as at those that were asked for.
+    An answer ends at the template's stop texts as well as at those that were asked for; JSON ends
+    by itself, and may well hold them.
     """
     pictures = tuple(
         images.decode(part, limits=limits)
@@ -57,6 +61,6 @@ def render(engine: Engine, request: ChatRequest, limits: LimitsConfig) -> Prompt
     )
     template, sampling = engine.template, request.sampling
     text = template.render(request.messages)
-    if not sampling.ignore_eos:
+    if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, pictures, sampling)

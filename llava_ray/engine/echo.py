@@ -8,14 +8,15 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, Iterator
 
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.text import TextStream
-from llava_ray.errors import ContextLengthError, EngineError
+from llava_ray.errors import ContextLengthError, EngineError, UnsupportedError
 from llava_ray.template import OwnTemplate, Template, find_template
 from llava_ray.types import Chunk, Prompt
 
 
 class EchoEngine:
-    """Answers with what it was told; see `Engine`.
+    """Answers with what it was told; see `Engine`. It is certain of each word.
 
     Args:
         delay_s: how long each token takes.
@@ -35,25 +36,40 @@ class EchoEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
+        if prompt.sampling.json_schema is not None:
+            raise UnsupportedError(
+                "response_format is not supported by the echo engine, which says back what it "
+                "hears: leave it out",
+                param="response_format",
+            )
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))
         text = TextStream(lambda ids: "".join(words[i] for i in ids), stop=prompt.sampling.stop)
         counts = (num_prompt_tokens, len(prompt.images))
+        logprobs = LogprobStream(
+            lambda i: words[i].encode(), num_top=prompt.sampling.num_logprobs or 0
+        )
         self._running[prompt.request_id] = num_prompt_tokens
         try:
             for i in range(min(len(words), max_tokens)):
                 await asyncio.sleep(self._delay_s)
                 await self.check()
                 self._running[prompt.request_id] += 1
+                logprobs.measure(i, 0.0, [(i, 0.0)])
+                logprobs.push(text.num_decoded)
                 piece = text.push(i)
                 is_last = i + 1 == len(words) or i + 1 == max_tokens
                 if is_last and not text.is_stopped:
                     piece += text.flush()
-                if text.is_stopped or i + 1 == len(words):
-                    yield Chunk(piece, "stop", i + 1, *counts)
+                reason = "stop" if text.is_stopped or i + 1 == len(words) else None
+                if is_last and reason is None:
+                    reason = "length"
+                told = logprobs.take(text.num_returned)
+                is_asked = prompt.sampling.num_logprobs is not None
+                yield Chunk(piece, reason, i + 1, *counts, logprobs=told if is_asked else ())
+                if reason is not None:
                     return
-                yield Chunk(piece, "length" if is_last else None, i + 1, *counts)
         finally:
             del self._running[prompt.request_id]
 

@@ -60,6 +60,7 @@ class Figures:
 
     num_steps: int = 0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_new_tokens: int = 0
 
 
@@ -125,6 +126,7 @@ class EngineLoop:
         tokens = self._runner.run(plan)
         self.figures.num_steps += 1
         self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
+        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
         self.figures.num_new_tokens += len(tokens)
         return self.scheduler.commit(plan, tokens)
 

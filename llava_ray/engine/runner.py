@@ -94,6 +94,8 @@ class LlavaRunner:
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[int]:
         """Return the next token of each complete piece of the plan, in order."""
+        for source, target, num_tokens in plan.copies:
+            self._cache.copy(source, target, num_tokens)
         self._encode_images([piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         hidden_TD = self._language_model(
@@ -118,6 +120,10 @@ class LlavaRunner:
     def _encode_images(self, sequences: list[Sequence]) -> None:
         """Replace the pixels of sequences that are new by what the language model reads."""
         new = [s for s in sequences if isinstance(s.inputs, dict)]
+        for sequence in new:
+            if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
+                sequence.inputs = None  # its pictures are in the cache already
+        new = [s for s in new if s.inputs]
         if not new:
             return
         plain = [s for s in new if s.inputs["pixel_values"].ndim == 4]

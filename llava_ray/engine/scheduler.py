@@ -9,8 +9,10 @@ again, and there is no deadlock: whatever runs ends, and what waits at the head 
 
 from collections import deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Many
 from typing import NamedTuple
 
+from llava_ray.engine.prefixes import Copy, Prefixes
 from llava_ray.engine.regions import Regions
 from llava_ray.engine.sequence import Sequence
 from llava_ray.types import Chunk
@@ -37,9 +39,10 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """One step: the pieces that the runner computes together."""
+    """One step: the pieces that the runner computes together, after it has made the copies."""
 
     pieces: list[Piece]
+    copies: Many[Copy] = ()
 
     @property
     def complete(self) -> list[Piece]:
@@ -55,12 +58,22 @@ class Scheduler:
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
+        prefix_cache: keep what was computed, for prompts that begin alike.
     """
 
-    def __init__(self, *, cache_tokens: int, max_batch_size: int, prefill_tokens: int) -> None:
+    def __init__(
+        self,
+        *,
+        cache_tokens: int,
+        max_batch_size: int,
+        prefill_tokens: int,
+        prefix_cache: bool = True,
+    ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.regions = Regions(cache_tokens, granule=GRANULE)
+        self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
+        self._patient: set[Sequence] = set()
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
 
@@ -75,7 +88,7 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence and free its memory; nothing happens if it has ended."""
-        if sequence.region is not None:
+        if sequence in self.running:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -83,7 +96,8 @@ class Scheduler:
     def plan(self) -> Plan:
         """Return the next step: one token for each that streams, and a share of the prompts."""
         self._admit()
-        return Plan([*self._plan_decode(), *self._plan_prefill()])
+        copies = list(self._plan_copies())
+        return Plan([*self._plan_decode(), *self._plan_prefill()], copies)
 
     def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
         """Take the outcome of a step: one token for each complete piece, in order."""
@@ -100,12 +114,34 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
-            region = self.regions.reserve(self.waiting[0].num_reserved)
+            region = self.prefixes.reserve(self.waiting[0].num_reserved)
             if region is None:
                 return
             sequence = self.waiting.popleft()
             sequence.region = region
             self.running.append(sequence)
+
+    def _plan_copies(self) -> Iterator[Copy]:
+        """Let sequences that have not begun take over what is computed already.
+
+        One that waits for another to compute most of its prompt is left out of this step.
+        """
+        self._patient.clear()
+        for index, sequence in enumerate(self.running):
+            if sequence.num_computed:
+                continue
+            donor, num_shared = self.prefixes.find(sequence, self.running[:index])
+            if donor is None:
+                continue
+            num_ready = min(num_shared, donor.num_computed)
+            is_growing = num_ready < num_shared and donor.num_pending > 1
+            if is_growing and 2 * num_shared > len(sequence.prompt_ids):
+                self._patient.add(sequence)
+            elif num_ready:
+                assert donor.region is not None
+                assert sequence.region is not None
+                sequence.num_computed = sequence.num_cached = num_ready
+                yield Copy(donor.region, sequence.region, num_ready)
 
     def _plan_decode(self) -> Iterator[Piece]:
         for sequence in self.running:
@@ -115,14 +151,14 @@ class Scheduler:
     def _plan_prefill(self) -> Iterator[Piece]:
         budget = self._prefill_tokens
         for sequence in self.running:
+            if sequence in self._patient:
+                continue
             num_tokens = min(sequence.num_pending, budget)
             if sequence.num_pending > 1 and num_tokens:
                 budget -= num_tokens
                 yield Piece(sequence, num_tokens)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.region is not None
-        self.regions.release(sequence.region)
-        sequence.region = None
         sequence.inputs = None
         self.running.remove(sequence)
+        self.prefixes.keep(sequence)

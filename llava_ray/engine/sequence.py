@@ -4,9 +4,11 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from llava_ray.engine.grammar import Grammar
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.regions import Region
 from llava_ray.engine.text import TextStream
-from llava_ray.types import Chunk, Sampling
+from llava_ray.types import Chunk, FinishReason, Sampling
 
 
 @dataclass(eq=False)
@@ -20,11 +22,18 @@ class Sequence:
         sampling: how to choose the next token.
         max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
         text: decodes the answer.
-        eos_token_ids: the answer ends at any of these.
+        eos_token_ids: the answer ends at any of these, unless they are to be ignored.
+        grammar: the answer's format; None: any text.
+        logprobs: keeps those of the answer's tokens; None: nobody asks for them.
         inputs: the pictures as the model takes them; only the runner looks inside.
+        content: the tokens of prompt and answer, where each image token stands as a number for
+            its picture: equal contents have equal keys and values.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
+        num_cached: how many of them were there before, of another sequence.
         region: its part of the cache; None while it has none.
+        seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
+            are among them where a penalty looks at the prompt.
         random: the source of its own random numbers, so that an answer with a seed does not
             depend on what else is computed beside it.
     """
@@ -36,14 +45,44 @@ class Sequence:
     max_tokens: int
     text: TextStream
     eos_token_ids: frozenset[int] = frozenset()
+    grammar: Grammar | None = None
+    logprobs: LogprobStream | None = None
     inputs: Any = None
+    content: list[int] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_cached: int = 0
     region: Region | None = None
+    seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
 
     def __post_init__(self) -> None:
-        self.random = Random(self.sampling.seed)
+        self.content = list(self.content or self.prompt_ids)
+        sampling = self.sampling
+        self.random = Random(sampling.seed)
+        self.has_penalty = (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+        )
+        self.seen = dict.fromkeys(self.prompt_ids, 0) if sampling.repetition_penalty != 1 else {}
+        eos = frozenset() if sampling.ignore_eos else self.eos_token_ids
+        self.end_token_ids = eos | frozenset(sampling.stop_token_ids)
+
+    @property
+    def may_end(self) -> bool:
+        """Whether the next token may be one of `end_token_ids`."""
+        return len(self.token_ids) >= self.sampling.min_tokens
+
+    @property
+    def has_own_logits(self) -> bool:
+        """Whether the model's logits are changed before the next token is chosen."""
+        return (
+            self.has_penalty
+            or not self.may_end
+            or self.grammar is not None
+            or bool(self.sampling.logit_bias)
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -70,18 +109,41 @@ class Sequence:
 
     def append(self, token_id: int) -> Chunk:
         """Take the next token of the answer; the chunk says what it adds and whether it ends."""
+        may_stop = self.may_end
         self.token_ids.append(token_id)
-        if token_id in self.eos_token_ids and not self.sampling.ignore_eos:
+        self.content.append(token_id)
+        if self.has_penalty:
+            self.seen[token_id] = self.seen.get(token_id, 0) + 1
+        if token_id in self.end_token_ids:
             return self._chunk(self.text.flush(), "stop")
-        text = self.text.push(token_id)
+        if self.logprobs is not None:
+            self.logprobs.push(self.text.num_decoded)
+        text = self.text.push(token_id, may_stop=may_stop)
         if self.text.is_stopped:
             return self._chunk(text, "stop")
-        if len(self.token_ids) >= self.max_tokens:
+        reason = self._find_end(token_id)
+        if reason is not None:
             text += self.text.flush()
-            return self._chunk(text, "stop" if self.text.is_stopped else "length")
-        return self._chunk(text, None)
+        return self._chunk(text, "stop" if self.text.is_stopped else reason)
 
-    def _chunk(self, text: str, finish_reason: Any) -> Chunk:
+    def _find_end(self, token_id: int) -> FinishReason | None:
+        if self.grammar is not None:
+            self.grammar.accept(token_id)
+            if self.grammar.is_over:
+                return "length" if self.grammar.is_broken else "stop"
+        return "length" if len(self.token_ids) >= self.max_tokens else None
+
+    def _chunk(self, text: str, finish_reason: FinishReason | None) -> Chunk:
+        logprobs = ()
+        if self.logprobs is not None:
+            is_whole = finish_reason is not None and not self.text.is_stopped
+            logprobs = self.logprobs.take(None if is_whole else self.text.num_returned)
         return Chunk(
-            text, finish_reason, len(self.token_ids), len(self.prompt_ids), self.num_image_tokens
+            text,
+            finish_reason,
+            len(self.token_ids),
+            len(self.prompt_ids),
+            self.num_image_tokens,
+            logprobs=logprobs,
+            num_cached_tokens=self.num_cached,
         )

@@ -17,10 +17,14 @@ class TextStream:
 
     Attributes:
         is_stopped: a stop text was found; the text ends before it.
+        num_decoded: characters so far, those that are held back included.
+        num_returned: characters that were returned so far.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()) -> None:
         self.is_stopped = False
+        self.num_decoded = 0
+        self.num_returned = 0
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
         self._window: list[int] = []
@@ -28,8 +32,11 @@ class TextStream:
         self._shown = ""  # their text
         self._held = ""  # text that may be the beginning of a stop text
 
-    def push(self, token_id: int) -> str:
-        """Return the text that is certain now that this token is known; often empty."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        """Return the text that is certain now that this token is known; often empty.
+
+        Stop texts that end before the first token that `may_stop` are passed over.
+        """
         self._window.append(token_id)
         text = self._decode(self._window)
         if text.endswith(UNFINISHED):
@@ -38,20 +45,26 @@ class TextStream:
         self._window = self._window[self._num_shown :]
         self._num_shown = len(self._window)
         self._shown = self._decode(self._window)
-        return self._hold_back(new)
+        return self._hold_back(new, may_stop=may_stop)
 
     def flush(self) -> str:
         """Return what was held back, at the end of the answer."""
         if self.is_stopped:
             return ""
         rest = self._decode(self._window)[len(self._shown) :]
-        text = self._hold_back(rest) + ("" if self.is_stopped else self._held)
+        text = self._hold_back(rest)
+        held = "" if self.is_stopped else self._held
+        self.num_returned += len(held)
         self._window, self._num_shown, self._shown, self._held = [], 0, "", ""
+        return text + held
+
+    def _hold_back(self, new: str, *, may_stop: bool = True) -> str:
+        text = self._cut(new) if self._stop and may_stop else new
+        self.num_decoded += len(new)
+        self.num_returned += len(text)
         return text
 
-    def _hold_back(self, new: str) -> str:
-        if not self._stop:
-            return new
+    def _cut(self, new: str) -> str:
         text = self._held + new
         found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
         if found:

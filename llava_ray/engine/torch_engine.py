@@ -6,13 +6,17 @@ chunks, back in the event loop of whoever reads the stream.
 
 import asyncio
 import contextlib
-import os
+import functools
 from collections.abc import AsyncGenerator
 from concurrent.futures import Future
 
 import torch
 
 from llava_ray.config import ModelConfig
+from llava_ray.engine.content import describe_content
+from llava_ray.engine.grammar import Grammar
+from llava_ray.engine.load import count_threads
+from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
 from llava_ray.engine.scheduler import Scheduler
@@ -23,7 +27,8 @@ from llava_ray.engine.threads import (
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.errors import ConfigError, ContextLengthError, EngineError
+from llava_ray.engine.vocabulary import Vocabulary
+from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.core import Core, load_model
 from llava_ray.types import Chunk, Prompt
 
@@ -42,6 +47,7 @@ class TorchEngine:
         cache_tokens: size of the key-value cache, over all requests.
         max_batch_size: requests computed at once.
         prefill_tokens: prompt tokens of one step.
+        prefix_cache: keep what was computed, for prompts that begin alike.
         patience_s: a step that takes longer than this counts as stuck.
     """
 
@@ -54,6 +60,7 @@ class TorchEngine:
         cache_tokens: int = 16384,
         max_batch_size: int = 32,
         prefill_tokens: int | None = None,
+        prefix_cache: bool = True,
         patience_s: float = 60.0,
     ) -> None:
         num_threads = torch.get_num_threads()
@@ -62,6 +69,7 @@ class TorchEngine:
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
             prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
+            prefix_cache=prefix_cache,
         )
         self.template = core.template
         self.context_length = min(context_length or core.context_length, core.context_length)
@@ -83,7 +91,7 @@ class TorchEngine:
         Raises:
             ConfigError: the model does not load, or the configuration asks more than it has.
         """
-        torch.set_num_threads(_count_threads(config))
+        torch.set_num_threads(count_threads(config))
         core = run_in_passing_thread(
             lambda: load_model(
                 config.path, dtype=config.dtype, device=config.device, template=config.template
@@ -99,6 +107,7 @@ class TorchEngine:
             context_length=config.context_length,
             cache_tokens=config.cache_tokens,
             max_batch_size=config.max_batch_size,
+            prefix_cache=config.prefix_cache,
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
@@ -136,10 +145,11 @@ class TorchEngine:
         return {
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting),
-            "cache_tokens_used": scheduler.regions.num_used,
+            "cache_tokens_used": scheduler.regions.num_used - scheduler.prefixes.num_tokens,
             "cache_tokens_total": scheduler.regions.num_tokens,
             "num_steps": figures.num_steps,
             "num_prompt_tokens": figures.num_prompt_tokens,
+            "num_cached_tokens": figures.num_cached_tokens,
             "num_new_tokens": figures.num_new_tokens,
         }
 
@@ -159,6 +169,7 @@ class TorchEngine:
         prompt_ids: list[int] = inputs["input_ids"][0].tolist()
         num_image_tokens = prompt_ids.count(self._core.image_token_id)
         tokenizer = self._core.tokenizer
+        self._check_token_ids(prompt)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -170,8 +181,37 @@ class TorchEngine:
                 stop=prompt.sampling.stop,
             ),
             eos_token_ids=self._core.eos_token_ids,
+            grammar=self._compile_format(prompt),
+            logprobs=self._open_logprobs(prompt),
             inputs=select_pictures(inputs),
+            content=describe_content(prompt_ids, self._core.image_token_id, prompt.images),
         )
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            self._core.tokenizer,
+            size=self._core.model.config.text_config.vocab_size,
+            eos_token_ids=self._core.eos_token_ids,
+        )
+
+    def _compile_format(self, prompt: Prompt) -> Grammar | None:
+        schema = prompt.sampling.json_schema
+        return None if schema is None else self._vocabulary.compile(schema)
+
+    def _open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
+        num_top = prompt.sampling.num_logprobs
+        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
+
+    def _check_token_ids(self, prompt: Prompt) -> None:
+        size = self._core.model.config.text_config.vocab_size
+        for id_, _ in prompt.sampling.logit_bias:
+            if id_ >= size:
+                raise RequestError(
+                    f"logit_bias names token {id_}, the vocabulary ends at {size - 1}: "
+                    "leave it out",
+                    param="logit_bias",
+                )
 
     def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:
         """Return how long the answer may become."""
@@ -196,15 +236,3 @@ class TorchEngine:
                 param="max_tokens",
             )
         return room - num_tokens if asked is None else asked
-
-
-def _count_threads(config: ModelConfig) -> int:
-    """All cores for one replica; only its own where several may share a machine.
-
-    Threads that outnumber the cores wait for one another, which costs most of the speed.
-    """
-    if config.num_threads:
-        return config.num_threads
-    if config.max_replicas > 1:
-        return max(1, int(config.num_cpus))
-    return len(os.sched_getaffinity(0))

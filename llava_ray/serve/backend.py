@@ -12,6 +12,7 @@ from ray.serve.handle import DeploymentHandle
 from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import console
 from llava_ray.serve.visits import Visit
+from llava_ray.serve.waiting_room import WaitingRoom
 from llava_ray.types import ChatRequest, Chunk
 
 READY_TIMEOUT_S = 3.0
@@ -24,10 +25,12 @@ class Backend:
     Args:
         name: the model's, for messages.
         handle: of its deployment of `Replica`.
+        room: where requests wait while its replicas are busy.
     """
 
-    def __init__(self, name: str, handle: DeploymentHandle) -> None:
+    def __init__(self, name: str, handle: DeploymentHandle, room: WaitingRoom) -> None:
         self.name = name
+        self._room = room
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
         self._answered_at = float("-inf")
@@ -40,14 +43,19 @@ class Backend:
         Raises:
             LlavaRayError: the request was refused, or no replica could begin.
         """
+        visit.is_model_known = True
+        await self._room.enter(visit.key)
         try:
             try:
                 return await self._start_once(request, visit)
             except RayActorError:
                 console.logger.warning(f"a replica of {self.name!r} died; asking another one")
                 return await self._start_once(request, visit)
-        except (RayError, RayServeException) as error:
-            raise explain(error, self.name) from error
+        except BaseException as error:
+            self._room.leave()
+            if isinstance(error, RayError | RayServeException):
+                raise explain(error, self.name) from error
+            raise
 
     async def check(self) -> str:
         """Return what keeps the model from answering, or nothing if it answers.
@@ -68,9 +76,6 @@ class Backend:
             return f"not answering: {type(error).__name__}"
         return ""
 
-    def note_life(self) -> None:
-        self._answered_at = time.monotonic()
-
     async def _start_once(self, request: ChatRequest, visit: Visit) -> "Answer":
         response: Any = self._stream_handle.chat.remote(request)
         try:
@@ -81,38 +86,51 @@ class Backend:
             response.cancel()
             raise
         visit.note_first()
-        return Answer(self, first, response, visit)
+        return Answer(self, first, response, visit, num_answers=request.num_answers)
+
+    def end(self) -> None:
+        """An answer is over: the next request may have its seat."""
+        self._answered_at = time.monotonic()
+        self._room.leave()
 
 
 class Answer:
-    """The chunks of one answer. Whoever holds it calls `close`, whatever happened."""
+    """The answers to one request, as chunks. Whoever holds it calls `close`, whatever happened."""
 
-    def __init__(self, backend: Backend, first: Chunk, response: Any, visit: Visit) -> None:
+    def __init__(
+        self, backend: Backend, first: Chunk, response: Any, visit: Visit, *, num_answers: int
+    ) -> None:
         self._backend, self._first, self._response = backend, first, response
         self._visit = visit
+        self._num_open = num_answers
+        self._is_closed = False
         self.is_over = False
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        chunk = self._first
         try:
-            yield chunk
-            async for chunk in self._response:
-                self._visit.last = chunk
-                yield chunk
+            yield self._note(self._first)
+            async for chunk in self._visit.deadline.watch(self._response):
+                yield self._note(chunk)
             self.is_over = True
         except (RayError, RayServeException) as error:
             raise explain(error, self._backend.name) from error
-        finally:
-            self._visit.last = chunk
-            self._backend.note_life()
-        if chunk.finish_reason is None:
+        if self._num_open:
             raise EngineError(f"{self._backend.name!r} broke off in the middle: try again")
 
+    def _note(self, chunk: Chunk) -> Chunk:
+        self._visit.note_chunk(chunk)
+        self._num_open -= chunk.finish_reason is not None
+        return chunk
+
     def close(self) -> None:
-        """Stop the replica's work on it, if there is any left."""
+        """Stop the replica's work on it, if there is any left, and count what was done."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         if not self.is_over:
             self.is_over = True
             self._response.cancel()
+        self._backend.end()
 
 
 def explain(error: Exception, model: str) -> Exception:

@@ -1,14 +1,17 @@
 """The front door: HTTP in, records to the replicas, JSON or server-sent events out. No torch here.
 
-The way of a request: read_body -> openai.parse -> Backend.start -> Answer -> completion | events
+The way of a request: read_body -> openai.parse -> Fetcher.fill -> Backend.start -> Answer
+-> completion | events
 Errors: `backend.explain` makes ours of Ray's; `openai_answers.describe_error` says their status.
 """
 
 import asyncio
 import json
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,14 +19,21 @@ from fastapi.responses import Response, StreamingResponse
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
-from llava_ray.config import ServeConfig
-from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestTooLargeError
+from llava_ray.config import CLIENT_KEY_VARIABLE, LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.errors import LlavaRayError, ModelNotFoundError, RequestError, RequestTooLargeError
 from llava_ray.serve import console, openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Answer, Backend
+from llava_ray.serve.door import Door, DoorMiddleware
+from llava_ray.serve.fetch import Fetcher
+from llava_ray.serve.metrics import Metrics
+from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
 from llava_ray.serve.visits import Visit, VisitMiddleware
+from llava_ray.serve.waiting_room import WaitingRoom
+from llava_ray.types import ChatRequest
 
 _LARGE_BODY_BYTES = 64 << 10  # parsed in a thread, so that other requests go on meanwhile
 
@@ -46,10 +56,17 @@ class Gateway:
         """Called by Serve in the gateway's process, after the constructor."""
         api = build_api(self._config, self._models)
         if self._config.page:
+            self._hand_over_key()
             from llava_ray.serve.page import mount_page
 
             api = mount_page(api)
         return api
+
+    def _hand_over_key(self) -> None:
+        """The page is a client like any other: its key comes from the environment."""
+        os.environ.pop(CLIENT_KEY_VARIABLE, None)
+        if self._config.page_key:
+            os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
 
 
 def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> FastAPI:
@@ -59,7 +76,8 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
         config: the application's; its limits hold here.
         models: for each model's name a handle on which `chat` and `stats` can be called.
     """
-    front = Front(config, models)
+    door = Door(config)
+    front = Front(config, models, door)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -70,7 +88,8 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     v1.add_api_route("/models", front.list_models)
     v1.add_api_route("/models/{name:path}", front.get_model)
     v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
-    v1.add_middleware(VisitMiddleware)
+    v1.add_api_route("/usage", front.show_usage)
+    _guard(v1, door, config)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
@@ -78,13 +97,34 @@ def build_api(config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> Fa
     return api
 
 
+def _guard(api: FastAPI, door: Door, config: ServeConfig) -> None:
+    """Let nothing come to the routes of an application but through the door."""
+    api.add_middleware(DoorMiddleware, door=door)
+    api.add_middleware(VisitMiddleware, metrics=Metrics())
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
+
+
 class Front:
     """The routes."""
 
-    def __init__(self, config: ServeConfig, models: Mapping[str, DeploymentHandle]) -> None:
+    def __init__(
+        self, config: ServeConfig, models: Mapping[str, DeploymentHandle], door: Door
+    ) -> None:
+        self._door = door
         self._limits = config.limits
+        self._fetcher = Fetcher(config.limits)
         self._created = int(time.time())
-        self._backends = {name: Backend(name, handle) for name, handle in models.items()}
+        self._backends = {
+            model.name: Backend(model.name, models[model.name], _build_room(model, config.limits))
+            for model in config.models
+        }
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -93,19 +133,15 @@ class Front:
         body = await read_body(request, max_bytes=self._limits.max_body_bytes)
         call = await self._parse(body, visit)
         answer = await self._find(call.request.model).start(call.request, visit)
-        header = {
-            "completion_id": call.request.request_id,
-            "model": call.request.model,
-            "created": int(time.time()),
-        }
+        visit.answers_each = call.head.answers_each
         if call.stream:
-            encoder = answers.ChunkEncoder(**header, include_usage=call.include_usage)
+            encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
             return EventResponse(answer, encoder, visit)
         try:
             chunks = [chunk async for chunk in answer]
         finally:
             answer.close()
-        return _json(answers.build_completion(chunks, **header))
+        return _json(build_completion(chunks, call.form, call.head))
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
@@ -115,6 +151,10 @@ class Front:
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
         return _json(answers.describe_model(self._find(name).name, created=self._created))
+
+    async def show_usage(self, request: Request) -> Response:
+        """`GET /v1/usage`: of the caller's key, or of all keys for an admin's."""
+        return _json(self._door.describe_usage(request.state.visit.key))
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""
@@ -141,20 +181,21 @@ class Front:
             )
         return self._backends[name]
 
-    async def _parse(self, body: bytes, visit: Visit) -> openai.ChatCall:
+    async def _parse(self, body: bytes, visit: Visit) -> openai.Call:
         options = {"limits": self._limits, "request_id": f"chatcmpl-{uuid.uuid4().hex}"}
         if len(body) > _LARGE_BODY_BYTES:
             call = await asyncio.to_thread(openai.parse, body, **options)
         else:
             call = openai.parse(body, **options)
         visit.model, visit.completion_id = call.request.model, call.request.request_id
-        return call
+        request = cap_tokens(call.request, self._limits)
+        return replace(call, request=await self._fetcher.fill(request))
 
 
 class EventResponse(StreamingResponse):
     """An answer as server-sent events. However it ends, the replica stops working on it."""
 
-    def __init__(self, answer: Answer, encoder: answers.ChunkEncoder, visit: Visit) -> None:
+    def __init__(self, answer: Answer, encoder: ChunkEncoder, visit: Visit) -> None:
         self._answer, self._encoder, self._visit = answer, encoder, visit
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._encode(), media_type="text/event-stream", headers=headers)
@@ -201,6 +242,33 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
             return b"".join(pieces)
     raise RequestTooLargeError(
         f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller pictures"
+    )
+
+
+def cap_tokens(request: ChatRequest, limits: LimitsConfig) -> ChatRequest:
+    """Return the request with as many tokens for its answer as are allowed at most.
+
+    Raises:
+        RequestError: it asks for more.
+    """
+    most, asked = limits.max_tokens, request.sampling.max_tokens
+    if most is None:
+        return request
+    if asked is not None and asked > most:
+        raise RequestError(
+            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for less",
+            param="max_tokens",
+        )
+    return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))
+
+
+def _build_room(model: ModelConfig, limits: LimitsConfig) -> WaitingRoom:
+    max_waiting = model.max_queued_requests
+    return WaitingRoom(
+        model.name,
+        num_seats=model.max_replicas * model.max_ongoing_requests,
+        max_waiting=None if max_waiting < 0 else max_waiting,
+        max_wait_s=limits.max_wait_s,
     )
 
 

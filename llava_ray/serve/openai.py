@@ -8,22 +8,25 @@ become one turn, joined by a line break; the last turn is the user's; only the u
 """
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
+from llava_ray.serve.links import read_image_url
+from llava_ray.serve.openai_checks import check_unicode, is_one_of, kind_of, refuse_unknown, show
+from llava_ray.serve.openai_choices import ChatForm, Form, Head
 from llava_ray.serve.openai_fields import (
+    ChatBody,
     check_options,
-    check_unicode,
-    is_one_of,
-    kind_of,
-    refuse_unknown,
-    show,
+    read_num_answers,
+    read_sampling,
+    wants_usage,
 )
-from llava_ray.types import ChatRequest, ImagePart, Message, Role, Sampling, TextPart
+from llava_ray.serve.openai_format import read_format
+from llava_ray.types import ChatRequest, ImagePart, Message, Role, TextPart
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -53,22 +56,24 @@ _OTHER_PARTS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ChatCall:
+class Call:
     """A request, and how its answer is to be written."""
 
     request: ChatRequest
+    form: Form
+    head: Head
     stream: bool
     include_usage: bool
 
 
-def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> ChatCall:
+def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> Call:
     """Check the JSON body of `/v1/chat/completions` and return what it asks for.
 
     Raises:
         RequestError: it cannot be served; `param` names the field, the message the remedy.
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
-    options = check_options(body)
+    options = check_options(body, ChatBody)
     if len(options.messages) > limits.max_messages:
         raise RequestError(
             f"{len(options.messages)} messages, more than the {limits.max_messages} allowed: "
@@ -76,19 +81,40 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
             param="messages",
         )
     messages = _join_turns(_read_messages(options.messages, limits))
-    sampling = Sampling(
-        max_tokens=options.max_completion_tokens or options.max_tokens,
-        temperature=1.0 if options.temperature is None else options.temperature,
-        top_p=1.0 if options.top_p is None else options.top_p,
-        stop=tuple(options.stop or ()),
-        seed=options.seed,
-        ignore_eos=bool(options.ignore_eos),
+    sampling = read_sampling(
+        options,
+        max_tokens=_read_max_tokens(options),
+        num_logprobs=_read_num_logprobs(options),
+        json_schema=read_format(options.response_format),
     )
-    return ChatCall(
-        ChatRequest(request_id, options.model, messages, sampling),
+    num_answers = read_num_answers(options, limits)
+    request = ChatRequest(request_id, options.model, messages, sampling, num_answers)
+    return Call(
+        request,
+        ChatForm(has_logprobs=sampling.num_logprobs is not None),
+        Head(request_id, options.model, int(time.time()), num_answers, num_answers),
         stream=bool(options.stream),
-        include_usage=bool(options.stream_options and options.stream_options.include_usage),
+        include_usage=wants_usage(options),
     )
+
+
+def _read_num_logprobs(options: ChatBody) -> int | None:
+    if options.top_logprobs and not options.logprobs:
+        raise RequestError(
+            "top_logprobs is set, but logprobs is not: set logprobs to true or leave it out",
+            param="top_logprobs",
+        )
+    return options.top_logprobs or 0 if options.logprobs else None
+
+
+def _read_max_tokens(options: ChatBody) -> int | None:
+    limit, older = options.max_completion_tokens, options.max_tokens
+    if limit is not None and older is not None and limit != older:
+        raise RequestError(
+            f"max_tokens={older} and max_completion_tokens={limit} disagree: send one of them",
+            param="max_completion_tokens",
+        )
+    return limit or older
 
 
 def load_json(body: bytes) -> dict[str, Any]:
@@ -232,7 +258,7 @@ def _read_image(part: dict[str, Any], path: str, limits: LimitsConfig) -> ImageP
         raise RequestError(
             f'{path} is {kind_of(image)}: send {{"url": "data:image/png;base64,..."}}', param=path
         )
-    return ImagePart(images.decode_data_url(image, limits=limits, param=path), path)
+    return read_image_url(image, limits=limits, param=path)
 
 
 def _join_turns(messages: Iterable[Message]) -> tuple[Message, ...]:

@@ -37,26 +37,35 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
-        """Stream the answer; leaving the iterator aborts the request in the engine.
+    def chat(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
+        """Stream the answer; leaving the iterator aborts the request in the engine."""
+        answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
+        return self._send(answer, request.num_answers)
+
+    async def _send(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
+        """Yield an answer, joined to the pieces that are sent.
 
         The first piece goes out at once. Later ones are joined while the replica as a whole would
         send more than `messages_per_s`.
         """
-        self._num_streams += 1
-        answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        held, sent_at = "", float("-inf")
+        self._num_streams += num_answers
+        held: dict[int, Chunk] = {}
+        sent_at: dict[int, float] = {}
         try:
             async with aclosing(answer) as chunks:
                 async for chunk in chunks:
-                    held += chunk.text
+                    if before := held.pop(chunk.answer, None):
+                        chunk = before.join(chunk)
                     now = time.monotonic()
                     pause_s = self._num_streams / self._messages_per_s
-                    if (held and now - sent_at >= pause_s) or chunk.finish_reason:
-                        yield chunk._replace(text=held)
-                        held, sent_at = "", now
+                    is_due = now - sent_at.get(chunk.answer, float("-inf")) >= pause_s
+                    if chunk.finish_reason or (is_due and (chunk.text or chunk.logprobs)):
+                        yield chunk
+                        sent_at[chunk.answer] = now
+                    else:
+                        held[chunk.answer] = chunk
         finally:
-            self._num_streams -= 1
+            self._num_streams -= num_answers
 
     async def check_health(self) -> None:
         """Called by Serve; raises when the engine does not work, and Serve replaces the replica."""

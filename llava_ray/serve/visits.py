@@ -1,10 +1,14 @@
-"""What the gateway notes about a request: its id, a line in the log, and what nobody foresaw."""
+"""What the gateway notes about a request: its id, a line in the log, and what nobody foresaw.
+
+Neither bodies nor keys get into the log: a line has the key's name, the model's and figures.
+"""
 
 import asyncio
 import json
 import time
 import uuid
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ray.exceptions import TaskCancelledError
 from starlette.datastructures import Headers
@@ -12,8 +16,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llava_ray.serve import console
+from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.openai_answers import ErrorReply, describe_failure
+from llava_ray.serve.usage import Usage, count_usage
 from llava_ray.types import Chunk
+
+if TYPE_CHECKING:
+    from llava_ray.serve.metrics import Metrics
 
 _CLIENT_GONE = 499  # nginx's number for it, in our log only
 
@@ -30,7 +39,21 @@ class Visit:
     error: str = ""
     model: str = ""
     completion_id: str = ""
-    last: Chunk | None = None
+    answers_each: int = 1
+    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
+    is_model_known: bool = False
+    key: str = ""
+    deadline: Deadline = field(default_factory=Deadline)
+    retry_key: str = ""
+    is_over: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def usage(self) -> Usage:
+        """Tokens that its answers have taken so far."""
+        return count_usage(self.latest.values(), answers_each=self.answers_each)
+
+    def note_chunk(self, chunk: Chunk) -> None:
+        self.latest[chunk.answer] = chunk
 
     def note_first(self) -> None:
         self.first_after_s = time.monotonic() - self.started_at
@@ -50,17 +73,23 @@ class Visit:
             code="internal_error",
         )
 
+    @property
+    def total_s(self) -> float:
+        return time.monotonic() - self.started_at
+
     def __str__(self) -> str:
-        words = [f"{self.status or _CLIENT_GONE} {self.what}"]
+        words = [f"{self.status} {self.what}"]
+        if self.key:
+            words.append(f"key {self.key}")
         if self.error:
             words.append(self.error)
         if self.model:
             words.append(_printable(self.model))
-        if self.last:
-            words.append(f"{self.last.num_prompt_tokens}+{self.last.num_tokens} tokens")
+        if self.latest:
+            words.append(f"{self.usage.num_prompt_tokens}+{self.usage.num_tokens} tokens")
         if self.first_after_s is not None:
             words.append(f"first {self.first_after_s:.3f} s")
-        words.append(f"total {time.monotonic() - self.started_at:.3f} s")
+        words.append(f"total {self.total_s:.3f} s")
         return ", ".join(words) + f" [{self.request_id} {self.completion_id}".rstrip() + "]"
 
 
@@ -71,8 +100,8 @@ class VisitMiddleware:
     and sends back.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, app: ASGIApp, metrics: "Metrics | None" = None) -> None:
+        self._app, self._metrics = app, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -100,13 +129,18 @@ class VisitMiddleware:
             reply = visit.report(error)
             if has_begun:
                 raise  # half an answer is out: the connection has to break
-            await _send_reply(reply, send_and_note)
+            await send_reply(reply, send_and_note)
         finally:
+            visit.status = visit.status or _CLIENT_GONE
             console.logger.info(str(visit))
+            if self._metrics:
+                self._metrics.count(visit)
 
 
-async def _send_reply(reply: ErrorReply, send: Send) -> None:
+async def send_reply(reply: ErrorReply, send: Send) -> None:
+    """Answer a request with an error, from a middleware."""
     headers = [(b"content-type", b"application/json")]
+    headers += [(name.lower().encode(), value.encode()) for name, value in reply.headers.items()]
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": json.dumps(reply.body).encode()})
 

@@ -1,0 +1,39 @@
+"""What a prompt's tokens stand for, so that equal beginnings can be told from like ones.
+
+To the language model's tokenizer all pictures are the same token, repeated.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from itertools import groupby
+
+from PIL.Image import Image
+
+
+def describe_content(
+    prompt_ids: list[int], image_token_id: int, images: Sequence[Image]
+) -> list[int]:
+    """Return a prompt's ids, each image token replaced by a number for the content of its picture.
+
+    Where pictures stand side by side, with nothing to say where one ends, each of their tokens
+    stands for all of the prompt's pictures.
+    """
+    if not images:
+        return prompt_ids
+    runs = [list(run) for _, run in groupby(prompt_ids, lambda id_: id_ == image_token_id)]
+    names = [_name_picture(image) for image in images]
+    num_runs = sum(run[0] == image_token_id for run in runs)
+    if num_runs != len(images):
+        names = [hash(tuple(names))] * num_runs
+    numbers = iter(names)
+    content = []
+    for run in runs:
+        content += [next(numbers)] * len(run) if run[0] == image_token_id else run
+    return content
+
+
+def _name_picture(image: Image) -> int:
+    """A number that no token has: pictures that differ have different ones."""
+    digest = hashlib.blake2b(image.tobytes(), digest_size=8)
+    digest.update(repr(image.size).encode())
+    return -1 - int.from_bytes(digest.digest())
