@@ -47,7 +47,10 @@ class PartState(NamedTuple):
 
 def find_part(name: str) -> Part:
     """Return the part that a parameter belongs to, by its name in the model."""
-    return next((part for place, part in _PLACES.items() if name.startswith(place)), PARTS[2])
+    for place, part in _PLACES.items():
+        if name.startswith(place):
+            return part
+    return "language_model"
 
 
 def select_parts(model: Any, config: TrainConfig) -> None:
