@@ -105,6 +105,9 @@ def run_gang(num_workers: int, scenarios: Sequence[Scenario], folder: Path) -> N
     """
     import torch.multiprocessing as multiprocessing
 
+    model = str(tiny_model())  # written here: beside others transformers writes on the first alone
+    for scenario in scenarios:
+        scenario.settings = {"model": model, **scenario.settings}
     multiprocessing.spawn(
         _work, (num_workers, list(scenarios), folder), nprocs=num_workers, join=True
     )
