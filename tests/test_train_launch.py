@@ -15,10 +15,10 @@ from tiny import picture, tiny_model
 from typer.testing import CliRunner
 
 from llava_ray.cli import app
-from llava_ray.config import ConvertConfig
+from llava_ray.config import ConvertConfig, TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model import load_model
-from llava_ray.train.settings import TrainConfig, load_train_config
+from llava_ray.train.settings import load_train_config
 
 NUM_SAMPLES = 24
 

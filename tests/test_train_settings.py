@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.train.settings import TrainConfig, load_train_config
+from llava_ray.train.settings import load_train_config
 from llava_ray.train.zero import describe_engine
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"

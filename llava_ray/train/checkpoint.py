@@ -17,10 +17,10 @@ from pathlib import Path
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llava_ray.config import TrainConfig
 from llava_ray.data.plan import Position
 from llava_ray.errors import ConfigError
 from llava_ray.train.engine import Trainee
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.weights import write_weights
 
 PROGRESS = "progress.json"

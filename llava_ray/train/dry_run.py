@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import yaml
 
+from llava_ray.config import TrainConfig
 from llava_ray.data.encode import Encoder, load_encoder
 from llava_ray.data.plan import Plan
 from llava_ray.data.pool import Pool, PoolReader, make_plan, open_pool
@@ -19,7 +20,6 @@ from llava_ray.model.core import read_processor
 from llava_ray.model.weights import open_parts
 from llava_ray.template import IGNORED
 from llava_ray.train.parts import PartState, describe_parts, select_parts
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.zero import describe_engine, read_stage
 
 _NUM_SHOWN = 3

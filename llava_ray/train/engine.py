@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint import inspect_checkpoint
 from llava_ray.model.core import Core, load_model
@@ -17,7 +18,6 @@ from llava_ray.model.names import to_memory
 from llava_ray.model.weights import open_file, open_parts
 from llava_ray.train.inputs import Inputs, encode_blank
 from llava_ray.train.parts import PartState, describe_parts, group_parameters, select_parts
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.zero import describe_engine, read_stage
 
 

@@ -13,13 +13,13 @@ from typing import Any
 import yaml
 
 import llava_ray
+from llava_ray.config import TrainConfig
 from llava_ray.data.pool import open_pool
 from llava_ray.model.checkpoint import inspect_checkpoint
 from llava_ray.model.export import export_model
 from llava_ray.model.staging import write_json
 from llava_ray.train.checkpoint import MODEL, read_progress
 from llava_ray.train.log import LOG, read_log
-from llava_ray.train.settings import TrainConfig
 
 EXPORT = "export"
 RUN_FILE = "llava_ray_run.json"

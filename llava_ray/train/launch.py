@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from llava_ray.config import DataConfig
+from llava_ray.config import DataConfig, TrainConfig
 from llava_ray.data import stream
 from llava_ray.data.collate import Batch
 from llava_ray.data.plan import Position
@@ -27,7 +27,6 @@ from llava_ray.train.checkpoint import read_progress
 from llava_ray.train.finish import export_run, write_settings
 from llava_ray.train.log import RunLog
 from llava_ray.train.loop import Surroundings, train
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.trackers import open_trackers
 from llava_ray.train.weights import name_base
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_ray.config import TrainConfig
 from llava_ray.train.parts import PartState
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.step import StepFigures
 
 LOG = "train_log.jsonl"

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from llava_ray.config import TrainConfig
 from llava_ray.data.collate import Batch
 from llava_ray.data.plan import Position
 from llava_ray.errors import ConfigError
@@ -26,7 +27,6 @@ from llava_ray.train.engine import Trainee, build_trainee
 from llava_ray.train.inputs import count_learned, prepare_inputs
 from llava_ray.train.log import RunLog, StepLine
 from llava_ray.train.schedule import compute_rate
-from llava_ray.train.settings import TrainConfig
 from llava_ray.train.step import StepFigures, compute_loss, group_steps, take_step
 from llava_ray.train.zero import describe_engine, read_stage
 

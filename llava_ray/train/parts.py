@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError, MissingPackageError
-from llava_ray.train.settings import TrainConfig
 
 Part = Literal["vision_tower", "projector", "language_model"]
 

@@ -5,7 +5,7 @@ A pure function of the step, so that nothing of it needs to be saved.
 
 import math
 
-from llava_ray.train.settings import TrainConfig
+from llava_ray.config import TrainConfig
 
 
 def compute_rate(config: TrainConfig, step: int, num_steps: int) -> float:

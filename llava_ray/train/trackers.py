@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from llava_ray.config import TrainConfig
 from llava_ray.errors import MissingPackageError
-from llava_ray.train.settings import TrainConfig
 
 
 class Tracker(Protocol):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from llava_ray.config import TrainConfig
 from llava_ray.model.export import write_core
 from llava_ray.model.names import from_memory
 from llava_ray.model.original import KINDS_OF_TEXT
@@ -22,7 +23,6 @@ from llava_ray.model.projector import get_projector
 from llava_ray.model.staging import write_json
 from llava_ray.train.engine import Trainee
 from llava_ray.train.parts import ADAPTER, find_adapter_targets, find_part
-from llava_ray.train.settings import TrainConfig
 
 Tensors = dict[str, torch.Tensor]
 

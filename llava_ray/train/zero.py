@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
-from llava_ray.train.settings import TrainConfig
 
 AUTO = "auto"
 
