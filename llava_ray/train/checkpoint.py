@@ -14,13 +14,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_ray.config import TrainConfig
 from llava_ray.data.plan import Position
 from llava_ray.errors import ConfigError
-from llava_ray.train.engine import Trainee
+from llava_ray.train.engine import Trainee, import_deepspeed
 from llava_ray.train.weights import write_weights
 
 PROGRESS = "progress.json"
@@ -120,6 +121,7 @@ def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
     if is_alike:
         yield folder / STATE
         return
+    import_deepspeed(is_gpu=torch.cuda.is_available())
     from deepspeed.checkpoint.ds_to_universal import main as take_apart
 
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -152,3 +154,8 @@ def restore_state(state: Path, trainee: Trainee) -> None:
         raise ConfigError(f"the state in {str(state)!r} does not load: an earlier checkpoint may")
     for group, (rate, decay) in zip(trainee.engine.optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["weight_decay"] = rate, decay
+    # DeepSpeed gives ZeRO 3's groups one counter of steps, which AdamW then counts up for each.
+    base = getattr(trainee.engine.optimizer, "optimizer", trainee.engine.optimizer)
+    for kept in base.state.values():
+        if torch.is_tensor(kept.get("step")):
+            kept["step"] = kept["step"].clone()

@@ -4,6 +4,7 @@ The one file that builds DeepSpeed's engine. torch.distributed must be up.
 """
 
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +55,7 @@ def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
         MissingPackageError: DeepSpeed, peft, bitsandbytes or Liger are needed.
     """
     is_gpu = torch.cuda.is_available()
-    if not is_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = _import_deepspeed()
+    deepspeed = import_deepspeed(is_gpu=is_gpu)
     device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
     core = load_for_training(config, device)
     model: Any = core.model
@@ -148,13 +147,25 @@ def take_projector(model: Any, path: str) -> None:
         parameter.copy_(tensor[...])
 
 
-def _import_deepspeed() -> Any:
+def import_deepspeed(*, is_gpu: bool) -> Any:
+    """Return DeepSpeed, told where it computes.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    if not is_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing else
     try:
         import deepspeed
     except ImportError as error:
         raise MissingPackageError(
             f"training needs DeepSpeed ({error}): pip install 'llava-ray[train]'"
         ) from error
+    if not is_gpu:
+        # Or it compiles a reduction that only inference uses, with a compiler, for a minute.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    # It calls torch.distributed by names that torch has begun to give up.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     return deepspeed
 
 
