@@ -163,7 +163,8 @@ def import_deepspeed(*, is_gpu: bool) -> Any:
         ) from error
     if not is_gpu:
         # Or it compiles a reduction that only inference uses, with a compiler, for a minute.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
     # It calls torch.distributed by names that torch has begun to give up.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     return deepspeed
