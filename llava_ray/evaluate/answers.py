@@ -7,8 +7,8 @@ TextVQA; published numbers depend on every one of them, the odd ones included.
 import re
 
 _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBERS = dict(zip("zero one two three four five six seven eight nine ten".split(), map(str, range(11)), strict=True))  # fmt: skip
-_NUMBERS["none"] = "0"
+_NUMBER_WORDS = "zero one two three four five six seven eight nine ten".split()
+_NUMBERS = {word: str(i) for i, word in enumerate(_NUMBER_WORDS)} | {"none": "0"}
 _ARTICLES = frozenset(("a", "an", "the"))
 _PERIOD = re.compile(r"(?!<=\d)\.(?!\d)")  # the first bracket never matters: it is a slip of old
 _COMMA_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")

@@ -8,7 +8,7 @@ published one is used where its file (`rule.json`, `mm-vet-prompt.txt`) lies bes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from llava_ray.types import Question, Score, Sampling
+from llava_ray.types import Question, Sampling, Score
 
 RULE = """You see what a user asked about a picture, the picture described in sentences, and the \
 answers of two assistants. Judge how helpful, relevant, accurate and detailed each answer is.

@@ -100,10 +100,10 @@ def _parse_scienceqa(text: str) -> str:
 
 def _parse_choice(text: str, choices: Sequence[str]) -> str:
     letters = LETTERS[: len(choices)]
-    if match := re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", text):
-        # "A man walks" begins with an article; a letter counts if nothing else or a mark follows
-        if not re.match(r"A\s+\w", text):
-            return match[1]
+    is_article = re.match(r"A\s+\w", text)  # as in "A man walks"
+    match = re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", text)
+    if match and not is_article:
+        return match[1]
     found = re.findall(rf"[Tt]he (?:correct )?(?:answer|option) is:? \(?([{letters}])\b", text)
     if len(set(found)) == 1:
         return found[0]
