@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import llava_ray
-from llava_ray.cli import build, chat, delta, demo, doctor, export, serve
+from llava_ray.cli import build, chat, delta, demo, doctor, evaluate, export, serve
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
 
@@ -24,6 +24,7 @@ app.command()(chat.chat)
 app.command()(serve.serve)
 app.command()(build.build)
 app.command()(doctor.doctor)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.add_typer(delta.app, name="delta", no_args_is_help=True)
 app.add_typer(demo.app, name="demo", no_args_is_help=True)
