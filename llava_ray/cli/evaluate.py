@@ -85,17 +85,13 @@ def evaluate(
 def _print(results: list[TaskResult]) -> None:
     table = Table("task", "number", "value", "standard error", "scored", "coverage")
     for result in results:
+        scored = (f"{result.num_scored}", f"{result.coverage:.2%}")
         if result.headline is None:
-            why = "no answers here" if not result.num_scored else "too few were scored"
-            table.add_row(
-                result.task, why, "", "", f"{result.num_scored}", f"{result.coverage:.2%}"
-            )
+            why = "too few were scored" if result.num_scored else "no answers here"
+            table.add_row(result.task, why, "", "", *scored)
         for name, number in result.metrics.items() if result.is_covered else ():
             error = "" if number.standard_error is None else f"{number.standard_error:.2f}"
-            share = f"{result.coverage:.2%}"
-            table.add_row(
-                result.task, name, f"{number.value:.2f}", error, f"{result.num_scored}", share
-            )
+            table.add_row(result.task, name, f"{number.value:.2f}", error, *scored)
     out.print(table)
     for result in results:
         for reason, number in result.reasons.items():

@@ -65,7 +65,7 @@ def read_mme(folder: Path) -> list[Question]:
             raise SampleError(
                 f"{release} has no answer for MME's question {question.question_id}: {key[2]!r}"
             )
-        picture = Path(question.images[0])
+        picture = release / question.cluster
         if not picture.exists():
             picture = release / subtask / "images" / name
         questions.append(
