@@ -17,8 +17,8 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 
 ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
+    r"ignore::DeprecationWarning:ray\.data",  # of its own settings, whenever it copies them
     "ignore:subprocess .* is still running:ResourceWarning",  # Ray does not wait for its own
-    "ignore:`use_push_based_shuffle` is deprecated:DeprecationWarning",  # Ray Data sets it itself
 )
 
 

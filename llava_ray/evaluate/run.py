@@ -102,10 +102,11 @@ def _stream(
         Predictor,  # type: ignore[arg-type]  # a class is what Ray Data starts as an actor
         fn_constructor_args=(config, model, task.sampling, digest),
         batch_size=config.concurrency,
-        compute=ray.data.ActorPoolStrategy(size=config.num_actors),
+        compute=ray.data.ActorPoolStrategy(
+            size=config.num_actors, max_concurrent_calls_per_actor=BATCHES_AT_ONCE
+        ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
-        max_concurrency=BATCHES_AT_ONCE,
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
         yield [pickle.loads(each) for each in batch["prediction"]]
