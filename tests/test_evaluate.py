@@ -55,6 +55,11 @@ def test_scienceqa_reads_a_letter_as_the_original_does(text: str, parsed: str) -
     assert scorers.score_scienceqa(question, "D").value == 0
 
 
+def test_a_period_at_the_end_of_either_side_is_no_difference() -> None:
+    for right in ("Yes.", "yes"):
+        assert scorers.score_exact(Question("1", "?", answers=(right,)), "Yes.").value == 1
+
+
 def test_vqa_accuracy_leaves_each_annotator_out_once() -> None:
     question = Question("1", "?", answers=("red",) * 3 + ("blue",) * 7)
     assert scorers.score_textvqa(question, "Red").value == pytest.approx((3 * 2 / 3 + 7) / 10)

@@ -18,7 +18,8 @@ UNPARSED = "FAILED"
 def score_exact(question: Question, text: str) -> Score:
     """Equal to one of the answers, whatever the case and without a period at the end (GQA)."""
     answer = text.rstrip(".").lower()
-    return _judge(answer in {right.lower() for right in question.answers}, answer, question)
+    rights = {right.rstrip(".").lower() for right in question.answers}
+    return _judge(answer in rights, answer, question)
 
 
 def score_contains(question: Question, text: str) -> Score:
