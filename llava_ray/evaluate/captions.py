@@ -1,7 +1,7 @@
 """Captions: BLEU, ROUGE-L and CIDEr with the COCO challenge's own measures (pycocoevalcap).
 
 The challenge splits captions into words with a Java program; here NLTK's Penn Treebank rules do
-it, so that no Java is needed. On captions of plain words both give the same words.
+it, so that no Java is needed. Scores may differ a little.
 """
 
 from collections.abc import Sequence

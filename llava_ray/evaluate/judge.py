@@ -1,8 +1,8 @@
 """Replies that another model grades: what the judge is asked, and how its verdict is read.
 
-Pure functions; `run` carries the prompts to an OpenAI-compatible server. A verdict that cannot be
-read is no score: it is counted, reported and stays out of every mean. The wording here is ours; the
-published one is used where its file (`rule.json`, `mm-vet-prompt.txt`) lies beside the questions.
+Pure functions. Reviews and grades made elsewhere are scored with them (`rescore`); nothing
+here asks a judge yet. A verdict that cannot be read is no score: it is counted, reported and stays
+out of every mean. The wording is ours: its points do not compare with the published one's.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,15 +38,13 @@ class Judge:
         write: the text for the judge: (question, reply, wording).
         score: what a verdict means; a Score without a value if it cannot be read.
         sampling: how the judge answers.
-        wording: the instruction, unless a file replaces it.
-        wording_file: in the task's folder.
+        wording: the instruction.
     """
 
     write: Callable[[Question, str, str], str]
     score: Callable[[Question, str], Score]
     sampling: Sampling
     wording: str
-    wording_file: str
 
 
 def write_review(question: Question, text: str, wording: str) -> str:
@@ -106,9 +104,5 @@ def _unreadable(verdict: str, expected: str) -> Score:
     return Score(None, why=f"the judge gave no {expected}: {verdict[:200]!r}")
 
 
-REVIEW = Judge(
-    write_review, score_review, Sampling(max_tokens=1024, temperature=0.2), RULE, "rule.json"
-)
-GRADING = Judge(
-    write_grading, score_grading, Sampling(max_tokens=3, temperature=0), GRADES, "mm-vet-prompt.txt"
-)
+REVIEW = Judge(write_review, score_review, Sampling(max_tokens=1024, temperature=0.2), RULE)
+GRADING = Judge(write_grading, score_grading, Sampling(max_tokens=3, temperature=0), GRADES)
