@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 import llava_ray
-from llava_ray.cli import build, chat, convert, data, delta, demo, doctor, export, keys, serve
+from llava_ray.cli import (
+    build,
+    chat,
+    convert,
+    data,
+    delta,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    keys,
+    serve,
+)
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
 
@@ -25,6 +37,7 @@ app.command()(serve.serve)
 app.command()(build.build)
 app.command()(doctor.doctor)
 app.command()(convert.convert)
+app.command()(evaluate.evaluate)
 app.command()(export.export)
 app.add_typer(data.app, name="data", no_args_is_help=True)
 app.add_typer(delta.app, name="delta", no_args_is_help=True)
