@@ -274,7 +274,7 @@ class Question:
     Attributes:
         question_id: names it within its task, in every run.
         text: the whole question, as the model reads it after the pictures.
-        images: the pictures: encoded files, or where they are (see `evaluate.pictures`).
+        images: where the pictures are (see `evaluate.pictures`).
         answers: what is right: one text, ten annotators' answers, five captions, ...
         choices: the options' texts, where there are options; the first is A.
         groups: what the score is broken down by ("split/adversarial", "grade/1-6").
@@ -285,7 +285,7 @@ class Question:
 
     question_id: str
     text: str
-    images: tuple[bytes | str, ...] = ()
+    images: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
@@ -312,6 +312,8 @@ class Prediction:
         num_tokens: of the reply.
         num_prompt_tokens: of the prompt, image tokens included.
         num_image_tokens: of the prompt's pictures.
+        confidence: geometric mean of the probabilities that the model gave its own tokens; None
+            where it was not told.
         image_sha256: of each picture's file.
         cache_key: digest of model, question, pictures and settings; "" if it came from elsewhere.
         model_digest: of the model's files, or of the address that was asked.
@@ -326,6 +328,7 @@ class Prediction:
     num_tokens: int = 0
     num_prompt_tokens: int = 0
     num_image_tokens: int = 0
+    confidence: float | None = None
     image_sha256: tuple[str, ...] = ()
     cache_key: str = ""
     model_digest: str = ""

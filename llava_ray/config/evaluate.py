@@ -43,6 +43,20 @@ class EvaluateConfig(Section):
         description="Share of questions that must be scored for a headline number.",
     )
 
+    judge_endpoint: str | None = Field(
+        default=None,
+        description="OpenAI-compatible server that grades (llava_in_the_wild, mmvet); its key is "
+        "OPENAI_API_KEY.",
+    )
+    judge_model: str = Field(default="gpt-4o", min_length=1, description="Name of the judge there.")
+    judge_wording: str | None = Field(
+        default=None,
+        description="File of the judge's instruction, in place of ours; LLaVA's rule.json will do.",
+    )
+    judge_concurrency: int = Field(
+        default=8, ge=1, le=256, description="Replies that the judge reads at once."
+    )
+
     @model_validator(mode="after")
     def _check_source(self) -> "EvaluateConfig":
         if self.endpoint and self.app:

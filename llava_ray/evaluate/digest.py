@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from llava_ray.config import EvaluateConfig
+from llava_ray.data.files import hash_file
 
 
 def digest_model(config: EvaluateConfig, model: str) -> str:
@@ -29,7 +30,5 @@ def digest_folder(folder: Path) -> str:
     """Return the SHA-256 of the names and contents of the files in a folder."""
     whole = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with path.open("rb") as file:
-            part = hashlib.file_digest(file, "sha256").hexdigest()
-        whole.update(f"{path.relative_to(folder).as_posix()} {part}\n".encode())
+        whole.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
     return whole.hexdigest()

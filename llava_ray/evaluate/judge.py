@@ -1,13 +1,18 @@
 """Replies that another model grades: what the judge is asked, and how its verdict is read.
 
-Pure functions. Reviews and grades made elsewhere are scored with them (`rescore`); nothing
-here asks a judge yet. A verdict that cannot be read is no score: it is counted, reported and stays
-out of every mean. The wording is ours: its points do not compare with the published one's.
+Pure functions; `grade` asks the judge, `rescore` takes reviews and grades made elsewhere. A verdict
+that cannot be read is no score: it is counted, reported and stays out of every mean.
+
+The wording is ours: points given with it do not compare with published ones. `judge_wording` of the
+configuration puts another in its place (LLaVA's rule.json for `llava_in_the_wild`).
 """
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from llava_ray.errors import ConfigError
 from llava_ray.types import Question, Sampling, Score
 
 RULE = """You see what a user asked about a picture, the picture described in sentences, and the \
@@ -42,9 +47,39 @@ class Judge:
     """
 
     write: Callable[[Question, str, str], str]
-    score: Callable[[Question, str], Score]
+    score: Callable[[str], Score]
     sampling: Sampling
     wording: str
+
+    def load_wording(self, path: str | None) -> Callable[[Question], str]:
+        """Return the instruction for a question: our own, that of a text, or LLaVA's rules.
+
+        Args:
+            path: a text file, or JSON as LLaVA's rule.json: `llava_bench_CATEGORY` -> `prompt`.
+
+        Raises:
+            ConfigError: the file cannot be read or is of another kind.
+        """
+        if path is None:
+            return lambda question: self.wording
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+            if not path.endswith(".json"):
+                return lambda question: text
+            rules = {name: str(rule["prompt"]) for name, rule in json.loads(text).items()}
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ConfigError(
+                f"judge_wording={path!r} cannot be read ({error!r}): give a text file, or LLaVA's "
+                "rule.json"
+            ) from error
+        return lambda question: _find_rule(rules, question, path)
+
+
+def _find_rule(rules: dict[str, str], question: Question, path: str) -> str:
+    name = f"llava_bench_{question.groups[0] if question.groups else ''}"
+    if name not in rules:
+        raise ConfigError(f"{path} has no {name!r}, which question {question.question_id} needs")
+    return rules[name]
 
 
 def write_review(question: Question, text: str, wording: str) -> str:
@@ -57,7 +92,7 @@ def write_review(question: Question, text: str, wording: str) -> str:
     )
 
 
-def score_review(question: Question, verdict: str) -> Score:
+def score_review(verdict: str) -> Score:
     """Two numbers on the first line: the points of the reference and of the model."""
     pieces = verdict.split("\n")[0].replace(",", " ").split(" ")
     try:
@@ -68,34 +103,34 @@ def score_review(question: Question, verdict: str) -> Score:
 
 
 def judge_points(points: Sequence[float]) -> Score:
-    """The score for a pair of points; negative ones mark a review that failed."""
-    reference, model = points
-    if min(points) < 0:
-        return Score(None, why="the judge's points could not be read")
-    return Score(
-        model / 10, f"{model:g}", f"reference {reference:g}, model {model:g}", (reference, model)
-    )
+    """The score for a pair of points; LLaVA marks a review that failed with negative ones."""
+    if len(points) != 2 or min(points) < 0:
+        return _unreadable(str(list(points)), "pair of points")
+    reference, model = map(float, points)
+    why = f"reference {reference:g}, model {model:g}"
+    return Score(model / 10, f"{model:g}", why, (reference, model))
 
 
 def write_grading(question: Question, text: str, wording: str) -> str:
     """MM-Vet: a table of examples, and a row whose last cell is missing."""
     (truth,) = question.answers
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    return f"{wording}\n{' | '.join([question.text, truth, text, ''])}"
+    reply = " ".join(text.split())
+    return f"{wording}\n{' | '.join([question.text, truth, reply, ''])}"
 
 
-def score_grading(question: Question, verdict: str) -> Score:
+def score_grading(verdict: str) -> Score:
     """The first word is a number from 0 to 1."""
     try:
-        return judge_grades([float(verdict.split(" ")[0].strip())])
-    except ValueError:
-        return _unreadable(verdict, "a number from 0 to 1")
+        return judge_grades([float(verdict.split()[0])])
+    except (ValueError, IndexError):
+        return _unreadable(verdict, "number from 0 to 1")
 
 
 def judge_grades(grades: Sequence[float]) -> Score:
     """The score for one or several grades of one reply."""
     if not grades or not all(0 <= grade <= 1 for grade in grades):
-        return _unreadable(str(list(grades)), "numbers from 0 to 1")
+        return _unreadable(str(list(grades)), "grades from 0 to 1")
     value = sum(grades) / len(grades)
     return Score(value, f"{value:g}", f"graded {', '.join(f'{grade:g}' for grade in grades)}")
 
@@ -105,4 +140,4 @@ def _unreadable(verdict: str, expected: str) -> Score:
 
 
 REVIEW = Judge(write_review, score_review, Sampling(max_tokens=1024, temperature=0.2), RULE)
-GRADING = Judge(write_grading, score_grading, Sampling(max_tokens=3, temperature=0), GRADES)
+GRADING = Judge(write_grading, score_grading, Sampling(max_tokens=8, temperature=0), GRADES)

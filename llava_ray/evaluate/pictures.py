@@ -1,27 +1,32 @@
 """A question's pictures -> the bytes of their files, read where the model runs."""
 
+import hashlib
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+from llava_ray.data.files import open_folder
+from llava_ray.data.shards import ShardReader
 from llava_ray.errors import ImageError
+from llava_ray.evaluate.reading import tsv
 
 
-def load_picture(picture: bytes | str) -> bytes:
+def load_picture(picture: str) -> bytes:
     """Return an encoded picture.
 
     Args:
-        picture: the file itself, its path, or "SHARD.parquet#ROW/NUMBER" for a picture in a shard.
+        picture: the path of its file; "SHARD.parquet#ROW/NUMBER" for one in a shard;
+            "TABLE.tsv#BYTE" for that of the row which begins there.
 
     Raises:
-        ImageError: there is no such file.
+        ImageError: there is no such picture.
     """
-    if isinstance(picture, bytes):
-        return picture
-    path, mark, place = picture.rpartition("#")
+    path, _, place = picture.rpartition("#")
     try:
-        if mark and path.endswith(".parquet"):
+        if path.endswith(".parquet"):
             row, number = map(int, place.split("/"))
-            return _read_row(Path(path), row)[number]["data"]
+            return _read_row(path, row)[number]
+        if path.endswith(".tsv"):
+            return tsv.read_picture(Path(path), int(place))
         return Path(picture).read_bytes()
     except OSError as error:
         raise ImageError(
@@ -30,14 +35,18 @@ def load_picture(picture: bytes | str) -> bytes:
         ) from error
 
 
-def _read_row(path: Path, row: int) -> list[dict[str, Any]]:
-    import pyarrow.parquet as pq
+@lru_cache(maxsize=100_000)
+def hash_picture(picture: str) -> str:
+    """Return the SHA-256 of an encoded picture; that of a file is kept."""
+    return hashlib.sha256(load_picture(picture)).hexdigest()
 
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            num_rows = file.metadata.row_group(group).num_rows
-            if row < num_rows:
-                table = file.read_row_group(group, columns=["images"], use_threads=False)
-                return table["images"][row].as_py()
-            row -= num_rows
-    raise OSError(f"{path} has no row {row}")
+
+def _read_row(path: str, row: int) -> list[bytes]:
+    sample = _open_shard(path).read(row).sample
+    return [image for image in sample.images if isinstance(image, bytes)]
+
+
+@lru_cache(maxsize=8)
+def _open_shard(path: str) -> ShardReader:
+    folder, _, name = path.rpartition("/")
+    return ShardReader(open_folder(folder or "."), name)

@@ -9,13 +9,13 @@ import hashlib
 import json
 import pickle
 import threading
-import time
-from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import asdict
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from llava_ray.config import EvaluateConfig, LimitsConfig
 from llava_ray.errors import LlavaRayError, RequestError, SampleError
+from llava_ray.evaluate.asking import Answerer, ask, ask_patiently
 from llava_ray.evaluate.pictures import load_picture
 from llava_ray.types import (
     ChatRequest,
@@ -23,14 +23,11 @@ from llava_ray.types import (
     ImagePart,
     Message,
     Prediction,
+    PredictionStatus,
     Question,
     Sampling,
     TextPart,
 )
-
-Answerer = Callable[[ChatRequest], AsyncGenerator[Chunk]]
-ATTEMPTS = 4
-FIRST_PAUSE_S = 0.5
 
 
 class Predictor:
@@ -46,8 +43,10 @@ class Predictor:
     def __init__(
         self, config: EvaluateConfig, model: str, sampling: Sampling, model_digest: str
     ) -> None:
-        self._model, self._sampling, self._digest = model, sampling, model_digest
+        self._model, self._digest = model, model_digest
         self._settings = describe_settings(config, sampling)
+        # Other servers may not know logprobs; ours give them without changing the reply.
+        self._sampling = sampling if config.endpoint else replace(sampling, num_logprobs=0)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="predict", daemon=True).start()
         self._answer = self._run(_connect(config, model))
@@ -69,19 +68,12 @@ class Predictor:
             return await self._ask(question)
 
     async def _ask(self, question: Question) -> Prediction:
-        """Ask until there is a reply or a refusal; what breaks is tried again after a pause."""
-        pause_s = FIRST_PAUSE_S
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await self._ask_once(question)
-            except (RequestError, SampleError) as error:
-                return self._fail(question, "refused", error)
-            except LlavaRayError as error:
-                if attempt == ATTEMPTS:
-                    return self._fail(question, "failed", error)
-            await asyncio.sleep(pause_s)
-            pause_s *= 2
-        raise AssertionError("the last attempt returns")
+        try:
+            return await ask_patiently(lambda: self._ask_once(question))
+        except (RequestError, SampleError) as error:
+            return self._fail(question, "refused", error)
+        except LlavaRayError as error:
+            return self._fail(question, "failed", error)
 
     async def _ask_once(self, question: Question) -> Prediction:
         pictures = [await asyncio.to_thread(load_picture, each) for each in question.images]
@@ -90,25 +82,25 @@ class Predictor:
         request = ChatRequest(
             f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
         )
-        started, text, last = time.perf_counter(), "", None
-        async for chunk in self._answer(request):
-            text, last = text + chunk.text, chunk
-        assert last is not None
+        reply = await ask(self._answer, request)
         return Prediction(
             question.question_id,
             "answered",
-            text.strip(),
-            finish_reason=last.finish_reason,
-            latency_s=time.perf_counter() - started,
-            num_tokens=last.num_tokens,
-            num_prompt_tokens=last.num_prompt_tokens,
-            num_image_tokens=last.num_image_tokens,
+            reply.text.strip(),
+            finish_reason=reply.last.finish_reason,
+            latency_s=reply.latency_s,
+            num_tokens=reply.last.num_tokens,
+            num_prompt_tokens=reply.last.num_prompt_tokens,
+            num_image_tokens=reply.last.num_image_tokens,
+            confidence=reply.confidence,
             image_sha256=shas,
             cache_key=make_cache_key(self._digest, question, shas, self._settings),
             model_digest=self._digest,
         )
 
-    def _fail(self, question: Question, status: Any, error: LlavaRayError) -> Prediction:
+    def _fail(
+        self, question: Question, status: PredictionStatus, error: LlavaRayError
+    ) -> Prediction:
         reason = f"{type(error).__name__}: {error.message}"
         return Prediction(question.question_id, status, reason=reason, model_digest=self._digest)
 

@@ -1,122 +1,124 @@
-"""Replies on disk: the log that a run appends to and resumes from, and files from elsewhere.
+"""Files of replies from elsewhere: LLaVA's answer files, results, reviews and grades."""
 
-The log has a `Prediction` on each line; of several for one question the last counts, and a line
-that a killed process left half written is skipped.
-"""
-
-import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate import judge
-from llava_ray.evaluate.reading.files import field, read_json, read_jsonl
+from llava_ray.evaluate.reading.files import get_field, read_json, read_jsonl
 from llava_ray.types import Prediction, Question, Score
 
 
+class Row(NamedTuple):
+    """A reply as a file has it.
+
+    Attributes:
+        source_id: of the question.
+        text: the reply; "" in files that hold no more than a judge's scores.
+        prompt: what was asked; "" if the file does not say.
+        group: kind of question, in reviews.
+        score: what a judge gave.
+    """
+
+    source_id: str
+    text: str
+    prompt: str = ""
+    group: str = ""
+    score: Score | None = None
+
+
 class Replies(NamedTuple):
-    """What files from elsewhere hold: replies, or the scores that a judge gave, by question."""
+    """Replies, and the scores that a judge gave, by question."""
 
     predictions: dict[str, Prediction]
     scores: dict[str, Score]
 
 
-def append_log(path: Path, predictions: Iterable[Prediction]) -> None:
-    """Add lines to a log, at once and whole."""
-    lines = [
-        json.dumps(asdict(prediction), ensure_ascii=False) + "\n" for prediction in predictions
-    ]
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, 2)
-            lines = lines if file.read(1) == b"\n" else ["\n", *lines]  # after a killed writer
-        file.write("".join(lines).encode())
-        file.flush()
+def read_rows(path: Path) -> list[Row]:
+    """Read a file of replies.
 
-
-def read_log(path: Path) -> dict[str, Prediction]:
-    """Return the last prediction of each question in a log; none if there is no log."""
-    found: dict[str, Prediction] = {}
-    if not path.is_file():
-        return found
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            row = json.loads(line)
-            prediction = Prediction(**{**row, "image_sha256": tuple(row["image_sha256"])})
-        except (ValueError, TypeError, KeyError):
-            continue
-        found[prediction.question_id] = prediction
-    return found
-
-
-def read_replies(path: Path, questions: Sequence[Question]) -> Replies:
-    """Read a file of replies from elsewhere.
-
-    Lines of `question_id` and `text` (LLaVA's answer files), a ScienceQA result (`outputs`),
-    MM-Vet's `v1_ID: reply`, LLaVA-Bench reviews (`tuple`) and MM-Vet grades (`score`) are known.
+    Lines of `question_id` and `text` (LLaVA's answer files) or `prediction` (SEED-Bench's), a
+    ScienceQA result (`outputs`) or its analysis (`correct`, `incorrect`), MM-Vet's `v1_ID: reply`,
+    LLaVA-Bench reviews (`tuple`) and MM-Vet grades (`score`) are known.
 
     Raises:
         ConfigError: it is none of these.
+        SampleError: a row of it is not.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file of replies at {path}")
+    if path.suffix == ".json":
+        return list(_read_object(path, read_json(path)))
+    return [_read_line(row, f"{path}, row {i}") for i, row in enumerate(read_jsonl(path), 1)]
+
+
+def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -> Replies:
+    """Give each reply to its question: by id, and by what was asked where ids repeat.
+
+    Raises:
         SampleError: a reply belongs to none of the questions.
     """
-    if path.suffix == ".json":
-        return _read_object(path, read_json(path), questions)
-    finder = _Finder(questions, path)
+    left: dict[str, list[Question]] = defaultdict(list)
+    for question in questions:
+        left[question.source_id].append(question)
     replies = Replies({}, {})
-    for row in read_jsonl(path):
-        question = finder.find(field(row, "question_id", path.name), row.get("prompt"))
-        if "tuple" in row or "score" in row:
-            replies.scores[question.question_id] = judge.judge_points(
-                row["tuple"] if "tuple" in row else row["score"]
+    for row in rows:
+        candidates = left[row.source_id]
+        if not candidates:
+            raise SampleError(
+                f"{path} has a reply for {row.source_id!r}, which the benchmark does not ask, or "
+                "not so often: give the answers to the same question file"
             )
-        text = row.get("text", row.get("prediction", "")) if "tuple" not in row else ""
-        replies.predictions[question.question_id] = _answered(question, text)
+        same = [question for question in candidates if question.text == row.prompt]
+        question = (same or candidates)[0]
+        candidates.remove(question)
+        _add(replies, question, row)
     return replies
 
 
-def _read_object(path: Path, content: Any, questions: Sequence[Question]) -> Replies:
-    if isinstance(content, dict) and "outputs" in content:
-        content = content["outputs"]
+def ask_anew(rows: Sequence[Row]) -> tuple[list[Question], Replies]:
+    """Return questions for a judge's scores, whose summary needs no more than their kinds."""
+    questions, replies = [], Replies({}, {})
+    for i, row in enumerate(rows):
+        groups = (row.group,) if row.group else ()
+        questions.append(Question(f"{row.source_id}/{i}", row.prompt, groups=groups))
+        _add(replies, questions[-1], row)
+    return questions, replies
+
+
+def _add(replies: Replies, question: Question, row: Row) -> None:
+    name = question.question_id
+    replies.predictions[name] = Prediction(name, "answered", row.text)
+    if row.score is not None:
+        replies.scores[name] = row.score
+
+
+def _read_line(row: dict[str, Any], where: str) -> Row:
+    source_id = str(get_field(row, "question_id", where))
+    if "tuple" in row or isinstance(row.get("score"), list):
+        points = row["tuple"] if "tuple" in row else row["score"]
+        group = row.get("category", "").removeprefix("llava_bench_")
+        return Row(source_id, "", group=group, score=judge.judge_points(points))
+    text = row["prediction"] if "prediction" in row else get_field(row, "text", where)
+    return Row(source_id, text, row.get("prompt", ""))
+
+
+def _read_object(path: Path, content: Any) -> Iterator[Row]:
     if not isinstance(content, dict):
         raise ConfigError(
             f"{path} holds no replies: give lines of question_id and text, a ScienceQA result, or "
             "MM-Vet's replies or grades"
         )
-    finder = _Finder(questions, path)
-    replies = Replies({}, {})
-    for name, value in content.items():
-        question = finder.find(name.removeprefix("v1_"), None)
+    if "correct" in content and isinstance(content["correct"], list):
+        for row in [*content["correct"], *content["incorrect"]]:
+            yield Row(str(row["question_id"]), row["pred"], row["question"])
+        return
+    for name, value in content.get("outputs", content).items():
+        source_id = name.removeprefix("v1_")
         if isinstance(value, dict):
-            replies.scores[question.question_id] = judge.judge_grades(value["score"])
-        text = value if isinstance(value, str) else ""
-        replies.predictions[question.question_id] = _answered(question, text)
-    return replies
-
-
-class _Finder:
-    """Finds the question that a reply belongs to: by id, and by prompt where ids repeat."""
-
-    def __init__(self, questions: Sequence[Question], path: Path) -> None:
-        self._path = path
-        self._left: dict[str, list[Question]] = defaultdict(list)
-        for question in questions:
-            self._left[question.source_id].append(question)
-
-    def find(self, source_id: object, prompt: str | None) -> Question:
-        left = self._left[str(source_id)]
-        if not left:
-            raise SampleError(
-                f"{self._path} has a reply for {source_id!r}, which the task does not ask, or not "
-                "so often: give the answers to the same question file"
-            )
-        same = [question for question in left if question.text == prompt]
-        question = (same or left)[0]
-        left.remove(question)
-        return question
-
-
-def _answered(question: Question, text: str) -> Prediction:
-    return Prediction(question.question_id, "answered", text)
+            grades = get_field(value, "score", f"{path}, {name}")
+            yield Row(source_id, "", score=judge.judge_grades(grades))
+        else:
+            yield Row(source_id, str(value))

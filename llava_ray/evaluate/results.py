@@ -25,6 +25,7 @@ class TaskResult:
         statuses: questions by what became of them; "unjudged" if no verdict could be read.
         reasons: why questions were not answered or judged, and how often.
         is_covered: enough questions were scored for a headline.
+        note: why there is no file for the benchmark's server, where there should be one.
     """
 
     task: str
@@ -34,6 +35,7 @@ class TaskResult:
     statuses: dict[str, int]
     reasons: dict[str, int] = field(default_factory=dict)
     is_covered: bool = True
+    note: str = ""
 
     @property
     def coverage(self) -> float:
@@ -49,12 +51,20 @@ def score_replies(
     task: Task, questions: Sequence[Question], predictions: Mapping[str, Prediction]
 ) -> dict[str, Score]:
     """Score every question that was answered and has an answer; a judge's are not made here."""
-    scores: dict[str, Score] = {}
-    for question in questions:
-        prediction = predictions.get(question.question_id)
-        if task.score and question.answers and prediction and prediction.status == "answered":
-            scores[question.question_id] = task.score(question, prediction.text)
-    return scores
+    answered = [
+        (question, said.text)
+        for question in questions
+        if question.answers
+        and (said := predictions.get(question.question_id))
+        and said.status == "answered"
+    ]
+    if task.score:
+        return {question.question_id: task.score(question, text) for question, text in answered}
+    if task.score_together and answered:
+        asked, texts = zip(*answered, strict=True)
+        scores = task.score_together(asked, texts)
+        return {q.question_id: score for q, score in zip(asked, scores, strict=True)}
+    return {}
 
 
 def summarize_task(
@@ -73,15 +83,16 @@ def summarize_task(
         prediction = predictions.get(question.question_id)
         score = scores.get(question.question_id)
         status = prediction.status if prediction else "missing"
-        if prediction and status == "answered" and score is not None and score.value is None:
-            status = "unjudged"
-            reasons[score.why] += 1
+        if prediction and status == "answered" and score is not None:
+            if score.value is None:
+                status = "unjudged"
+                reasons[score.why] += 1
+            else:
+                rows.append(Scored(question, prediction.text, score))
         elif prediction and prediction.reason:
             reasons[prediction.reason] += 1
         statuses[status] += 1
-        if prediction and status == "answered" and score is not None:
-            rows.append(Scored(question, prediction.text, score))
-    metrics = estimate(rows, task.summarize, cluster_of=_name_cluster) if rows else {}
+    metrics = estimate(rows, task.summarize, cluster_of=name_cluster) if rows else {}
     return TaskResult(
         task.name,
         metrics,
@@ -102,7 +113,7 @@ def describe_sample(
     return {
         "id": question.question_id,
         "prompt": question.text,
-        "images": [p if isinstance(p, str) else None for p in question.images],
+        "images": list(question.images),
         "answers": list(question.answers),
         "choices": list(question.choices),
         "groups": list(question.groups),
@@ -114,6 +125,21 @@ def describe_sample(
         "why": score.why if score else "",
         "figures": list(score.figures) if score else [],
     }
+
+
+def write_task_samples(
+    output: Path,
+    task: Task,
+    questions: Sequence[Question],
+    predictions: Mapping[str, Prediction],
+    scores: Mapping[str, Score],
+) -> None:
+    """Write samples_{task}.jsonl and .parquet into a folder."""
+    samples = [
+        describe_sample(q, predictions.get(q.question_id), scores.get(q.question_id))
+        for q in questions
+    ]
+    write_samples(output / f"samples_{task.name}.jsonl", samples)
 
 
 def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -142,9 +168,11 @@ def _describe(result: TaskResult) -> dict[str, Any]:
         "num_scored": result.num_scored,
         "statuses": result.statuses,
         "reasons": result.reasons,
+        "note": result.note,
         "metrics": {name: number._asdict() for name, number in result.metrics.items()},
     }
 
 
-def _name_cluster(row: Scored) -> str:
+def name_cluster(row: Scored) -> str:
+    """Return what a row shares with those that are not independent of it."""
     return row.question.cluster or f"\0{row.question.question_id}"

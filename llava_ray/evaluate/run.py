@@ -5,31 +5,34 @@ there are scored anew, never predicted again.
 """
 
 import asyncio
-import hashlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig
-from llava_ray.errors import ConfigError, ImageError
+from llava_ray.errors import ConfigError, EngineError, ImageError, UserError
 from llava_ray.evaluate.digest import digest_model
-from llava_ray.evaluate.pictures import load_picture
+from llava_ray.evaluate.grade import grade_replies
+from llava_ray.evaluate.log import append_log, read_log
+from llava_ray.evaluate.pictures import hash_picture
 from llava_ray.evaluate.predict import Predictor, describe_settings, make_cache_key
-from llava_ray.evaluate.predictions import append_log, read_log
+from llava_ray.evaluate.report import write_report
 from llava_ray.evaluate.results import (
     TaskResult,
-    describe_sample,
     score_replies,
     summarize_task,
     write_results,
-    write_samples,
+    write_task_samples,
 )
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
 BATCHES_AT_ONCE = 2
+MAX_DEATHS = 5
+"""So often the actor that has a batch may die before the run ends."""
 
 
 class Progress(NamedTuple):
@@ -48,6 +51,7 @@ def evaluate(
     Raises:
         ConfigError: no such task, model or file.
         UserError: no server answers.
+        EngineError: a prompt breaks every actor that it is given to.
     """
     tasks = [(task, _read(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
@@ -56,11 +60,10 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     results = []
     for task, questions in tasks:
-        log = output / f"predictions_{task.name}.jsonl"
-        predict(task, questions, config, model, digest, log, on_progress)
-        results.append(_score(task, questions, config, output, read_log(log)))
-        about = {"model": config.endpoint or config.app or config.model, "name": model}
-        write_results(output / "results.json", results, {**about, "model_digest": digest})
+        predict(task, questions, config, model, digest, _find_log(output, task), on_progress)
+        results.append(_score(task, questions, config, output, on_progress))
+        write_results(output / "results.json", results, _describe_run(config, model, digest))
+    write_report(output)
     return results
 
 
@@ -74,9 +77,9 @@ def predict(
     on_progress: Callable[[Progress], None],
 ) -> None:
     """Ask what the log has no answer to, and add what comes back to it as it comes."""
-    open_questions = _find_open(
-        questions, read_log(log), digest, describe_settings(config, task.sampling)
-    )
+    known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
+    settings = describe_settings(config, task.sampling)
+    open_questions = _find_open(questions, known, digest, settings)
     num_done = len(questions) - len(open_questions)
     on_progress(Progress(task.name, num_done, len(questions)))
     for predictions in _stream(open_questions, task, config, model, digest):
@@ -92,6 +95,7 @@ def _stream(
     if not questions:
         return
     import ray.data
+    from ray.exceptions import ActorDiedError, ActorUnavailableError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -107,9 +111,17 @@ def _stream(
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
+        max_task_retries=MAX_DEATHS,
     )
-    for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-        yield [pickle.loads(each) for each in batch["prediction"]]
+    try:
+        for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+            yield [pickle.loads(each) for each in batch["prediction"]]
+    except (ActorDiedError, ActorUnavailableError) as error:
+        raise EngineError(
+            f"{task.name}: the process that runs the model died {MAX_DEATHS + 1} times on the same "
+            "questions: look into Ray's log for the cause (memory?), lower --concurrency, and run "
+            "the same command again; what was answered is kept"
+        ) from error
 
 
 def _find_open(
@@ -122,7 +134,7 @@ def _find_open(
         if prediction is None or prediction.status != "answered":
             return True
         try:
-            shas = [_hash_picture(each) for each in question.images]
+            shas = [hash_picture(each) for each in question.images]
         except ImageError:
             return True
         return prediction.cache_key != make_cache_key(digest, question, shas, settings)
@@ -130,14 +142,8 @@ def _find_open(
     return [question for question in questions if is_open(question)]
 
 
-@lru_cache(maxsize=100_000)
-def _hash_picture(picture: bytes | str) -> str:
-    return hashlib.sha256(load_picture(picture)).hexdigest()
-
-
 def _read(task: Task, config: EvaluateConfig) -> list[Question]:
-    questions = task.read(task.find_folder(Path(config.data)))
-    questions = questions[: config.limit] if config.limit else questions
+    questions = task.select(task.read_all(Path(config.data)))[: config.limit]
     ids = {question.question_id for question in questions}
     if len(ids) < len(questions):
         raise ConfigError(
@@ -151,34 +157,73 @@ def _score(
     questions: Sequence[Question],
     config: EvaluateConfig,
     output: Path,
-    predictions: dict[str, Prediction],
+    on_progress: Callable[[Progress], None],
 ) -> TaskResult:
+    predictions = {p.question_id: p for p in read_log(_find_log(output, task), Prediction)}
     scores = score_replies(task, questions, predictions)
-    samples = [
-        describe_sample(q, predictions.get(q.question_id), scores.get(q.question_id))
-        for q in questions
-    ]
-    write_samples(output / f"samples_{task.name}.jsonl", samples)
-    if task.submit:
-        replies = {i: p.text for i, p in predictions.items() if p.status == "answered"}
-        task.submit(
-            questions, replies, task.find_folder(Path(config.data)), output / f"submit_{task.name}"
+    if task.judge:
+        scores = grade_replies(
+            task.judge,
+            questions,
+            predictions,
+            config,
+            output / f"verdicts_{task.name}.jsonl",
+            on_verdict=lambda done, of: on_progress(Progress(f"{task.name}, judge", done, of)),
         )
-    return summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
+    write_task_samples(output, task, questions, predictions, scores)
+    result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
+    return replace(result, note=_submit(task, questions, predictions, config, output))
+
+
+def _submit(
+    task: Task,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    config: EvaluateConfig,
+    output: Path,
+) -> str:
+    """Write the file for the benchmark's server; return why that cannot be done."""
+    if task.submit is None:
+        return ""
+    replies = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+    folder = task.find_folder(Path(config.data))
+    try:
+        task.submit(questions, replies, folder, output / f"submit_{task.name}")
+    except UserError as error:
+        return error.message
+    return ""
+
+
+def _find_log(output: Path, task: Task) -> Path:
+    return output / f"predictions_{task.name}.jsonl"
 
 
 def _find_model(config: EvaluateConfig) -> str:
     """The name by which the model is asked."""
     if config.endpoint:
-        return config.model_name or asyncio.run(_ask_name(config.endpoint))
+        return _choose_name(asyncio.run(_list_names(config.endpoint)), config)
     return config.model_name or config.describe_model().name
 
 
-async def _ask_name(endpoint: str) -> str:
-    from llava_ray.client import Client
-
+async def _list_names(endpoint: str) -> list[str]:
     async with Client(endpoint) as client:
-        names = await client.list_models()
+        return await client.list_models()
+
+
+def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
     if not names:
-        raise ConfigError(f"the server at {endpoint} serves no model: name one with --model-name")
-    return names[0]
+        raise ConfigError(f"the server at {config.endpoint} serves no model")
+    if config.model_name and config.model_name not in names:
+        raise ConfigError(
+            f"the server at {config.endpoint} has no model {config.model_name!r}: it serves "
+            f"{', '.join(names)}"
+        )
+    return config.model_name or names[0]
+
+
+def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:
+    about = {"model": config.endpoint or config.app or config.model, "name": model}
+    about |= {"model_digest": digest}
+    if config.judge_endpoint:
+        about |= {"judge": f"{config.judge_model} at {config.judge_endpoint}"}
+    return about

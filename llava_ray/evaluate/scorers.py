@@ -8,15 +8,21 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from llava_ray.data.sources.parts import LETTERS
 from llava_ray.evaluate.answers import normalize_answer, normalize_words, strip_punctuation
 from llava_ray.types import Question, Score
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNPARSED = "FAILED"
 
 
+def score_gqa(question: Question, text: str) -> Score:
+    """Equal to the answer, once periods at its end are gone and it is in lower case (GQA)."""
+    answer = text.rstrip(".").lower()
+    return _judge(answer in question.answers, answer, question)
+
+
 def score_exact(question: Question, text: str) -> Score:
-    """Equal to one of the answers, whatever the case and without a period at the end (GQA)."""
+    """Equal to one of the answers, whatever the case and without a period at the end."""
     answer = text.rstrip(".").lower()
     rights = {right.rstrip(".").lower() for right in question.answers}
     return _judge(answer in rights, answer, question)
@@ -110,8 +116,16 @@ def _parse_choice(text: str, choices: Sequence[str]) -> str:
         return found[0]
     reply = text.lower().rstrip(".")
     equal = [letters[i] for i, choice in enumerate(choices) if choice.lower().rstrip(".") == reply]
-    named = [letters[i] for i, choice in enumerate(choices) if choice and choice.lower() in reply]
+    named = [letters[i] for i, choice in enumerate(choices) if _is_named(choice, reply)]
     return next((found[0] for found in (equal, named) if len(found) == 1), UNPARSED)
+
+
+def _is_named(choice: str, reply: str) -> bool:
+    """Does an option stand in a reply? Only languages with spaces have words to look for."""
+    words = _put_words_apart(choice)
+    if words.isascii():
+        return bool(words.strip()) and words in _put_words_apart(reply)
+    return choice.lower() in reply
 
 
 def _put_words_apart(text: str) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 from llava_ray.errors import MissingPackageError, SampleError
 from llava_ray.evaluate.answers import normalize_answer
-from llava_ray.evaluate.reading.choice import find_mmbench, read_tsv
+from llava_ray.evaluate.reading.choice import find_mmbench
 from llava_ray.evaluate.reading.files import read_jsonl
+from llava_ray.evaluate.reading.tsv import read_rows
 from llava_ray.types import Question
 
 Submit = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path]
@@ -73,15 +74,18 @@ def write_mmbench(
         raise MissingPackageError(
             "xlsx files need a package that is not installed: pip install 'llava-ray[eval]'"
         ) from error
-    rows = read_tsv(find_mmbench(folder, "cn" if "mmbench_cn" in path.name else "en"))
-    columns = [name for name in rows[0] if name not in _MMBENCH_LEFT_OUT]
-    columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
-    sheet.append(columns)
-    for row in rows:
-        row = {**row, "prediction": replies.get(row["index"])}
-        sheet.append([_number(row[name]) if name == "index" else row[name] for name in columns])
+    columns: list[str] = []
+    for _, row in read_rows(find_mmbench(folder, "cn" if "mmbench_cn" in path.name else "en")):
+        if not columns:
+            columns = [name for name in row if name not in _MMBENCH_LEFT_OUT]
+            columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
+            sheet.append(columns)
+        told = {**row, "prediction": replies.get(row["index"])}
+        sheet.append(
+            [_number(row[name]) if name == "index" else told[name] or None for name in columns]
+        )
     path = path.with_suffix(".xlsx")
     book.save(path)
     return path

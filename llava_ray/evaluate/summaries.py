@@ -58,7 +58,7 @@ def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
 def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
     """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
 
-    acc+ is the share of pictures with both questions right.
+    acc+ is the share of pictures with both questions right. A sum is there if all its subtasks are.
     """
     subtasks: dict[str, float] = {}
     details: dict[str, float] = {}
@@ -68,9 +68,11 @@ def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
         acc, acc_plus = _mean(right), _mean([_value(pair) for pair in pairs])
         subtasks[group] = acc + acc_plus
         details |= {f"{group}/acc": acc, f"{group}/acc_plus": acc_plus}
+    wholes = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
     numbers = {
-        "perception": sum(subtasks.get(name, 0.0) for name in MME_PERCEPTION),
-        "cognition": sum(subtasks.get(name, 0.0) for name in MME_COGNITION),
+        whole: sum(subtasks[name] for name in names)
+        for whole, names in wholes.items()
+        if subtasks.keys() >= set(names)
     }
     scores = {f"{group}/score": score for group, score in subtasks.items()}
     return numbers | scores | details

@@ -11,7 +11,7 @@ from pathlib import Path
 from llava_ray.errors import ConfigError
 from llava_ray.evaluate import judge as judges
 from llava_ray.evaluate import scorers, submission, summaries
-from llava_ray.evaluate.captions import score_caption, summarize_captions
+from llava_ray.evaluate.captions import score_captions, summarize_captions
 from llava_ray.evaluate.reading import choice, judged, open_answer, own, yes_no
 from llava_ray.evaluate.summaries import Summary
 from llava_ray.types import Question, Sampling, Score
@@ -26,8 +26,10 @@ class Task:
     Attributes:
         name: lmms-eval's.
         folder: of its files, within the folder of all benchmarks.
-        read: its questions.
+        read: the questions of the benchmark's files.
+        keep: which of these it asks; by default all.
         score: judges a reply; None where only a server knows the answers, or a judge grades.
+        score_together: judges all replies, where they weigh on one another's scores.
         summarize: its numbers; the first is the headline.
         max_tokens: longest reply.
         judge: how another model grades the replies.
@@ -38,7 +40,9 @@ class Task:
     name: str
     folder: str
     read: Callable[[Path], list[Question]]
+    keep: Callable[[Question], bool] | None = None
     score: Scorer | None = None
+    score_together: Callable[[Sequence[Question], Sequence[str]], list[Score]] | None = None
     summarize: Summary = summaries.summarize_accuracy
     max_tokens: int = 128
     judge: judges.Judge | None = None
@@ -48,39 +52,55 @@ class Task:
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.max_tokens, temperature=0)
 
+    def read_all(self, data: Path) -> list[Question]:
+        """Return the questions of the benchmark's files, also those that this task leaves out."""
+        return self.read(self.find_folder(data))
+
+    def select(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions that this task asks."""
+        return [each for each in questions if self.keep is None or self.keep(each)]
+
     def find_folder(self, data: Path) -> Path:
         """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
         return data / self.folder if (data / self.folder).is_dir() else data
 
 
 _ALL = (
-    Task("vqav2_val", "vqav2", open_answer.read_vqav2_val, scorers.score_vqa),
+    Task("vqav2_val", "vqav2", open_answer.read_vqav2_val, score=scorers.score_vqa),
     Task("vqav2_test", "vqav2", open_answer.read_vqav2_test, submit=submission.write_vqav2),
-    Task("gqa", "gqa", open_answer.read_gqa, scorers.score_exact, submit=submission.write_gqa),
-    Task("vizwiz_vqa_val", "vizwiz", open_answer.read_vizwiz_val, scorers.score_vqa),
+    Task("gqa", "gqa", open_answer.read_gqa, score=scorers.score_gqa, submit=submission.write_gqa),
+    Task("vizwiz_vqa_val", "vizwiz", open_answer.read_vizwiz_val, score=scorers.score_vqa),
+    Task("vizwiz_vqa_test", "vizwiz", open_answer.read_vizwiz_test, submit=submission.write_vizwiz),
     Task(
-        "vizwiz_vqa_test",
-        "vizwiz",
-        open_answer.read_vizwiz_test,
-        submit=submission.write_vizwiz,
+        "scienceqa",
+        "scienceqa",
+        choice.read_scienceqa,
+        score=scorers.score_scienceqa,
+        max_tokens=1024,
     ),
-    Task("scienceqa", "scienceqa", choice.read_scienceqa, scorers.score_scienceqa, max_tokens=1024),
     Task(
         "scienceqa_img",
         "scienceqa",
-        choice.read_scienceqa_img,
-        scorers.score_scienceqa,
+        choice.read_scienceqa,
+        keep=lambda question: bool(question.images),
+        score=scorers.score_scienceqa,
         max_tokens=1024,
     ),
-    Task("textvqa_val", "textvqa", open_answer.read_textvqa, scorers.score_textvqa),
-    Task("pope", "pope", yes_no.read_pope, scorers.score_pope, summaries.summarize_pope),
-    Task("mme", "MME", yes_no.read_mme, scorers.score_mme, summaries.summarize_mme),
+    Task("textvqa_val", "textvqa", open_answer.read_textvqa, score=scorers.score_textvqa),
+    Task(
+        "pope",
+        "pope",
+        yes_no.read_pope,
+        score=scorers.score_pope,
+        summarize=summaries.summarize_pope,
+    ),
+    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=summaries.summarize_mme),
     Task(
         "mmbench_en_dev",
         "mmbench",
         choice.read_mmbench_en,
-        scorers.score_choice,
-        summaries.summarize_circular,
+        score=scorers.score_choice,
+        summarize=summaries.summarize_circular,
         max_tokens=1024,
         submit=submission.write_mmbench,
     ),
@@ -88,8 +108,8 @@ _ALL = (
         "mmbench_cn_dev",
         "mmbench_cn",
         choice.read_mmbench_cn,
-        scorers.score_choice,
-        summaries.summarize_circular,
+        score=scorers.score_choice,
+        summarize=summaries.summarize_circular,
         max_tokens=1024,
         submit=submission.write_mmbench,
     ),
@@ -97,7 +117,7 @@ _ALL = (
         "seedbench",
         "seed_bench",
         choice.read_seedbench,
-        scorers.score_letter,
+        score=scorers.score_letter,
         submit=submission.write_seed,
     ),
     Task(
@@ -116,27 +136,27 @@ _ALL = (
         judge=judges.GRADING,
         submit=submission.write_mmvet,
     ),
-    Task("qbench", "qbench", choice.read_qbench, scorers.score_choice, max_tokens=1024),
+    Task("qbench", "qbench", choice.read_qbench, score=scorers.score_choice, max_tokens=1024),
     Task(
         "coco2014_cap_val",
         "coco",
         judged.read_coco2014,
-        score_caption,
-        summarize_captions,
+        score_together=score_captions,
+        summarize=summarize_captions,
         max_tokens=64,
     ),
     Task(
         "coco2017_cap_val",
         "coco",
         judged.read_coco2017,
-        score_caption,
-        summarize_captions,
+        score_together=score_captions,
+        summarize=summarize_captions,
         max_tokens=64,
     ),
-    Task("own_exact", "", own.read_own, scorers.score_exact),
-    Task("own_contains", "", own.read_own, scorers.score_contains, max_tokens=512),
-    Task("own_choice", "", own.read_own_choice, scorers.score_choice),
-    Task("own_vqa", "", own.read_own_vqa, scorers.score_vqa),
+    Task("own_exact", "", own.read_own, score=scorers.score_exact),
+    Task("own_contains", "", own.read_own, score=scorers.score_contains, max_tokens=512),
+    Task("own_choice", "", own.read_own_choice, score=scorers.score_choice),
+    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_vqa),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -1,29 +1,28 @@
 """Questions with options: ScienceQA, MMBench, SEED-Bench, Q-Bench."""
 
-import base64
-import binascii
-import csv
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llava_ray.data.sources.parts import LETTERS, write_options
+from llava_ray.data.sources.scienceqa import SHORT_FORMAT, convert_scienceqa
 from llava_ray.errors import SampleError
-from llava_ray.evaluate.reading.files import (
-    LETTER,
-    field,
-    find_file,
-    list_options,
-    read_json,
-)
+from llava_ray.evaluate.reading.files import LETTER, find_file, get_field, read_json
 from llava_ray.evaluate.reading.open_answer import read_llava
+from llava_ray.evaluate.reading.tsv import read_rows
+from llava_ray.template.parts import join_text
 from llava_ray.types import Question
 
 LETTER_CN = "\n请直接回答选项字母。"
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _TURN = 1_000_000
 """MMBench: the same question with its options turned has an index a multiple of this higher."""
+_NO_VALUE = frozenset(
+    "nan NaN -nan -NaN NA N/A n/a #N/A #NA <NA> NULL null None "
+    "-1.#IND -1.#QNAN 1.#IND 1.#QNAN".split()
+) | {"", "#N/A N/A"}
+"""What pandas, with which LLaVA reads MMBench, takes for an empty cell."""
 
 
 def read_scienceqa(folder: Path) -> list[Question]:
@@ -33,38 +32,40 @@ def read_scienceqa(folder: Path) -> list[Question]:
     """
     path = find_file(folder, "problems.json")
     problems = read_json(path)
-    asked: dict[str, tuple[str, str | None]] = {}
-    if (folder / "llava_test_CQM-A.json").is_file():
-        for row in read_json(folder / "llava_test_CQM-A.json"):
-            text = row["conversations"][0]["value"].replace("<image>", "").strip()
-            asked[str(field(row, "id", "llava_test_CQM-A.json"))] = text, row.get("image")
-    else:
-        for number in read_json(find_file(folder, "pid_splits.json"))["test"]:
-            problem = field(problems, number, path.name)
-            picture = f"{number}/{problem['image']}" if problem.get("image") else None
-            asked[number] = _write_scienceqa(problem), picture
-    return [
-        Question(
-            number,
-            text + LETTER,
-            (str(folder / "images" / "test" / picture),) if picture else (),
-            (chr(65 + field(problems, number, path.name)["answer"]),),
-            tuple(problems[number]["choices"]),
-            tuple(_group_scienceqa(problems[number], has_picture=bool(picture))),
-            source_id=number,
+    questions = []
+    for number, text, picture in _list_scienceqa(folder, problems):
+        problem = get_field(problems, number, path.name)
+        questions.append(
+            Question(
+                number,
+                text + LETTER,
+                (str(folder / "images" / "test" / picture),) if picture else (),
+                (LETTERS[problem["answer"]],),
+                tuple(problem["choices"]),
+                tuple(_group_scienceqa(problem, has_picture=bool(picture))),
+                source_id=number,
+            )
         )
-        for number, (text, picture) in asked.items()
-    ]
+    return questions
 
 
-def _write_scienceqa(problem: dict[str, Any]) -> str:
-    context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
-    return f"{context}{problem['question']}\n{list_options(problem['choices'])}"
-
-
-def read_scienceqa_img(folder: Path) -> list[Question]:
-    """ScienceQA's questions that have a picture: the number in LLaVA's tables."""
-    return [question for question in read_scienceqa(folder) if question.images]
+def _list_scienceqa(
+    folder: Path, problems: dict[str, Any]
+) -> Iterator[tuple[str, str, str | None]]:
+    """Yield each problem's number, its question and its picture within the split's folder."""
+    asked = folder / "llava_test_CQM-A.json"
+    if asked.is_file():
+        for i, row in enumerate(read_json(asked)):
+            number = str(get_field(row, "id", f"{asked.name}, row {i}"))
+            text = get_field(row, "conversations", f"{asked.name}, {number}")[0]["value"]
+            yield number, text.replace("<image>", "").strip(), row.get("image")
+        return
+    for number in read_json(find_file(folder, "pid_splits.json"))["test"]:
+        problem = get_field(problems, number, "problems.json")
+        known = {"split": "test", "hint": "", "image": None, **problem}
+        sample = convert_scienceqa({**known, "id": number, "format": SHORT_FORMAT})
+        picture = f"{number}/{known['image']}" if sample.images else None
+        yield number, join_text(sample.messages[0]), picture
 
 
 def _group_scienceqa(problem: dict[str, Any], *, has_picture: bool) -> Iterator[str]:
@@ -98,25 +99,25 @@ def find_mmbench(folder: Path, language: str) -> Path:
 def read_mmbench(path: Path, suffix: str) -> list[Question]:
     """A TSV of MMBench's, with pictures in base64; options end at the first that is empty."""
     questions = []
-    for row in read_tsv(path):
-        index = field(row, "index", str(path))
+    for place, row in read_rows(path):
+        index = get_field(row, "index", str(path))
         where = f"{path.name}, index {index}"
         options = []
         for letter in "ABCD":
-            if _is_none(row.get(letter)):
+            if _is_none(row.get(letter, "")):
                 break
             options.append(row[letter])
-        hint = "" if _is_none(row.get("hint")) else row["hint"] + "\n"
-        text = f"{hint}{field(row, 'question', where)}\n{list_options(options)}{suffix}"
+        hint = "" if _is_none(row.get("hint", "")) else row["hint"] + "\n"
+        question = get_field(row, "question", where)
         answer = row.get("answer", "")
         questions.append(
             Question(
                 index,
-                text,
-                (_decode(field(row, "image", where), where),),
-                (answer,) if answer else (),
+                f"{hint}{question}\n{write_options(options)}{suffix}",
+                (f"{path}#{place}",),
+                () if _is_none(answer) else (answer,),
                 tuple(options),
-                tuple(f"category/{row['category']}" for _ in range(bool(row.get("category")))),
+                (f"category/{row['category']}",) if row.get("category") else (),
                 cluster=str(int(index) % _TURN),
                 source_id=index,
             )
@@ -124,22 +125,8 @@ def read_mmbench(path: Path, suffix: str) -> list[Question]:
     return questions
 
 
-def read_tsv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a TSV; a field may hold line breaks if it is quoted."""
-    csv.field_size_limit(min(sys.maxsize, 1 << 30))
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t"))
-
-
-def _is_none(value: str | None) -> bool:
-    return value is None or value.lower() in ("", "nan", "none")
-
-
-def _decode(text: str, where: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error as error:
-        raise SampleError(f"{where}: the picture is not base64 ({error})") from error
+def _is_none(value: str) -> bool:
+    return value in _NO_VALUE or value.lower() in ("nan", "none")
 
 
 def read_seedbench(folder: Path) -> list[Question]:
@@ -150,7 +137,7 @@ def read_seedbench(folder: Path) -> list[Question]:
     by_id = {str(row["question_id"]): row for row in notes["questions"]}
     questions = []
     for question in read_llava(find_file(folder, "llava-seed-bench.jsonl"), folder):
-        note = field(by_id, question.source_id, path.name)
+        note = get_field(by_id, question.source_id, path.name)
         kind = types.get(note["question_type_id"], str(note["question_type_id"]))
         groups = (f"data/{note['data_type']}", f"type/{kind}")
         choices = tuple(note[f"choice_{letter}"] for letter in "abcd" if f"choice_{letter}" in note)
@@ -165,7 +152,7 @@ def read_qbench(folder: Path) -> list[Question]:
     path = find_file(folder, "llvisionqa_dev.json")
     questions = []
     for number, row in enumerate(read_json(path)):
-        choices = tuple(field(row, "candidates", f"{path.name}, row {number}"))
+        choices = tuple(get_field(row, "candidates", f"{path.name}, row {number}"))
         intro = "\nChoose between one of the options as follows:\n"
         right = row.get("correct_ans")
         if right is not None and right not in choices:
@@ -173,9 +160,9 @@ def read_qbench(folder: Path) -> list[Question]:
         questions.append(
             Question(
                 str(number),
-                row["question"] + intro + list_options(choices) + "\n",
+                row["question"] + intro + write_options(choices) + "\n",
                 (str(folder / "images_llvisionqa" / row["img_path"]),),
-                (chr(65 + choices.index(right)),) if right is not None else (),
+                (LETTERS[choices.index(right)],) if right is not None else (),
                 choices,
                 cluster=row["img_path"],
                 source_id=str(number),

@@ -3,11 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from llava_ray.evaluate.reading.files import field, find_file, read_json, read_jsonl
+from llava_ray.data.sources.parts import ONE_SENTENCE
+from llava_ray.evaluate.reading.files import find_file, get_field, read_json, read_jsonl
 from llava_ray.evaluate.reading.open_answer import read_llava
 from llava_ray.types import Question
-
-CAPTION = "Provide a one-sentence caption for the provided image."
 
 
 def read_llava_bench(folder: Path) -> list[Question]:
@@ -23,8 +22,8 @@ def read_llava_bench(folder: Path) -> list[Question]:
     return [
         replace(
             question,
-            answers=(field(references, question.source_id, "answers_gpt4.jsonl"),),
-            context=field(captions, question.cluster, "context.jsonl"),
+            answers=(get_field(references, question.source_id, "answers_gpt4.jsonl"),),
+            context=get_field(captions, question.cluster, "context.jsonl"),
         )
         for question in read_llava(find_file(folder, "questions.jsonl"), folder / "images")
     ]
@@ -36,8 +35,9 @@ def read_mmvet(folder: Path) -> list[Question]:
     notes = read_json(path)
     questions = []
     for question in read_llava(find_file(folder, "llava-mm-vet.jsonl"), folder / "images"):
-        note = field(notes, f"v1_{question.source_id}", path.name)
-        groups = tuple(sorted(set(note["capability"])))
+        note = get_field(notes, f"v1_{question.source_id}", path.name)
+        needed = sorted(set(get_field(note, "capability", question.source_id)))
+        groups = (*needed, f"together/{'+'.join(needed)}")
         questions.append(replace(question, answers=(note["answer"],), groups=groups))
     return questions
 
@@ -56,12 +56,13 @@ def read_coco(folder: Path, year: str, picture: str) -> list[Question]:
     """COCO's captions of a year: a question a picture, with all its captions as answers."""
     name = f"captions_val{year}.json"
     captions: dict[int, list[str]] = {}
-    for row in read_json(find_file(folder, f"annotations/{name}", name))["annotations"]:
+    path = find_file(folder, f"annotations/{name}", name)
+    for row in get_field(read_json(path), "annotations", name):
         captions.setdefault(row["image_id"], []).append(row["caption"])
     return [
         Question(
             str(number),
-            CAPTION,
+            ONE_SENTENCE,
             (str(folder / picture.format(number)),),
             tuple(texts),
             source_id=str(number),

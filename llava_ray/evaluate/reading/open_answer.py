@@ -1,14 +1,15 @@
 """Questions with a word or a phrase for an answer: VQAv2, GQA, VizWiz, TextVQA."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import SampleError
 from llava_ray.evaluate.reading.files import (
     SHORT,
-    field,
     find_file,
+    get_field,
     number_repeats,
     read_json,
     read_jsonl,
@@ -25,14 +26,14 @@ def read_vqav2_val(folder: Path) -> list[Question]:
     questions = read_json(find_file(folder, "v2_OpenEnded_mscoco_val2014_questions.json"))
     path = find_file(folder, "v2_mscoco_val2014_annotations.json")
     annotations = {
-        row["question_id"]: row for row in field(read_json(path), "annotations", path.name)
+        row["question_id"]: row for row in get_field(read_json(path), "annotations", path.name)
     }
     return [_join_vqav2(row, annotations, folder) for row in questions["questions"]]
 
 
 def _join_vqav2(row: dict[str, Any], annotations: dict[Any, Any], folder: Path) -> Question:
     number = row["question_id"]
-    note = field(annotations, number, "the file of VQAv2's annotations")
+    note = get_field(annotations, number, "the file of VQAv2's annotations")
     picture = folder / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
     return Question(
         str(number),
@@ -60,7 +61,7 @@ def read_gqa(folder: Path) -> list[Question]:
     for question in read_llava(
         find_file(folder, "llava_gqa_testdev_balanced.jsonl"), folder / "data/images"
     ):
-        note = field(notes, question.source_id, path.name)
+        note = get_field(notes, question.source_id, path.name)
         kind = "open" if note["types"]["structural"] == "query" else "binary"
         questions.append(
             _answer(question, (note["answer"],), (kind,), cluster=str(note.get("imageId", "")))
@@ -81,8 +82,10 @@ def read_vizwiz_val(folder: Path) -> list[Question]:
             row["image"],
             row["question"] + UNANSWERABLE,
             (str(folder / "val" / row["image"]),),
-            tuple(answer["answer"] for answer in field(row, "answers", f"{path.name}, row {i}")),
-            groups=(f"answer_type/{row['answer_type']}",),
+            tuple(
+                answer["answer"] for answer in get_field(row, "answers", f"{path.name}, row {i}")
+            ),
+            groups=(f"answer_type/{get_field(row, 'answer_type', row['image'])}",),
             source_id=row["image"],
         )
         for i, row in enumerate(read_json(path))
@@ -92,13 +95,14 @@ def read_vizwiz_val(folder: Path) -> list[Question]:
 def read_textvqa(folder: Path) -> list[Question]:
     """LLaVA's file with OCR tokens, answers from TextVQA_0.5.1_val.json by picture and question."""
     path = find_file(folder, "TextVQA_0.5.1_val.json")
-    notes = {(n["image_id"], n["question"].lower()): n for n in read_json(path)["data"]}
+    listed = get_field(read_json(path), "data", path.name)
+    notes = {(note["image_id"], note["question"].lower()): note for note in listed}
     questions = []
     for question in read_llava(
         find_file(folder, "llava_textvqa_val_v051_ocr.jsonl"), folder / "train_images"
     ):
         asked = extract_textvqa_question(question.text)
-        note = field(notes, (question.source_id, asked), path.name)  # type: ignore[arg-type]
+        note = get_field(notes, (question.source_id, asked), path.name)
         questions.append(_answer(question, tuple(note["answers"]), cluster=question.source_id))
     return questions
 
@@ -124,12 +128,12 @@ def read_llava(path: Path, pictures: Path) -> list[Question]:
     """LLaVA's question file: `question_id`, `text`, and mostly `image` and `category`."""
     rows = read_jsonl(path)
     ids = number_repeats(
-        field(row, "question_id", f"{path}, row {i}") for i, row in enumerate(rows)
+        get_field(row, "question_id", f"{path}, row {i}") for i, row in enumerate(rows, start=1)
     )
     return [
         Question(
             question_id,
-            field(row, "text", f"{path}, question {question_id}"),
+            get_field(row, "text", f"{path}, question {question_id}"),
             (str(pictures / row["image"]),) if row.get("image") else (),
             groups=(row["category"],) if row.get("category") else (),
             cluster=row.get("image") or "",
@@ -142,6 +146,4 @@ def read_llava(path: Path, pictures: Path) -> list[Question]:
 def _answer(
     question: Question, answers: tuple[str, ...], groups: tuple[str, ...] = (), *, cluster: str
 ) -> Question:
-    from dataclasses import replace
-
     return replace(question, answers=answers, groups=groups, cluster=cluster)

@@ -92,7 +92,7 @@ def _read_mme_answers(release: Path) -> dict[tuple[str, str, str], str]:
     for subtask in sorted(path for path in release.iterdir() if path.is_dir()):
         inner = subtask / "questions_answers_YN"
         for path in sorted((inner if inner.is_dir() else subtask).glob("*.txt")):
-            for line in path.read_text(encoding="utf-8").splitlines():
+            for line in path.read_text(encoding="utf-8").split("\n"):
                 if line.strip():
                     question, _, answer = line.strip().rpartition("\t")
                     key = (subtask.name, path.stem, clean_mme_question(question))
@@ -104,10 +104,16 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
     """MME's per-task files of answers (`picture, question, right answer, reply`, tab-separated).
 
     They hold all that their scores need: two lines after each other are of one picture.
+
+    Raises:
+        ConfigError: there is no such file.
+        SampleError: a line is not of that form.
     """
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise ConfigError(f"there are no files of MME's (color.txt, ...) at {path}")
     for file in files:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
         for number, line in enumerate(lines):
             cells: list[Any] = line.split("\t")
             if len(cells) != 4:
