@@ -14,6 +14,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "jobs" / "configs"
 CLOUDS = [ROOT / "cluster.yaml", CONFIGS / "cluster_gcp.yaml"]
+CLUSTERS = [*CLOUDS, CONFIGS / "cluster_local.yaml"]
 LARGEST_UPLOAD_BYTES = 100 << 20  # of Ray's dashboard, which takes the working directory of a job
 
 
@@ -21,12 +22,12 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_ray_accepts_a_cluster_file(path: Path) -> None:
     validate_config(prepare_config(read(path)))
 
 
-@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_every_machine_gets_the_project_and_the_token_before_ray_starts(path: Path) -> None:
     config = read(path)
     assert config["file_mounts"]["~/llava_ray"] == "."
@@ -37,12 +38,15 @@ def test_every_machine_gets_the_project_and_the_token_before_ray_starts(path: Pa
         assert (ROOT / command).exists(), f"{path.name} installs {command}, which does not exist"
 
 
-@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_the_head_takes_no_work_and_shows_its_dashboard_to_itself_alone(path: Path) -> None:
     config = read(path)
     start = " ".join(config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
-    assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+    if path in CLOUDS:
+        assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+    else:
+        assert "--num-cpus=0" in start
 
 
 @pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)

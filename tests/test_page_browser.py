@@ -22,6 +22,7 @@ pytestmark = [
 ]
 FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PATIENCE_MS = 120_000
+sync_api.expect.set_options(timeout=60_000)
 
 
 @pytest.fixture(scope="module")
@@ -159,11 +160,11 @@ def test_settings_and_the_image_mode_reach_the_gateway(page: Any, gateway: Scrip
     sent = gateway.bodies[-1]
     assert (sent["temperature"], sent["top_p"], sent["max_tokens"]) == (0.2, 0.7, 512)
     page.get_by_role("button", name="Parameters").click()
-    temperature = page.locator("#parameters input[type=range]").first
-    sync_api.expect(temperature).to_be_visible()
-    page.wait_for_load_state("networkidle")
-    temperature.press("End")
-    sync_api.expect(page.locator("#parameters input[type=number]").first).to_have_value("1")
+    temperature = page.locator("#parameters input[type=number]").first
+    sync_api.expect(temperature).to_have_value("0.2")
+    temperature.fill("1")
+    temperature.press("Tab")
+    sync_api.expect(page.locator("#parameters input[type=range]").first).to_have_value("1")
     page.locator("#parameters").get_by_label("resize").check()
     attach(page, "a.png")
     ask(page, "Changed")

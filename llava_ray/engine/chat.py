@@ -6,7 +6,7 @@ A PromptRequest goes the same way, without the template.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
@@ -19,7 +19,12 @@ from llava_ray.types import ChatRequest, Chunk, ImagePart, Prompt, PromptRequest
 
 
 async def chat(
-    engine: Engine, request: Request, *, limits: LimitsConfig, executor: Executor | None = None
+    engine: Engine,
+    request: Request,
+    *,
+    limits: LimitsConfig,
+    executor: Executor | None = None,
+    note_render: Callable[[float], None] = lambda seconds: None,
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer, or several at once; closing the iterator aborts them in the engine.
 
@@ -31,12 +36,15 @@ async def chat(
         request: the conversation, or the prompt.
         limits: what its pictures may be.
         executor: decodes pictures; default: the event loop's own threads.
+        note_render: told how many seconds decoding and rendering took.
 
     Raises:
         RequestError, EngineError: see `Engine.stream`, `images.decode`, `Template.render`.
     """
     loop = asyncio.get_running_loop()
+    started = loop.time()
     prompt = await loop.run_in_executor(executor, render, engine, request, limits)
+    note_render(loop.time() - started)
     begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
     prompts = spread(prompt, request.num_answers)
     async with aclosing(stream_all(engine, prompts)) as chunks:

@@ -12,6 +12,7 @@ from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.complete import complete, tokenize
 from llava_ray.serve import console
+from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import (
     Chunk,
     CompletionRequest,
@@ -41,6 +42,7 @@ class Replica:
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._num_streams = 0
+        self._metrics = ReplicaMetrics()
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiled before the first user waits for it
@@ -48,15 +50,21 @@ class Replica:
 
     async def chat(self, request: Request) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine."""
-        answer = chat(self._engine, request, limits=self._limits, executor=self._decoders)
-        async with aclosing(self._send(answer, request.num_answers)) as chunks:
+        answer = chat(
+            self._engine,
+            request,
+            limits=self._limits,
+            executor=self._decoders,
+            note_render=self._metrics.note_render,
+        )
+        async with aclosing(self._send(answer, request)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
     async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
         """Stream the answers to plain prompts, as `chat` does."""
         answers = complete(self._engine, request)
-        async with aclosing(self._send(answers, request.num_answers)) as chunks:
+        async with aclosing(self._send(answers, request)) as chunks:
             async for chunk in chunks:
                 yield chunk
 
@@ -69,7 +77,17 @@ class Replica:
     async def tell_context_length(self) -> int:
         return self._engine.context_length
 
-    async def _send(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
+    async def _send(
+        self, answer: AsyncGenerator[Chunk], request: Request | CompletionRequest
+    ) -> AsyncGenerator[Chunk]:
+        """Yield the pieces of an answer that are sent, and measure them."""
+        with self._metrics.follow(request) as progress:
+            async with aclosing(self._join(answer, request.num_answers)) as pieces:
+                async for piece in pieces:
+                    progress.note_piece(piece)
+                    yield piece
+
+    async def _join(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
         """Yield an answer, joined to the pieces that are sent.
 
         The first piece goes out at once. Later ones are joined while the replica as a whole would
@@ -96,6 +114,7 @@ class Replica:
 
     async def check_health(self) -> None:
         """Called by Serve; raises when the engine does not work, and Serve replaces the replica."""
+        self._metrics.note_stats(self._engine.stats())
         await self._engine.check()
 
     async def stats(self) -> dict[str, float]:

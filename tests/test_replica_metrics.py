@@ -1,0 +1,70 @@
+"""What a replica measures, and the dashboard that shows it."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from ray.util.metrics import Counter, Histogram, Metric
+
+from llava_ray.config import LimitsConfig, ModelConfig
+from llava_ray.serve.replica import Replica
+from llava_ray.serve.replica_metrics import ReplicaMetrics
+from llava_ray.types import ChatRequest, Message, Sampling, TextPart
+
+DASHBOARD = Path(__file__).parent.parent / "jobs" / "configs" / "grafana.json"
+
+
+def find_metrics(metrics: ReplicaMetrics) -> Iterator[Metric]:
+    for value in vars(metrics).values():
+        yield from value.values() if isinstance(value, dict) else [value]
+
+
+def list_series(metric: Metric) -> set[str]:
+    """Names under which Prometheus knows a metric."""
+    name = f"ray_{metric.info['name']}"
+    if isinstance(metric, Histogram):
+        return {f"{name}_{part}" for part in ("bucket", "count", "sum")}
+    return {f"{name}_total"} if isinstance(metric, Counter) else {name}
+
+
+def test_the_dashboard_asks_only_for_metrics_that_replicas_have() -> None:
+    have = set().union(*map(list_series, find_metrics(ReplicaMetrics())))
+    panels = json.loads(DASHBOARD.read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"ray_\w+", query)}
+    assert asked <= have
+    assert {name.rsplit("_", 1)[0] for name in have} == {n.rsplit("_", 1)[0] for n in asked}
+
+
+def test_the_figures_of_the_engine_that_are_shown_are_those_that_it_has() -> None:
+    replica = Replica(ModelConfig(path="echo", engine="echo"), LimitsConfig())
+    asyncio.run(replica.check_health())
+
+
+@pytest.mark.parametrize(
+    ("sampling", "end"), [(Sampling(), "stop"), (Sampling(max_tokens=1), "length")]
+)
+def test_a_request_is_logged_with_its_id_and_its_end(
+    sampling: Sampling, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asyncio.run(listen(sampling))
+    assert f"chatcmpl-7 ended: {end}" in caplog.text
+
+
+def test_a_request_that_is_refused_is_logged_with_the_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(Exception, match="context holds"):
+        asyncio.run(listen(Sampling(max_tokens=10**9)))
+    assert "chatcmpl-7 ended: context_length_exceeded" in caplog.text
+
+
+async def listen(sampling: Sampling) -> None:
+    replica = Replica(ModelConfig(path="echo", engine="echo"), LimitsConfig())
+    question = Message("user", (TextPart("one two three"),))
+    request = ChatRequest("chatcmpl-7", "echo", (question,), sampling)
+    async for _ in replica.chat(request):
+        pass

@@ -1,0 +1,80 @@
+"""The files that are deployed: Serve and the applications accept them, wherever they stand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve._private.build_app import build_app as build_deployments
+from ray.serve.schema import ServeDeploySchema
+
+from llava_ray import app
+from llava_ray.config import ServeConfig
+
+CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
+SERVE = [CONFIGS / "serve.yaml", CONFIGS / "serve_multi.yaml"]
+KUBERAY = sorted((CONFIGS / "kuberay").glob("*.yaml"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+def names_of_deployments(config: ServeConfig) -> set[str]:
+    built = build_deployments(app.build_app(config), name="api")
+    return {deployment.name for deployment in built.deployments}
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
+def test_a_serve_file_names_deployments_that_its_application_has(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(read(path))
+    api = schema.applications[0]
+    assert api.import_path == "llava_ray.app:build_app"
+    described = {deployment.name for deployment in api.deployments}
+    assert described <= names_of_deployments(ServeConfig.model_validate(api.args))
+
+
+@pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
+def test_two_gateways_answer_and_an_update_starts_the_new_before_the_old_ends(path: Path) -> None:
+    schema = ServeDeploySchema.model_validate(read(path))
+    deployments = {each.name: each for each in schema.applications[0].deployments}
+    assert deployments["gateway"].num_replicas == 2
+    assert all(each.max_surge_percent > 0 for each in deployments.values())
+
+
+def test_the_application_and_the_file_agree_on_when_a_model_sleeps() -> None:
+    api = ServeDeploySchema.model_validate(read(CONFIGS / "serve.yaml")).applications[0]
+    (model,) = ServeConfig.model_validate(api.args).models
+    deployment = next(each for each in api.deployments if each.name == model.name)
+    scaling = deployment.autoscaling_config
+    assert scaling["min_replicas"] == model.min_replicas == 0
+    assert scaling["max_replicas"] == model.max_replicas
+    assert scaling["target_ongoing_requests"] == model.target_ongoing_requests
+
+
+def test_kubernetes_serves_what_serve_deploy_serves() -> None:
+    service = read(CONFIGS / "kuberay" / "rayservice.yaml")
+    assert yaml.safe_load(service["spec"]["serveConfigV2"]) == read(CONFIGS / "serve.yaml")
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=lambda path: path.stem)
+def test_a_kubernetes_cluster_is_of_the_ray_that_is_installed_and_asks_for_a_token(
+    path: Path,
+) -> None:
+    import ray
+
+    clusters = list(find_clusters(read(path)["spec"]))
+    assert len(clusters) == 1
+    (cluster,) = clusters
+    assert cluster["rayVersion"] == ray.__version__
+    assert cluster["authOptions"] == {"mode": "token"}
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    assert all(group["minReplicas"] == 0 for group in cluster["workerGroupSpecs"])
+
+
+def find_clusters(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "headGroupSpec" in value:
+            yield value
+        for each in value.values():
+            yield from find_clusters(each)
