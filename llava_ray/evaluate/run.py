@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig
-from llava_ray.errors import ConfigError, EngineError, ImageError, UserError
+from llava_ray.errors import ConfigError, ImageError, UserError
 from llava_ray.evaluate.digest import digest_model
 from llava_ray.evaluate.grade import grade_replies
 from llava_ray.evaluate.log import append_log, read_log
@@ -31,8 +31,6 @@ from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
 BATCHES_AT_ONCE = 2
-MAX_DEATHS = 5
-"""So often the actor that has a batch may die before the run ends."""
 
 
 class Progress(NamedTuple):
@@ -51,7 +49,6 @@ def evaluate(
     Raises:
         ConfigError: no such task, model or file.
         UserError: no server answers.
-        EngineError: a prompt breaks every actor that it is given to.
     """
     tasks = [(task, _read(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
@@ -95,7 +92,6 @@ def _stream(
     if not questions:
         return
     import ray.data
-    from ray.exceptions import ActorDiedError, ActorUnavailableError
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -107,21 +103,15 @@ def _stream(
         fn_constructor_args=(config, model, task.sampling, digest),
         batch_size=config.concurrency,
         compute=ray.data.ActorPoolStrategy(
-            size=config.num_actors, max_concurrent_calls_per_actor=BATCHES_AT_ONCE
+            size=config.num_actors,
+            max_concurrent_calls_per_actor=BATCHES_AT_ONCE,
+            enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
-        max_task_retries=MAX_DEATHS,
     )
-    try:
-        for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-            yield [pickle.loads(each) for each in batch["prediction"]]
-    except (ActorDiedError, ActorUnavailableError) as error:
-        raise EngineError(
-            f"{task.name}: the process that runs the model died {MAX_DEATHS + 1} times on the same "
-            "questions: look into Ray's log for the cause (memory?), lower --concurrency, and run "
-            "the same command again; what was answered is kept"
-        ) from error
+    for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+        yield [pickle.loads(each) for each in batch["prediction"]]
 
 
 def _find_open(
