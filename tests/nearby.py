@@ -107,7 +107,7 @@ class Nearby:
 
     def __init__(self, url: str, talker: Talker, log: list[str]) -> None:
         self.url, self.talker, self.log = url, talker, log
-        self._http = httpx.AsyncClient(base_url=url, timeout=30)
+        self._http = httpx.AsyncClient(base_url=url, timeout=60)
 
     async def say(
         self, words: Any, name: str = "", headers: dict[str, str] | None = None, **fields: Any
@@ -191,7 +191,7 @@ async def run_nearby(
             await asyncio.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         nearby = Nearby(f"http://127.0.0.1:{port}", talker, lines.lines)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             yield nearby
         await nearby.close()
     finally:
