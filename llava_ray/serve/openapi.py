@@ -116,6 +116,15 @@ _MODEL = {
     },
     "required": ["id", "object", "created", "owned_by"],
 }
+_COUNTS = (
+    *("in_flight", "requests", "errors", "refused"),
+    *("prompt_tokens", "completion_tokens", "total_tokens", "image_tokens"),
+)
+_USAGE = {
+    "type": "object",
+    "properties": {"key": {"type": "string"}, **dict.fromkeys(_COUNTS, {"type": "integer"})},
+    "required": ["key", *_COUNTS],
+}
 _STATES = {
     "type": "object",
     "properties": {"status": {"type": "string"}, "models": {"type": "object"}},
@@ -189,6 +198,16 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
             "/detokenize": {
                 "post": _post(
                     "Tokens to text", "DetokenizeBody", _object(prompt={"type": "string"})
+                )
+            },
+            "/usage": {
+                "get": _get(
+                    "What the caller's key has used, or all keys for an admin's; also /v1/usage",
+                    _object(
+                        since={"type": "integer"},
+                        complete={"type": "boolean"},
+                        data={"type": "array", "items": _USAGE},
+                    ),
                 )
             },
             "/healthz": {"get": _get("The gateway lives", {"type": "object"})},
