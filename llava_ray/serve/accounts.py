@@ -136,7 +136,7 @@ class Account:
         return headers
 
     def describe(self, elsewhere: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """The object of `/usage`, with what other gateways have counted; in flight is here alone."""
+        """The object of `/usage`, with what other gateways counted; in flight: here alone."""
         used = self.totals.count()
         used.update(elsewhere or {})
         return {"key": self.key.name, "in_flight": self.num_in_flight, **used}

@@ -122,7 +122,7 @@ _COUNTS = (
 )
 _USAGE = {
     "type": "object",
-    "properties": {"key": {"type": "string"}, **dict.fromkeys(_COUNTS, {"type": "integer"})},
+    "properties": {"key": {"type": "string"}, **{name: {"type": "integer"} for name in _COUNTS}},
     "required": ["key", *_COUNTS],
 }
 _STATES = {
