@@ -67,8 +67,8 @@ def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
 
     options: dict[str, Any] = {"num_replicas": 2, "ray_actor_options": {"num_cpus": 0.05}}
     options["max_ongoing_requests"] = 100
-    model = serve.deployment(name="lasting", health_check_period_s=5, **options)(Lasting)
-    gateway = serve.deployment(name="gateway", **options)(Gateway)
+    model = serve.deployment(name="lasting", health_check_period_s=2, **options)(Lasting)
+    gateway = serve.deployment(name="gateway", health_check_period_s=2, **options)(Gateway)
     config = ServeConfig(models=[ModelConfig(path="lasting", engine="echo")], page=False)
     bound = gateway.bind(config, {"lasting": model.bind()})
     serve.run(bound, name="kills", route_prefix="/kills")

@@ -19,7 +19,10 @@ from llava_ray.serve.page.style import CSS, FONTS, MONO_FONTS
 def build_app(config: PageConfig) -> Application:
     """Return the bound application for a Serve config file: one replica, under any prefix."""
     page = serve.deployment(
-        name="page", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+        name="page",
+        max_ongoing_requests=1000,
+        health_check_period_s=2,  # one that died is missed no longer
+        ray_actor_options={"num_cpus": 0},
     )(Page)
     return page.bind(config)
 
