@@ -26,7 +26,11 @@ from llava_ray.types import ChatRequest, Chunk
 
 pytestmark = pytest.mark.slow
 NUM_CLIENTS = 8
-BODY = {"model": "lasting", "messages": [{"role": "user", "content": "Go on"}]}
+QUESTION = "Go on"
+
+
+def say(words: str) -> dict[str, Any]:
+    return {"model": "lasting", "messages": [{"role": "user", "content": words}]}
 
 
 @dataclass
@@ -59,6 +63,9 @@ def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
             return {}
 
         async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+            if request.messages[0].parts[0].text != QUESTION:
+                yield Chunk("Hello", "stop", 1, 9, 0)
+                return
             yield Chunk(f"{os.getpid()} ", None, 1, 9, 0)
             while not end.exists():
                 await asyncio.sleep(0.05)
@@ -107,7 +114,7 @@ class Client:
 def ask_gateway(place: Place) -> Callable[[Client], str]:
     def listen(client: Client) -> str:
         url, said_last = f"{place.api}/v1/chat/completions", ""
-        body = BODY | {"stream": True}
+        body = say(QUESTION) | {"stream": True}
         with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as reply:
             for line in reply.iter_lines():
                 event = (
@@ -128,7 +135,7 @@ def ask_gateway(place: Place) -> Callable[[Client], str]:
 def ask_page(place: Place) -> Callable[[Client], str]:
     def listen(client: Client) -> str:
         shown = ""
-        call = ("answer", [said("Go on")], [], "lasting", "", False, *PARAMETERS)
+        call = ("answer", [said(QUESTION)], [], "lasting", "", False, *PARAMETERS)
         for chat, _ in Visitor(place.page).run(*call):
             shown = texts(chat)[1]
             if shown.count(" ") > 1:
@@ -170,12 +177,11 @@ def wait_until_well(place: Place) -> None:
     def is_well() -> bool:
         with suppress(httpx.HTTPError):
             url = f"{place.api}/v1/chat/completions"
-            asked = httpx.post(url, json=BODY, timeout=PATIENCE_S)
+            asked = httpx.post(url, json=say("Hello"), timeout=PATIENCE_S)
             seen = httpx.get(f"{place.page}/config", timeout=PATIENCE_S)
             return (asked.status_code, seen.status_code) == (200, 200)
         return False
 
-    place.end.touch()
     wait_until(is_well, "requests are answered")
     for app, deployment, count in parts:
         wait_until(
