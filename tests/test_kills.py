@@ -27,6 +27,8 @@ from llava_ray.types import ChatRequest, Chunk
 pytestmark = pytest.mark.slow
 NUM_CLIENTS = 8
 QUESTION = "Go on"
+BROKEN = {"RemoteProtocolError", "ReadError"}
+"""What httpx says of a connection that ends in the middle of an answer."""
 
 
 def say(words: str) -> dict[str, Any]:
@@ -211,7 +213,8 @@ def test_a_gateway_that_is_killed_breaks_its_own_connections_alone(place: Place)
     wait_until(lambda: any(client.outcome for client in crowd.clients), "somebody has an error")
     crowd.let_end()
     outcomes = {client.outcome for client in crowd.clients}
-    assert outcomes == {"RemoteProtocolError", "end"}
+    assert "end" in outcomes
+    assert outcomes - {"end"} <= BROKEN
     wait_until_well(place)
 
 
@@ -222,6 +225,6 @@ def test_a_page_that_is_killed_breaks_the_answers_that_it_shows_alone(place: Pla
     wait_until(lambda: all(one.outcome for one in visitors.clients), "visitors have an error")
     callers.let_end()
     visitors.let_end()
-    assert {client.outcome for client in visitors.clients} == {"RemoteProtocolError"}
+    assert {client.outcome for client in visitors.clients} <= BROKEN
     assert {client.outcome for client in callers.clients} == {"end"}
     wait_until_well(place)
