@@ -1,7 +1,7 @@
 """One served model: what is loaded, by which engine, on what, and how it scales."""
 
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,11 @@ class ModelConfig(Section):
     engine: EngineName = Field(
         default="torch",
         description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For vllm and sglang: python (of their environment), start_timeout_s, "
+        "environment (variables), and any argument of the engine's own.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
