@@ -93,6 +93,9 @@ def _stream(
         return
     import ray.data
 
+    from llava_ray.data.session import start_ray
+
+    start_ray()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
