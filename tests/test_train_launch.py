@@ -57,7 +57,7 @@ def make_config(shards: Path, output: Path, **settings: Any) -> TrainConfig:
         "output_dir": str(output),
         "train_batch_size": 4,
         "per_device_train_batch_size": 2,
-        "num_train_epochs": 4,
+        "num_train_epochs": 3,
         "learning_rate": 1e-3,
         "num_workers": 2,
         "cpus_per_worker": 0.5,
@@ -86,7 +86,7 @@ def test_a_run_ends_with_a_model_that_loads_and_says_what_it_was_made_from(
     core = load_model(undisturbed / "export", dtype="float32", device="cpu")
     assert core.template.name == load_model(tiny_model()).template.name
     said = json.loads((undisturbed / "export" / "llava_ray_run.json").read_text())
-    assert said["step"] == 24
+    assert said["step"] == 18
     assert said["data"][0]["num_samples"] == NUM_SAMPLES
     assert load_train_config(undisturbed / "config.yaml").num_workers == 2
     checkpoints = [path for path in undisturbed.glob("checkpoint-*") if path.is_dir()]
@@ -146,7 +146,7 @@ def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_
         "vision_tower: frozen",
         "projector: trains",
         "2 samples x 1 accumulated x 2 workers = 4 a step",
-        "24 samples = 6 steps an epoch x 4 epochs = 24 steps",
+        "24 samples = 6 steps an epoch x 3 epochs = 18 steps",
         "optimizer: ",
         "1 pictures",
         "It is ",
