@@ -6,7 +6,7 @@ Shapes: T tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -48,12 +48,14 @@ def evaluate_loss(trainee: Trainee, batches: Iterator[Batch]) -> float:
 def answer_samples(trainee: Trainee, samples: Iterator[Batch], num: int) -> list[Answer]:
     """Return greedy answers to the first `num` samples, each a batch of its own.
 
-    All workers answer the first one's samples, as weights that ZeRO divides need all of them.
+    All workers answer all of them together, as weights that ZeRO divides need every worker.
     """
-    shared = [list(islice(samples, num))]
-    dist.broadcast_object_list(shared, src=0)
+    num_workers = dist.get_world_size()
+    gathered: list[list[Batch]] = [[] for _ in range(num_workers)]
+    dist.all_gather_object(gathered, list(islice(samples, -(-num // num_workers))))
+    dealt = [sample for turn in zip_longest(*gathered) for sample in turn if sample]
     trainee.engine.eval()
-    answers = [_answer(trainee, sample) for sample in shared[0] if _has_answer(sample)]
+    answers = [_answer(trainee, sample) for sample in dealt[:num] if _has_answer(sample)]
     trainee.engine.train()
     return answers
 
