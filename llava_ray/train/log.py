@@ -4,6 +4,7 @@ Lines behind the step that a run goes on from are taken away, so each step is th
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,6 +75,12 @@ class StepLine(NamedTuple):
         )
 
 
+def say_line(text: str) -> None:
+    """Write a line to standard output; Ray Train's own `print` writes each line twice."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 class RunLog:
     """The log of one worker; only the first one's is written anywhere."""
 
@@ -81,7 +88,7 @@ class RunLog:
         self,
         folder: Path | None,
         *,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say_line,
         trackers: Sequence[Any] = (),
         send: Callable[[], None] = lambda: None,
         every: int = 1,
