@@ -18,6 +18,7 @@ from llava_ray.cli import (
     delta,
     demo,
     doctor,
+    evaluate,
     export,
     keys,
     serve,
@@ -39,6 +40,7 @@ app.command()(doctor.doctor)
 app.command()(convert.convert)
 app.command()(export.export)
 app.command()(train.train)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data", no_args_is_help=True)
 app.add_typer(delta.app, name="delta", no_args_is_help=True)
 app.add_typer(keys.app, name="keys", no_args_is_help=True)

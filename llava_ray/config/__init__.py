@@ -5,6 +5,7 @@ variables `LLAVA_RAY_<FIELD>`, the defaults in these files. Unknown names are re
 """
 
 from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig
+from llava_ray.config.evaluate import EvaluateConfig
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, hash_key
 from llava_ray.config.limits import FetchConfig, LimitsConfig
 from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
@@ -21,6 +22,7 @@ __all__ = [
     "DataConfig",
     "DatasetConfig",
     "EngineName",
+    "EvaluateConfig",
     "FetchConfig",
     "KeyConfig",
     "LimitsConfig",
