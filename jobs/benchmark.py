@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from benchmark_data import benchmark_data
+from benchmark_evaluate import benchmark_evaluate
 from PIL import Image
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -381,6 +382,7 @@ def benchmark_load(
 
 
 cli.command("data")(benchmark_data)
+cli.command("evaluate")(benchmark_evaluate)
 
 if __name__ == "__main__":
     cli()

@@ -5,6 +5,7 @@ there are scored anew, never predicted again.
 """
 
 import asyncio
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig
-from llava_ray.errors import ConfigError, ImageError, UserError
+from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.digest import digest_model
 from llava_ray.evaluate.grade import grade_replies
 from llava_ray.evaluate.log import append_log, read_log
@@ -76,7 +77,7 @@ def predict(
     """Ask what the log has no answer to, and add what comes back to it as it comes."""
     known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
-    open_questions = _find_open(questions, known, digest, settings)
+    open_questions = find_open(questions, known, digest, settings)
     num_done = len(questions) - len(open_questions)
     on_progress(Progress(task.name, num_done, len(questions)))
     for predictions in _stream(open_questions, task, config, model, digest):
@@ -92,7 +93,11 @@ def _stream(
     if not questions:
         return
     import ray.data
+    from ray.exceptions import RayTaskError
 
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
@@ -110,14 +115,19 @@ def _stream(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
     )
-    for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-        yield [pickle.loads(each) for each in batch["prediction"]]
+    try:
+        for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+            yield [pickle.loads(each) for each in batch["prediction"]]
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaRayError):
+            raise error.cause from None
+        raise
 
 
-def _find_open(
+def find_open(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
-    """The questions without an answer that still holds for this model and these pictures."""
+    """Return the questions without an answer that holds for this model, pictures and settings."""
 
     def is_open(question: Question) -> bool:
         prediction = known.get(question.question_id)
@@ -139,6 +149,8 @@ def _read(task: Task, config: EvaluateConfig) -> list[Question]:
         raise ConfigError(
             f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
         )
+    if task.judge:
+        task.judge.load_wording(config.judge_wording)  # or hours pass before it is found missing
     return questions
 
 
@@ -214,6 +226,8 @@ def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
 def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:
     about = {"model": config.endpoint or config.app or config.model, "name": model}
     about |= {"model_digest": digest}
+    if config.limit:
+        about |= {"limit": f"the first {config.limit} questions of each task"}
     if config.judge_endpoint:
         about |= {"judge": f"{config.judge_model} at {config.judge_endpoint}"}
     return about
