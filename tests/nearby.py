@@ -16,6 +16,7 @@ import uvicorn
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.serve import console
 from llava_ray.serve.gateway import build_api
+from llava_ray.serve.ledger import Exchange
 from llava_ray.types import Chunk, ImagePart, PromptRequest, Request, TextPart
 
 PATH = "/v1/chat/completions"
@@ -174,13 +175,14 @@ class _Lines(logging.Handler):
 
 @asynccontextmanager
 async def run_nearby(
-    *, model: dict[str, Any] | None = None, **config: Any
+    *, model: dict[str, Any] | None = None, exchange: Exchange | None = None, **config: Any
 ) -> AsyncIterator[Nearby]:
     """Run a gateway with these fields of `ServeConfig`, and of `ModelConfig` for its one model."""
     models = [ModelConfig(path="talker", engine="echo", **(model or {}))]
     talker, lines = Talker(), _Lines()
     handles: Any = {"talker": talker}
-    api = build_api(ServeConfig(models=models, page=False, **config), handles)
+    described = ServeConfig(models=models, page=False, **config)
+    api = build_api(described, handles, exchange=exchange)
     options: dict[str, Any] = {"port": 0, "log_level": "error", "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(api, **options))
     console.logger.addHandler(lines)

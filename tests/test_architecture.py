@@ -27,6 +27,7 @@ MAY_IMPORT = {
         "cli/",
         "serve/",
         "data/convert.py",
+        "data/session.py",
         "data/stream.py",
         "train/launch.py",
         "evaluate/predict.py",

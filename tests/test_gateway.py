@@ -428,3 +428,31 @@ def test_the_gateway_holds_no_torch() -> None:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert loaded.stdout.split() == []
+
+
+def test_a_hundred_clients_that_hang_up_leave_nothing_running(served: str) -> None:
+    from ray import serve
+
+    body = say("on and on", stream=True, max_tokens=4000, ignore_eos=True)
+
+    async def leave(client: httpx.AsyncClient) -> None:
+        async with client.stream("POST", PATH, json=body) as reply:
+            async for line in reply.aiter_lines():
+                if "and" in line:
+                    return
+        raise AssertionError("the answer ended before its client left")
+
+    async def come() -> None:
+        limits = httpx.Limits(max_connections=100)
+        async with httpx.AsyncClient(base_url=served, timeout=PATIENCE_S, limits=limits) as client:
+            await asyncio.gather(*[leave(client) for _ in range(100)])
+
+    asyncio.run(come())
+    handle: Any = serve.get_deployment_handle("echo", app_name="app")
+
+    def is_over() -> bool:
+        stats = handle.stats.remote().result()
+        (usage,) = httpx.get(f"{served}/usage", timeout=PATIENCE_S).json()["data"]
+        return (stats["num_running"], stats["cache_tokens_used"], usage["in_flight"]) == (0, 0, 0)
+
+    wait_until(is_over, "no answer is under way")

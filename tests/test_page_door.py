@@ -1,5 +1,7 @@
 """What a stranger may send to the page: raw calls of Gradio's API, as no browser makes them."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +16,7 @@ from pages import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said,
 from patience import PATIENCE_S
 
 from llava_ray.serve.page import door
+from llava_ray.serve.page.store import make_store
 
 META = {"_type": "gradio.FileData"}
 get = partial(httpx.get, timeout=PATIENCE_S)
@@ -212,3 +215,24 @@ def test_old_uploads_are_deleted_and_examples_are_not() -> None:
         data = {"index": 0, "value": None}
         ((chat, _),) = visitor.run("add_example", [], [], False, event_data=data)
         assert Path(chat[0]["content"][0]["file"]["path"]).exists()
+
+
+def test_what_a_page_left_that_was_killed_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, pathlib
+        from llava_ray.serve.page.store import make_store
+        folder = make_store(pathlib.Path({str(tmp_path)!r}))
+        pathlib.Path(folder, "upload.png").touch()
+        print(folder, flush=True)
+        input()"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:
+        assert other.stdout
+        theirs = Path(other.stdout.readline().strip())
+        ours = Path(make_store(tmp_path))
+        assert {path.name for path in tmp_path.iterdir()} == {theirs.name, ours.name}
+        other.kill()
+        other.wait()
+        third = Path(make_store(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {ours.name, third.name}

@@ -22,6 +22,7 @@ from llava_ray.cli import (
     export,
     keys,
     serve,
+    train,
 )
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
@@ -38,6 +39,7 @@ app.command()(build.build)
 app.command()(doctor.doctor)
 app.command()(convert.convert)
 app.command()(export.export)
+app.command()(train.train)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data", no_args_is_help=True)
 app.add_typer(delta.app, name="delta", no_args_is_help=True)

@@ -12,6 +12,7 @@ from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
 from llava_ray.config.page import ModerationConfig, PageConfig
 from llava_ray.config.section import Section, refuse_unknown
 from llava_ray.config.serve import WORKER_ADDRESS, LlavaProtocolConfig, ServeConfig
+from llava_ray.config.train import TrainConfig
 
 __all__ = [
     "CLIENT_KEY_VARIABLE",
@@ -31,6 +32,7 @@ __all__ = [
     "PageConfig",
     "Section",
     "ServeConfig",
+    "TrainConfig",
     "hash_key",
     "refuse_unknown",
 ]

@@ -5,7 +5,6 @@ there are scored anew, never predicted again.
 """
 
 import asyncio
-import logging
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -95,9 +94,9 @@ def _stream(
     import ray.data
     from ray.exceptions import RayTaskError
 
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    from llava_ray.data.session import start_ray
+
+    start_ray()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = False
