@@ -52,18 +52,14 @@ class Predictor:
         self._answer, self._problem = None, None
         try:
             self._answer = self._run(_connect(config, model))
-        except LlavaRayError as error:  # Ray tells the driver what a call raises, not this
+        except LlavaRayError as error:  # told by calls: Ray would wrap it beyond recognition
             self._problem = error
         self._free = self._run(_make_semaphore(config.concurrency))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Return the predictions of a batch, pickled.
-
-        Raises:
-            LlavaRayError: the model could not be loaded.
-        """
+        """Return the predictions of a batch, pickled; or the error that the model does not load."""
         if self._problem:
-            raise self._problem
+            return {"prediction": [pickle.dumps(self._problem)]}
         questions = [pickle.loads(each) for each in batch["question"]]
         return {"prediction": [pickle.dumps(p) for p in self._run(self._ask_all(questions))]}
 

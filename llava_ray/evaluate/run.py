@@ -92,7 +92,6 @@ def _stream(
     if not questions:
         return
     import ray.data
-    from ray.exceptions import RayTaskError
 
     from llava_ray.data.session import start_ray
 
@@ -114,13 +113,12 @@ def _stream(
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus,
     )
-    try:
-        for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-            yield [pickle.loads(each) for each in batch["prediction"]]
-    except RayTaskError as error:
-        if isinstance(error.cause, LlavaRayError):
-            raise error.cause from None
-        raise
+    for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+        told = [pickle.loads(each) for each in batch["prediction"]]
+        for each in told:
+            if isinstance(each, LlavaRayError):
+                raise each
+        yield told
 
 
 def find_open(
