@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,22 +45,32 @@ def test_the_figures_of_the_engine_that_are_shown_are_those_that_it_has() -> Non
     asyncio.run(replica.check_health())
 
 
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Serve's log, which it keeps from its parents in a process that runs Serve."""
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize(
     ("sampling", "end"), [(Sampling(), "stop"), (Sampling(max_tokens=1), "length")]
 )
 def test_a_request_is_logged_with_its_id_and_its_end(
-    sampling: Sampling, end: str, caplog: pytest.LogCaptureFixture
+    sampling: Sampling, end: str, log: pytest.LogCaptureFixture
 ) -> None:
     asyncio.run(listen(sampling))
-    assert f"chatcmpl-7 ended: {end}" in caplog.text
+    assert f"chatcmpl-7 ended: {end}" in log.text
 
 
 def test_a_request_that_is_refused_is_logged_with_the_error(
-    caplog: pytest.LogCaptureFixture,
+    log: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(Exception, match="context holds"):
         asyncio.run(listen(Sampling(max_tokens=10**9)))
-    assert "chatcmpl-7 ended: context_length_exceeded" in caplog.text
+    assert "chatcmpl-7 ended: context_length_exceeded" in log.text
 
 
 async def listen(sampling: Sampling) -> None:
