@@ -34,6 +34,7 @@ def build_app(config: ServeConfig) -> Application:
         num_replicas=config.num_gateways,
         # Beside the API's requests: the page's open streams and questions about health.
         max_ongoing_requests=config.limits.max_in_flight + 1000,
+        health_check_period_s=2,  # one that died is missed no longer
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)

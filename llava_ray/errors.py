@@ -22,6 +22,7 @@
     │   └── RateLimitError            an API key has used up what it may; 429
     ├── DeadlineError                 a request took longer than it may; 504
     ├── UnreachableError              a server behind this one does not answer; 502
+    ├── TrainingError                 a training run that cannot go on as it is
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -192,6 +193,12 @@ class DeadlineError(LlavaRayError):
 
     status = 504
     code = "deadline_exceeded"
+
+
+class TrainingError(LlavaRayError):
+    """A training run that cannot go on: its loss is no number, or memory ran out."""
+
+    code = "training_error"
 
 
 class EngineError(LlavaRayError):

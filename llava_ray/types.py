@@ -265,3 +265,86 @@ class Chunk(NamedTuple):
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""
         return later._replace(text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row of a benchmark: what a model is asked, and what its reply is measured by.
+
+    Attributes:
+        question_id: names it within its task, in every run.
+        text: the whole question, as the model reads it after the pictures.
+        images: where the pictures are (see `evaluate.pictures`).
+        answers: what is right: one text, ten annotators' answers, five captions, ...
+        choices: the options' texts, where there are options; the first is A.
+        groups: what the score is broken down by ("split/adversarial", "grade/1-6").
+        cluster: rows that share it are not independent (two questions about one picture).
+        context: what only a judge reads: the picture, described in words.
+        source_id: its id in the benchmark's files, which need not be unique.
+    """
+
+    question_id: str
+    text: str
+    images: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    cluster: str = ""
+    context: str = ""
+    source_id: str = ""
+
+
+PredictionStatus = Literal["answered", "refused", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What became of a question that a model was asked.
+
+    Attributes:
+        question_id: of the question.
+        status: "refused": it cannot be asked as it is (no such picture, too long); "failed": it
+            could be, but the model or the way to it broke.
+        text: the reply, if it was answered.
+        reason: why not, otherwise.
+        finish_reason: see `Chunk`.
+        latency_s: from the question to the end of the reply.
+        num_tokens: of the reply.
+        num_prompt_tokens: of the prompt, image tokens included.
+        num_image_tokens: of the prompt's pictures.
+        confidence: geometric mean of the probabilities that the model gave its own tokens; None
+            where it was not told.
+        image_sha256: of each picture's file.
+        cache_key: digest of model, question, pictures and settings; "" if it came from elsewhere.
+        model_digest: of the model's files, or of the address that was asked.
+    """
+
+    question_id: str
+    status: PredictionStatus
+    text: str = ""
+    reason: str = ""
+    finish_reason: FinishReason | None = None
+    latency_s: float = 0.0
+    num_tokens: int = 0
+    num_prompt_tokens: int = 0
+    num_image_tokens: int = 0
+    confidence: float | None = None
+    image_sha256: tuple[str, ...] = ()
+    cache_key: str = ""
+    model_digest: str = ""
+
+
+class Score(NamedTuple):
+    """A scorer's judgment of one reply.
+
+    Attributes:
+        value: 0 to 1 (a judge's is on the judge's scale); None: it could not be judged.
+        answer: what was read out of the reply.
+        why: how the value came about, in a few words.
+        figures: further numbers that the task's summary is made of.
+    """
+
+    value: float | None
+    answer: str = ""
+    why: str = ""
+    figures: tuple[float, ...] = ()

@@ -19,7 +19,7 @@ ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
     r"ignore::DeprecationWarning:ray\.data",  # of its own settings, whenever it copies them
     # asyncio leaves the transports of TLS handshakes that failed to the garbage collector
-    "ignore:Exception ignored in. <(function _SelectorTransport|socket.socket)"
+    "ignore:Exception ignored in. <(function _S(elector|SLProtocol)Transport|socket.socket)"
     ":pytest.PytestUnraisableExceptionWarning",
     "ignore:subprocess .* is still running:ResourceWarning",  # Ray does not wait for its own
 )

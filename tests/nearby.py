@@ -16,6 +16,7 @@ import uvicorn
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.serve import console
 from llava_ray.serve.gateway import build_api
+from llava_ray.serve.ledger import Exchange
 from llava_ray.types import Chunk, ImagePart, PromptRequest, Request, TextPart
 
 PATH = "/v1/chat/completions"
@@ -107,7 +108,7 @@ class Nearby:
 
     def __init__(self, url: str, talker: Talker, log: list[str]) -> None:
         self.url, self.talker, self.log = url, talker, log
-        self._http = httpx.AsyncClient(base_url=url, timeout=30)
+        self._http = httpx.AsyncClient(base_url=url, timeout=60)
 
     async def say(
         self, words: Any, name: str = "", headers: dict[str, str] | None = None, **fields: Any
@@ -174,13 +175,14 @@ class _Lines(logging.Handler):
 
 @asynccontextmanager
 async def run_nearby(
-    *, model: dict[str, Any] | None = None, **config: Any
+    *, model: dict[str, Any] | None = None, exchange: Exchange | None = None, **config: Any
 ) -> AsyncIterator[Nearby]:
     """Run a gateway with these fields of `ServeConfig`, and of `ModelConfig` for its one model."""
     models = [ModelConfig(path="talker", engine="echo", **(model or {}))]
     talker, lines = Talker(), _Lines()
     handles: Any = {"talker": talker}
-    api = build_api(ServeConfig(models=models, page=False, **config), handles)
+    described = ServeConfig(models=models, page=False, **config)
+    api = build_api(described, handles, exchange=exchange)
     options: dict[str, Any] = {"port": 0, "log_level": "error", "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(api, **options))
     console.logger.addHandler(lines)
@@ -191,7 +193,7 @@ async def run_nearby(
             await asyncio.sleep(0.005)
         port = server.servers[0].sockets[0].getsockname()[1]
         nearby = Nearby(f"http://127.0.0.1:{port}", talker, lines.lines)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             yield nearby
         await nearby.close()
     finally:

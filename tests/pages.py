@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from gradio_client.utils import apply_diff
+from patience import PATIENCE_S
 from PIL import Image
 
 from llava_ray.config import PageConfig
@@ -152,23 +153,26 @@ class Visitor:
         self._api = f"{address}/gradio_api"
         self._query = query
         self._session = uuid.uuid4().hex
-        config = httpx.get(f"{address}/config").raise_for_status().json()
+        config = httpx.get(f"{address}/config", timeout=PATIENCE_S).raise_for_status().json()
         self._events = {event["api_name"]: event["id"] for event in config["dependencies"]}
         self._running = ""
 
     def upload(self, name: str, data: bytes) -> dict[str, Any]:
-        path = httpx.post(f"{self._api}/upload", files={"files": (name, data)}).json()[0]
+        files = {"files": (name, data)}
+        answer = httpx.post(f"{self._api}/upload", files=files, timeout=PATIENCE_S)
+        (path,) = answer.raise_for_status().json()
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     def run(self, name: str, *data: Any, event_data: Any = None) -> Iterator[list[Any]]:
         """Start an event of the page and yield its outputs as they grow."""
         call = {"data": data, "fn_index": self._events[name], "session_hash": self._session}
         call["event_data"] = event_data
-        joined = httpx.post(f"{self._api}/queue/join?{self._query}", json=call).raise_for_status()
+        join = f"{self._api}/queue/join?{self._query}"
+        joined = httpx.post(join, json=call, timeout=PATIENCE_S).raise_for_status()
         self._running = joined.json()["event_id"]
         shown: list[Any] = []
         url = f"{self._api}/queue/data?session_hash={self._session}"
-        with httpx.stream("GET", url, timeout=60) as told:
+        with httpx.stream("GET", url, timeout=PATIENCE_S) as told:
             for line in told.iter_lines():
                 event = json.loads(line.removeprefix("data:") or "{}")
                 if event.get("msg") == "process_completed" and not event["success"]:
@@ -183,7 +187,7 @@ class Visitor:
     def stop(self, name: str) -> None:
         call = {"session_hash": self._session, "event_id": self._running}
         call["fn_index"] = self._events[name]
-        httpx.post(f"{self._api}/cancel", json=call).raise_for_status()
+        httpx.post(f"{self._api}/cancel", json=call, timeout=PATIENCE_S).raise_for_status()
 
     def answer(self, chat: list[Any], *, model: str = "echo") -> list[list[str]]:
         """All that the chat showed, one after the other, as texts."""

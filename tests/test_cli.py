@@ -7,9 +7,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 from endless import EndlessServer, run_endless_server
+from patience import PATIENCE_S, wait_until_ready
 from PIL import Image
 
 COMMAND = [sys.executable, "-m", "llava_ray.cli"]
@@ -80,8 +80,8 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> 
         talk.stdin.flush()
         assert talk.stdout.read(6) == "on and"
         talk.send_signal(signal.SIGINT)
-        assert endless.abandoned.wait(10)
-        _, told = talk.communicate("/clear\n", timeout=20)
+        assert endless.abandoned.wait(PATIENCE_S)
+        _, told = talk.communicate("/clear\n", timeout=PATIENCE_S)
     assert "(stopped)" in told
     assert "a new conversation" in told
     assert talk.returncode == 0
@@ -146,11 +146,11 @@ def test_serve_answers_on_its_port_until_ctrl_c() -> None:
         try:
             assert server.stderr
             told = next(line for line in server.stderr if "Ctrl-C" in line)
-            answer = httpx.get(f"http://127.0.0.1:{port}/readyz").json()
+            ready = wait_until_ready(f"http://127.0.0.1:{port}")
             server.send_signal(signal.SIGINT)
-            server.communicate(timeout=60)
+            server.communicate(timeout=2 * PATIENCE_S)
         finally:
             server.kill()  # or leaving the block waits for ever for one that does not end
     assert port in told
-    assert answer["models"] == {"echo": "ready"}
+    assert ready["models"] == {"echo": "ready"}
     assert server.returncode == 0

@@ -15,6 +15,7 @@ from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
 from llava_ray.errors import AuthError, OverloadedError, RateLimitError
+from llava_ray.serve import front
 from llava_ray.serve.accounts import Account
 from llava_ray.serve.usage import Usage
 from llava_ray.serve.waiting_room import WaitingRoom
@@ -245,7 +246,17 @@ def test_a_full_gateway_says_so_at_once() -> None:
     play(scene, limits=LimitsConfig(max_in_flight=1))
 
 
-def test_the_queue_before_a_model_is_bounded_and_fair_between_keys() -> None:
+def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rooms: list[WaitingRoom] = []
+
+    def build_room(*args: Any, **options: Any) -> WaitingRoom:
+        rooms.append(WaitingRoom(*args, **options))
+        return rooms[0]
+
+    monkeypatch.setattr(front, "WaitingRoom", build_room)
+
     async def scene(there: Nearby) -> None:
         log, talker = there.log, there.talker
         async with there.stream("linger", "alice"):
@@ -253,7 +264,7 @@ def test_the_queue_before_a_model_is_bounded_and_fair_between_keys() -> None:
             for number, name in enumerate(["alice", "alice", "alice", "bob"], 1):
                 words = f"{name} {number}"
                 tasks[words] = asyncio.create_task(there.say(words, name))
-                await asyncio.sleep(0.05)
+                await there.until(lambda: rooms[0].num_waiting == min(number, 3))  # noqa: B023
             # three may wait: bob took the place of the last of alice, who had them all
             assert error_of(await tasks.pop("alice 3")) == (503, "overloaded")
             refused = await there.say("alice 5", "alice")
@@ -273,11 +284,11 @@ def test_waiting_has_an_end() -> None:
         async with there.stream("linger"):
             refused = await there.say("Hello")
             assert error_of(refused) == (503, "overloaded")
-            assert "had no room for 0.1 s" in refused.json()["error"]["message"]
+            assert "had no room for 1 s" in refused.json()["error"]["message"]
         await there.until(lambda: there.talker.num_running == 0)
         assert (await there.say("Hello")).status_code == 200
 
-    play(scene, limits=LimitsConfig(max_wait_s=0.1), model={"max_ongoing_requests": 1})
+    play(scene, limits=LimitsConfig(max_wait_s=1), model={"max_ongoing_requests": 1})
 
 
 def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
@@ -307,6 +318,22 @@ def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
     asyncio.run(scene())
 
 
+def test_who_leaves_when_its_place_is_taken_gives_up_no_seat() -> None:
+    async def scene() -> None:
+        room = WaitingRoom("m", num_seats=1, max_waiting=2, max_wait_s=30)
+        await room.enter("first")
+        tasks = [asyncio.create_task(room.enter("many")) for _ in range(2)]
+        await asyncio.sleep(0)
+        late = asyncio.create_task(room.enter("one"))
+        await asyncio.sleep(0)  # its place is that of the last of the others
+        tasks[1].cancel()
+        await asyncio.wait(tasks[1:])
+        assert room.num_waiting == 2
+        assert not late.done()
+
+    asyncio.run(scene())
+
+
 def test_a_room_without_places_to_wait_refuses_at_once() -> None:
     async def scene() -> None:
         room = WaitingRoom("m", num_seats=1, max_waiting=0, max_wait_s=30)
@@ -324,9 +351,9 @@ def test_a_request_that_takes_too_long_is_stopped(stream: bool) -> None:
         assert error_of(late) == (504, "deadline_exceeded")
         assert "longer than the 0.1 s" in late.json()["error"]["message"]
         await there.until(lambda: there.talker.num_running == 0)
-        late = await there.say("linger", headers={"X-Request-Timeout": "0.1"})
+        late = await there.say("linger", headers={"X-Request-Timeout": "2"})
         assert error_of(late) == (504, "deadline_exceeded")
-        async with there.stream("linger", headers={"X-Request-Timeout": "0.5"}) as events:
+        async with there.stream("linger", headers={"X-Request-Timeout": "2"}) as events:
             assert (await anext(events))["error"]["code"] == "deadline_exceeded"
             assert [event async for event in events] == []
         await there.until(lambda: there.talker.num_running == 0)

@@ -16,7 +16,7 @@ from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.regions import Region, Regions
-from llava_ray.engine.runner import LlavaRunner
+from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
@@ -167,6 +167,29 @@ def test_packed_weights_compute_the_same_logits(dtype, tolerance):
     pack_linears(core.model)
     assert any(isinstance(module, PackedLinear) for module in core.model.modules())
     assert (before - last_logits(core)).abs().max() < tolerance * before.abs().max()
+
+
+@pytest.mark.parametrize(("read", "num_computed"), [(-2, 1), (-1, 2), (0, 0), ([0, 1], 1)])
+def test_layers_of_the_tower_that_are_not_read_are_not_computed(read, num_computed):
+    core = load_model(tiny_model(), dtype="float32", device="cpu")
+    core.model.config.vision_feature_layer = read
+    layers = core.model.model.vision_tower.encoder.layers
+    computed = []
+    for layer in layers:
+        layer.mlp.register_forward_hook(lambda *_, layer=layer: computed.append(layer))
+    read_layer = read if isinstance(read, int) else max(read)
+    pixels = core.encode("<image>", [picture()])["pixel_values"]
+
+    def look():
+        output = core.model.model.vision_tower(pixels, output_hidden_states=True)
+        return output.hidden_states[read_layer]
+
+    before = look()
+    assert len(computed) == len(layers) == 2
+    computed.clear()
+    pass_over_unread_layers(core.model.model)
+    assert torch.equal(look(), before)
+    assert computed == list(layers[:num_computed])
 
 
 def test_weights_that_need_32_bits_keep_them():

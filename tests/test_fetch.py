@@ -187,7 +187,7 @@ def run(
     play: Callable[[World], Awaitable[Any]], fetch: dict[str, Any] | None = None, **limits: Any
 ) -> Any:
     async def go() -> Any:
-        async with asyncio.timeout(30), world(fetch, **limits) as there:
+        async with asyncio.timeout(60), world(fetch, **limits) as there:
             result = await play(there)
             assert there.web.num_inner == 0, "the inner network was reached"
             return result
@@ -299,7 +299,8 @@ def test_a_bad_web_server_is_named_and_what_it_did(path: str, words: str) -> Non
         assert "example" in caught.value.message
         assert there.web.num_sent < 20e6
 
-    run(play, {"timeout_s": 0.6}, max_image_bytes=100_000)
+    timeout_s = 0.6 if "took longer" in words else 25  # or a busy machine is too slow for the rest
+    run(play, {"timeout_s": timeout_s}, max_image_bytes=100_000)
 
 
 @pytest.mark.parametrize("media_type", ["image/webp", "application/octet-stream", ""])
@@ -346,7 +347,7 @@ def test_tls_verifies_the_name_and_not_the_address(tmp_path: Path) -> None:
     trusting.load_verify_locations(certificate)
 
     async def play() -> None:
-        async with asyncio.timeout(30), run_bad_web(server) as web:
+        async with asyncio.timeout(60), run_bad_web(server) as web:
             there = World(web, {}, {})
             there.fetcher = Fetcher(there.limits, resolve=there.names.resolve, ssl_context=trusting)
             assert await there.get(f"https://good.example:{web.port}/a.png") == [png()]

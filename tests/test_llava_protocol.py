@@ -324,7 +324,7 @@ def slow(served: str) -> str:
                     if words == "pause" and number == 1:
                         await asyncio.sleep(4)  # a little longer than the gateway keeps quiet
                     if number == 3 and words == "die later":
-                        await asyncio.sleep(0.3)  # what was said is out by then
+                        await asyncio.sleep(1.5)  # what was said is out by then
                         os._exit(1)
                     if number == 3 and words == "break later":
                         raise EngineError("the engine broke: try again")

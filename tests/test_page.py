@@ -11,6 +11,7 @@ import httpx
 import pytest
 from endless import EndlessServer, run_endless_server
 from pages import PARAMETERS, Visitor, red_png, said, texts
+from patience import PATIENCE_S
 from PIL import Image
 
 from llava_ray.client import LONGEST_SIDE, Client, shrink_picture
@@ -41,12 +42,13 @@ def aside(served: str) -> Iterator[Aside]:
 
 
 def test_the_page_asks_nothing_of_other_hosts(served: str) -> None:
-    html = httpx.get(served + "/").text
+    html = httpx.get(served + "/", timeout=PATIENCE_S).text
     assert "LLaVA" in html
     tags = re.findall(r"<(?:script|link|img)[^>]+>", html)
     assert tags
     assert not [tag for tag in tags if re.search(r"(src|href)=.(https?:)?//", tag)]
-    assert not re.search(r"@import|url\(.?http", httpx.get(served + "/theme.css").text)
+    css = httpx.get(served + "/theme.css", timeout=PATIENCE_S).text
+    assert not re.search(r"@import|url\(.?http", css)
 
 
 def test_an_answer_grows_and_ends_with_its_figures(served: str) -> None:
@@ -97,7 +99,8 @@ def test_a_page_of_its_own_draws_scenes_with_questions_under_its_prefix(aside: A
     ((box, *chips),) = Visitor(aside.address).run("draw")
     url = box["files"][0]["url"]
     assert url.startswith(f"{aside.address}/gradio_api/file=")
-    assert Image.open(io.BytesIO(httpx.get(url).content)).size == (432, 432)
+    drawn = httpx.get(url, timeout=PATIENCE_S).content
+    assert Image.open(io.BytesIO(drawn)).size == (432, 432)
     assert chips[0]["value"] == "Describe the picture."
 
 
@@ -109,7 +112,7 @@ def test_stop_closes_the_stream_at_the_gateway(aside: Aside) -> None:
             break
     assert not aside.gateway.abandoned.is_set()
     visitor.stop("answer")
-    assert aside.gateway.abandoned.wait(10)
+    assert aside.gateway.abandoned.wait(PATIENCE_S)
 
 
 def test_a_visitor_who_leaves_stops_the_answer(aside: Aside) -> None:
@@ -119,7 +122,7 @@ def test_a_visitor_who_leaves_stops_the_answer(aside: Aside) -> None:
     next(views)
     assert not aside.gateway.abandoned.is_set()
     views.close()
-    assert aside.gateway.abandoned.wait(20)
+    assert aside.gateway.abandoned.wait(PATIENCE_S)
 
 
 def test_a_question_without_an_answer_is_not_sent_again() -> None:

@@ -22,6 +22,7 @@ pytestmark = [
 ]
 FAKE_CAMERA = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 PATIENCE_MS = 120_000
+QUIET_MS = 500
 sync_api.expect.set_options(timeout=60_000)
 
 
@@ -43,6 +44,7 @@ def address(gateway: ScriptedGateway, log: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    sync_api.expect.set_options(timeout=PATIENCE_MS)
     with sync_api.sync_playwright() as playwright:
         options = {"executable_path": CHROMIUM, "args": ["--no-sandbox", *FAKE_CAMERA]}
         browser = playwright.chromium.launch(**options)
@@ -57,21 +59,59 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     page.context.close()
 
 
+class Traffic:
+    """What a page has asked of the server, and what of it is under way."""
+
+    def __init__(self, page: Any) -> None:
+        self.num_asked = 0
+        self.under_way: set[Any] = set()
+        page.on("request", self._begin)
+        page.on("requestfinished", self._end)
+        page.on("requestfailed", self._end)
+
+    def _begin(self, request: Any) -> None:
+        self.num_asked += 1
+        self.under_way.add(request)
+
+    def _end(self, request: Any) -> None:
+        self.under_way.discard(request)
+
+
 def open_page(browser: Any, url: str, **options: Any) -> Any:
     context = browser.new_context(**{"viewport": {"width": 1100, "height": 900}, **options})
     context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
+    page.traffic = Traffic(page)
     page.goto(url)
     page.locator("#chat .example").first.wait_for()
     sync_api.expect(page.locator("#model input")).not_to_have_value("")
-    page.wait_for_load_state("networkidle")  # or Gradio loses what is done meanwhile
+    settle(page)
     return page
 
 
-def ask(page: Any, text: str) -> None:
+def settle(page: Any) -> None:
+    """Wait until the page asks nothing of the server: Gradio may lose what is done meanwhile.
+
+    Its state "networkidle" does not tell: once reached, it stays.
+    """
+    num_asked = -1
+    while page.traffic.under_way or page.traffic.num_asked != num_asked:
+        num_asked = page.traffic.num_asked
+        page.wait_for_timeout(QUIET_MS)
+
+
+def send(page: Any, text: str) -> None:
     page.locator("#box textarea").fill(text)
-    page.keyboard.press("Enter")
+    page.locator("#box textarea").press("Enter")
+
+
+def ask(page: Any, text: str) -> None:
+    send(page, text)
     see(page, "#chat", f"heard: {text}")
+    wait_until_answered(page)
+
+
+def wait_until_answered(page: Any) -> None:
     page.locator("#box button[aria-label=Submit]").wait_for()
 
 
@@ -92,14 +132,13 @@ def test_the_address_chooses_a_model_and_the_list_is_sorted_and_reloads(
     assert model.input_value() == "echo"
     gateway.models.append("a-new-one")
     page.locator("#reload").click()
-    sync_api.expect(page.locator("#reload")).to_be_enabled()
-    page.wait_for_load_state("networkidle")
+    settle(page)
     model.click()
-    names = [name.strip() for name in page.get_by_role("option").all_inner_texts()]
+    options = page.get_by_role("option")
+    sync_api.expect(options).to_have_count(5)
+    names = [name.split()[-1] for name in options.all_inner_texts()]
     gateway.models.remove("a-new-one")
-    assert [name.split("\n")[-1] for name in names] == [
-        *("a-new-one", "broken", "echo", "endless", "other")
-    ]
+    assert names == ["a-new-one", "broken", "echo", "endless", "other"]
 
 
 def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
@@ -112,15 +151,16 @@ def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
     see(page, "#chat", "heard: Three (3 pictures)")
     page.get_by_role("button", name="Edit question").click()
     page.locator("#box img").wait_for()
-    page.wait_for_load_state("networkidle")
-    assert page.locator("#box textarea").input_value() == "Three"
+    sync_api.expect(page.locator("#box textarea")).to_have_value("Three")
+    settle(page)
     ask(page, "Changed")
     see(page, "#chat", "heard: Changed (3 pictures)")
-    assert page.get_by_text("heard: Three").count() == 0
+    sync_api.expect(page.get_by_text("heard: Three")).to_have_count(0)
     num_asked = len(gateway.bodies)
     page.get_by_role("button", name="Regenerate").click()
-    page.locator("#box button[aria-label=Stop]").wait_for()
-    page.locator("#box button[aria-label=Submit]").wait_for()
+    while len(gateway.bodies) == num_asked:
+        page.wait_for_timeout(50)
+    wait_until_answered(page)
     assert gateway.bodies[num_asked]["messages"] == gateway.bodies[num_asked - 1]["messages"]
     page.get_by_role("button", name="Clear").last.click()
     page.locator("#chat .example").first.wait_for()
@@ -175,8 +215,7 @@ def test_settings_and_the_image_mode_reach_the_gateway(page: Any, gateway: Scrip
 
 def test_stop_keeps_what_is_there(page: Any, browser: Any, address: str) -> None:
     other = open_page(browser, f"{address}/?model=endless")
-    other.locator("#box textarea").fill("Go")
-    other.keyboard.press("Enter")
+    send(other, "Go")
     see(other, "#chat", "on and on")
     ask(page, "Meanwhile")  # two visitors at once
     other.locator("#box button[aria-label=Stop]").click()
@@ -187,24 +226,23 @@ def test_stop_keeps_what_is_there(page: Any, browser: Any, address: str) -> None
 
 def test_an_error_has_its_cause_and_request_id(browser: Any, address: str) -> None:
     page = open_page(browser, f"{address}/?model=broken")
-    page.locator("#box textarea").fill("Hi")
-    page.keyboard.press("Enter")
+    send(page, "Hi")
     see(page, "#chat", "it broke: ask another model [request page-")
     page.context.close()
 
 
 def test_markdown_and_code_are_rendered_with_tokens_and_time(page: Any) -> None:
-    page.locator("#box textarea").fill("markdown")
-    page.keyboard.press("Enter")
+    send(page, "markdown")
     for part in ("h2", "li strong", "pre code.language-python", "td", "small.figures"):
         page.locator(f"#chat {part}").first.wait_for()
-    assert re.search(r"\d+ tokens · \d+\.\d s", page.locator("#chat small").inner_text())
+    figures = page.locator("#chat small.figures")
+    sync_api.expect(figures).to_have_text(re.compile(r"\d+ tokens · \d+\.\d s"))
 
 
 def test_an_example_and_the_chips_of_a_scene_are_asked(page: Any) -> None:
     page.locator("#chat .example").first.click()
     see(page, "#chat", "(1 pictures)")
-    page.locator("#box button[aria-label=Submit]").wait_for()
+    wait_until_answered(page)
     page.get_by_role("button", name="Draw a new scene").click()
     page.get_by_role("button", name="Describe the picture.").click()
     see(page, "#chat", "heard: Describe the picture. (2 pictures)")
@@ -220,6 +258,7 @@ def test_votes_and_a_correction_are_recorded(page: Any, log: Path) -> None:
     page.locator("#correction textarea").fill("Better")
     page.get_by_role("button", name="Record the correction").click()
     see(page, "#chat", "Better")
+    settle(page)
     row = next(row for row in read_feedback(log) if "Vote" in str(row["conversations"]))
     assert (row["vote"], row["flag"], row["corrected"]) == ("up", True, "Better")
 
@@ -227,11 +266,11 @@ def test_votes_and_a_correction_are_recorded(page: Any, log: Path) -> None:
 def test_two_models_answer_side_by_side_and_are_compared(page: Any, log: Path) -> None:
     page.locator("#double input").check()
     page.locator("#other-chat").wait_for()
+    settle(page)
     page.locator("#other-model input").fill("other")
-    page.keyboard.press("Enter")
-    page.wait_for_load_state("networkidle")
-    page.locator("#box textarea").fill("Both")
-    page.keyboard.press("Enter")
+    page.locator("#other-model input").press("Enter")
+    settle(page)
+    send(page, "Both")
     see(page, "#chat", "echo heard: Both")
     see(page, "#other-chat", "other heard: Both")
     page.get_by_role("button", name="Right is better").click()
@@ -254,8 +293,7 @@ def test_the_conversation_is_downloaded_with_its_pictures(page: Any) -> None:
 def test_a_phone_needs_no_sideways_scrolling(browser: Any, address: str, scheme: str) -> None:
     size = {"width": 390, "height": 844}
     page = open_page(browser, f"{address}/?model=echo", viewport=size, color_scheme=scheme)
-    page.locator("#box textarea").fill("markdown")
-    page.keyboard.press("Enter")
+    send(page, "markdown")
     page.locator("#chat small.figures").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert (page.locator("body.dark").count() == 1) == (scheme == "dark")
@@ -265,6 +303,7 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, address: str, scheme:
 def test_the_keyboard_reaches_every_control_and_shows_where_it_is(page: Any) -> None:
     reached = {}
     page.locator("#model input").focus()
+    settle(page)  # the list of models is refreshed
     for _ in range(40):
         name, outline = page.evaluate(
             """() => { const on = document.activeElement; return [

@@ -1,7 +1,10 @@
 """What a stranger may send to the page: raw calls of Gradio's API, as no browser makes them."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -10,10 +13,15 @@ from typing import Any
 import httpx
 import pytest
 from pages import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said, texts
+from patience import PATIENCE_S
 
 from llava_ray.serve.page import door
+from llava_ray.serve.page.store import make_store
 
 META = {"_type": "gradio.FileData"}
+get = partial(httpx.get, timeout=PATIENCE_S)
+post = partial(httpx.post, timeout=PATIENCE_S)
+request = partial(httpx.request, timeout=PATIENCE_S)
 REFUSED = r"not uploaded here|components are not accepted"
 SECRET = "the operator's own words"
 
@@ -166,31 +174,32 @@ def test_what_is_nested_too_deeply_is_refused(page: str) -> None:
 )
 def test_routes_that_the_page_does_not_use_are_closed(page: str, path: str) -> None:
     for method in ("GET", "POST"):
-        answer = httpx.request(method, f"{page}/gradio_api/{path}", json={"data": []})
+        answer = request(method, f"{page}/gradio_api/{path}", json={"data": []})
         assert answer.status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "/proc/self/environ", "pyproject.toml"])
 def test_files_of_the_server_are_not_given_out(page: str, path: str) -> None:
     for asked in (path, "%2e%2e/" * 9 + path.lstrip("/")):
-        assert httpx.get(f"{page}/gradio_api/file={asked}").status_code in (403, 404)
+        answer = get(f"{page}/gradio_api/file={asked}")
+        assert answer.status_code in (403, 404)
 
 
 def test_too_much_at_once_is_refused(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "MAX_UPLOAD_BYTES", 1000)
     monkeypatch.setattr(door, "MAX_EVENT_BYTES", 1000)
     files = [("files", (f"{number}.png", b"x" * 400)) for number in range(3)]
-    assert httpx.post(f"{page}/gradio_api/upload", files=files).status_code == 413
+    assert post(f"{page}/gradio_api/upload", files=files).status_code == 413
     body = b'{"data": ["' + b"x" * 1000
-    assert httpx.post(f"{page}/gradio_api/queue/join", content=body).status_code == 413
+    assert post(f"{page}/gradio_api/queue/join", content=body).status_code == 413
     # Without a length: it is cut off where it is too long.
     pieces = iter([b"x" * 900, b"y" * 900])
-    assert httpx.post(f"{page}/gradio_api/queue/join", content=pieces).status_code == 400
+    assert post(f"{page}/gradio_api/queue/join", content=pieces).status_code == 400
 
 
 def test_a_full_store_takes_no_more_pictures(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(door, "MAX_STORE_BYTES", 10)
-    answer = httpx.post(f"{page}/gradio_api/upload", files={"files": ("a.png", red_png())})
+    answer = post(f"{page}/gradio_api/upload", files={"files": ("a.png", red_png())})
     assert (answer.status_code, "try again later" in answer.text) == (507, True)
 
 
@@ -198,7 +207,7 @@ def test_old_uploads_are_deleted_and_examples_are_not() -> None:
     with run_page(ScriptedGateway(), uploads_kept_s=1) as address:
         visitor = Visitor(address)
         upload = visitor.upload("red.png", red_png())
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE_S
         while Path(upload["path"]).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         with pytest.raises(RuntimeError, match="deleted by now"):
@@ -206,3 +215,24 @@ def test_old_uploads_are_deleted_and_examples_are_not() -> None:
         data = {"index": 0, "value": None}
         ((chat, _),) = visitor.run("add_example", [], [], False, event_data=data)
         assert Path(chat[0]["content"][0]["file"]["path"]).exists()
+
+
+def test_what_a_page_left_that_was_killed_is_deleted_by_the_next_one(tmp_path: Path) -> None:
+    code = f"""if True:
+        import os, pathlib
+        from llava_ray.serve.page.store import make_store
+        folder = make_store(pathlib.Path({str(tmp_path)!r}))
+        pathlib.Path(folder, "upload.png").touch()
+        print(folder, flush=True)
+        input()"""
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as other:
+        assert other.stdout
+        theirs = Path(other.stdout.readline().strip())
+        ours = Path(make_store(tmp_path))
+        assert {path.name for path in tmp_path.iterdir()} == {theirs.name, ours.name}
+        other.kill()
+        other.wait()
+        third = Path(make_store(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {ours.name, third.name}

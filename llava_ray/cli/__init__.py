@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import llava_ray
-from llava_ray.cli import build, chat, convert, data, delta, demo, doctor, export, keys, serve
+from llava_ray.cli import (
+    build,
+    chat,
+    convert,
+    data,
+    delta,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    keys,
+    serve,
+    train,
+)
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
 
@@ -26,6 +39,8 @@ app.command()(build.build)
 app.command()(doctor.doctor)
 app.command()(convert.convert)
 app.command()(export.export)
+app.command()(train.train)
+app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(data.app, name="data", no_args_is_help=True)
 app.add_typer(delta.app, name="delta", no_args_is_help=True)
 app.add_typer(keys.app, name="keys", no_args_is_help=True)

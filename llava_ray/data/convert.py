@@ -7,7 +7,6 @@ See `parts` for the reader, `write` for the workers, and `target` for the folder
 how a conversion goes on that was stopped.
 """
 
-import logging
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from ray.exceptions import RayTaskError
 from llava_ray.config import ConvertConfig
 from llava_ray.data.manifest import Manifest
 from llava_ray.data.parts import cut_parts
+from llava_ray.data.session import start_ray
 from llava_ray.data.target import (
     REJECTS,
     PartRecord,
@@ -77,9 +77,7 @@ def convert(
 
 def _convert_parts(config: ConvertConfig, done: frozenset[int]) -> Iterator[PartRecord]:
     """Yield a record of each part that was written, as soon as it is."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    start_ray()
     source = _PartSource(config, done)
     parts = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
     parts.context.target_max_block_size = 1  # a part is a block of its own

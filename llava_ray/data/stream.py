@@ -8,7 +8,6 @@ them; here the plan says what comes next, and readers only prepare what they are
 its work once more. The readers end when nobody holds the stream any more.
 """
 
-import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from llava_ray.data.collate import Batch, Dropped, collate
 from llava_ray.data.encode import Example, load_encoder
 from llava_ray.data.plan import Plan, Position
 from llava_ray.data.pool import Pool, PoolReader, make_plan, open_pool
+from llava_ray.data.session import start_ray
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, SampleError
 
 
@@ -104,8 +104,7 @@ def _list_tasks(plan: Plan, worker: Worker, position: Position, num_epochs: int)
 def _read_ahead(
     tasks: Iterator[_Task], config: DataConfig, checkpoint: Checkpoint, pool: Pool
 ) -> Iterator[Batch]:
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.WARNING)
+    start_ray()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote: Any = ray.remote(BatchMaker).options(
         num_cpus=config.reader_cpus,

@@ -6,7 +6,7 @@ attention over the cache -> logits of the last tokens -> one token for each comp
 Shapes: B sequences, T tokens, N images, P image tokens an image, D hidden, V vocabulary.
 """
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -41,6 +41,15 @@ def select_pictures(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] 
     """Return those of a prompt's inputs that belong to its pictures; None if it has none."""
     text = ("input_ids", "attention_mask", "token_type_ids")
     return {name: value for name, value in inputs.items() if name not in text} or None
+
+
+def pass_over_unread_layers(model: Any) -> None:
+    """Let the vision tower's layers above those that `model` reads hand on what they are given."""
+    read = model.config.vision_feature_layer
+    layers = getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
+    heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
+    for layer in layers[max(heights) :]:
+        layer.forward = lambda hidden_states, *_args, **_options: hidden_states
 
 
 class LlavaRunner:
@@ -89,6 +98,7 @@ class LlavaRunner:
             device=self.device,
         )
         self._scratch = Region(cache_tokens, 1)
+        pass_over_unread_layers(self._model)
         pack_linears(core.model)
 
     @torch.inference_mode()

@@ -176,7 +176,7 @@ def _inspect_original(
     base_folder = None
     parts: tuple[Part, ...] = ()
     if kind != "full":
-        base_folder = _find_base(folder, kind, adapter, base)
+        base_folder = _find_base(folder, kind, adapter, base or config.get("llava_ray_base"))
         parts = _read_base(base_folder)
     if kind in ("full", "delta"):
         parts = (*parts, Part(weights, "delta" if kind == "delta" else "weights"))

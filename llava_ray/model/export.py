@@ -84,18 +84,51 @@ def export_model(
         sources=(checkpoint.folder, checkpoint.base, checkpoint.tower_folder),
         num_bytes=0 if form == "projector" else num_bytes,
     ) as scratch:
-        limit = parse_size(max_shard_size)
         core = load_model(path, base=base, vision_tower=vision_tower, dtype=precision, device="cpu")
         if dtype is None:
             _keep_precision(core.model, stored)
         ends = sorted(core.eos_token_ids)
         core.model.generation_config.eos_token_id = ends if len(ends) > 1 else (ends or [None])[0]
-        if form in ("hf", "vllm"):
-            _write_published(scratch, core, form, limit)
-        else:
-            place = Path(out).expanduser().resolve()
-            _write_original(scratch, core, form, limit, place=place, tower_name=tower_name)
+        place = Path(out).expanduser().resolve()
+        write_core(
+            scratch,
+            core,
+            form,
+            place=place,
+            max_shard_size=max_shard_size,
+            tower_name=tower_name,
+        )
     return Path(out)
+
+
+def write_core(
+    folder: Path,
+    core: Core,
+    form: str,
+    *,
+    place: Path | None = None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
+    tower_name: str | None = None,
+    fields: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a model in memory into an empty folder.
+
+    Args:
+        folder: where to.
+        core: the model, not quantized, with what belongs to it.
+        form: one of `FORMS`.
+        place: where the folder will lie in the end; default: where it is.
+        max_shard_size: of a weight file.
+        tower_name: as of `export_model`.
+        fields: further ones of config.json.
+    """
+    limit = parse_size(max_shard_size)
+    named = {**_name_template(core), **(fields or {})}
+    if form in ("hf", "vllm"):
+        _write_published(folder, core, form, limit, named)
+    else:
+        place = place or folder
+        _write_original(folder, core, form, limit, named, place=place, tower_name=tower_name)
 
 
 def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> None:
@@ -144,9 +177,10 @@ def _keep_precision(model: Any, stored: Mapping[str, Stored]) -> None:
             )
 
 
-def _write_published(folder: Path, core: Core, form: str, max_shard_size: int) -> None:
+def _write_published(
+    folder: Path, core: Core, form: str, max_shard_size: int, fields: dict[str, Any]
+) -> None:
     checkpoint = core.checkpoint
-    fields = _name_template(core)
     files: list[Path] = []
     if checkpoint.layout == "published":
         files = _find_processor_files(checkpoint)
@@ -174,12 +208,12 @@ def _write_original(
     core: Core,
     form: str,
     max_shard_size: int,
+    fields: dict[str, Any],
     *,
     place: Path,
     tower_name: str | None,
 ) -> None:
     parts = (folder, core.model, core.processor, core.checkpoint)
-    fields = _name_template(core)
     if not (core.checkpoint.in_pieces or agrees(core.tokenizer, core.tokenizer)):
         fields["llava_ray_whole_prompts"] = True
     if form == "projector":

@@ -1,8 +1,12 @@
-"""What each API key has used and may still use, as one gateway has seen it since it started."""
+"""What each API key has used and may still use, as one gateway has seen it since it started.
+
+What other gateways have seen comes from `ledger.py`.
+"""
 
 import math
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +27,18 @@ class Totals:
     num_prompt_tokens: int = 0
     num_image_tokens: int = 0
     num_completion_tokens: int = 0
+
+    def count(self) -> Counter[str]:
+        """The counts under their names in `/usage`; those of several gateways can be added."""
+        return Counter(
+            requests=self.num_requests,
+            errors=self.num_errors,
+            refused=self.num_refused,
+            prompt_tokens=self.num_prompt_tokens,
+            completion_tokens=self.num_completion_tokens,
+            total_tokens=self.num_prompt_tokens + self.num_completion_tokens,
+            image_tokens=self.num_image_tokens,
+        )
 
     def add(self, used: Usage, *, is_error: bool) -> None:
         """Count a request that is over."""
@@ -101,6 +117,12 @@ class Account:
             budget.take(used.num_prompt_tokens + used.num_tokens)
         self.totals.add(used, is_error=is_error)
 
+    def take_elsewhere(self, num_requests: int, num_tokens: int) -> None:
+        """Take from the budgets what the key has used at other gateways."""
+        for budgets, amount in ((self._requests, num_requests), (self._tokens, num_tokens)):
+            for budget in budgets:
+                budget.take(amount)
+
     def describe_limits(self) -> dict[str, str]:
         """The headers of OpenAI's API that say what is left, of the tightest budget of a kind."""
         headers = {}
@@ -113,19 +135,11 @@ class Account:
                 headers[name.format("reset")] = f"{math.ceil(budget.wait_s(budget.amount))}s"
         return headers
 
-    def describe(self) -> dict[str, Any]:
-        """The usage object of `/v1/usage`."""
-        return {
-            "key": self.key.name,
-            "requests": self.totals.num_requests,
-            "errors": self.totals.num_errors,
-            "refused": self.totals.num_refused,
-            "in_flight": self.num_in_flight,
-            "prompt_tokens": self.totals.num_prompt_tokens,
-            "completion_tokens": self.totals.num_completion_tokens,
-            "total_tokens": self.totals.num_prompt_tokens + self.totals.num_completion_tokens,
-            "image_tokens": self.totals.num_image_tokens,
-        }
+    def describe(self, elsewhere: Mapping[str, int] | None = None) -> dict[str, Any]:
+        """The object of `/usage`, with what other gateways counted; in flight: here alone."""
+        used = self.totals.count()
+        used.update(elsewhere or {})
+        return {"key": self.key.name, "in_flight": self.num_in_flight, **used}
 
     def _check(self) -> None:
         most, name = self.key.max_in_flight, self.key.name

@@ -118,9 +118,12 @@ class Backend:
         visit.note_first()
         return Answer(self, first, response, visit, num_answers=request.num_answers)
 
+    def note_alive(self) -> None:
+        """A chunk came: the model is well."""
+        self._answered_at = time.monotonic()
+
     def end(self) -> None:
         """An answer is over: the next request may have its seat."""
-        self._answered_at = time.monotonic()
         self._room.leave()
 
 
@@ -149,6 +152,7 @@ class Answer:
 
     def _note(self, chunk: Chunk) -> Chunk:
         self._visit.note_chunk(chunk)
+        self._backend.note_alive()
         self._num_open -= chunk.finish_reason is not None
         return chunk
 

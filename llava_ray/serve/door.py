@@ -3,13 +3,12 @@
     VisitMiddleware -> DoorMiddleware -> routes
     key -> account (429) -> place of an earlier try taken -> room in the gateway (503) -> deadline
 
-Everything here is one gateway's own; several do not know of each other's counts.
+Everything here is one gateway's own, but what keys have used: see `ledger.py`.
 """
 
 import asyncio
 import hmac
 import math
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -27,6 +26,7 @@ from llava_ray.errors import (
 )
 from llava_ray.serve.accounts import Account
 from llava_ray.serve.deadline import Deadline
+from llava_ray.serve.ledger import Exchange, SharedUsage
 from llava_ray.serve.login import read_key
 from llava_ray.serve.openai_answers import ErrorReply, describe_error
 from llava_ray.serve.visits import Visit, send_reply
@@ -38,13 +38,18 @@ _GIVING_WAY_S = 1.0  # for the first try to be gone, when the second one comes
 
 
 class Door:
-    """Knows the keys, and what is going on under each."""
+    """Knows the keys, and what is going on under each.
 
-    def __init__(self, config: ServeConfig) -> None:
+    Args:
+        config: the application's.
+        exchange: reaches the ledger that all gateways share; None: there is this one alone.
+    """
+
+    def __init__(self, config: ServeConfig, exchange: Exchange | None = None) -> None:
         self.limits = config.limits
         self._is_open = not config.api_keys
         self._accounts = [Account(key) for key in config.api_keys or [_ANYBODY]]
-        self._since = int(time.time())
+        self._usage = SharedUsage(self._accounts, exchange)
         self._num_in_flight = 0
         self._tries: dict[tuple[str, str], Visit] = {}
 
@@ -72,12 +77,11 @@ class Door:
             )
         return found
 
-    def describe_usage(self, caller: str) -> dict[str, Any]:
-        """Return the body of `/v1/usage` for the key of that name: its own, or an admin's all."""
+    async def describe_usage(self, caller: str) -> dict[str, Any]:
+        """Return the body of `/usage` for the key of that name: its own, or an admin's all."""
         own = [account for account in self._accounts if account.key.name == caller]
         seen = self._accounts if own[0].key.is_admin else own
-        usage = [account.describe() for account in seen]
-        return {"object": "list", "since": self._since, "data": usage}
+        return await self._usage.describe(seen)
 
     async def begin(self, account: Account, visit: Visit, headers: Headers) -> None:
         """Let a request in; `end` is called when it is over.
@@ -96,6 +100,7 @@ class Door:
                 f"the gateway has {self.limits.max_in_flight:,} requests to do, as many as it may: "
                 "try again in a moment"
             )
+        self._usage.sync_soon()  # a refusal counts too
         account.begin()
         self._num_in_flight += 1
         if visit.retry_key:
@@ -105,6 +110,7 @@ class Door:
         """Count what a request used; a later one may use its Idempotency-Key."""
         self._num_in_flight -= 1
         account.end(visit.usage, is_error=bool(visit.error))
+        self._usage.sync_soon()
         visit.is_over.set()
         if self._tries.get((account.key.name, visit.retry_key)) is visit:
             del self._tries[account.key.name, visit.retry_key]

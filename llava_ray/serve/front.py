@@ -120,8 +120,8 @@ class Front:
         return json_response(describe_api(list(self._backends)))
 
     async def show_usage(self, request: Request) -> Response:
-        """`GET /v1/usage`: of the caller's key, or of all keys for an admin's."""
-        return json_response(self._door.describe_usage(request.state.visit.key))
+        """`GET /usage`: of the caller's key, or of all keys for an admin's."""
+        return json_response(await self._door.describe_usage(request.state.visit.key))
 
     async def say_alive(self) -> Response:
         """`GET /healthz`: this process answers."""

@@ -20,6 +20,7 @@ from llava_ray.serve import console, llava_protocol
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.door import Describe, Door, DoorMiddleware
 from llava_ray.serve.front import Front
+from llava_ray.serve.ledger import Exchange, open_ledger
 from llava_ray.serve.llava_routes import PATHS, build_llava_app
 from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.responses import answer_error, answer_no_route
@@ -49,7 +50,8 @@ class Gateway:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the gateway's process, after the constructor."""
-        api = build_api(self._config, self._models, self._workers)
+        exchange = open_ledger(serve.get_replica_context().app_name)
+        api = build_api(self._config, self._models, self._workers, exchange)
         if self._config.page:
             self._hand_over_key()
             from llava_ray.serve.page import mount_page
@@ -73,6 +75,7 @@ def build_api(
     config: ServeConfig,
     models: Mapping[str, DeploymentHandle],
     workers: DeploymentHandle | None = None,
+    exchange: Exchange | None = None,
 ) -> FastAPI:
     """Return the HTTP application, on which a page may be mounted.
 
@@ -80,8 +83,9 @@ def build_api(
         config: the application's; its limits hold here.
         models: for each model's name a handle on which `chat` and `stats` can be called.
         workers: a handle on `Workers`, if any may register.
+        exchange: reaches the ledger of usage that several gateways share.
     """
-    door = Door(config)
+    door = Door(config, exchange)
     front = Front(config, models, workers, door)
     v1 = FastAPI(
         docs_url=None,
@@ -103,7 +107,7 @@ def build_api(
     api.add_api_route("/readyz", front.say_ready)
     api.add_api_route("/openapi.json", front.describe)
     api.mount("/v1", v1)
-    for path in ("/tokenize", "/detokenize"):  # where vLLM has them
+    for path in ("/usage", "/tokenize", "/detokenize"):  # the last two are there in vLLM
         api.router.routes.append(Route(path, v1))
     if config.llava_protocol.enabled:
         llava = build_llava_app(config, front.models, workers)

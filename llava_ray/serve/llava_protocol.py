@@ -10,7 +10,14 @@ and an error code. What is answered where is in `llava_routes`.
 import json
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import (
@@ -24,7 +31,7 @@ from llava_ray.images import decode_base64
 from llava_ray.serve import openai_answers
 from llava_ray.serve.openai import load_json
 from llava_ray.serve.openai_answers import ErrorReply
-from llava_ray.serve.openai_checks import check_unicode, show
+from llava_ray.serve.openai_checks import show
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 END = b"\0"
@@ -39,6 +46,16 @@ UNREACHABLE = 3
 
 _GREEDY_BELOW = 0.001
 
+
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has half of a surrogate pair, which is not valid Unicode") from None
+    return text
+
+
+_Text = Annotated[str, AfterValidator(_check_text)]
 _Name = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 
@@ -57,12 +74,12 @@ class ModelBody(Body):
 class GenerateBody(ModelBody):
     """`/worker_generate_stream`; the defaults are those of LLaVA's worker."""
 
-    prompt: str = Field(description="the rendered prompt, with <image> for each picture")
+    prompt: _Text = Field(description="the rendered prompt, with <image> for each picture")
     images: list[str] | None = Field(None, description="a list of pictures in base64")
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
     max_new_tokens: int = Field(256, ge=1, le=2**31, description="a whole number from 1")
-    stop: str | list[str] | None = Field(None, description="a text, or a list of texts")
+    stop: _Text | list[_Text] | None = Field(None, description="a text, or a list of texts")
 
 
 class StatusBody(Body):
@@ -76,7 +93,7 @@ class StatusBody(Body):
 class AnswerBody(Body):
     """One object of what `/worker_generate_stream` answers."""
 
-    text: str
+    text: _Text
     error_code: int = OK
 
 
@@ -128,7 +145,6 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Pro
         RequestError: it cannot be served; the message says why and what to do.
     """
     fields = parse(GenerateBody, body)
-    check_unicode(fields.prompt, "prompt")
     pictures = fields.images or []
     if len(pictures) > limits.max_images:
         raise RequestError(

@@ -38,7 +38,7 @@ _ROLES: dict[str, Role] = {
 _DETAILS = ("auto", "low", "high", "original", None)
 
 _MESSAGE_FIELDS = {"role", "content", "name"}
-_ASSISTANT_FIELDS = {
+ASSISTANT_FIELDS = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
@@ -158,9 +158,9 @@ def _read_message(value: Any, path: str, limits: LimitsConfig) -> Message:
             f"use one of {', '.join(_ROLES)}",
             param=f"{path}.role",
         )
-    known = _MESSAGE_FIELDS | (_ASSISTANT_FIELDS.keys() if role == "assistant" else set())
+    known = _MESSAGE_FIELDS | (ASSISTANT_FIELDS.keys() if role == "assistant" else set())
     refuse_unknown(value, known, path)
-    for name, neutral in _ASSISTANT_FIELDS.items():
+    for name, neutral in ASSISTANT_FIELDS.items():
         if name in value and not is_one_of(value[name], neutral):
             raise UnsupportedError(
                 f"{path}.{name} is not supported by this server: leave it out",

@@ -9,7 +9,9 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from llava_ray import __version__
+from llava_ray.serve.openai import ASSISTANT_FIELDS
 from llava_ray.serve.openai_fields import (
+    LARGEST_TOKEN_ID,
     UNSUPPORTED,
     WITHOUT_EFFECT,
     ChatBody,
@@ -19,58 +21,64 @@ from llava_ray.serve.openai_fields import (
 )
 
 _DETAIL = {"enum": ["auto", "low", "high", "original", None]}
-_PART = {
-    "oneOf": [
-        {
-            "type": "object",
-            "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-            "required": ["type", "text"],
-            "additionalProperties": False,
-        },
-        {
-            "type": "object",
-            "description": "A picture; of the user alone. `detail` has no effect: a model has one "
-            "way of looking at a picture, its own.",
-            "properties": {
-                "type": {"const": "image_url"},
-                "image_url": {
-                    "anyOf": [
-                        {"type": "string"},
-                        {
-                            "type": "object",
-                            "properties": {
-                                "url": {"type": "string"},
-                                "detail": _DETAIL,
-                            },
-                            "required": ["url"],
-                            "additionalProperties": False,
-                        },
-                    ]
-                },
-                "detail": _DETAIL,
-                "uuid": {"description": "no effect"},
-            },
-            "required": ["type", "image_url"],
-            "additionalProperties": False,
-        },
-    ]
-}
-_MESSAGE = {
+_TEXT_PART = {
     "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_PICTURE_PART = {
+    "type": "object",
+    "description": "`detail` has no effect: a model has one way of looking at a picture, its own.",
     "properties": {
-        "role": {"enum": ["system", "developer", "user", "assistant"]},
-        "content": {
+        "type": {"const": "image_url"},
+        "image_url": {
             "anyOf": [
                 {"type": "string"},
-                {"type": "array", "items": {"$ref": "#/components/schemas/Part"}, "minItems": 1},
+                {
+                    "type": "object",
+                    "properties": {"url": {"type": "string"}, "detail": _DETAIL},
+                    "required": ["url"],
+                    "additionalProperties": False,
+                },
             ]
         },
-        "name": {"type": ["string", "null"]},
+        "detail": _DETAIL,
+        "uuid": {"description": "no effect"},
     },
-    "required": ["role", "content"],
+    "required": ["type", "image_url"],
+    "additionalProperties": False,
+}
+
+
+def _describe_message(roles: Sequence[str], *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    texts = {"type": "array", "items": {"anyOf": [_TEXT_PART, *parts]}, "minItems": 1}
+    return {
+        "type": "object",
+        "properties": {
+            "role": {"enum": list(roles)},
+            "content": {"anyOf": [{"type": "string"}, texts]},
+            "name": {"type": ["string", "null"]},
+            **more,
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    }
+
+
+_MESSAGE = {
+    "anyOf": [
+        _describe_message(["user"], _PICTURE_PART),
+        _describe_message(["system", "developer"]),
+        _describe_message(
+            ["assistant"],
+            **{name: {"enum": [*neutral, None]} for name, neutral in ASSISTANT_FIELDS.items()},
+        ),
+    ]
 }
 _MESSAGES = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}
-_TOKEN_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": LARGEST_TOKEN_ID}
+_TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
 _PROMPT = {
     "anyOf": [
         {"type": "string", "minLength": 1},
@@ -116,6 +124,15 @@ _MODEL = {
     },
     "required": ["id", "object", "created", "owned_by"],
 }
+_COUNTS = (
+    *("in_flight", "requests", "errors", "refused"),
+    *("prompt_tokens", "completion_tokens", "total_tokens", "image_tokens"),
+)
+_USAGE = {
+    "type": "object",
+    "properties": {"key": {"type": "string"}, **{name: {"type": "integer"} for name in _COUNTS}},
+    "required": ["key", *_COUNTS],
+}
 _STATES = {
     "type": "object",
     "properties": {"status": {"type": "string"}, "models": {"type": "object"}},
@@ -148,12 +165,16 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
         schema["properties"]["stop"] = _STOP | {
             "description": schema["properties"]["stop"]["description"]
         }
+        schema["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {
+            "pattern": "^[0-9]{1,10}$"
+        }
     for body in bodies:
         _fill(schemas[body.__name__], "model", {"enum": list(models)})
+        schemas[body.__name__]["additionalProperties"] = False
     _fill(schemas["ChatBody"], "messages", _MESSAGES)
     _fill(schemas["TokenizeBody"], "messages", _MESSAGES)
     _fill(schemas["CompletionBody"], "prompt", _PROMPT)
-    schemas |= {"Part": _PART, "Message": _MESSAGE, "Error": _ERROR, "Model": _MODEL}
+    schemas |= {"Message": _MESSAGE, "Error": _ERROR, "Model": _MODEL}
     schemas["Completion"] = _COMPLETION
     return {
         "openapi": "3.1.0",
@@ -189,6 +210,16 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
             "/detokenize": {
                 "post": _post(
                     "Tokens to text", "DetokenizeBody", _object(prompt={"type": "string"})
+                )
+            },
+            "/usage": {
+                "get": _get(
+                    "What the caller's key has used, or all keys for an admin's; also /v1/usage",
+                    _object(
+                        since={"type": "integer"},
+                        complete={"type": "boolean"},
+                        data={"type": "array", "items": _USAGE},
+                    ),
                 )
             },
             "/healthz": {"get": _get("The gateway lives", {"type": "object"})},

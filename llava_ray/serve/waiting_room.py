@@ -78,7 +78,7 @@ class WaitingRoom:
         self._queues[longest].pop().set_exception(error)
 
     def _give_up(self, key: str, place: asyncio.Future[None]) -> None:
-        if place.done() and not place.cancelled():
+        if place.done() and not place.cancelled() and place.exception() is None:
             self.leave()  # the seat came in the same moment
         elif place in self._queues.get(key, ()):
             self._queues[key].remove(place)

@@ -5,6 +5,7 @@ layout.py        what stands where          style.py     how it looks
 wiring.py        which control does what    handlers.py  the functions behind the controls
 conversation.py  what is asked and answered pictures.py, download.py, compare.py: its parts
 door.py          what a visitor may send to Gradio at all
+store.py         where uploads are kept
 """
 
 from llava_ray.serve.page.app import Page, build_app, mount_page

@@ -5,7 +5,6 @@ it an application of its own for a Serve config file. Gradio is first imported h
 """
 
 import os
-import tempfile
 
 from fastapi import FastAPI
 from ray import serve
@@ -13,13 +12,17 @@ from ray.serve import Application
 from starlette.middleware import Middleware
 
 from llava_ray.config import PageConfig
+from llava_ray.serve.page.store import make_store
 from llava_ray.serve.page.style import CSS, FONTS, MONO_FONTS
 
 
 def build_app(config: PageConfig) -> Application:
     """Return the bound application for a Serve config file: one replica, under any prefix."""
     page = serve.deployment(
-        name="page", max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0}
+        name="page",
+        max_ongoing_requests=1000,
+        health_check_period_s=2,  # one that died is missed no longer
+        ray_actor_options={"num_cpus": 0},
     )(Page)
     return page.bind(config)
 
@@ -51,7 +54,8 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(1 << 60))
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
     # A folder that pages share would lose the pictures of all with the first page that ends.
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="llava-ray-page-"))
+    if "GRADIO_TEMP_DIR" not in os.environ:
+        os.environ["GRADIO_TEMP_DIR"] = make_store()
     import gradio as gr
 
     from llava_ray.serve.page.door import MAX_UPLOAD_BYTES, Door

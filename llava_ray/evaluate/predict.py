@@ -1,0 +1,159 @@
+"""The actor of a run: holds one engine (or a way to a server), and answers many questions at once.
+
+Ray Data hands it batches of questions, two at a time, so that the engine never runs dry between
+them; each question comes back as a `Prediction`, whatever became of it.
+"""
+
+import asyncio
+import hashlib
+import json
+import pickle
+import threading
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from llava_ray.config import EvaluateConfig, LimitsConfig
+from llava_ray.errors import LlavaRayError, RequestError, SampleError
+from llava_ray.evaluate.asking import Answerer, ask, ask_patiently
+from llava_ray.evaluate.pictures import load_picture
+from llava_ray.types import (
+    ChatRequest,
+    Chunk,
+    ImagePart,
+    Message,
+    Prediction,
+    PredictionStatus,
+    Question,
+    Sampling,
+    TextPart,
+)
+
+
+class Predictor:
+    """Answers batches of pickled questions; see `Ray Data's map_batches`.
+
+    Args:
+        config: who answers, and how many questions at once.
+        model: its name at the server.
+        sampling: how replies are made.
+        model_digest: see `Prediction`.
+    """
+
+    def __init__(
+        self, config: EvaluateConfig, model: str, sampling: Sampling, model_digest: str
+    ) -> None:
+        self._model, self._digest = model, model_digest
+        self._settings = describe_settings(config, sampling)
+        # Other servers may not know logprobs; ours give them without changing the reply.
+        self._sampling = sampling if config.endpoint else replace(sampling, num_logprobs=0)
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="predict", daemon=True).start()
+        self._answer = self._run(_connect(config, model))
+        self._free = self._run(_make_semaphore(config.concurrency))
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
+        """Return the predictions of a batch, pickled."""
+        questions = [pickle.loads(each) for each in batch["question"]]
+        return {"prediction": [pickle.dumps(p) for p in self._run(self._ask_all(questions))]}
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    async def _ask_all(self, questions: Sequence[Question]) -> list[Prediction]:
+        return await asyncio.gather(*(self._ask_in_turn(question) for question in questions))
+
+    async def _ask_in_turn(self, question: Question) -> Prediction:
+        async with self._free:
+            return await self._ask(question)
+
+    async def _ask(self, question: Question) -> Prediction:
+        try:
+            return await ask_patiently(lambda: self._ask_once(question))
+        except (RequestError, SampleError) as error:
+            return self._fail(question, "refused", error)
+        except LlavaRayError as error:
+            return self._fail(question, "failed", error)
+
+    async def _ask_once(self, question: Question) -> Prediction:
+        pictures = [await asyncio.to_thread(load_picture, each) for each in question.images]
+        shas = tuple(hashlib.sha256(data).hexdigest() for data in pictures)
+        parts = (*(ImagePart(data) for data in pictures), TextPart(question.text))
+        request = ChatRequest(
+            f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
+        )
+        reply = await ask(self._answer, request)
+        return Prediction(
+            question.question_id,
+            "answered",
+            reply.text.strip(),
+            finish_reason=reply.last.finish_reason,
+            latency_s=reply.latency_s,
+            num_tokens=reply.last.num_tokens,
+            num_prompt_tokens=reply.last.num_prompt_tokens,
+            num_image_tokens=reply.last.num_image_tokens,
+            confidence=reply.confidence,
+            image_sha256=shas,
+            cache_key=make_cache_key(self._digest, question, shas, self._settings),
+            model_digest=self._digest,
+        )
+
+    def _fail(
+        self, question: Question, status: PredictionStatus, error: LlavaRayError
+    ) -> Prediction:
+        reason = f"{type(error).__name__}: {error.message}"
+        return Prediction(question.question_id, status, reason=reason, model_digest=self._digest)
+
+
+def make_cache_key(
+    model_digest: str, question: Question, image_sha256: Sequence[str], settings: str
+) -> str:
+    """Return what a reply depends on, as one digest: model, question, pictures and settings."""
+    content = json.dumps([model_digest, question.text, list(image_sha256), settings])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def describe_settings(config: EvaluateConfig, sampling: Sampling) -> str:
+    """Return the settings that change replies."""
+    settings = {"engine": config.engine, "dtype": config.dtype, "template": config.template}
+    return json.dumps({**settings, **asdict(sampling)}, sort_keys=True)
+
+
+async def _connect(config: EvaluateConfig, model: str) -> Answerer:
+    """Load the engine, or prepare to ask the server or the application."""
+    if config.endpoint:
+        from llava_ray.client import Client
+
+        return Client(config.endpoint).stream
+    if config.app:
+        from ray import serve
+
+        handle = serve.get_deployment_handle(model, config.app).options(stream=True)
+        return lambda request: _ask_app(handle, request)
+    from llava_ray.engine.chat import chat
+    from llava_ray.engine.load import load_engine
+
+    engine = await asyncio.to_thread(load_engine, config.describe_model())
+    limits = LimitsConfig(max_image_bytes=64 << 20, max_image_pixels=120_000_000)
+    return lambda request: chat(engine, request, limits=limits)
+
+
+async def _ask_app(handle: Any, request: ChatRequest) -> AsyncGenerator[Chunk]:
+    """Ask a replica of the live application; Ray's errors become ours."""
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    from llava_ray.errors import EngineError
+
+    try:
+        async for chunk in handle.chat.remote(request):
+            yield chunk
+    except (RayError, RayServeException) as error:
+        cause = error.cause if isinstance(error, RayTaskError) else error
+        if isinstance(cause, LlavaRayError):
+            raise cause from error
+        raise EngineError(f"the replica broke: {type(cause).__name__}: {cause}") from error
+
+
+async def _make_semaphore(number: int) -> asyncio.Semaphore:
+    return asyncio.Semaphore(number)

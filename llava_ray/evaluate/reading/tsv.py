@@ -1,0 +1,71 @@
+"""Tables with a picture in each row (MMBench's TSV): read row by row, pictures found again later.
+
+Such a file holds hundreds of megabytes of base64. A question carries where its row begins, and the
+process that runs the model reads the picture from there.
+"""
+
+import base64
+import binascii
+import csv
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from llava_ray.errors import ConfigError, ImageError
+
+Row = dict[str, str]
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    """Yield the rows, each with the place of its first byte in the file.
+
+    Raises:
+        ConfigError: a row has more or fewer columns than the first line.
+    """
+    with path.open("rb") as file:
+        reader = _split(file)
+        names = [name.lstrip("\ufeff") for name in next(reader, [])]
+        while True:
+            place = file.tell()
+            cells = next(reader, None)
+            if cells is None:
+                return
+            if cells:
+                yield place, _name_cells(names, cells, path, place)
+
+
+def read_picture(path: Path, place: int) -> bytes:
+    """Return the picture of the row that begins at a byte.
+
+    Raises:
+        ImageError: it is not base64.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        names = [name.lstrip("\ufeff") for name in next(_split(file), [])]
+        file.seek(place)
+        row = _name_cells(names, next(_split(file), []), path, place)
+    try:
+        return base64.b64decode(row["image"], validate=True)
+    except (binascii.Error, KeyError) as error:
+        raise ImageError(
+            f"{path}, index {row.get('index')}: there is no picture in base64 ({error}): get the "
+            "file again"
+        ) from error
+
+
+def _split(file: IO[bytes]) -> Iterator[list[str]]:
+    """Yield the cells of a row; no more lines are read than it has (quoted cells may hold some)."""
+    csv.field_size_limit(min(sys.maxsize, 1 << 30))
+    lines = (line.decode("utf-8") for line in iter(file.readline, b""))
+    return csv.reader(lines, delimiter="\t")
+
+
+def _name_cells(names: list[str], cells: list[str], path: Path, place: int) -> Row:
+    if len(cells) != len(names):
+        raise ConfigError(
+            f"{path}, byte {place}: a row has {len(cells)} columns, the first line {len(names)}: "
+            "get the file again"
+        )
+    return dict(zip(names, cells, strict=True))

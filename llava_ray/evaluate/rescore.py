@@ -1,0 +1,66 @@
+"""Scores of replies from elsewhere: no model is asked (`llava-ray evaluate --score-only`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_ray.errors import ConfigError
+from llava_ray.evaluate.predictions import Replies, ask_anew, match_rows, read_rows
+from llava_ray.evaluate.reading.yes_no import read_mme_results
+from llava_ray.evaluate.results import (
+    TaskResult,
+    score_replies,
+    summarize_task,
+    write_task_samples,
+)
+from llava_ray.evaluate.tasks import Task
+from llava_ray.types import Prediction, Question
+
+
+def score_file(
+    task: Task,
+    predictions: Path,
+    data: Path | None = None,
+    *,
+    min_coverage: float,
+    output: Path | None = None,
+) -> TaskResult:
+    """Score a file of replies.
+
+    Args:
+        task: whose scorer judges.
+        predictions: see `predictions.read_rows`; MME: also the folder of its per-task files.
+        data: the folder of all benchmarks, or of this one. MME's per-task files and a judge's
+            scores hold all that is needed; with `data` missing ones are noticed.
+        min_coverage: with a smaller share of scored questions there is no headline.
+        output: folder for samples_{task}.jsonl and .parquet.
+
+    Raises:
+        ConfigError: a file is missing or of another kind.
+        SampleError: replies and questions do not belong together.
+    """
+    questions, replies = _read(task, predictions, data)
+    scores = score_replies(task, questions, replies.predictions) | replies.scores
+    if task.judge and not replies.scores:
+        raise ConfigError(
+            f"{task.name} is graded by a judge, and {predictions} holds replies without grades: "
+            "give the file of reviews or grades"
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_task_samples(output, task, questions, replies.predictions, scores)
+    return summarize_task(task, questions, replies.predictions, scores, min_coverage=min_coverage)
+
+
+def _read(task: Task, path: Path, data: Path | None) -> tuple[Sequence[Question], Replies]:
+    if task.name == "mme" and (path.is_dir() or path.suffix == ".txt"):
+        pairs = list(read_mme_results(path))
+        answered = {q.question_id: Prediction(q.question_id, "answered", text) for q, text in pairs}
+        return [question for question, _ in pairs], Replies(answered, {})
+    rows = read_rows(path)
+    if data is not None:
+        questions = task.read_all(data)
+        replies = match_rows(rows, questions, path)
+        return task.select(questions), replies
+    if task.judge and any(row.score for row in rows):
+        return ask_anew(rows)
+    raise ConfigError(f"{task.name} needs the benchmark's files: name their folder with --data")

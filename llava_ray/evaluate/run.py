@@ -1,0 +1,222 @@
+"""A run of tasks, the spine of evaluation: questions -> actors -> log -> scores -> results.
+
+Killed at any point and started again, it asks only what the log does not hold; replies that are
+there are scored anew, never predicted again.
+"""
+
+import asyncio
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_ray.client import Client
+from llava_ray.config import EvaluateConfig
+from llava_ray.errors import ConfigError, ImageError, UserError
+from llava_ray.evaluate.digest import digest_model
+from llava_ray.evaluate.grade import grade_replies
+from llava_ray.evaluate.log import append_log, read_log
+from llava_ray.evaluate.pictures import hash_picture
+from llava_ray.evaluate.predict import Predictor, describe_settings, make_cache_key
+from llava_ray.evaluate.report import write_report
+from llava_ray.evaluate.results import (
+    TaskResult,
+    score_replies,
+    summarize_task,
+    write_results,
+    write_task_samples,
+)
+from llava_ray.evaluate.tasks import Task, find_tasks
+from llava_ray.types import Prediction, Question
+
+BATCHES_AT_ONCE = 2
+
+
+class Progress(NamedTuple):
+    """How far a task is: questions that have a prediction, of all."""
+
+    task: str
+    num_done: int
+    num_questions: int
+
+
+def evaluate(
+    config: EvaluateConfig, *, on_progress: Callable[[Progress], None] = lambda _: None
+) -> list[TaskResult]:
+    """Run all tasks of a configuration and write their results below `config.output`.
+
+    Raises:
+        ConfigError: no such task, model or file.
+        UserError: no server answers.
+    """
+    tasks = [(task, _read(task, config)) for task in find_tasks(config.tasks)]
+    model = _find_model(config)
+    digest = digest_model(config, model)
+    output = Path(config.output)
+    output.mkdir(parents=True, exist_ok=True)
+    results = []
+    for task, questions in tasks:
+        predict(task, questions, config, model, digest, _find_log(output, task), on_progress)
+        results.append(_score(task, questions, config, output, on_progress))
+        write_results(output / "results.json", results, _describe_run(config, model, digest))
+    write_report(output)
+    return results
+
+
+def predict(
+    task: Task,
+    questions: Sequence[Question],
+    config: EvaluateConfig,
+    model: str,
+    digest: str,
+    log: Path,
+    on_progress: Callable[[Progress], None],
+) -> None:
+    """Ask what the log has no answer to, and add what comes back to it as it comes."""
+    known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
+    settings = describe_settings(config, task.sampling)
+    open_questions = _find_open(questions, known, digest, settings)
+    num_done = len(questions) - len(open_questions)
+    on_progress(Progress(task.name, num_done, len(questions)))
+    for predictions in _stream(open_questions, task, config, model, digest):
+        append_log(log, predictions)
+        num_done += len(predictions)
+        on_progress(Progress(task.name, num_done, len(questions)))
+
+
+def _stream(
+    questions: Sequence[Question], task: Task, config: EvaluateConfig, model: str, digest: str
+) -> Iterator[list[Prediction]]:
+    """Yield predictions a batch at a time, in the order in which they are done."""
+    if not questions:
+        return
+    import ray.data
+
+    from llava_ray.data.session import start_ray
+
+    start_ray()
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    num_blocks = -(-len(questions) // config.concurrency)
+    rows = [{"question": pickle.dumps(question)} for question in questions]
+    answered = ray.data.from_items(rows, override_num_blocks=num_blocks).map_batches(
+        Predictor,  # type: ignore[arg-type]  # a class is what Ray Data starts as an actor
+        fn_constructor_args=(config, model, task.sampling, digest),
+        batch_size=config.concurrency,
+        compute=ray.data.ActorPoolStrategy(
+            size=config.num_actors,
+            max_concurrent_calls_per_actor=BATCHES_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus,
+    )
+    for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
+        yield [pickle.loads(each) for each in batch["prediction"]]
+
+
+def _find_open(
+    questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
+) -> list[Question]:
+    """The questions without an answer that still holds for this model and these pictures."""
+
+    def is_open(question: Question) -> bool:
+        prediction = known.get(question.question_id)
+        if prediction is None or prediction.status != "answered":
+            return True
+        try:
+            shas = [hash_picture(each) for each in question.images]
+        except ImageError:
+            return True
+        return prediction.cache_key != make_cache_key(digest, question, shas, settings)
+
+    return [question for question in questions if is_open(question)]
+
+
+def _read(task: Task, config: EvaluateConfig) -> list[Question]:
+    questions = task.select(task.read_all(Path(config.data)))[: config.limit]
+    ids = {question.question_id for question in questions}
+    if len(ids) < len(questions):
+        raise ConfigError(
+            f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
+        )
+    return questions
+
+
+def _score(
+    task: Task,
+    questions: Sequence[Question],
+    config: EvaluateConfig,
+    output: Path,
+    on_progress: Callable[[Progress], None],
+) -> TaskResult:
+    predictions = {p.question_id: p for p in read_log(_find_log(output, task), Prediction)}
+    scores = score_replies(task, questions, predictions)
+    if task.judge:
+        scores = grade_replies(
+            task.judge,
+            questions,
+            predictions,
+            config,
+            output / f"verdicts_{task.name}.jsonl",
+            on_verdict=lambda done, of: on_progress(Progress(f"{task.name}, judge", done, of)),
+        )
+    write_task_samples(output, task, questions, predictions, scores)
+    result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
+    return replace(result, note=_submit(task, questions, predictions, config, output))
+
+
+def _submit(
+    task: Task,
+    questions: Sequence[Question],
+    predictions: dict[str, Prediction],
+    config: EvaluateConfig,
+    output: Path,
+) -> str:
+    """Write the file for the benchmark's server; return why that cannot be done."""
+    if task.submit is None:
+        return ""
+    replies = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+    folder = task.find_folder(Path(config.data))
+    try:
+        task.submit(questions, replies, folder, output / f"submit_{task.name}")
+    except UserError as error:
+        return error.message
+    return ""
+
+
+def _find_log(output: Path, task: Task) -> Path:
+    return output / f"predictions_{task.name}.jsonl"
+
+
+def _find_model(config: EvaluateConfig) -> str:
+    """The name by which the model is asked."""
+    if config.endpoint:
+        return _choose_name(asyncio.run(_list_names(config.endpoint)), config)
+    return config.model_name or config.describe_model().name
+
+
+async def _list_names(endpoint: str) -> list[str]:
+    async with Client(endpoint) as client:
+        return await client.list_models()
+
+
+def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
+    if not names:
+        raise ConfigError(f"the server at {config.endpoint} serves no model")
+    if config.model_name and config.model_name not in names:
+        raise ConfigError(
+            f"the server at {config.endpoint} has no model {config.model_name!r}: it serves "
+            f"{', '.join(names)}"
+        )
+    return config.model_name or names[0]
+
+
+def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:
+    about = {"model": config.endpoint or config.app or config.model, "name": model}
+    about |= {"model_digest": digest}
+    if config.judge_endpoint:
+        about |= {"judge": f"{config.judge_model} at {config.judge_endpoint}"}
+    return about

@@ -1,0 +1,125 @@
+"""The files that the benchmarks' servers take, as LLaVA's scripts write them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import MissingPackageError, SampleError
+from llava_ray.evaluate.answers import normalize_answer
+from llava_ray.evaluate.reading.choice import find_mmbench
+from llava_ray.evaluate.reading.files import read_jsonl
+from llava_ray.evaluate.reading.tsv import read_rows
+from llava_ray.types import Question
+
+Submit = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path]
+_MMBENCH_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
+_MMBENCH_COLUMN = 6
+
+
+def write_vqav2(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """EvalAI's VQAv2: every question of test2015, with "" where it was not asked."""
+    whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
+    rows = read_jsonl(whole) if whole.is_file() else []
+    ids = [row["question_id"] for row in rows] or [_number(q.source_id) for q in questions]
+    answers = [{"question_id": i, "answer": normalize_answer(replies.get(str(i), ""))} for i in ids]
+    return _write_json(path, answers)
+
+
+def write_gqa(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """The predictions that GQA's own eval.py reads."""
+    answers = [
+        {"questionId": q.source_id, "prediction": replies[q.question_id].rstrip(".").lower()}
+        for q in questions
+        if q.question_id in replies
+    ]
+    return _write_json(path, answers)
+
+
+def write_vizwiz(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """EvalAI's VizWiz.
+
+    Raises:
+        SampleError: a question has no reply; the server wants them all.
+    """
+    if missing := [q.question_id for q in questions if q.question_id not in replies]:
+        raise SampleError(
+            f"{len(missing)} questions of VizWiz have no reply ({missing[0]}, ...), and its server "
+            "wants all: run the same command again"
+        )
+    answers = [
+        {"image": Path(str(q.images[0])).name, "answer": normalize_answer(replies[q.question_id])}
+        for q in questions
+    ]
+    return _write_json(path, answers)
+
+
+def write_mmbench(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """MMBench's xlsx: the TSV without some columns and with one of predictions.
+
+    Raises:
+        MissingPackageError: openpyxl is not installed.
+    """
+    try:
+        from openpyxl import Workbook
+    except ImportError as error:
+        raise MissingPackageError(
+            "xlsx files need a package that is not installed: pip install 'llava-ray[eval]'"
+        ) from error
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet("Sheet1")
+    columns: list[str] = []
+    for _, row in read_rows(find_mmbench(folder, "cn" if "mmbench_cn" in path.name else "en")):
+        if not columns:
+            columns = [name for name in row if name not in _MMBENCH_LEFT_OUT]
+            columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
+            sheet.append(columns)
+        told = {**row, "prediction": replies.get(row["index"])}
+        sheet.append(
+            [_number(row[name]) if name == "index" else told[name] or None for name in columns]
+        )
+    path = path.with_suffix(".xlsx")
+    book.save(path)
+    return path
+
+
+def write_mmvet(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """MM-Vet's `v1_ID: reply`."""
+    found = {
+        f"v1_{q.source_id}": replies[q.question_id] for q in questions if q.question_id in replies
+    }
+    return _write_json(path, found)
+
+
+def write_seed(
+    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+) -> Path:
+    """SEED-Bench's lines of `question_id` and `prediction`."""
+    path = path.with_suffix(".jsonl")
+    lines = [
+        json.dumps({"question_id": q.source_id, "prediction": replies[q.question_id]})
+        for q in questions
+        if q.question_id in replies
+    ]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _write_json(path: Path, content: Any) -> Path:
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return path
+
+
+def _number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

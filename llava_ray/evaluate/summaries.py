@@ -1,0 +1,147 @@
+"""Summaries: the scored rows of a task -> its numbers, named; the first one is the headline.
+
+Names have `/` between a group and a measure ("adversarial/f1"). Shares are in percent, as the
+papers print them. Summaries are pure functions; `statistics` calls them again and again to find
+out how sure their numbers are.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from llava_ray.types import Question, Score
+
+MME_PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+    "artwork", "OCR",
+)  # fmt: skip
+MME_COGNITION = (
+    "commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning",
+)  # fmt: skip
+
+
+class Scored(NamedTuple):
+    """A row that was answered and judged: `score.value` is a number."""
+
+    question: Question
+    text: str
+    score: Score
+
+
+Summary = Callable[[Sequence[Scored]], dict[str, float]]
+
+
+def summarize_accuracy(rows: Sequence[Scored]) -> dict[str, float]:
+    """The mean, over all rows and over each group."""
+    numbers = {"accuracy": _mean([_value(row) for row in rows])}
+    for group, members in split_by_group(rows).items():
+        numbers[f"{group}/accuracy"] = _mean([_value(row) for row in members])
+    return numbers
+
+
+def summarize_circular(rows: Sequence[Scored]) -> dict[str, float]:
+    """MMBench's: a question counts as right if it was right in every order of its options."""
+    whole = [_join_cluster(members) for members in split_by_cluster(rows).values()]
+    return summarize_accuracy(whole) | {"one_pass/accuracy": _mean([_value(row) for row in rows])}
+
+
+def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
+    """F1, accuracy, precision, recall and ratio of yes: the mean over the splits, and of each."""
+    splits = {name: _measure_yes(members) for name, members in split_by_group(rows).items()}
+    measures = next(iter(splits.values()), {})
+    numbers = {name: _share([split[name] for split in splits.values()]) for name in measures}
+    for group, split in splits.items():
+        numbers |= {f"{group}/{name}": value for name, value in split.items()}
+    return numbers
+
+
+def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
+    """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
+
+    acc+ is the share of pictures with both questions right. A sum is there if all its subtasks are.
+    """
+    subtasks: dict[str, float] = {}
+    details: dict[str, float] = {}
+    for group, members in split_by_group(rows).items():
+        right = [_value(row) for row in members]
+        pairs = [_join_cluster(pair) for pair in split_by_cluster(members).values()]
+        acc, acc_plus = _mean(right), _mean([_value(pair) for pair in pairs])
+        subtasks[group] = acc + acc_plus
+        details |= {f"{group}/acc": acc, f"{group}/acc_plus": acc_plus}
+    wholes = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
+    numbers = {
+        whole: sum(subtasks[name] for name in names)
+        for whole, names in wholes.items()
+        if subtasks.keys() >= set(names)
+    }
+    scores = {f"{group}/score": score for group, score in subtasks.items()}
+    return numbers | scores | details
+
+
+def summarize_reviews(rows: Sequence[Scored]) -> dict[str, float]:
+    """LLaVA-Bench's: the model's points in percent of the reference answer's, over all and by kind.
+
+    `figures` of a row are the points of the reference and of the model. Their means are rounded to
+    three places before the division, as in the original.
+    """
+    numbers: dict[str, float] = {}
+    for group, members in {"": rows, **split_by_group(rows)}.items():
+        pairs = [row.score.figures for row in members]
+        reference, model = (round(_share(list(points)), 3) for points in zip(*pairs, strict=True))
+        prefix = f"{group}/" if group else ""
+        numbers[f"{prefix}ratio"] = 100 * model / reference if reference else 0.0
+        numbers[f"{prefix}reference"] = 10 * reference
+        numbers[f"{prefix}model"] = 10 * model
+    return numbers
+
+
+def split_by_group(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Rows by each group that they belong to, groups sorted."""
+    groups: dict[str, list[Scored]] = defaultdict(list)
+    for row in rows:
+        for group in row.question.groups:
+            groups[group].append(row)
+    return dict(sorted(groups.items()))
+
+
+def split_by_cluster(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
+    """Rows by what they share; a row without a cluster is one of its own."""
+    clusters: dict[str, list[Scored]] = defaultdict(list)
+    for row in rows:
+        clusters[row.question.cluster or f"\0{row.question.question_id}"].append(row)
+    return clusters
+
+
+def _join_cluster(members: Sequence[Scored]) -> Scored:
+    """One row that is right if all are."""
+    worst = min(members, key=_value)
+    return members[0]._replace(score=worst.score)
+
+
+def _measure_yes(rows: Sequence[Scored]) -> dict[str, float]:
+    counts = Counter((row.score.answer, _value(row)) for row in rows)
+    true_yes, false_yes = counts["yes", 1.0], counts["yes", 0.0]
+    true_no, false_no = counts["no", 1.0], counts["no", 0.0]
+    precision = true_yes / (true_yes + false_yes) if true_yes else 0.0
+    recall = true_yes / (true_yes + false_no) if true_yes else 0.0
+    f1 = 2 * precision * recall / (precision + recall) if true_yes else 0.0
+    return {
+        "f1": 100 * f1,
+        "accuracy": 100 * (true_yes + true_no) / len(rows),
+        "precision": 100 * precision,
+        "recall": 100 * recall,
+        "yes_ratio": 100 * (true_yes + false_yes) / len(rows),
+    }
+
+
+def _value(row: Scored) -> float:
+    assert row.score.value is not None
+    return row.score.value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return 100 * _share(values)
+
+
+def _share(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,175 @@
+"""Tasks: one literal a benchmark, under the name that lmms-eval has for it.
+
+Prompts are in the benchmarks' files or made by `reading`; all replies are greedy, as in LLaVA-1.5.
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from llava_ray.errors import ConfigError
+from llava_ray.evaluate import judge as judges
+from llava_ray.evaluate import scorers, submission, summaries
+from llava_ray.evaluate.captions import score_captions, summarize_captions
+from llava_ray.evaluate.reading import choice, judged, open_answer, own, yes_no
+from llava_ray.evaluate.summaries import Summary
+from llava_ray.types import Question, Sampling, Score
+
+Scorer = Callable[[Question, str], Score]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Attributes:
+        name: lmms-eval's.
+        folder: of its files, within the folder of all benchmarks.
+        read: the questions of the benchmark's files.
+        keep: which of these it asks; by default all.
+        score: judges a reply; None where only a server knows the answers, or a judge grades.
+        score_together: judges all replies, where they weigh on one another's scores.
+        summarize: its numbers; the first is the headline.
+        max_tokens: longest reply.
+        judge: how another model grades the replies.
+        submit: writes the file that the benchmark's server takes: (questions, replies by id, folder
+            of the task, path without ending) -> the file.
+    """
+
+    name: str
+    folder: str
+    read: Callable[[Path], list[Question]]
+    keep: Callable[[Question], bool] | None = None
+    score: Scorer | None = None
+    score_together: Callable[[Sequence[Question], Sequence[str]], list[Score]] | None = None
+    summarize: Summary = summaries.summarize_accuracy
+    max_tokens: int = 128
+    judge: judges.Judge | None = None
+    submit: submission.Submit | None = None
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(max_tokens=self.max_tokens, temperature=0)
+
+    def read_all(self, data: Path) -> list[Question]:
+        """Return the questions of the benchmark's files, also those that this task leaves out."""
+        return self.read(self.find_folder(data))
+
+    def select(self, questions: Sequence[Question]) -> list[Question]:
+        """Return the questions that this task asks."""
+        return [each for each in questions if self.keep is None or self.keep(each)]
+
+    def find_folder(self, data: Path) -> Path:
+        """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
+        return data / self.folder if (data / self.folder).is_dir() else data
+
+
+_ALL = (
+    Task("vqav2_val", "vqav2", open_answer.read_vqav2_val, score=scorers.score_vqa),
+    Task("vqav2_test", "vqav2", open_answer.read_vqav2_test, submit=submission.write_vqav2),
+    Task("gqa", "gqa", open_answer.read_gqa, score=scorers.score_gqa, submit=submission.write_gqa),
+    Task("vizwiz_vqa_val", "vizwiz", open_answer.read_vizwiz_val, score=scorers.score_vqa),
+    Task("vizwiz_vqa_test", "vizwiz", open_answer.read_vizwiz_test, submit=submission.write_vizwiz),
+    Task(
+        "scienceqa",
+        "scienceqa",
+        choice.read_scienceqa,
+        score=scorers.score_scienceqa,
+        max_tokens=1024,
+    ),
+    Task(
+        "scienceqa_img",
+        "scienceqa",
+        choice.read_scienceqa,
+        keep=lambda question: bool(question.images),
+        score=scorers.score_scienceqa,
+        max_tokens=1024,
+    ),
+    Task("textvqa_val", "textvqa", open_answer.read_textvqa, score=scorers.score_textvqa),
+    Task(
+        "pope",
+        "pope",
+        yes_no.read_pope,
+        score=scorers.score_pope,
+        summarize=summaries.summarize_pope,
+    ),
+    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=summaries.summarize_mme),
+    Task(
+        "mmbench_en_dev",
+        "mmbench",
+        choice.read_mmbench_en,
+        score=scorers.score_choice,
+        summarize=summaries.summarize_circular,
+        max_tokens=1024,
+        submit=submission.write_mmbench,
+    ),
+    Task(
+        "mmbench_cn_dev",
+        "mmbench_cn",
+        choice.read_mmbench_cn,
+        score=scorers.score_choice,
+        summarize=summaries.summarize_circular,
+        max_tokens=1024,
+        submit=submission.write_mmbench,
+    ),
+    Task(
+        "seedbench",
+        "seed_bench",
+        choice.read_seedbench,
+        score=scorers.score_letter,
+        submit=submission.write_seed,
+    ),
+    Task(
+        "llava_in_the_wild",
+        "llava-bench-in-the-wild",
+        judged.read_llava_bench,
+        summarize=summaries.summarize_reviews,
+        max_tokens=1024,
+        judge=judges.REVIEW,
+    ),
+    Task(
+        "mmvet",
+        "mm-vet",
+        judged.read_mmvet,
+        max_tokens=1024,
+        judge=judges.GRADING,
+        submit=submission.write_mmvet,
+    ),
+    Task("qbench", "qbench", choice.read_qbench, score=scorers.score_choice, max_tokens=1024),
+    Task(
+        "coco2014_cap_val",
+        "coco",
+        judged.read_coco2014,
+        score_together=score_captions,
+        summarize=summarize_captions,
+        max_tokens=64,
+    ),
+    Task(
+        "coco2017_cap_val",
+        "coco",
+        judged.read_coco2017,
+        score_together=score_captions,
+        summarize=summarize_captions,
+        max_tokens=64,
+    ),
+    Task("own_exact", "", own.read_own, score=scorers.score_exact),
+    Task("own_contains", "", own.read_own, score=scorers.score_contains, max_tokens=512),
+    Task("own_choice", "", own.read_own_choice, score=scorers.score_choice),
+    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_vqa),
+)
+TASKS = {task.name: task for task in _ALL}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Return the tasks of these names.
+
+    Raises:
+        ConfigError: there is no such task.
+    """
+    for name in names:
+        if name not in TASKS:
+            close = difflib.get_close_matches(name, TASKS, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(TASKS)}"
+            raise ConfigError(f"no task is called {name!r}: {hint}")
+    return [TASKS[name] for name in names]

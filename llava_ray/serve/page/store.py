@@ -1,0 +1,41 @@
+"""Where the page's process keeps uploads: a folder of its own, that does not outlive it for long.
+
+Gradio deletes old uploads as long as it runs. What a page that was killed or replaced has left is
+deleted by the next one that starts on the machine.
+"""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+_PREFIX = "llava-ray-page-"
+_LOCK = ".lock"
+
+
+def make_store(root: Path | None = None) -> str:
+    """Return a new folder that this process holds, and delete those that nobody holds any more.
+
+    Args:
+        root: where they are; by default the system's folder for temporary files.
+    """
+    root = root or Path(tempfile.gettempdir())
+    for lock in root.glob(f"{_PREFIX}*/{_LOCK}"):
+        with suppress(OSError):  # held, or deleted by another one in this moment
+            _hold(lock)
+            shutil.rmtree(lock.parent)
+    new = Path(tempfile.mkdtemp(prefix="llava-ray-new-", dir=root))
+    _hold(new / _LOCK)
+    return str(new.rename(root / new.name.replace("llava-ray-new-", _PREFIX)))
+
+
+def _hold(lock: Path) -> None:
+    """Hold a lock until the process ends; raises `OSError` if another one holds it."""
+    file = os.open(lock, os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        raise

@@ -1,0 +1,153 @@
+"""What a run would do and take, said without a GPU and without reading a weight.
+
+Behind `llava-ray train --dry-run`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import yaml
+
+from llava_ray.config import TrainConfig
+from llava_ray.data.encode import Encoder, load_encoder
+from llava_ray.data.plan import Plan
+from llava_ray.data.pool import Pool, PoolReader, make_plan, open_pool
+from llava_ray.errors import LlavaRayError
+from llava_ray.model.architecture import describe_model
+from llava_ray.model.checkpoint import inspect_checkpoint
+from llava_ray.model.core import read_processor
+from llava_ray.model.weights import open_parts
+from llava_ray.template import IGNORED
+from llava_ray.train.parts import PartState, describe_parts, select_parts
+from llava_ray.train.zero import describe_engine, read_stage
+
+_NUM_SHOWN = 3
+
+
+def explain_run(config: TrainConfig) -> str:
+    """Return a text: settings, parts, batches, memory, a few encoded samples.
+
+    Raises:
+        ConfigError: the run could not begin.
+    """
+    pool = open_pool(config.data.datasets)
+    plan = make_plan(config.data, pool)
+    model = build_hollow(config)
+    parts = describe_parts(model, config)
+    sections = {
+        "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
+        "parts": "\n".join(part.describe() for part in parts),
+        "batches": explain_batches(config, plan),
+        "memory a worker": explain_memory(config, model, parts),
+        "samples": "\n".join(show_samples(config, pool, plan)),
+    }
+    return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
+
+
+def build_hollow(config: TrainConfig) -> Any:
+    """Return the run's model with parts chosen and without any weights.
+
+    Raises:
+        ConfigError: the checkpoint does not hold together.
+    """
+    checkpoint = inspect_checkpoint(
+        config.model, base=config.base, vision_tower=config.vision_tower
+    )
+    stored = open_parts(checkpoint.parts)
+    processor = read_processor(checkpoint)
+    architecture = describe_model(checkpoint, stored, processor.image_token_id)
+    with torch.device("meta"):
+        model = architecture.model_class(architecture.config)
+        select_parts(model, config)
+    return model
+
+
+def explain_batches(config: TrainConfig, plan: Plan) -> str:
+    """Return the arithmetic of batches and steps."""
+    accumulation = config.count_accumulation(config.num_workers)
+    num_steps = plan.num_batches * config.num_train_epochs
+    padding = plan.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
+    return (
+        f"{config.per_device_train_batch_size} samples x {accumulation} accumulated x "
+        f"{config.num_workers} workers = {config.train_batch_size} a step\n"
+        f"{len(plan.order_epoch(0)):,} samples = {plan.num_batches:,} steps an epoch x "
+        f"{config.num_train_epochs} epochs = {min(num_steps, config.max_steps or num_steps):,} "
+        f"steps, a checkpoint every {config.save_steps}\n"
+        f"about {padding:.0%} of an epoch's tokens are padding"
+    )
+
+
+def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> str:
+    """Return about how much memory a GPU needs, in GB.
+
+    Counts weights, gradients, AdamW's state in float32 (12 bytes a trained weight), what
+    checkpointing keeps of activations and the logits; kernels' own memory comes on top.
+    """
+    described = describe_engine(
+        config,
+        num_workers=config.num_workers,
+        hidden_size=model.config.text_config.hidden_size,
+        is_bf16=config.bf16 is not False,
+    )
+    zero = described.get("zero_optimization", {})
+    stage, num_workers = read_stage(described), config.num_workers
+    width = 4 if config.bf16 is False else 2
+    total = sum(part.num_parameters for part in parts)
+    trained = sum(part.num_trainable for part in parts)
+    frozen_width = {"4bit": 0.55, "8bit": 1.05}.get(config.quantization or "", width)
+    needs = {
+        "weights": ((total - trained) * frozen_width + trained * width)
+        / (num_workers if stage == 3 else 1)
+        * ("offload_param" not in zero),
+        "gradients": trained * width / (num_workers if stage >= 2 else 1),
+        "optimizer": trained
+        * 12
+        / (num_workers if stage else 1)
+        * ("offload_optimizer" not in zero),
+        "activations and logits": _count_activations(config, model.config.text_config, width),
+    }
+    lines = [f"{name}: {num_bytes / 1e9:.2f} GB" for name, num_bytes in needs.items()]
+    return "\n".join([*lines, f"together about {sum(needs.values()) / 1e9:.2f} GB"])
+
+
+def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
+    """Yield a few of the first samples as they would be trained on."""
+    encoder = load_encoder(
+        config.model,
+        base=config.base,
+        vision_tower=config.vision_tower,
+        template=config.template,
+        max_length=config.data.max_length,
+        truncates=config.data.over_long == "truncate",
+    )
+    reader = PoolReader(pool)
+    for number in plan.batch(plan.start())[:_NUM_SHOWN]:
+        row = reader.read(int(number))
+        try:
+            example = encoder.encode(row, config.data.limits)
+        except LlavaRayError as error:
+            yield error.message
+            continue
+        ids, labels = example.input_ids.tolist(), example.labels.tolist()
+        learned = [id_ for id_, label in zip(ids, labels, strict=True) if label != IGNORED]
+        yield (
+            f"{example.sample_id}: {len(ids)} tokens, {len(row.sample.images)} pictures, "
+            f"{len(learned)} learned\n  reads  {_decode(encoder, ids)}\n"
+            f"  learns {_decode(encoder, learned)}"
+        )
+
+
+def _decode(encoder: Encoder, ids: list[int]) -> str:
+    image = encoder.image_token_id
+    kept = [id_ for i, id_ in enumerate(ids) if id_ != image or not i or ids[i - 1] != image]
+    text = encoder.processor.tokenizer.decode([id_ for id_ in kept if id_ != image])
+    return repr(text)[:300]
+
+
+def _count_activations(config: TrainConfig, text: Any, width: int) -> float:
+    """Return the bytes of what is kept of a batch until its gradients are there."""
+    length = config.data.max_length or getattr(text, "max_position_embeddings", 2048)
+    num_tokens = config.per_device_train_batch_size * length
+    a_layer = text.hidden_size * (1 if config.gradient_checkpointing else 16)
+    return num_tokens * (a_layer * text.num_hidden_layers * width + text.vocab_size * (width + 8))

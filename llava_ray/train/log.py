@@ -1,0 +1,138 @@
+"""What a run says of itself: a line a step, in `train_log.jsonl`, on the console, in trackers.
+
+Lines behind the step that a run goes on from are taken away, so each step is there once.
+"""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_ray.config import TrainConfig
+from llava_ray.train.parts import PartState
+from llava_ray.train.step import StepFigures
+
+LOG = "train_log.jsonl"
+
+
+class StepLine(NamedTuple):
+    """A step as the log has it."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+    step_s: float
+    tokens_per_s: float
+    samples_per_s: float
+    padding: float
+    num_learned: int
+    sample_ids: tuple[str, ...]
+    dropped: dict[str, str]
+
+    @staticmethod
+    def make(
+        step: int, figures: StepFigures, rate: float, config: TrainConfig, *, elapsed_s: float
+    ) -> "StepLine":
+        """Return the line of a step that took `elapsed_s`."""
+        return StepLine(
+            step=step,
+            loss=figures.loss,
+            learning_rate=config.learning_rate * rate,
+            grad_norm=figures.grad_norm,
+            step_s=round(elapsed_s, 4),
+            tokens_per_s=round(figures.num_tokens / elapsed_s, 1),
+            samples_per_s=round(figures.num_samples / elapsed_s, 3),
+            padding=round(
+                figures.num_padding / max(1, figures.num_tokens + figures.num_padding), 4
+            ),
+            num_learned=figures.num_learned,
+            sample_ids=figures.sample_ids,
+            dropped=figures.dropped,
+        )
+
+
+class RunLog:
+    """The log of one worker; only the first one's is written anywhere."""
+
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        say: Callable[[str], None] = print,
+        trackers: Sequence[Any] = (),
+        every: int = 1,
+    ) -> None:
+        self._path = folder / LOG if folder else None
+        self._say = say
+        self._trackers = trackers
+        self._every = every
+        self._num_steps = 0
+        self._started_s = time.perf_counter()
+        self._first = 0
+
+    def begin(self, parts: Sequence[PartState], *, num_steps: int, step: int) -> None:
+        """Say what becomes of each part; drop lines behind the step to go on from."""
+        self._num_steps, self._first = num_steps, step
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            self._say(part.describe())
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        kept = [line for line in lines if _read_step(line) <= step]
+        self._path.write_text("".join(f"{line}\n" for line in kept))
+        self._say(f"step {step} of {num_steps}")
+
+    def write(self, line: StepLine) -> None:
+        """Add a step."""
+        if self._path is None:
+            return
+        self._append(line._asdict())
+        if line.step % self._every and line.step != self._num_steps:
+            return
+        spent_s = time.perf_counter() - self._started_s
+        left_s = spent_s / (line.step - self._first) * (self._num_steps - line.step)
+        self._say(
+            f"step {line.step}/{self._num_steps}  loss {line.loss:.4f}  "
+            f"lr {line.learning_rate:.2e}  {line.tokens_per_s:,.0f} tokens/s  "
+            f"{line.samples_per_s:.1f} samples/s  padding {line.padding:.0%}  "
+            f"left {left_s / 60:.1f} min"
+        )
+        numbers = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "samples_per_s", "padding")
+        figures = {n: v for n in numbers if (v := getattr(line, n)) is not None}
+        for tracker in self._trackers:
+            tracker.write(figures, line.step)
+
+    def write_evaluation(self, step: int, loss: float) -> None:
+        """Add the loss on held-out data."""
+        if self._path is None:
+            return
+        self._append({"step": step, "eval_loss": loss})
+        self._say(f"step {step}/{self._num_steps}  eval_loss {loss:.4f}")
+        for tracker in self._trackers:
+            tracker.write({"eval_loss": loss}, step)
+
+    def flush(self) -> None:
+        """Let everything written so far reach its place."""
+        for tracker in self._trackers:
+            tracker.flush()
+
+    def _append(self, content: dict[str, Any]) -> None:
+        assert self._path is not None
+        with self._path.open("a") as file:
+            file.write(json.dumps(content) + "\n")
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log."""
+    return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+
+
+def _read_step(line: str) -> int:
+    """Return a line's step; that of one cut short counts as never reached."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**62

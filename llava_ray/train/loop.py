@@ -1,0 +1,157 @@
+"""The training loop of one worker: steps, log, checkpoints. Knows DeepSpeed, not Ray.
+
+read_batches(position) -> group_steps -> take_step -> log -> save_checkpoint -> keep
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from llava_ray.config import TrainConfig
+from llava_ray.data.collate import Batch
+from llava_ray.data.plan import Position
+from llava_ray.errors import ConfigError
+from llava_ray.train.checkpoint import (
+    Progress,
+    is_divided_alike,
+    open_state,
+    read_progress,
+    restore_state,
+    save_checkpoint,
+)
+from llava_ray.train.engine import Trainee, build_trainee
+from llava_ray.train.inputs import count_learned, prepare_inputs
+from llava_ray.train.log import RunLog, StepLine
+from llava_ray.train.schedule import compute_rate
+from llava_ray.train.step import StepFigures, compute_loss, group_steps, take_step
+from llava_ray.train.zero import describe_engine, read_stage
+
+ReadBatches = Callable[[Position | None], Iterator[Batch]]
+"""Gives this worker's batches from a position of the data."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a loop needs from whoever runs it.
+
+    Attributes:
+        read_batches: gives the data.
+        read_eval_batches: gives the held-out data, from its beginning; None: there is none.
+        num_steps: of the whole run.
+        new_folder: an empty folder for a checkpoint.
+        keep: takes a checkpoint's folder and figures; all workers call it together.
+        is_leaving: whether a checkpoint is wanted at once, as this machine will be taken away; all
+            workers call it together.
+    """
+
+    read_batches: ReadBatches
+    read_eval_batches: Callable[[], Iterator[Batch]] | None
+    num_steps: int
+    new_folder: Callable[[], Path]
+    keep: Callable[[Path, dict[str, float]], None]
+    is_leaving: Callable[[], bool] = lambda: False
+
+
+def train(
+    config: TrainConfig, around: Surroundings, log: RunLog, *, resume: Path | None = None
+) -> None:
+    """Train until the end, from the beginning or from a checkpoint.
+
+    Args:
+        config: of the run.
+        around: what surrounds this worker.
+        log: of the run.
+        resume: folder of a checkpoint.
+
+    Raises:
+        ConfigError: it cannot be begun, or the checkpoint is not this run's.
+        TrainingError: it cannot go on.
+    """
+    trainee, progress = begin(config, resume)
+    log.begin(trainee.parts, num_steps=around.num_steps, step=progress.step if progress else 0)
+    step = progress.step if progress else 0
+    batches = around.read_batches(progress.position if progress else None)
+    has_left = False
+    for held in group_steps(batches):
+        if step >= around.num_steps:
+            break
+        started_s = time.perf_counter()
+        rate = compute_rate(config, step, around.num_steps)
+        figures = take_step(trainee, held, rate=rate, seed=_mix_seed(config.seed, step))
+        step += 1
+        elapsed_s = time.perf_counter() - started_s
+        log.write(StepLine.make(step, figures, rate, config, elapsed_s=elapsed_s))
+        is_leaving = not has_left and around.is_leaving()
+        has_left = has_left or is_leaving
+        if is_leaving or step % config.save_steps == 0 or step == around.num_steps:
+            save(trainee, config, around, log, step, held[-1].resume_at, figures)
+        elif config.eval_steps and step % config.eval_steps == 0:
+            log.write_evaluation(step, evaluate_loss(trainee, around))
+
+
+def begin(config: TrainConfig, resume: Path | None) -> tuple[Trainee, Progress | None]:
+    """Return the trainee, as it was where there is a checkpoint.
+
+    Raises:
+        ConfigError: as of `train`.
+    """
+    if resume is None:
+        return build_trainee(config), None
+    progress = read_progress(resume)
+    if progress.method != config.method:
+        raise ConfigError(
+            f"the checkpoint was trained with method={progress.method!r}, and the run has "
+            f"{config.method!r}: set it as it was, or give the run another name"
+        )
+    described = describe_engine(
+        config, num_workers=dist.get_world_size(), hidden_size=1, is_bf16=False
+    )
+    is_alike = is_divided_alike(progress, read_stage(described))
+    with open_state(resume, is_alike=is_alike) as state:
+        trainee = build_trainee(config, universal=not is_alike)
+        restore_state(state, trainee)
+    return trainee, progress
+
+
+def save(
+    trainee: Trainee,
+    config: TrainConfig,
+    around: Surroundings,
+    log: RunLog,
+    step: int,
+    position: Position,
+    figures: StepFigures,
+) -> None:
+    """Evaluate, write a checkpoint and hand it over."""
+    metrics = {"step": float(step), "loss": figures.loss}
+    if around.read_eval_batches:
+        metrics["eval_loss"] = evaluate_loss(trainee, around)
+        log.write_evaluation(step, metrics["eval_loss"])
+    folder = around.new_folder()
+    save_checkpoint(folder, trainee, config, step=step, position=position, loss=figures.loss)
+    log.flush()
+    around.keep(folder, metrics)
+
+
+@torch.no_grad()
+def evaluate_loss(trainee: Trainee, around: Surroundings) -> float:
+    """Return the mean loss over the learned tokens of the held-out data."""
+    assert around.read_eval_batches is not None
+    trainee.engine.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=trainee.device)
+    for batch in around.read_eval_batches():
+        inputs = prepare_inputs(batch, trainee.blank)
+        totals[0] += compute_loss(trainee, inputs, num_learned=1).double()
+        totals[1] += count_learned(inputs)
+    trainee.engine.train()
+    dist.all_reduce(totals)
+    return float(totals[0] / totals[1].clamp(min=1))
+
+
+def _mix_seed(seed: int, step: int) -> int:
+    """Return a seed for a step, far from that of its neighbours."""
+    return (seed * 1_000_003 + step * 7919) % 2**31

@@ -1,0 +1,93 @@
+"""Where a run's figures go beside its log: TensorBoard, Weights & Biases, MLflow, if configured."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import MissingPackageError
+
+
+class Tracker(Protocol):
+    """Takes a run's figures."""
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        """Take the figures of a step."""
+        ...
+
+    def flush(self) -> None:
+        """Let what was taken reach its place."""
+        ...
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        for name, value in figures.items():
+            self._writer.add_scalar(f"train/{name}", value, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; `WANDB_*` say where."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        self._run: Any = wandb.init(
+            name=config.name, id=config.name, resume="allow", config=config.model_dump(mode="json")
+        )
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        self._run.log({f"train/{name}": value for name, value in figures.items()}, step=step)
+
+    def flush(self) -> None:
+        pass  # sent as it comes
+
+
+class MLflow:
+    """A run of MLflow; `MLFLOW_TRACKING_URI` says where."""
+
+    def __init__(self, config: TrainConfig, folder: Path) -> None:
+        import mlflow  # pyright: ignore[reportMissingImports]
+
+        self._mlflow: Any = mlflow
+        mlflow.start_run(run_name=config.name)
+        mlflow.log_dict(config.model_dump(mode="json"), "config.json")
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(figures), step=step)
+
+    def flush(self) -> None:
+        pass  # sent as it comes
+
+
+_TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def open_trackers(config: TrainConfig, folder: Path | None) -> list[Tracker]:
+    """Return a run's trackers; none on workers that have no folder.
+
+    Raises:
+        MissingPackageError: one is not installed.
+    """
+    if folder is None:
+        return []
+    trackers: list[Tracker] = []
+    for name in config.report_to:
+        try:
+            trackers.append(_TRACKERS[name](config, folder))
+        except ImportError as error:
+            raise MissingPackageError(
+                f"report_to has {name!r}, which is not installed ({error}): pip install "
+                "'llava-ray[track]'"
+            ) from error
+    return trackers

@@ -1,0 +1,147 @@
+"""DeepSpeed's configuration: from the run's settings, or the user's JSON with its "auto" filled in.
+
+Between `settings` and the engine that `session` builds. DeepSpeed itself knows no "auto"; that is
+Hugging Face's Trainer, whose meaning of each is kept here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ConfigError
+
+AUTO = "auto"
+
+
+def describe_engine(
+    config: TrainConfig, *, num_workers: int, hidden_size: int, is_bf16: bool
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a run, complete.
+
+    Args:
+        config: of the run.
+        num_workers: that it runs on now.
+        hidden_size: of the language model, by which buckets are measured.
+        is_bf16: weights are bfloat16.
+
+    Raises:
+        ConfigError: the JSON cannot be read, contradicts the settings, or leaves an "auto" open.
+    """
+    found = _read(config.deepspeed) if config.deepspeed else _make(config)
+    known = _know(config, num_workers, hidden_size, is_bf16)
+    for section in ("optimizer", "scheduler"):
+        _drop(found, section, config.deepspeed)
+    resolved = _resolve(found, known, "", config.deepspeed)
+    for name in (
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "bf16.enabled",
+    ):
+        _agree(resolved, name, known[name], config.deepspeed)
+    # AdamW is torch's, which DeepSpeed has no need to know; off GPUs it has no kernel of its own.
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        **resolved,
+    }
+
+
+def read_stage(engine_config: dict[str, Any]) -> int:
+    """Return the ZeRO stage of DeepSpeed's configuration."""
+    return int(engine_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def _make(config: TrainConfig) -> dict[str, Any]:
+    """Return the configuration that zero_stage and offload stand for."""
+    zero: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": AUTO,
+    }
+    if config.zero_stage == 3:
+        zero |= {
+            "stage3_prefetch_bucket_size": AUTO,
+            "stage3_param_persistence_threshold": AUTO,
+        }
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.offload == "all":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    names = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys(names, AUTO),
+        "gradient_clipping": AUTO,
+        "bf16": {"enabled": AUTO},
+        "zero_optimization": zero,
+    }
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"deepspeed={path!r} cannot be read ({error}): give a DeepSpeed JSON, as those in "
+            "jobs/configs, or set zero_stage instead"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed={path!r} is no JSON object")
+    return content
+
+
+def _know(config: TrainConfig, num_workers: int, hidden_size: int, is_bf16: bool) -> dict[str, Any]:
+    zero = "zero_optimization."
+    return {
+        "train_batch_size": config.train_batch_size,
+        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
+        "gradient_accumulation_steps": config.count_accumulation(num_workers),
+        "gradient_clipping": config.max_grad_norm,
+        "bf16.enabled": is_bf16,
+        "fp16.enabled": False,
+        f"{zero}reduce_bucket_size": hidden_size**2,
+        f"{zero}stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        f"{zero}stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
+def _resolve(value: Any, known: dict[str, Any], place: str, path: str | None) -> Any:
+    if isinstance(value, dict):
+        inside = f"{place}." if place else ""
+        return {n: _resolve(v, known, inside + n, path) for n, v in value.items()}
+    if value != AUTO:
+        return value
+    if place not in known:
+        raise ConfigError(
+            f"deepspeed={path!r}: nothing says what {place}=auto is to be; write its value"
+        )
+    return known[place]
+
+
+def _drop(found: dict[str, Any], section: str, path: str | None) -> None:
+    """Leave out the optimizer and the schedule, which are the run's own settings."""
+    said = found.pop(section, None) or {}
+    params = said.get("params", {})
+    given = {n: v for n, v in params.items() if v != AUTO}
+    if given:
+        raise ConfigError(
+            f"deepspeed={path!r} sets {section}.params {sorted(given)}: leave them away, and set "
+            "learning_rate, adam_beta1, weight_decay, lr_scheduler_type, ... in the run's YAML"
+        )
+
+
+def _agree(resolved: dict[str, Any], name: str, value: Any, path: str | None) -> None:
+    """Put a value in, or raise if the JSON has another."""
+    *outer, last = name.split(".")
+    place = resolved
+    for part in outer:
+        place = place.setdefault(part, {})
+    if place.setdefault(last, value) != value:
+        raise ConfigError(
+            f"deepspeed={path!r} says {name}={place[last]}, and the run's settings make it "
+            f'{value}: write "auto" there'
+        )

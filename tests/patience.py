@@ -1,0 +1,29 @@
+"""Waiting for something to become true, however busy the machine is."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+
+PATIENCE_S = 60
+
+
+def wait_until(is_so: Callable[[], object], what: str) -> None:
+    """Return once it is so; fail with what did not happen if that takes too long."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not is_so():
+        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain: {what}"
+        time.sleep(0.05)
+
+
+def wait_until_ready(url: str) -> dict[str, Any]:
+    """Return what `/readyz` says once every model answers."""
+    replies: list[httpx.Response] = []
+
+    def is_ready() -> bool:
+        replies.append(httpx.get(f"{url}/readyz", timeout=PATIENCE_S))
+        return replies[-1].status_code == 200
+
+    wait_until(is_ready, f"{url}/readyz is ready")
+    return replies[-1].json()

@@ -1,0 +1,77 @@
+"""What Prometheus finds at Ray's endpoint while a real application answers to keys."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import ray
+from nearby import KEYS
+from patience import PATIENCE_S, wait_until
+from prometheus_client.parser import text_string_to_metric_families
+
+BODY = {"model": "measured", "messages": [{"role": "user", "content": "one two three"}]}
+ALICE = {"key": "alice", "model": "measured"}
+
+
+@pytest.fixture(scope="module")
+def measured(served: str) -> Iterator[str]:
+    """Address of an application with keys."""
+    from ray import serve
+
+    from llava_ray.app import build_app
+    from llava_ray.config import ModelConfig, ServeConfig
+
+    keys = ",".join(f"{name}={key}" for name, key in KEYS.items())
+    model = ModelConfig(path="measured", engine="echo", num_cpus=0.1)
+    config = ServeConfig.model_validate({"models": [model], "page": False, "api_keys": keys})
+    serve.run(build_app(config), name="measured", route_prefix="/measured")
+    yield f"{served}/measured"
+    serve.delete("measured")
+
+
+def read(name: str, labels: dict[str, str]) -> float:
+    """Return the sum of a metric over all processes, of those lines that have these labels."""
+    total = 0.0
+    for node in ray.nodes():
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        families = text_string_to_metric_families(httpx.get(url, timeout=PATIENCE_S).text)
+        for sample in (sample for family in families for sample in family.samples):
+            if sample.name == name and labels.items() <= sample.labels.items():
+                total += sample.value
+    return total
+
+
+def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
+    def call(method: str, path: str, name: str, **options: object) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {KEYS[name]}"}
+        return httpx.request(
+            method, measured + path, headers=headers, timeout=PATIENCE_S, **options
+        )
+
+    for name, fields, status in (
+        ("alice", {}, 200),
+        ("alice", {}, 200),
+        ("bob", {}, 200),
+        ("alice", {"max_tokens": 0}, 400),
+    ):
+        reply = call("POST", "/v1/chat/completions", name, json=BODY | fields)
+        assert reply.status_code == status
+    refused = {"key": "alice", "status": "400", "error": "invalid_request"}
+    for metric, labels, value in (
+        ("ray_llava_ray_requests_total", {**ALICE, "status": "200"}, 2),
+        ("ray_llava_ray_requests_total", refused, 1),
+        ("ray_llava_ray_requests_total", {"key": "bob", "status": "200"}, 1),
+        ("ray_llava_ray_tokens_total", {**ALICE, "kind": "prompt"}, 10),
+        ("ray_llava_ray_tokens_total", {**ALICE, "kind": "completion"}, 10),
+        ("ray_llava_ray_first_chunk_seconds_count", ALICE, 2),
+        ("ray_llava_ray_request_seconds_count", ALICE, 2),
+    ):
+        wait_until(
+            lambda: read(metric, labels) == value,  # noqa: B023
+            f"{metric} with {labels} is {value}",
+        )
+    usage = call("GET", "/usage", "alice").json()
+    assert usage["complete"]
+    (own,) = usage["data"]
+    assert (own["key"], own["requests"], own["errors"]) == ("alice", 3, 1)
+    assert own["total_tokens"] == 20

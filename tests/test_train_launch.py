@@ -1,0 +1,191 @@
+"""Training on Ray: a worker that is killed, a driver that is killed, other workers; the export."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import picture, tiny_model
+from typer.testing import CliRunner
+
+from llava_ray.cli import app
+from llava_ray.config import ConvertConfig, TrainConfig
+from llava_ray.errors import ConfigError
+from llava_ray.model import load_model
+from llava_ray.train.settings import load_train_config
+
+NUM_SAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards that `convert` wrote."""
+    from llava_ray.data.convert import convert
+
+    folder = tmp_path_factory.mktemp("raw")
+    rows = []
+    for number in range(NUM_SAMPLES):
+        picture(number).save(folder / f"{number}.png")
+        asked = {"from": "human", "value": f"<image>\nWhich number, {number % 5}?"}
+        said = {"from": "gpt", "value": f"It is {number * 7}."}
+        rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": [asked, said]})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    out = folder / "shards"
+    convert(
+        ConvertConfig(
+            source="llava",
+            input=str(folder / "rows.json"),
+            output=str(out),
+            pictures=str(folder),
+            rows_per_shard=10,
+        )
+    )
+    return out
+
+
+def make_config(shards: Path, output: Path, **settings: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "name": "run",
+        "model": str(tiny_model()),
+        "data": {"datasets": [{"path": str(shards)}], "num_readers": 1, "reader_cpus": 0},
+        "output_dir": str(output),
+        "train_batch_size": 4,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 4,
+        "learning_rate": 1e-3,
+        "num_workers": 2,
+        "cpus_per_worker": 0.5,
+        "save_steps": 3,
+        "save_total_limit": 2,
+        "bf16": False,
+    }
+    return TrainConfig(**(defaults | settings))
+
+
+def read_steps(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(x) for x in (folder / "train_log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from llava_ray.train.launch import launch
+
+    return launch(make_config(shards, tmp_path_factory.mktemp("plain")))
+
+
+def test_a_run_ends_with_a_model_that_loads_and_says_what_it_was_made_from(
+    undisturbed: Path,
+) -> None:
+    core = load_model(undisturbed / "export", dtype="float32", device="cpu")
+    assert core.template.name == load_model(tiny_model()).template.name
+    said = json.loads((undisturbed / "export" / "llava_ray_run.json").read_text())
+    assert said["step"] == 24
+    assert said["data"][0]["num_samples"] == NUM_SAMPLES
+    assert load_train_config(undisturbed / "config.yaml").num_workers == 2
+    checkpoints = [path for path in undisturbed.glob("checkpoint-*") if path.is_dir()]
+    assert len(checkpoints) == 2
+
+
+def test_each_epoch_sees_each_sample_once(undisturbed: Path) -> None:
+    ids = [id_ for line in read_steps(undisturbed) for id_ in line["sample_ids"]]
+    expected = sorted(f"s{number}" for number in range(NUM_SAMPLES))
+    assert sorted(ids[:NUM_SAMPLES]) == expected
+    assert sorted(ids[NUM_SAMPLES : 2 * NUM_SAMPLES]) == expected
+
+
+def test_a_killed_worker_changes_no_loss(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    from llava_ray.train.launch import launch
+
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_worker, args=(tmp_path / "run", killed), daemon=True)
+    killer.start()
+    folder = launch(make_config(shards, tmp_path))
+    assert killed, "the run ended before a worker was killed"
+    assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_fewer_workers(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    import ray
+
+    from llava_ray.train.launch import launch
+
+    config = make_config(shards, tmp_path)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    address = ray.get_runtime_context().gcs_address
+    driver = subprocess.Popen(
+        [sys.executable, "-m", "llava_ray.cli", "train", str(tmp_path / "run.yaml")],
+        env={**os.environ, "RAY_ADDRESS": address},
+    )
+    wait_for_checkpoint(tmp_path / "run")
+    driver.kill()
+    driver.wait()
+    with pytest.raises(ConfigError, match="--resume"):
+        launch(config)
+    one = make_config(shards, tmp_path, num_workers=1)
+    assert_same_run(launch(one, resume=True), undisturbed)
+
+
+def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_path: Path) -> None:
+    config = make_config(shards, tmp_path / "out")
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    arguments = ["train", str(tmp_path / "run.yaml"), "learning_rate=3e-4", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    for said in (
+        "learning_rate: 0.0003",
+        "vision_tower: frozen",
+        "projector: trains",
+        "2 samples x 1 accumulated x 2 workers = 4 a step",
+        "24 samples = 6 steps an epoch x 4 epochs = 24 steps",
+        "optimizer: ",
+        "1 pictures",
+        "It is ",
+    ):
+        assert said in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_shards_says_so(tmp_path: Path) -> None:
+    from llava_ray.train.launch import check_run
+
+    with pytest.raises(ConfigError, match="llava-ray convert"):
+        check_run(make_config(tmp_path / "nothing", tmp_path))
+
+
+def assert_same_run(folder: Path, undisturbed: Path) -> None:
+    told, expected = read_steps(folder), read_steps(undisturbed)
+    assert [set(line["sample_ids"]) for line in told] == [
+        set(line["sample_ids"]) for line in expected
+    ]
+    losses = [line["loss"] for line in expected]
+    assert [line["loss"] for line in told] == pytest.approx(losses, rel=1e-5)
+
+
+def wait_for_checkpoint(folder: Path) -> None:
+    """Return as soon as Ray would go on from a checkpoint of the run."""
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    while not snapshot.exists() or "checkpoint-" not in snapshot.read_text():
+        time.sleep(0.05)
+
+
+def kill_worker(folder: Path, killed: list[int]) -> None:
+    """Kill -9 a training worker of this process's Ray once there is a checkpoint to go on from."""
+    import psutil
+
+    wait_for_checkpoint(folder)
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                process.kill()
+                killed.append(process.pid)
+                return

@@ -1,0 +1,112 @@
+"""A training run's YAML: what is refused, what follows from it, and DeepSpeed's configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ConfigError
+from llava_ray.train.settings import load_train_config
+from llava_ray.train.zero import describe_engine
+
+CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
+RECIPES = [p for p in sorted(CONFIGS.glob("*.yaml")) if "method:" in p.read_text()]
+
+
+def write(folder: Path, **settings: Any) -> Path:
+    content: dict[str, Any] = {
+        "name": "run",
+        "model": "demo",
+        "data": {"datasets": [{"path": "shards"}]},
+        "train_batch_size": 8,
+        "per_device_train_batch_size": 2,
+    }
+    path = folder / "run.yaml"
+    path.write_text(json.dumps(content | settings))
+    return path
+
+
+def engine(config: TrainConfig, num_workers: int = 1) -> dict[str, Any]:
+    return describe_engine(config, num_workers=num_workers, hidden_size=64, is_bf16=False)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_can_be_run(path: Path) -> None:
+    config = load_train_config(path)
+    engine(config, config.num_workers)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("zero*.json")), ids=lambda path: path.stem)
+def test_a_shipped_deepspeed_json_has_every_auto_filled_in(path: Path, tmp_path: Path) -> None:
+    config = load_train_config(write(tmp_path, deepspeed=str(path)))
+    resolved = engine(config)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["gradient_accumulation_steps"] == 4
+    assert resolved["zero_optimization"]["stage"] == int(path.stem[4])
+
+
+def test_the_global_batch_stays_the_same_on_any_number_of_workers(tmp_path: Path) -> None:
+    config = load_train_config(write(tmp_path))
+    assert [config.count_accumulation(n) for n in (1, 2, 4)] == [4, 2, 1]
+
+
+def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) -> None:
+    overrides = ["learning_rate=1e-3", "data.max_length=99", "data.datasets.0.path=other"]
+    config = load_train_config(write(tmp_path), overrides)
+    assert (config.learning_rate, config.data.max_length) == (1e-3, 99)
+    assert config.data.datasets[0].path == "other"
+    assert config.data.batch_size == config.train_batch_size
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["learning_rat=1e-3"], "did you mean learning_rate"),
+        (["data.max_lengt=1"], "did you mean max_length"),
+        (["train_batch_size=9"], "no multiple of per_device_train_batch_size=2"),
+        (["gradient_accumulation_steps=3"], "leave gradient_accumulation_steps away"),
+        (["data.batch_size=4"], "leave data.batch_size away"),
+        (["quantization=4bit"], "set method=lora"),
+        (["quantization=4bit", "method=lora", "zero_stage=3"], "zero_stage=2 or lower"),
+        (["eval_steps=5"], "needs eval_datasets"),
+        (["offload=all"], "zero_stage=3"),
+        (["learning_rate=fast"], "learning_rate"),
+        (["learning_rate"], "write key=value"),
+        (["data.datasets.7.path=x"], "has no place"),
+        (["metric_for_best_model=eval_loss"], "needs eval_datasets"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_the_remedy(
+    tmp_path: Path, overrides: list[str], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        load_train_config(write(tmp_path), overrides)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"train_batch_size": 4}, "train_batch_size=4"),
+        ({"zero_optimization": {"stage": 2, "allgather_bucket_size": "auto"}}, "allgather"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "learning_rate"),
+    ],
+)
+def test_a_deepspeed_json_that_contradicts_the_run_is_refused(
+    tmp_path: Path, content: dict[str, Any], says: str
+) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=says):
+        engine(load_train_config(write(tmp_path, deepspeed=str(path))))
+
+
+def test_an_optimizer_that_is_all_auto_is_the_runs_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    content = {
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
+        "bf16": {"enabled": "auto"},
+    }
+    path.write_text(json.dumps(content))
+    assert "optimizer" not in engine(load_train_config(write(tmp_path, deepspeed=str(path))))
