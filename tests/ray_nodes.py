@@ -101,7 +101,7 @@ class RayNodes:
             num_cpus=0,
         )
 
-    def add_worker(self, *, num_cpus: float = 1) -> RayNode:
+    def add_worker(self, *, num_cpus: float = 2) -> RayNode:
         return self._add(f"--address={self._gcs}", num_cpus=num_cpus)
 
     def deploy(self, *applications: dict[str, Any]) -> None:

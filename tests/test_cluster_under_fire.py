@@ -15,7 +15,8 @@ import httpx
 import psutil
 import pytest
 from crowd import Crowd, ask, gather_crowd
-from ray_nodes import RayNodes, start_nodes, wait_for
+from PIL import Image
+from ray_nodes import ROOT, RayNodes, start_nodes, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -241,6 +242,26 @@ def test_ten_times_too_many_requests_are_refused_at_once_and_the_rest_are_answer
 
 def sum_memory(pids: set[int]) -> int:
     return sum(psutil.Process(pid).memory_info().rss for pid in pids)
+
+
+def test_a_job_ends_with_what_it_says_and_its_exit_code(nodes: RayNodes, tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name in ("one", "two"):
+        Image.new("RGB", (32, 32)).save(pictures / f"{name}.png")
+        (pictures / f"{name}.txt").write_text(name)
+    submit = ("job", "submit", "--address", nodes.dashboard, "--working-dir", str(ROOT), "--")
+    convert = (*submit, "python", "jobs/convert.py")
+    shards = tmp_path / "shards"
+    files = ("--input", str(pictures), "--output", str(shards))
+    converted = nodes.run_ray(*convert, "pairs", *files)
+    assert converted.returncode == 0, converted.stdout
+    assert "succeeded" in converted.stdout
+    assert list(shards.glob("**/*.parquet"))
+    failed = nodes.run_ray(*convert, "pears")
+    assert failed.returncode == 1
+    assert "pears" in failed.stdout
+    assert "exit code" in failed.stdout
 
 
 def test_a_request_has_one_id_from_the_gateway_to_the_engine(nodes: RayNodes) -> None:
