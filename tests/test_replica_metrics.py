@@ -11,6 +11,7 @@ import pytest
 from ray.util.metrics import Counter, Histogram, Metric
 
 from llava_ray.config import LimitsConfig, ModelConfig
+from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.replica import Replica
 from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import ChatRequest, Message, Sampling, TextPart
@@ -18,7 +19,7 @@ from llava_ray.types import ChatRequest, Message, Sampling, TextPart
 DASHBOARD = Path(__file__).parent.parent / "jobs" / "configs" / "grafana.json"
 
 
-def find_metrics(metrics: ReplicaMetrics) -> Iterator[Metric]:
+def find_metrics(metrics: ReplicaMetrics | Metrics) -> Iterator[Metric]:
     for value in vars(metrics).values():
         yield from value.values() if isinstance(value, dict) else [value]
 
@@ -31,8 +32,9 @@ def list_series(metric: Metric) -> set[str]:
     return {f"{name}_total"} if isinstance(metric, Counter) else {name}
 
 
-def test_the_dashboard_asks_only_for_metrics_that_replicas_have() -> None:
-    have = set().union(*map(list_series, find_metrics(ReplicaMetrics())))
+def test_the_dashboard_shows_the_metrics_that_there_are_and_no_others() -> None:
+    metrics = [*find_metrics(ReplicaMetrics()), *find_metrics(Metrics())]
+    have = set().union(*map(list_series, metrics))
     panels = json.loads(DASHBOARD.read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     asked = {name for query in queries for name in re.findall(r"ray_\w+", query)}
