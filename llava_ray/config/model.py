@@ -34,6 +34,9 @@ class ModelConfig(Section):
         description="For vllm and sglang: python (of their environment), start_timeout_s, "
         "environment (variables), and any argument of the engine's own.",
     )
+    echo_delay_s: float = Field(
+        default=0.0, ge=0, description="Seconds that the echo engine takes for each word."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
         description="Precision of the weights; auto: bfloat16 where the device computes in it, "
@@ -88,7 +91,9 @@ class ModelConfig(Section):
         default=16, ge=1, description="Requests for each replica at which Ray starts another."
     )
     max_ongoing_requests: int = Field(
-        default=64, ge=1, description="Requests that one replica accepts; more wait in the queue."
+        default=64,
+        ge=1,
+        description="Requests that one replica accepts from a gateway; more wait in its queue.",
     )
     max_queued_requests: int = Field(
         default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."

@@ -24,7 +24,7 @@ def load_engine(config: ModelConfig) -> Engine:
         case "echo":
             from llava_ray.engine.echo import EchoEngine
 
-            return EchoEngine(template=config.template)
+            return EchoEngine(delay_s=config.echo_delay_s, template=config.template)
         case "torch":
             # OpenMP reads it when torch is loaded; Ray has set it to the actor's num_cpus.
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
