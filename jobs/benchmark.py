@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from benchmark_data import benchmark_data
+from benchmark_evaluate import benchmark_evaluate
 from benchmark_train import benchmark_train
 from PIL import Image
 
@@ -383,6 +384,7 @@ def benchmark_load(
 
 cli.command("data")(benchmark_data)
 cli.command("train")(benchmark_train)
+cli.command("evaluate")(benchmark_evaluate)
 
 if __name__ == "__main__":
     cli()

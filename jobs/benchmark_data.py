@@ -68,7 +68,7 @@ def benchmark_data(
         model = str(build_random_model(place / "model", shape))
         photos = _write_rows(place / "photos", num_streamed, size=(640, 480), num_files=1000)
         shards = place / "photo-shards"
-        _start_ray(processes)
+        start_ray(processes)
         _measure_conversion(photos, shards, num_streamed)  # warms up
         small = _write_rows(place / "small", 2_000, size=(256, 192), num_files=500)
         large = _write_rows(place / "large", rows, size=(256, 192), num_files=500)
@@ -95,10 +95,11 @@ def benchmark_data(
             {**fields, "datasets": [{"path": str(place / "large-shards")}]}
         )
         _compare_starts(deep, Checkpoint(model), rounds)
-        _stop_ray()  # its readers end before their files do
+        stop_ray()  # its readers end before their files do
 
 
-def _start_ray(processes: int) -> None:
+def start_ray(processes: int) -> None:
+    """Start Ray on this machine with so many CPUs."""
     import ray
 
     ray.init(
@@ -109,7 +110,8 @@ def _start_ray(processes: int) -> None:
     )
 
 
-def _stop_ray() -> None:
+def stop_ray() -> None:
+    """Stop the Ray that was started here."""
     import ray
 
     ray.shutdown()
@@ -147,7 +149,7 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
     from llava_ray.data.convert import convert
 
     config = ConvertConfig(source="llava", input=str(raw), output=str(out), rows_per_shard=500)
-    with _watch_memory() as peak:
+    with watch_memory() as peak:
         start = time.perf_counter()
         manifest = convert(config)
         seconds = time.perf_counter() - start
@@ -161,7 +163,7 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
 
 
 @contextmanager
-def _watch_memory() -> Iterator[list[float]]:
+def watch_memory() -> Iterator[list[float]]:
     """Give a list whose one entry becomes the most that this process and those below it held."""
     import psutil
 

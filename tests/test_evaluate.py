@@ -121,3 +121,20 @@ def test_the_three_paths_give_the_same_replies(served: str, tmp_path: Path) -> N
         lines = (output / "samples_own_contains.jsonl").read_text().splitlines()
         replies.append([(row["id"], row["reply"]) for row in map(json.loads, lines)])
     assert replies[0] == replies[1] == replies[2]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_model_that_does_not_load_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    from llava_ray.evaluate import run
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llava"}')
+    config = EvaluateConfig(
+        tasks=["own_contains"],
+        data=str(make_own(tmp_path)),
+        output=str(tmp_path / "out"),
+        model=str(tmp_path / "model"),
+        num_cpus=0.1,
+    )
+    with pytest.raises(ConfigError, match="model"):
+        run.evaluate(config)

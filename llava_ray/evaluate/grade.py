@@ -64,21 +64,18 @@ def grade_replies(
         _draft(judge, question, predictions[question.question_id].text, wording(question), config)
         for question in _find_answered(questions, predictions)
     ]
-    known = {v.question_id: v for v in read_log(log, Verdict) if not v.reason}
-    is_known = {draft.cache_key for draft in drafts} & {v.cache_key for v in known.values()}
-    missing = [draft for draft in drafts if draft.cache_key not in is_known]
+    given = {v.cache_key: v for v in read_log(log, Verdict) if not v.reason}
+    verdicts = {d.question_id: given[d.cache_key] for d in drafts if d.cache_key in given}
+    on_verdict(len(verdicts), len(drafts))
 
     def keep(verdict: Verdict) -> None:
         append_log(log, [verdict])
-        known[verdict.question_id] = verdict
-        nonlocal num_done
-        num_done += 1
-        on_verdict(num_done, len(drafts))
+        verdicts[verdict.question_id] = verdict
+        on_verdict(len(verdicts), len(drafts))
 
-    num_done = len(drafts) - len(missing)
-    on_verdict(num_done, len(drafts))
+    missing = [draft for draft in drafts if draft.question_id not in verdicts]
     asyncio.run(_ask_judge(judge, missing, config, keep))
-    return {draft.question_id: _score(judge, known[draft.question_id]) for draft in drafts}
+    return {name: _score(judge, verdict) for name, verdict in verdicts.items()}
 
 
 def _find_answered(
@@ -96,7 +93,8 @@ def _draft(
 ) -> Verdict:
     """A verdict that is still to be given."""
     prompt = judge.write(question, text, wording)
-    key = json.dumps([config.judge_endpoint, config.judge_model, prompt, asdict(judge.sampling)])
+    asked = [config.judge_endpoint, config.judge_model, asdict(judge.sampling)]
+    key = json.dumps([question.question_id, *asked, prompt])
     return Verdict(question.question_id, hashlib.sha256(key.encode()).hexdigest(), prompt)
 
 

@@ -49,11 +49,17 @@ class Predictor:
         self._sampling = sampling if config.endpoint else replace(sampling, num_logprobs=0)
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="predict", daemon=True).start()
-        self._answer = self._run(_connect(config, model))
+        self._answer, self._problem = None, None
+        try:
+            self._answer = self._run(_connect(config, model))
+        except LlavaRayError as error:  # told by calls: Ray would wrap it beyond recognition
+            self._problem = error
         self._free = self._run(_make_semaphore(config.concurrency))
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[bytes]]:
-        """Return the predictions of a batch, pickled."""
+        """Return the predictions of a batch, pickled; or the error that the model does not load."""
+        if self._problem:
+            return {"prediction": [pickle.dumps(self._problem)]}
         questions = [pickle.loads(each) for each in batch["question"]]
         return {"prediction": [pickle.dumps(p) for p in self._run(self._ask_all(questions))]}
 
@@ -82,6 +88,7 @@ class Predictor:
         request = ChatRequest(
             f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
         )
+        assert self._answer is not None
         reply = await ask(self._answer, request)
         return Prediction(
             question.question_id,

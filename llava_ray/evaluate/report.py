@@ -42,15 +42,15 @@ def write_report(output: Path) -> Path:
         ConfigError: the folder holds none.
     """
     results = read_results(output)
-    names = ", ".join(results["about"].get(key, "") for key in ("name", "model_digest"))
+    about = " · ".join(f"{key}: {value}" for key, value in results["about"].items())
     sections = [
         _write_task(name, results["tasks"].get(name, {}), read_samples(path))
         for name, path in find_samples(output).items()
     ]
-    title = f"Evaluation of {results['about'].get('name', 'replies from elsewhere')}"
+    title = f"Evaluation of {results['about'].get('name', 'a model')}"
     page = (
         f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p><small>{html.escape(names)}</small>"
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p><small>{html.escape(about)}</small>"
         f"</p>{_write_overview(results['tasks'])}{''.join(sections)}</html>\n"
     )
     path = output / "report.html"

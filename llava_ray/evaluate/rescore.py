@@ -6,10 +6,12 @@ from pathlib import Path
 from llava_ray.errors import ConfigError
 from llava_ray.evaluate.predictions import Replies, ask_anew, match_rows, read_rows
 from llava_ray.evaluate.reading.yes_no import read_mme_results
+from llava_ray.evaluate.report import write_report
 from llava_ray.evaluate.results import (
     TaskResult,
     score_replies,
     summarize_task,
+    write_results,
     write_task_samples,
 )
 from llava_ray.evaluate.tasks import Task
@@ -32,7 +34,7 @@ def score_file(
         data: the folder of all benchmarks, or of this one. MME's per-task files and a judge's
             scores hold all that is needed; with `data` missing ones are noticed.
         min_coverage: with a smaller share of scored questions there is no headline.
-        output: folder for samples_{task}.jsonl and .parquet.
+        output: folder for samples, results.json and report.html, as a run writes them.
 
     Raises:
         ConfigError: a file is missing or of another kind.
@@ -45,10 +47,13 @@ def score_file(
             f"{task.name} is graded by a judge, and {predictions} holds replies without grades: "
             "give the file of reviews or grades"
         )
+    result = summarize_task(task, questions, replies.predictions, scores, min_coverage=min_coverage)
     if output is not None:
         output.mkdir(parents=True, exist_ok=True)
         write_task_samples(output, task, questions, replies.predictions, scores)
-    return summarize_task(task, questions, replies.predictions, scores, min_coverage=min_coverage)
+        write_results(output / "results.json", [result], {"name": "replies from elsewhere"})
+        write_report(output)
+    return result
 
 
 def _read(task: Task, path: Path, data: Path | None) -> tuple[Sequence[Question], Replies]:

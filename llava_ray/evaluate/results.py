@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llava_ray.evaluate.reading.files import read_json
 from llava_ray.evaluate.statistics import Estimate, estimate
 from llava_ray.evaluate.summaries import Scored
 from llava_ray.evaluate.tasks import Task
@@ -153,8 +154,13 @@ def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_results(path: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
-    """Write results.json: the numbers of all tasks, and what they were measured on."""
-    tasks = {result.task: _describe(result) for result in results}
+    """Write results.json: the numbers of all tasks, and what they were measured on.
+
+    Tasks that the file holds already stay if they were measured on the same.
+    """
+    before = read_json(path) if path.is_file() else {}
+    tasks = before["tasks"] if before.get("about") == about else {}
+    tasks |= {result.task: _describe(result) for result in results}
     content = {"about": dict(about), "tasks": tasks}
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig
-from llava_ray.errors import ConfigError, ImageError, UserError
+from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.digest import digest_model
 from llava_ray.evaluate.grade import grade_replies
 from llava_ray.evaluate.log import append_log, read_log
@@ -76,7 +76,7 @@ def predict(
     """Ask what the log has no answer to, and add what comes back to it as it comes."""
     known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
-    open_questions = _find_open(questions, known, digest, settings)
+    open_questions = find_open(questions, known, digest, settings)
     num_done = len(questions) - len(open_questions)
     on_progress(Progress(task.name, num_done, len(questions)))
     for predictions in _stream(open_questions, task, config, model, digest):
@@ -114,13 +114,17 @@ def _stream(
         num_gpus=config.num_gpus,
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-        yield [pickle.loads(each) for each in batch["prediction"]]
+        told = [pickle.loads(each) for each in batch["prediction"]]
+        for each in told:
+            if isinstance(each, LlavaRayError):
+                raise each
+        yield told
 
 
-def _find_open(
+def find_open(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
-    """The questions without an answer that still holds for this model and these pictures."""
+    """Return the questions without an answer that holds for this model, pictures and settings."""
 
     def is_open(question: Question) -> bool:
         prediction = known.get(question.question_id)
@@ -142,6 +146,8 @@ def _read(task: Task, config: EvaluateConfig) -> list[Question]:
         raise ConfigError(
             f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
         )
+    if task.judge:
+        task.judge.load_wording(config.judge_wording)  # or hours pass before it is found missing
     return questions
 
 
@@ -217,6 +223,8 @@ def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
 def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:
     about = {"model": config.endpoint or config.app or config.model, "name": model}
     about |= {"model_digest": digest}
+    if config.limit:
+        about |= {"limit": f"the first {config.limit} questions of each task"}
     if config.judge_endpoint:
         about |= {"judge": f"{config.judge_model} at {config.judge_endpoint}"}
     return about

@@ -58,13 +58,15 @@ def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
 def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
     """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
 
-    acc+ is the share of pictures with both questions right. A sum is there if all its subtasks are.
+    acc+ is the share of pictures with both questions right, of those with two answers. A sum is
+    there if all its subtasks are.
     """
     subtasks: dict[str, float] = {}
     details: dict[str, float] = {}
     for group, members in split_by_group(rows).items():
         right = [_value(row) for row in members]
-        pairs = [_join_cluster(pair) for pair in split_by_cluster(members).values()]
+        clusters = split_by_cluster(members).values()
+        pairs = [_join_cluster(pair) for pair in clusters if len(pair) == 2]
         acc, acc_plus = _mean(right), _mean([_value(pair) for pair in pairs])
         subtasks[group] = acc + acc_plus
         details |= {f"{group}/acc": acc, f"{group}/acc_plus": acc_plus}

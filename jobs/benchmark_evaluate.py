@@ -1,0 +1,171 @@
+"""Speed of evaluation, measured: what `python jobs/benchmark.py evaluate` runs.
+
+The evaluation job beside a loop that asks one question at a time with `generate`, as LLaVA's
+scripts do, on the same model and questions; and memory while 1,000 and 20,000 rows are asked.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from benchmark_data import start_ray, stop_ray, watch_memory
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """One row of the table of runs."""
+
+    system: str
+    samples: int
+    samples_per_s: float  # once the model is loaded
+    seconds: float  # from the start to the scores
+    same_replies: str
+
+
+@dataclass(frozen=True)
+class MemoryFigures:
+    """One row of the table of memory."""
+
+    rows: int
+    samples_per_s: float
+    peak_mb: float  # of all processes together, what they share counted once
+
+
+def benchmark_evaluate(
+    model: Annotated[str, typer.Option(help="'demo' or the folder of a model.")] = "demo",
+    scenes: Annotated[int, typer.Option(help="Scenes, with about nine questions each.")] = 60,
+    rows: Annotated[int, typer.Option(help="Rows of the large run for memory.")] = 20_000,
+    concurrency: Annotated[int, typer.Option(help="Questions asked at once.")] = 32,
+) -> None:
+    """The evaluation job beside a loop of `generate`, and memory as rows grow."""
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
+    from benchmark import print_table
+
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        folder = _write_questions(place / "scenes", scenes)
+        replies = {}
+        one, replies["loop"] = _ask_one_at_a_time(model, folder)
+        start_ray(len(os.sched_getaffinity(0)))
+        job, replies["job"] = _run_job(model, folder, place / "out", concurrency)
+        num_same = sum(a == b for a, b in zip(*replies.values(), strict=True))
+        same = f"{num_same} of {one.samples}"
+        print_table([one, RunFigures(**{**vars(job), "same_replies": same})])
+        print(f"{job.samples_per_s / one.samples_per_s:.1f} times as many samples a second")
+        print_table([_measure_memory(place, number) for number in (rows // 20, rows)])
+        stop_ray()
+
+
+def _write_questions(folder: Path, num_scenes: int) -> Path:
+    """Write questions with short answers about scenes that the embedded model knows."""
+    from llava_ray.demo import scenes
+    from llava_ray.demo.evaluate import LATER_TURNS, make_cases
+
+    folder.mkdir()
+    lines = []
+    for number, case in enumerate(make_cases(num_scenes)):
+        if case.kind in (LATER_TURNS, "description"):
+            continue
+        scenes.draw(case.scene).save(folder / f"{number}.png")
+        row = {"question_id": str(number), "image": f"{number}.png", "text": case.question}
+        lines.append(json.dumps({**row, "answer": case.answer}) + "\n")
+    (folder / "questions.jsonl").write_text("".join(lines))
+    return folder
+
+
+def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]:
+    import torch
+    from PIL import Image
+
+    from llava_ray.evaluate.tasks import TASKS
+    from llava_ray.model.core import load_model
+    from llava_ray.types import ImagePart, Message, TextPart
+
+    started = time.perf_counter()
+    questions = TASKS["own_exact"].read_all(folder)
+    core = load_model(model)
+    replies: list[str] = []
+
+    def ask(question: Any) -> str:
+        parts = (ImagePart(b""), TextPart(question.text))
+        prompt = core.template.render([Message("user", parts)])
+        image = Image.open(question.images[0]).convert("RGB")
+        inputs = core.encode(prompt, [image])
+        with torch.inference_mode():
+            ids = core.model.generate(**inputs, max_new_tokens=128, do_sample=False)
+        answer = ids[0, inputs["input_ids"].shape[1] :]
+        return core.tokenizer.decode(answer, skip_special_tokens=True).strip()
+
+    ask(questions[0])  # warms up
+    loaded = time.perf_counter()
+    replies = [ask(question) for question in questions]
+    ended = time.perf_counter()
+    rate = len(questions) / (ended - loaded)
+    figures = RunFigures(
+        "generate, one at a time", len(questions), round(rate, 1), round(ended - started, 1), ""
+    )
+    return figures, replies
+
+
+def _run_job(
+    model: str, folder: Path, output: Path, concurrency: int
+) -> tuple[RunFigures, list[str]]:
+    from llava_ray.config import EvaluateConfig
+    from llava_ray.evaluate import run
+
+    config = EvaluateConfig(
+        tasks=["own_exact"],
+        model=model,
+        data=str(folder),
+        output=str(output),
+        concurrency=concurrency,
+    )
+    steps: list[tuple[float, int]] = []
+    started = time.perf_counter()
+    run.evaluate(config, on_progress=lambda p: steps.append((time.perf_counter(), p.num_done)))
+    seconds = time.perf_counter() - started
+    lines = (output / "samples_own_exact.jsonl").read_text().splitlines()
+    replies = [json.loads(line)["reply"] for line in lines]
+    rate = _measure_rate(steps)
+    return RunFigures("llava_ray", len(replies), round(rate, 1), round(seconds, 1), ""), replies
+
+
+def _measure_rate(steps: Sequence[tuple[float, int]]) -> float:
+    """Return samples a second after the first batch, which waited for the model."""
+    (first_at, num_first), (last_at, num_last) = steps[1], steps[-1]
+    return (num_last - num_first) / (last_at - first_at)
+
+
+def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
+    """Ask the engine that says back what it hears, with a picture in each question."""
+    from llava_ray.config import EvaluateConfig
+    from llava_ray.evaluate import run
+
+    source = place / "scenes"
+    pictures = sorted(path.name for path in source.glob("*.png"))
+    lines = [
+        json.dumps(
+            {
+                "question_id": str(i),
+                "image": pictures[i % len(pictures)],
+                "text": f"What is in picture {i}?",
+                "answer": "nothing",
+            }
+        )
+        for i in range(num_rows)
+    ]
+    (source / "questions.jsonl").write_text("\n".join(lines))
+    output = place / f"out-{num_rows}"
+    config = EvaluateConfig(
+        tasks=["own_exact"], engine="echo", data=str(source), output=str(output)
+    )
+    steps: list[tuple[float, int]] = []
+    with watch_memory() as peak:
+        run.evaluate(config, on_progress=lambda p: steps.append((time.perf_counter(), p.num_done)))
+    return MemoryFigures(num_rows, round(_measure_rate(steps), 1), round(peak[0] / 1e6))

@@ -1,0 +1,83 @@
+"""A server with the OpenAI API on a port of loopback that says what a script tells it to."""
+
+import json
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Self
+
+Script = Callable[[str], str | int | None]
+"""What was asked -> the answer; a status to refuse with; None: hang up in the middle."""
+
+
+class ScriptedOpenAI:
+    """Serves the model "scripted"; a context manager.
+
+    Attributes:
+        asked: bodies of the chat completions that came.
+        keys: the Authorization header of each.
+    """
+
+    def __init__(self, script: Script) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.reply(200, {"object": "list", "data": [{"id": "scripted"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                server.asked.append(body)
+                server.keys.append(self.headers.get("Authorization"))
+                said = script(read_text(body))
+                if isinstance(said, int):
+                    self.reply(said, {"error": {"message": "the script says no", "code": None}})
+                    return
+                self.send_response(200)
+                self.send_header("Content-Type", "text/event-stream")
+                self.end_headers()
+                self.send({"choices": [{"delta": {"content": said or "bro"}, **end(None)}]})
+                if said is not None:
+                    self.send({"choices": [{"delta": {}, **end("stop")}]})
+                    self.wfile.write(b"data: [DONE]\n\n")
+
+            def reply(self, status: int, content: Any) -> None:
+                data = json.dumps(content).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def send(self, event: Any) -> None:
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+def end(reason: str | None) -> dict[str, Any]:
+    return {"index": 0, "finish_reason": reason}
+
+
+def read_text(body: dict[str, Any]) -> str:
+    """Return the text of the last message of a request."""
+    content = body["messages"][-1]["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
