@@ -126,6 +126,8 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
 
 def write_shards(folder: Path, target: Path, num_samples: int) -> None:
     """Write samples of a picture, a question and an answer, all of one length."""
+    import ray
+
     from llava_ray.config import ConvertConfig
     from llava_ray.data.convert import convert
 
@@ -148,6 +150,7 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
             pictures=str(folder),
         )
     )
+    ray.shutdown()
 
 
 def make_config(work: Work, **settings: Any) -> Any:

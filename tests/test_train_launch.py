@@ -168,7 +168,8 @@ def test_a_run_at_an_address_is_kept_there_whole(shards: Path, tmp_path: Path) -
     lines = read_log(folder)
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
     assert [line["step"] for line in lines if "eval_loss" in line] == [3]
-    assert [line["answers"][0]["right"] for line in lines if "answers" in line] == ["It is 0."]
+    (answers,) = [line["answers"] for line in lines if "answers" in line]
+    assert answers[0]["right"].startswith("It is ")
     assert list(folder.glob("tensorboard/events*"))
     assert (folder / "curves.png").is_file()
     load_model(folder / "export", dtype="float32", device="cpu")

@@ -56,13 +56,11 @@ def launch(config: TrainConfig, *, resume: bool = False) -> str:
     folder = check_run(config, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
-    home = open_home(folder)
-    write_settings(home, config)
-    send_home(home, folder)
-    with fit(make_trainer(config), config).as_directory() as checkpoint:
-        home = open_home(folder)  # with the log that a worker has written meanwhile
+    with open_home(folder) as home:
+        write_settings(home, config)
+    best = fit(make_trainer(config), config)
+    with open_home(folder) as home, best.as_directory() as checkpoint:
         export_run(Path(checkpoint), home, config)
-        send_home(home, folder)
     return folder
 
 
@@ -166,14 +164,14 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     folder = f"{config.output_dir}/{config.name}"
-    home = open_home(folder) if rank == 0 else None
-    log = RunLog(
-        home,
-        trackers=open_trackers(config, home),
-        send=lambda: send_home(home, folder) if home else None,
-        every=config.logging_steps,
-    )
-    with _open_checkpoint() as checkpoint:
+    opened = open_home(folder) if rank == 0 else contextlib.nullcontext()
+    with opened as home, _open_checkpoint() as checkpoint:
+        log = RunLog(
+            home,
+            trackers=open_trackers(config, home),
+            send=lambda: send_home(home, folder) if home else None,
+            every=config.logging_steps,
+        )
         if home:
             remove_unfinished(folder, read_progress(checkpoint).step if checkpoint else 0)
         try:

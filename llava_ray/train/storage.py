@@ -4,7 +4,9 @@ At an address the log and what else the first worker writes lies in a local fold
 sent with every checkpoint. Checkpoints themselves are Ray's to store.
 """
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from llava_ray.data.files import open_folder
@@ -18,21 +20,29 @@ def is_address(path: str) -> bool:
     return "://" in path
 
 
-def open_home(address: str) -> Path:
-    """Return the folder to write in: the run's own, or a local one with what is at its address."""
+@contextlib.contextmanager
+def open_home(address: str) -> Iterator[Path]:
+    """Give the folder to write in: the run's own, or a local one that is sent when the block ends.
+
+    The local one has what a run goes on with.
+    """
     if not is_address(address):
         home = Path(address)
         home.mkdir(parents=True, exist_ok=True)
-        return home
-    home, folder = Path(tempfile.mkdtemp(prefix="llava-ray-run-")), open_folder(address)
-    for name in FILES:
-        if folder.has(name):
-            (home / name).write_bytes(folder.read(name))
-    return home
+        yield home
+        return
+    folder = open_folder(address)
+    with tempfile.TemporaryDirectory(prefix="llava-ray-run-") as scratch:
+        home = Path(scratch)
+        for name in FILES:
+            if folder.has(name):
+                (home / name).write_bytes(folder.read(name))
+        yield home
+        send_home(home, address)
 
 
 def send_home(home: Path, address: str) -> None:
-    """Send what was written to the run's address; nothing is to be done on a disk."""
+    """Send what was written so far to the run's address; nothing is to be done on a disk."""
     if not is_address(address):
         return
     folder = open_folder(address)
