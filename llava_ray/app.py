@@ -9,7 +9,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from llava_ray.config import LimitsConfig, LlavaProtocolConfig, ModelConfig, ServeConfig
+from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.serve import console
 from llava_ray.serve.gateway import Gateway
 from llava_ray.serve.replica import Replica
@@ -27,10 +27,11 @@ def build_app(config: ServeConfig) -> Application:
         f"once Ray has started (a quarter of a minute): {'the page and ' * config.page}"
         "the API are at http://localhost:8000, unless another port is set"
     )
-    models = {model.name: _bind_model(model, config.limits) for model in config.models}
+    models = {model.name: _bind_model(model, config) for model in config.models}
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
         name="gateway",
+        num_replicas=config.num_gateways,
         # Beside the API's requests: the page's open streams and questions about health.
         max_ongoing_requests=config.limits.max_in_flight + 1000,
         health_check_period_s=2,  # one that died is missed no longer
@@ -40,10 +41,11 @@ def build_app(config: ServeConfig) -> Application:
     return gateway.bind(config, models, workers)
 
 
-def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
+def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:
     replica = serve.deployment(
         name=model.name,
-        max_ongoing_requests=model.max_ongoing_requests,
+        # No gateway takes another's room: Serve does not queue fairly among them.
+        max_ongoing_requests=model.max_ongoing_requests * config.num_gateways,
         max_queued_requests=model.max_queued_requests,
         health_check_period_s=5,
         health_check_timeout_s=30,
@@ -56,7 +58,7 @@ def _bind_model(model: ModelConfig, limits: LimitsConfig) -> Application:
             target_ongoing_requests=model.target_ongoing_requests,
         ),
     )(Replica)
-    return replica.bind(model, limits)
+    return replica.bind(model, config.limits)
 
 
 def _bind_workers(config: LlavaProtocolConfig) -> Application:

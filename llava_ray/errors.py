@@ -23,6 +23,7 @@
     ├── DeadlineError                 a request took longer than it may; 504
     ├── UnreachableError              a server behind this one does not answer; 502
     ├── TrainingError                 a training run that cannot go on as it is
+    │   └── DivergedError             its loss is no number any more; trying again would not help
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -199,6 +200,10 @@ class TrainingError(LlavaRayError):
     """A training run that cannot go on: its loss is no number, or memory ran out."""
 
     code = "training_error"
+
+
+class DivergedError(TrainingError):
+    """A training run whose loss is no number; every worker knows it at the same step."""
 
 
 class EngineError(LlavaRayError):

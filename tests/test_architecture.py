@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "pycocoevalcap": ("evaluate/captions.py",),
     "openpyxl": ("evaluate/submission.py",),
     "gradio": ("serve/page/",),
-    "vllm": ("engine/vllm_engine.py",),
-    "sglang": ("engine/sglang_engine.py",),
+    "vllm": ("engine/children/vllm_child.py",),
+    "sglang": ("engine/children/sglang_child.py",),
     "deepspeed": ("train/",),
 }
 

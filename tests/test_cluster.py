@@ -43,6 +43,7 @@ def test_the_head_takes_no_work_and_shows_its_dashboard_to_itself_alone(path: Pa
     config = read(path)
     start = " ".join(config["head_start_ray_commands"])
     assert "--dashboard-host=127.0.0.1" in start
+    assert "RAY_health_check_timeout_ms=1000" in start, "a machine that hangs is missed for long"
     if path in CLOUDS:
         assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
     else:

@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import ray
-from nearby import KEYS
 from patience import PATIENCE_S, wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 BODY = {"model": "measured", "messages": [{"role": "user", "content": "one two three"}]}
-ALICE = {"key": "alice", "model": "measured"}
+KEYS = {name: f"lr-{name}-0123456789abcdef" for name in ("ann", "ben")}  # of this test alone
+ANN = {"key": "ann", "model": "measured"}
 
 
 @pytest.fixture(scope="module")
@@ -49,29 +49,29 @@ def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
         )
 
     for name, fields, status in (
-        ("alice", {}, 200),
-        ("alice", {}, 200),
-        ("bob", {}, 200),
-        ("alice", {"max_tokens": 0}, 400),
+        ("ann", {}, 200),
+        ("ann", {}, 200),
+        ("ben", {}, 200),
+        ("ann", {"max_tokens": 0}, 400),
     ):
         reply = call("POST", "/v1/chat/completions", name, json=BODY | fields)
         assert reply.status_code == status
-    refused = {"key": "alice", "status": "400", "error": "invalid_request"}
+    refused = {"key": "ann", "status": "400", "error": "invalid_request"}
     for metric, labels, value in (
-        ("ray_llava_ray_requests_total", {**ALICE, "status": "200"}, 2),
+        ("ray_llava_ray_requests_total", {**ANN, "status": "200"}, 2),
         ("ray_llava_ray_requests_total", refused, 1),
-        ("ray_llava_ray_requests_total", {"key": "bob", "status": "200"}, 1),
-        ("ray_llava_ray_tokens_total", {**ALICE, "kind": "prompt"}, 10),
-        ("ray_llava_ray_tokens_total", {**ALICE, "kind": "completion"}, 10),
-        ("ray_llava_ray_first_chunk_seconds_count", ALICE, 2),
-        ("ray_llava_ray_request_seconds_count", ALICE, 2),
+        ("ray_llava_ray_requests_total", {"key": "ben", "status": "200"}, 1),
+        ("ray_llava_ray_tokens_total", {**ANN, "kind": "prompt"}, 10),
+        ("ray_llava_ray_tokens_total", {**ANN, "kind": "completion"}, 10),
+        ("ray_llava_ray_first_chunk_seconds_count", ANN, 2),
+        ("ray_llava_ray_request_seconds_count", ANN, 2),
     ):
         wait_until(
             lambda: read(metric, labels) == value,  # noqa: B023
             f"{metric} with {labels} is {value}",
         )
-    usage = call("GET", "/usage", "alice").json()
+    usage = call("GET", "/usage", "ann").json()
     assert usage["complete"]
     (own,) = usage["data"]
-    assert (own["key"], own["requests"], own["errors"]) == ("alice", 3, 1)
+    assert (own["key"], own["requests"], own["errors"]) == ("ann", 3, 1)
     assert own["total_tokens"] == 20

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from ray.util.metrics import Counter, Histogram, Metric
 
 from llava_ray.config import LimitsConfig, ModelConfig
+from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.replica import Replica
 from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import ChatRequest, Message, Sampling, TextPart
@@ -17,7 +19,7 @@ from llava_ray.types import ChatRequest, Message, Sampling, TextPart
 DASHBOARD = Path(__file__).parent.parent / "jobs" / "configs" / "grafana.json"
 
 
-def find_metrics(metrics: ReplicaMetrics) -> Iterator[Metric]:
+def find_metrics(metrics: ReplicaMetrics | Metrics) -> Iterator[Metric]:
     for value in vars(metrics).values():
         yield from value.values() if isinstance(value, dict) else [value]
 
@@ -30,8 +32,9 @@ def list_series(metric: Metric) -> set[str]:
     return {f"{name}_total"} if isinstance(metric, Counter) else {name}
 
 
-def test_the_dashboard_asks_only_for_metrics_that_replicas_have() -> None:
-    have = set().union(*map(list_series, find_metrics(ReplicaMetrics())))
+def test_the_dashboard_shows_the_metrics_that_there_are_and_no_others() -> None:
+    metrics = [*find_metrics(ReplicaMetrics()), *find_metrics(Metrics())]
+    have = set().union(*map(list_series, metrics))
     panels = json.loads(DASHBOARD.read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]
     asked = {name for query in queries for name in re.findall(r"ray_\w+", query)}
@@ -44,22 +47,32 @@ def test_the_figures_of_the_engine_that_are_shown_are_those_that_it_has() -> Non
     asyncio.run(replica.check_health())
 
 
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Serve's log, which it keeps from its parents in a process that runs Serve."""
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, logger="ray.serve"):
+        yield caplog
+    logger.removeHandler(caplog.handler)
+
+
 @pytest.mark.parametrize(
     ("sampling", "end"), [(Sampling(), "stop"), (Sampling(max_tokens=1), "length")]
 )
 def test_a_request_is_logged_with_its_id_and_its_end(
-    sampling: Sampling, end: str, caplog: pytest.LogCaptureFixture
+    sampling: Sampling, end: str, log: pytest.LogCaptureFixture
 ) -> None:
     asyncio.run(listen(sampling))
-    assert f"chatcmpl-7 ended: {end}" in caplog.text
+    assert f"chatcmpl-7 ended: {end}" in log.text
 
 
 def test_a_request_that_is_refused_is_logged_with_the_error(
-    caplog: pytest.LogCaptureFixture,
+    log: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(Exception, match="context holds"):
         asyncio.run(listen(Sampling(max_tokens=10**9)))
-    assert "chatcmpl-7 ended: context_length_exceeded" in caplog.text
+    assert "chatcmpl-7 ended: context_length_exceeded" in log.text
 
 
 async def listen(sampling: Sampling) -> None:

@@ -68,7 +68,7 @@ def test_no_request_breaks_the_server_and_answers_are_as_described(
 
 def mend(body: dict[str, Any]) -> dict[str, Any]:
     """Return nearly the same body, with fields that agree with each other."""
-    body = mend_value(body)
+    body = {**mend_value(body), "model": body.get("model") or "echo"}
     for name in ("best_of", "response_format", "suffix"):
         body.pop(name, None)
     for name in ("prompt", "tokens"):

@@ -36,10 +36,9 @@ def test_a_serve_file_names_deployments_that_its_application_has(path: Path) -> 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
 def test_two_gateways_answer_and_an_update_starts_the_new_before_the_old_ends(path: Path) -> None:
-    schema = ServeDeploySchema.model_validate(read(path))
-    deployments = {each.name: each for each in schema.applications[0].deployments}
-    assert deployments["gateway"].num_replicas == 2
-    assert all(each.max_surge_percent > 0 for each in deployments.values())
+    api = ServeDeploySchema.model_validate(read(path)).applications[0]
+    assert ServeConfig.model_validate(api.args).num_gateways == 2
+    assert all(each.max_surge_percent > 0 for each in api.deployments)
 
 
 def test_the_application_and_the_file_agree_on_when_a_model_sleeps() -> None:

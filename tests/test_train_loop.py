@@ -1,14 +1,28 @@
 """Training in plain processes: the same losses whatever the workers, the accumulation, the ZeRO."""
 
-import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from train_gang import Scenario, make_batches, make_config, read_losses, run_gang
+import torch.distributed as dist
+from train_gang import (
+    Scenario,
+    make_batches,
+    make_config,
+    make_eval_batches,
+    read_lines,
+    read_losses,
+    run_gang,
+)
 
+from llava_ray.errors import TrainingError
 from llava_ray.model import load_model
+from llava_ray.train.engine import Trainee
+from llava_ray.train.flops import count_flops
+from llava_ray.train.parts import describe_parts, select_parts
+from llava_ray.train.step import take_step
 
 NUM_STEPS = 20
 ZEROS: dict[str, dict[str, Any]] = {
@@ -18,6 +32,12 @@ ZEROS: dict[str, dict[str, Any]] = {
     "zero2-offload": {"zero_stage": 2, "offload": "optimizer"},
     "zero3": {"zero_stage": 3},
     "zero3-offload": {"zero_stage": 3, "offload": "all"},
+}
+MEASURED: dict[str, Any] = {
+    "eval_datasets": [{"path": "memory"}],
+    "eval_steps": 10,
+    "num_generations": 2,
+    "peak_tflops": 0.001,
 }
 PARTS: dict[str, dict[str, Any]] = {
     "projector": {"method": "projector", "zero_stage": 2},
@@ -32,13 +52,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of all runs of this file: one gang of one process, one of two."""
     folder = tmp_path_factory.mktemp("runs")
     alone = [
-        Scenario("alone", {"zero_stage": 2}, num_steps=NUM_STEPS),
+        Scenario("alone", {"zero_stage": 2, **MEASURED}, num_steps=NUM_STEPS),
         *(Scenario(f"alone-{name}", settings, num_steps=5) for name, settings in PARTS.items()),
         Scenario("qlora", {**PARTS["lora"], "quantization": "4bit"}),
         Scenario("diverging", {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}),
     ]
     together = [
-        *(Scenario(name, settings, num_steps=NUM_STEPS) for name, settings in ZEROS.items()),
+        *(
+            Scenario(name, {**settings, **MEASURED}, num_steps=NUM_STEPS)
+            for name, settings in ZEROS.items()
+        ),
         *(
             Scenario(f"two-{name}", {"zero_stage": 3, **settings}, num_steps=5)
             for name, settings in PARTS.items()
@@ -98,16 +121,76 @@ def test_whatever_is_trained_two_workers_agree_with_one(runs: Path, name: str) -
 
 
 def test_every_step_names_its_samples_and_an_epoch_has_each_once(runs: Path) -> None:
-    lines = [json.loads(x) for x in (runs / "zero2" / "train_log.jsonl").read_text().splitlines()]
+    lines = read_lines(runs, "zero2", "loss")
     ids = [id_ for line in lines[:6] for id_ in line["sample_ids"]]
     assert sorted(ids) == sorted(f"sample-{number}" for number in range(24))
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(runs: Path) -> None:
     said = (runs / "diverging" / "error.txt").read_text()
-    assert "the loss is" in said
+    assert "the loss of step" in said
     assert "'sample-" in said
     assert "lower learning_rate" in said
+
+
+@pytest.mark.parametrize("name", ["alone", "zero2", "zero3"])
+def test_the_held_out_loss_is_that_of_the_checkpoint_as_it_loads(runs: Path, name: str) -> None:
+    said = read_lines(runs, name, "eval_loss")
+    assert [line["step"] for line in said] == [10, 20]
+    model: Any = load_model(runs / name / "checkpoint-20" / "model", dtype="float32", device="cpu")
+    total, num_learned = 0.0, 0
+    config = make_config()
+    for batch in make_eval_batches(config, 0, 1, 1):
+        inputs = batch.to_tensors()
+        num = int((inputs["labels"][:, 1:] != -100).sum())
+        total += float(model.model(**inputs).loss.detach()) * num
+        num_learned += num
+    assert said[-1]["eval_loss"] == pytest.approx(total / num_learned, rel=1e-5)
+
+
+def test_a_few_held_out_questions_are_answered_alike_on_any_number_of_workers(runs: Path) -> None:
+    (first, last), others = (read_lines(runs, name, "answers") for name in ("alone", "zero3"))
+    assert last["answers"] == others[-1]["answers"]
+    assert [answer["sample_id"] for answer in last["answers"]] == ["sample-24", "sample-25"]
+    answer = last["answers"][0]
+    assert "how many are there in number 24?" in answer["prompt"]
+    assert answer["right"] == "there are very very very very many, 168 at least"
+    assert answer["said"] != first["answers"][0]["said"]
+
+
+def test_the_log_says_how_much_of_the_hardware_is_used(runs: Path) -> None:
+    line = read_lines(runs, "zero2", "loss")[-1]
+    parts = describe_parts(_load_trained(), make_config())
+    flops = count_flops(parts) * line["tokens_per_s"]
+    assert line["mfu"] == pytest.approx(flops / (2 * 1e9), rel=0.01)
+
+
+def _load_trained() -> Any:
+    """Return the tiny model with the parts trainable that these runs train."""
+    model: Any = load_model(make_config().model, dtype="float32", device="cpu").model
+    select_parts(model, make_config())
+    return model
+
+
+class _FullEngine:
+    """DeepSpeed's engine on a device whose memory is used up."""
+
+    optimizer = SimpleNamespace(param_groups=[])
+
+    def __call__(self, **inputs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path: Path) -> None:
+    core: Any = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32))
+    trainee = Trainee(core, _FullEngine(), {}, [], 0, torch.device("cpu"))
+    batch = next(make_batches(make_config(), 0, 1, None))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
+    try:
+        with pytest.raises(TrainingError, match="lower per_device_train_batch_size"):
+            take_step(trainee, [batch], step=1, rate=1.0, seed=0)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_adapters_over_four_bit_weights_learn(runs: Path) -> None:

@@ -23,6 +23,7 @@ from llava_ray.data.shards import ShardRow
 from llava_ray.types import PICTURE, Message, Sample, TextPart
 
 NUM_SAMPLES = 24
+HELD_OUT = range(NUM_SAMPLES, NUM_SAMPLES + 6)
 BATCH_SIZE = 4
 
 
@@ -97,6 +98,17 @@ def make_batches(
             )
 
 
+def make_eval_batches(
+    config: TrainConfig, rank: int, num_workers: int, size: int
+) -> Iterator[Batch]:
+    """Yield a worker's batches of the held-out samples, the last of them with fewer or none."""
+    for start in range(0, len(HELD_OUT), size * num_workers):
+        numbers = HELD_OUT[start : start + size * num_workers][rank * size : (rank + 1) * size]
+        examples = [make_example(config.model, number) for number in numbers]
+        arrays = collate(examples, pad_token_id=_load_encoder(config.model).pad_token_id)
+        yield Batch(arrays, tuple(example.sample_id for example in examples))
+
+
 def run_gang(num_workers: int, scenarios: Sequence[Scenario], folder: Path) -> None:
     """Run scenarios one after another in the same processes; each has `folder/<name>`.
 
@@ -112,11 +124,16 @@ def run_gang(num_workers: int, scenarios: Sequence[Scenario], folder: Path) -> N
     )
 
 
-def read_losses(folder: Path, name: str) -> list[float]:
+def read_lines(folder: Path, name: str, having: str) -> list[dict[str, Any]]:
+    """Return the lines of a scenario's log that have something."""
     if (folder / name / "error.txt").exists():
         raise AssertionError((folder / name / "error.txt").read_text())
     lines = (folder / name / "train_log.jsonl").read_text().splitlines()
-    return [line["loss"] for line in map(json.loads, lines) if "loss" in line]
+    return [line for line in map(json.loads, lines) if having in line]
+
+
+def read_losses(folder: Path, name: str) -> list[float]:
+    return [line["loss"] for line in read_lines(folder, name, "loss")]
 
 
 def _work(rank: int, num_workers: int, scenarios: list[Scenario], folder: Path) -> None:
@@ -174,9 +191,12 @@ def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> Non
                 raise _Stop
             yield batch
 
+    def read_held_out(size: int) -> Iterator[Batch]:
+        return make_eval_batches(config, rank, num_workers, size)
+
     around = Surroundings(
         read_batches=read,
-        read_eval_batches=None,
+        read_eval_batches=read_held_out if config.eval_datasets else None,
         num_steps=scenario.num_steps,
         new_folder=lambda: home / "new",
         keep=keep,

@@ -1,4 +1,4 @@
-"""`llava-ray demo scene | train | evaluate`: the embedded model."""
+"""`llava-ray demo scene | raw | train | evaluate`: the embedded model."""
 
 import random
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from llava_ray.cli.console import out
+from llava_ray.cli.console import notes, out
 from llava_ray.errors import UserError
 
 app = typer.Typer(help="The embedded model: its scenes, training and scores.")
@@ -53,6 +53,20 @@ def train(
         threads=threads,
         start=MODEL_DIR if start == Path("demo") else start,
     )
+
+
+@app.command()
+def raw(
+    output_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
+    scenes: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 8000,
+    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
+) -> None:
+    """Write raw data and the parts of a LLaVA, to train one in minutes (jobs/configs/tiny_*)."""
+    from llava_ray.demo.raw import write_raw
+
+    with notes.status(f"painting {scenes:,} scenes"):
+        write_raw(output_dir, num_scenes=scenes, seed=seed)
+    out.print(str(output_dir), markup=False)
 
 
 @app.command()

@@ -36,4 +36,4 @@ def train(
     from llava_ray.train.launch import launch
 
     folder = launch(settings, resume=resume)
-    out.print(str(folder / "export"), markup=False)
+    out.print(f"{folder}/export", markup=False)

@@ -1,7 +1,7 @@
 """One served model: what is loaded, by which engine, on what, and how it scales."""
 
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,14 @@ class ModelConfig(Section):
     engine: EngineName = Field(
         default="torch",
         description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
+    )
+    engine_options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For vllm and sglang: python (of their environment), start_timeout_s, "
+        "environment (variables), and any argument of the engine's own.",
+    )
+    echo_delay_s: float = Field(
+        default=0.0, ge=0, description="Seconds that the echo engine takes for each word."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto",
@@ -83,7 +91,9 @@ class ModelConfig(Section):
         default=16, ge=1, description="Requests for each replica at which Ray starts another."
     )
     max_ongoing_requests: int = Field(
-        default=64, ge=1, description="Requests that one replica accepts; more wait in the queue."
+        default=64,
+        ge=1,
+        description="Requests that one replica accepts from a gateway; more wait in its queue.",
     )
     max_queued_requests: int = Field(
         default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."

@@ -69,6 +69,9 @@ class ServeConfig(BaseSettings):
     models: list[ModelConfig] = Field(
         default_factory=list, description="Models served side by side; replaces model and engine."
     )
+    num_gateways: int = Field(
+        default=1, ge=1, le=64, description="Gateways that answer, each with its own queues."
+    )
     page: bool = Field(
         default=True, description="Serve the Gradio page at / together with the API."
     )

@@ -57,6 +57,10 @@ class TrainConfig(Section):
         default=None, ge=1, description="Steps from one evaluation to the next; default: each save."
     )
 
+    num_generations: int = Field(
+        default=0, ge=0, le=64, description="Held-out questions answered at each evaluation."
+    )
+
     # Batches.
     train_batch_size: int = Field(
         default=128, ge=1, description="Samples of a step, over all workers and accumulation."
@@ -151,12 +155,19 @@ class TrainConfig(Section):
         default=1, ge=1, description="Checkpoints kept; without a metric the newest."
     )
     metric_for_best_model: Literal["eval_loss", "loss"] | None = Field(
-        default=None, description="Keeps the checkpoints in which this is lowest, and the newest."
+        default=None,
+        description="Keeps the checkpoints in which this is lowest, and the newest; the best is "
+        "exported.",
     )
     export_to: Literal["hf", "original"] | None = Field(
         default=None, description="Form of the run's export; default: that of the model."
     )
     logging_steps: int = Field(default=1, ge=1, description="Steps from one line to the next.")
+    peak_tflops: float | None = Field(
+        default=None,
+        gt=0,
+        description="What a GPU can do in bfloat16, for MFU; default: known for common ones.",
+    )
     report_to: list[Tracker] = Field(
         default_factory=list, description="tensorboard, wandb, mlflow; beside train_log.jsonl."
     )
@@ -175,6 +186,8 @@ class TrainConfig(Section):
             raise ValueError("quantized weights cannot be divided: set zero_stage=2 or lower")
         if self.eval_steps and not self.eval_datasets:
             raise ValueError("eval_steps needs eval_datasets")
+        if self.num_generations and not self.eval_datasets:
+            raise ValueError("num_generations needs eval_datasets")
         if self.metric_for_best_model == "eval_loss" and not self.eval_datasets:
             raise ValueError("metric_for_best_model=eval_loss needs eval_datasets")
         self._share_with_data()

@@ -15,22 +15,32 @@ def load_engine(config: ModelConfig) -> Engine:
     Raises:
         ConfigError: the model does not load, or the engine is not available here.
     """
+    if config.engine_options and config.engine not in ("vllm", "sglang"):
+        raise ConfigError(
+            f"engine_options are for vllm and sglang; engine={config.engine!r} has none: leave "
+            f"{', '.join(config.engine_options)} out"
+        )
     match config.engine:
         case "echo":
             from llava_ray.engine.echo import EchoEngine
 
-            return EchoEngine(template=config.template)
+            return EchoEngine(delay_s=config.echo_delay_s, template=config.template)
         case "torch":
             # OpenMP reads it when torch is loaded; Ray has set it to the actor's num_cpus.
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
             from llava_ray.engine.torch_engine import TorchEngine
 
             return TorchEngine.load(config)
-        case "vllm" | "sglang":
-            raise ConfigError(
-                f"engine={config.engine!r} is not available in this version: "
-                "use engine='torch', which computes on CPU and GPU"
-            )
+        case "vllm":
+            from llava_ray.engine.child_engine import ChildEngine
+            from llava_ray.engine.vllm_engine import VLLM
+
+            return ChildEngine(config, VLLM)
+        case "sglang":
+            from llava_ray.engine.child_engine import ChildEngine
+            from llava_ray.engine.sglang_engine import SGLANG
+
+            return ChildEngine(config, SGLANG)
 
 
 def count_threads(config: ModelConfig) -> int:

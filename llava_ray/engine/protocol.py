@@ -8,7 +8,7 @@ from llava_ray.types import Chunk, Prompt, Tokens
 
 
 class Engine(Protocol):
-    """Answers prompts, many at once. Implementations: Torch, Echo; later vLLM and SGLang.
+    """Answers prompts, many at once. Implementations: Torch, Echo, Child (vLLM, SGLang).
 
     An engine knows neither HTTP nor Ray. Errors are raised, never yielded.
 

@@ -37,12 +37,6 @@ class Runner(Protocol):
         ...
 
 
-def select_pictures(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return those of a prompt's inputs that belong to its pictures; None if it has none."""
-    text = ("input_ids", "attention_mask", "token_type_ids")
-    return {name: value for name, value in inputs.items() if name not in text} or None
-
-
 def pass_over_unread_layers(model: Any) -> None:
     """Let the vision tower's layers above those that `model` reads hand on what they are given."""
     read = model.config.vision_feature_layer

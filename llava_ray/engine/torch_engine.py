@@ -6,8 +6,7 @@ chunks, back in the event loop of whoever reads the stream.
 
 import asyncio
 import contextlib
-import functools
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
 
@@ -15,21 +14,18 @@ import torch
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.content import describe_content
-from llava_ray.engine.grammar import Grammar
 from llava_ray.engine.load import count_threads
-from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
-from llava_ray.engine.runner import LlavaRunner, Runner, select_pictures
+from llava_ray.engine.prompt_reader import PromptReader
+from llava_ray.engine.runner import LlavaRunner, Runner
 from llava_ray.engine.scheduler import Scheduler
 from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.text import TextStream
 from llava_ray.engine.threads import (
     run_in_passing_thread,
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.engine.vocabulary import Vocabulary
-from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
+from llava_ray.errors import ConfigError, EngineError
 from llava_ray.model.core import Core, load_model
 from llava_ray.types import Chunk, Prompt, Tokens
 
@@ -76,6 +72,11 @@ class TorchEngine:
         self.context_length = min(context_length or core.context_length, core.context_length)
         self._core = core
         self._cache_tokens = scheduler.regions.num_tokens
+        self._reader = PromptReader(
+            core,
+            context_length=self.context_length,
+            room=min(self.context_length, self._cache_tokens),
+        )
         self._patience_s = patience_s
         runner = runner or run_in_passing_thread(
             lambda: LlavaRunner(core, cache_tokens=self._cache_tokens)
@@ -132,16 +133,12 @@ class TorchEngine:
     async def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""
         here = asyncio.get_running_loop()
-        ids, _ = await here.run_in_executor(self._encoder, self._read, prompt)
-        texts = self._core.tokenizer.convert_ids_to_tokens(ids)
-        return Tokens(ids, [text or "" for text in texts], self.context_length)
+        return await here.run_in_executor(self._encoder, self._reader.tokenize, prompt)
 
     async def detokenize(self, token_ids: Many[int]) -> str:
         """Return the text of tokens; see `Engine.detokenize`."""
-        self._check_token_ids(token_ids, param="tokens")
         here = asyncio.get_running_loop()
-        ids = list(token_ids)
-        return await here.run_in_executor(self._encoder, self._core.tokenizer.decode, ids)
+        return await here.run_in_executor(self._encoder, self._reader.detokenize, token_ids)
 
     async def check(self) -> None:
         """Send a token through the model, between two steps; see `Engine.check`."""
@@ -180,89 +177,17 @@ class TorchEngine:
             self._loop.send(Abort(sequence))
 
     def _encode(self, prompt: Prompt) -> Sequence:
-        prompt_ids, pictures = self._read(prompt)
-        num_image_tokens = prompt_ids.count(self._core.image_token_id)
-        tokenizer = self._core.tokenizer
-        biased = [id_ for id_, _ in prompt.sampling.logit_bias]
-        self._check_token_ids(biased, param="logit_bias")
+        prompt_ids, pictures = self._reader.read(prompt)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
-            num_image_tokens=num_image_tokens,
+            num_image_tokens=self._reader.count_image_tokens(prompt_ids),
             sampling=prompt.sampling,
-            max_tokens=self._fit(prompt, len(prompt_ids), num_image_tokens),
-            text=TextStream(
-                lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
-                stop=prompt.sampling.stop,
-            ),
+            max_tokens=self._reader.fit(prompt, prompt_ids),
+            text=self._reader.open_text(prompt),
             eos_token_ids=self._core.eos_token_ids,
-            grammar=self._compile_format(prompt),
-            logprobs=self._open_logprobs(prompt),
+            grammar=self._reader.compile_format(prompt),
+            logprobs=self._reader.open_logprobs(prompt),
             inputs=pictures,
             content=describe_content(prompt_ids, self._core.image_token_id, prompt.images),
         )
-
-    def _read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
-        """Return a prompt's token ids, and its pictures as the model takes them."""
-        if prompt.token_ids:
-            self._check_token_ids(prompt.token_ids, param="prompt")
-            if self._core.image_token_id in prompt.token_ids:
-                raise RequestError(
-                    f"token {self._core.image_token_id} stands for a picture, and none came with "
-                    "it: leave it out",
-                    param="prompt",
-                )
-            return list(prompt.token_ids), None
-        if not (prompt.images or prompt.add_special_tokens):
-            return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
-        inputs = self._core.encode(prompt.text, prompt.images)
-        return inputs["input_ids"][0].tolist(), select_pictures(inputs)
-
-    @functools.cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(
-            self._core.tokenizer,
-            size=self._core.model.config.text_config.vocab_size,
-            eos_token_ids=self._core.eos_token_ids,
-        )
-
-    def _compile_format(self, prompt: Prompt) -> Grammar | None:
-        schema = prompt.sampling.json_schema
-        return None if schema is None else self._vocabulary.compile(schema)
-
-    def _open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
-        num_top = prompt.sampling.num_logprobs
-        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
-
-    def _check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
-        size = self._core.model.config.text_config.vocab_size
-        for id_ in token_ids:
-            if id_ >= size:
-                raise RequestError(
-                    f"{param} names token {id_}, the vocabulary ends at {size - 1}: leave it out",
-                    param=param,
-                )
-
-    def _fit(self, prompt: Prompt, num_tokens: int, num_image_tokens: int) -> int:
-        """Return how long the answer may become."""
-        room = min(self.context_length, self._cache_tokens)
-        pictures = f"{len(prompt.images)} picture{'s' if len(prompt.images) > 1 else ''}"
-        parts = (
-            f" ({num_image_tokens:,} for {pictures}, {num_tokens - num_image_tokens:,} of text)"
-            if prompt.images
-            else ""
-        )
-        asked = prompt.sampling.max_tokens
-        if num_tokens >= room:
-            raise ContextLengthError(
-                f"the prompt has {num_tokens:,} tokens{parts}, the context holds {room:,} with "
-                f"the answer: shorten the conversation{' or send fewer pictures' * bool(parts)}",
-                param="messages",
-            )
-        if asked is not None and num_tokens + asked > room:
-            raise ContextLengthError(
-                f"the prompt has {num_tokens:,} tokens{parts} and max_tokens asks for {asked:,} "
-                f"more, the context holds {room:,}: ask for at most {room - num_tokens:,}",
-                param="max_tokens",
-            )
-        return room - num_tokens if asked is None else asked

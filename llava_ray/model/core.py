@@ -9,9 +9,11 @@ build) -> transformers' model, adapters merged -> Core
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -44,6 +46,10 @@ if TYPE_CHECKING:
     from PIL import Image as PILImage
 
 Quantization = Literal["4bit", "8bit"]
+
+if not torch.cuda.is_available():
+    # transformers imports DeepSpeed where it is installed, which else warns that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -211,6 +217,35 @@ def load_model(
         template=chosen,
         context_length=read_context_length(model.config.text_config),
         image_token_id=model.config.image_token_id,
+        eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
+        checkpoint=checkpoint,
+    )
+
+
+def load_without_weights(path: str | Path, *, template: str | None = None) -> Core:
+    """Load what speaks with a checkpoint of transformers' layout, for an engine that has its model.
+
+    The core encodes and decodes; its model is a configuration and nothing else.
+
+    Raises:
+        ConfigError: as of `load_model`.
+    """
+    checkpoint = inspect_checkpoint(path)
+    if checkpoint.layout != "published":
+        raise ConfigError(f"{str(path)!r} is not in transformers' layout: export it to hf")
+    config = read_published(checkpoint)
+    processor = read_processor(checkpoint, config=config)
+    chosen = choose_template(checkpoint, processor, template)
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
+    model.generation_config = _read_generation_config(checkpoint, model)
+    stop_ids = find_stop_ids(chosen, processor.tokenizer)
+    return Core(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        template=chosen,
+        context_length=read_context_length(config.text_config),
+        image_token_id=config.image_token_id,
         eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
         checkpoint=checkpoint,
     )

@@ -5,14 +5,22 @@ For `core`, `build` and `blocks`: transformers says nothing meanwhile, Python co
 
 import contextlib
 import gc
+import os
 from collections.abc import Iterator
 
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
-    """Keep transformers' progress bars off the terminal for as long as this lasts."""
+    """Keep transformers' progress bars off the terminal for as long as this lasts.
+
+    It also imports DeepSpeed, where that is installed, to write a model; which remarks that it
+    found no GPU, unless it is told so.
+    """
+    import torch
     from transformers.utils import logging
 
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -43,7 +43,7 @@ class Gateway:
         models: Mapping[str, DeploymentHandle],
         workers: DeploymentHandle | None = None,
     ) -> None:
-        console.set_up()
+        console.set_up(in_replica=True)
         self._config = config
         self._models = models
         self._workers = workers

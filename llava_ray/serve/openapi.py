@@ -124,6 +124,12 @@ _MODEL = {
     },
     "required": ["id", "object", "created", "owned_by"],
 }
+_EVENT = {
+    "type": "object",
+    "description": "one event: a piece of the answer as JSON, an error, or [DONE]",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
 _COUNTS = (
     *("in_flight", "requests", "errors", "refused"),
     *("prompt_tokens", "completion_tokens", "total_tokens", "image_tokens"),
@@ -268,7 +274,7 @@ def _get(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
 def _post(summary: str, body: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": schema or _ref("Completion")}}
     if schema is None:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return {
         "summary": summary,
         "requestBody": {

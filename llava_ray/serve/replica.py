@@ -33,7 +33,7 @@ class Replica:
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         from llava_ray.engine.load import load_engine
 
-        console.set_up()
+        console.set_up(in_replica=True)
         console.logger.info(
             f"loading {model.name!r} from {model.path!r} with the {model.engine} engine"
         )

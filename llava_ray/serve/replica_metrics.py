@@ -14,7 +14,7 @@ from llava_ray.errors import LlavaRayError
 from llava_ray.serve.usage import Usage, count_usage
 from llava_ray.types import Chunk, CompletionRequest, Request
 
-logger = logging.getLogger("ray.serve")  # writes each line with the request's id
+logger = logging.getLogger("ray.serve")  # its file alone: a terminal has the gateway's line
 
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
 _GAP_SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5]

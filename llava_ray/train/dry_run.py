@@ -113,14 +113,7 @@ def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> s
 
 def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
     """Yield a few of the first samples as they would be trained on."""
-    encoder = load_encoder(
-        config.model,
-        base=config.base,
-        vision_tower=config.vision_tower,
-        template=config.template,
-        max_length=config.data.max_length,
-        truncates=config.data.over_long == "truncate",
-    )
+    encoder = load_run_encoder(config)
     reader = PoolReader(pool)
     for number in plan.batch(plan.start())[:_NUM_SHOWN]:
         row = reader.read(int(number))
@@ -136,6 +129,22 @@ def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
             f"{len(learned)} learned\n  reads  {_decode(encoder, ids)}\n"
             f"  learns {_decode(encoder, learned)}"
         )
+
+
+def load_run_encoder(config: TrainConfig) -> Encoder:
+    """Return what encodes a run's samples.
+
+    Raises:
+        ConfigError: the template is not known or does not fit the model.
+    """
+    return load_encoder(
+        config.model,
+        base=config.base,
+        vision_tower=config.vision_tower,
+        template=config.template,
+        max_length=config.data.max_length,
+        truncates=config.data.over_long == "truncate",
+    )
 
 
 def _decode(encoder: Encoder, ids: list[int]) -> str:

@@ -4,7 +4,6 @@ launch -> TorchTrainer -> train_worker (on each worker) -> loop.train -> export
 """
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,17 +21,25 @@ from llava_ray.data import stream
 from llava_ray.data.collate import Batch
 from llava_ray.data.plan import Position
 from llava_ray.data.pool import make_plan, open_pool
-from llava_ray.errors import ConfigError, LlavaRayError, TrainingError
+from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.train.checkpoint import read_progress
+from llava_ray.train.dry_run import build_hollow, load_run_encoder
 from llava_ray.train.finish import export_run, write_settings
 from llava_ray.train.log import RunLog
 from llava_ray.train.loop import Surroundings, train
+from llava_ray.train.storage import (
+    is_address,
+    is_begun,
+    open_home,
+    remove_unfinished,
+    send_home,
+)
 from llava_ray.train.trackers import open_trackers
 from llava_ray.train.weights import name_base
 
 
-def launch(config: TrainConfig, *, resume: bool = False) -> Path:
-    """Train, and write the export; return the run's folder.
+def launch(config: TrainConfig, *, resume: bool = False) -> str:
+    """Train, and write the export; return the run's folder, a path or an address.
 
     Ray is started if none is running. A worker that dies takes the run back to its last checkpoint.
 
@@ -42,15 +49,27 @@ def launch(config: TrainConfig, *, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: it cannot be begun.
-        TrainingError: it failed more often than `max_failures`; checkpoints stay.
+        DivergedError: its loss is no number; checkpoints stay.
+        TrainingError: it failed more often than `max_failures`; likewise.
     """
     config = write_paths_whole(config)
     folder = check_run(config, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
+    home = open_home(folder)
+    write_settings(home, config)
+    send_home(home, folder)
+    with fit(make_trainer(config), config).as_directory() as checkpoint:
+        home = open_home(folder)  # with the log that a worker has written meanwhile
+        export_run(Path(checkpoint), home, config)
+        send_home(home, folder)
+    return folder
+
+
+def make_trainer(config: TrainConfig) -> TorchTrainer:
+    """Return Ray's trainer of a run; it goes on where there is a checkpoint."""
     is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
-    write_settings(folder, config)
-    trainer = TorchTrainer(
+    return TorchTrainer(
         train_worker,
         train_loop_config=config.model_dump(),
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
@@ -61,7 +80,7 @@ def launch(config: TrainConfig, *, resume: bool = False) -> Path:
         ),
         run_config=RunConfig(
             name=config.name,
-            storage_path=str(folder.parent),
+            storage_path=config.output_dir,
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
@@ -70,27 +89,41 @@ def launch(config: TrainConfig, *, resume: bool = False) -> Path:
             ),
         ),
     )
+
+
+def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
+    """Run a trainer to its end; return the best checkpoint, without a metric the last.
+
+    Raises:
+        DivergedError, TrainingError: as of `launch`.
+    """
     try:
         result = trainer.fit()
     except TrainingFailedError as error:
         raise _explain(error, config) from error
+    if result.return_value:
+        raise DivergedError(result.return_value)
     if result.checkpoint is None:
         raise TrainingError("the run ended without a checkpoint: its data gives no step")
-    with result.checkpoint.as_directory() as checkpoint:
-        export_run(Path(checkpoint), folder, config)
-    return folder
+    metric = config.metric_for_best_model
+    best = result.get_best_checkpoint(metric, "min") if metric else result.checkpoint
+    assert best is not None
+    return best
 
 
-def check_run(config: TrainConfig, *, resume: bool = False) -> Path:
+def check_run(config: TrainConfig, *, resume: bool = False) -> str:
     """Return a run's folder, once it is clear that the run can begin.
 
     Raises:
-        ConfigError: data or model are not there, or the folder is another run's.
+        ConfigError: data or model are not there or do not fit together, or the folder is another
+            run's.
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
         open_pool([dataset])
-    folder = Path(config.output_dir) / config.name
-    is_there = folder.is_dir() and any(folder.iterdir())
+    build_hollow(config)
+    load_run_encoder(config)
+    folder = f"{config.output_dir}/{config.name}"
+    is_there = is_begun(folder)
     if is_there and not resume:
         raise ConfigError(
             f"there is a run named {config.name!r} in {config.output_dir!r} already: go on with it "
@@ -112,36 +145,42 @@ def write_paths_whole(config: TrainConfig) -> TrainConfig:
         settings[name] = settings[name] and str(name_base(settings[name]))
     for dataset in (*settings["data"]["datasets"], *settings["eval_datasets"]):
         dataset["path"] = str(name_base(dataset["path"]))
-    if "://" not in config.output_dir:
+    if not is_address(config.output_dir):
         settings["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
+    settings["output_dir"] = settings["output_dir"].rstrip("/")
     return TrainConfig(**settings)
 
 
-def train_worker(settings: dict[str, Any]) -> None:
+def train_worker(settings: dict[str, Any]) -> str | None:
     """Train on one worker of Ray Train's.
 
     Args:
         settings: of `TrainConfig`.
+
+    Returns:
+        Why the run is over before its end, where Ray's trying again would end the same way.
     """
     config = TrainConfig(**settings)
     context = ray.train.get_context()
     rank = context.get_world_rank()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    home = Path(config.output_dir) / config.name if rank == 0 else None
-    log = RunLog(home, trackers=open_trackers(config, home), every=config.logging_steps)
+    folder = f"{config.output_dir}/{config.name}"
+    home = open_home(folder) if rank == 0 else None
+    log = RunLog(
+        home,
+        trackers=open_trackers(config, home),
+        send=lambda: send_home(home, folder) if home else None,
+        every=config.logging_steps,
+    )
     with _open_checkpoint() as checkpoint:
         if home:
-            remove_unfinished(home, read_progress(checkpoint).step if checkpoint else 0)
-        train(config, describe_surroundings(config), log, resume=checkpoint)
-
-
-def remove_unfinished(home: Path, step: int) -> None:
-    """Remove checkpoints behind the one to go on from: their workers died while they wrote them."""
-    for folder in home.glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        if number.isdecimal() and int(number) > step:
-            shutil.rmtree(folder)
+            remove_unfinished(folder, read_progress(checkpoint).step if checkpoint else 0)
+        try:
+            train(config, describe_surroundings(config), log, resume=checkpoint)
+        except DivergedError as error:
+            return error.message
+    return None
 
 
 def describe_surroundings(config: TrainConfig) -> Surroundings:
@@ -163,11 +202,10 @@ def describe_surroundings(config: TrainConfig) -> Surroundings:
             num_epochs=config.num_train_epochs,
         )
 
-    def read_eval_batches() -> Iterator[Batch]:
-        size = num_workers * config.per_device_train_batch_size
+    def read_eval_batches(size: int) -> Iterator[Batch]:
         data = config.data.model_dump() | {
             "datasets": config.eval_datasets,
-            "batch_size": size,
+            "batch_size": num_workers * size,
             "grouping": "none",
             "num_readers": 0,
         }

@@ -4,53 +4,81 @@ Lines behind the step that a run goes on from are taken away, so each step is th
 """
 
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_ray.config import TrainConfig
+from llava_ray.train.evaluation import Answer
 from llava_ray.train.parts import PartState
 from llava_ray.train.step import StepFigures
 
 LOG = "train_log.jsonl"
+_NUMBERS = (
+    "loss", "learning_rate", "grad_norm", "tokens_per_s", "samples_per_s", "padding", "mfu",
+)  # fmt: skip
+
+
+class StepTimes(NamedTuple):
+    """How long a step waited for data, the log and other workers, and then computed, in seconds."""
+
+    wait_s: float
+    step_s: float
 
 
 class StepLine(NamedTuple):
-    """A step as the log has it."""
+    """A step as the log has it; what is said by the second counts its waiting too."""
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float | None
+    wait_s: float
     step_s: float
     tokens_per_s: float
     samples_per_s: float
     padding: float
+    mfu: float
     num_learned: int
     sample_ids: tuple[str, ...]
     dropped: dict[str, str]
 
     @staticmethod
     def make(
-        step: int, figures: StepFigures, rate: float, config: TrainConfig, *, elapsed_s: float
+        step: int, figures: StepFigures, times: StepTimes, *, rate: float, mfu: float
     ) -> "StepLine":
-        """Return the line of a step that took `elapsed_s`."""
+        """Return the line of a step.
+
+        Args:
+            step: its number, from 1.
+            figures: what it was.
+            times: how long it took.
+            rate: the highest learning rate at that step.
+            mfu: see `flops`; 0 if unknown.
+        """
+        num_places = figures.num_tokens + figures.num_padding
         return StepLine(
             step=step,
             loss=figures.loss,
-            learning_rate=config.learning_rate * rate,
+            learning_rate=rate,
             grad_norm=figures.grad_norm,
-            step_s=round(elapsed_s, 4),
-            tokens_per_s=round(figures.num_tokens / elapsed_s, 1),
-            samples_per_s=round(figures.num_samples / elapsed_s, 3),
-            padding=round(
-                figures.num_padding / max(1, figures.num_tokens + figures.num_padding), 4
-            ),
+            wait_s=round(times.wait_s, 4),
+            step_s=round(times.step_s, 4),
+            tokens_per_s=round(figures.num_tokens / sum(times), 1),
+            samples_per_s=round(figures.num_samples / sum(times), 3),
+            padding=round(figures.num_padding / max(1, num_places), 4),
+            mfu=round(mfu, 4),
             num_learned=figures.num_learned,
             sample_ids=figures.sample_ids,
             dropped=figures.dropped,
         )
+
+
+def say_line(text: str) -> None:
+    """Write a line to standard output; Ray Train's own `print` writes each line twice."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
 
 
 class RunLog:
@@ -60,13 +88,15 @@ class RunLog:
         self,
         folder: Path | None,
         *,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = say_line,
         trackers: Sequence[Any] = (),
+        send: Callable[[], None] = lambda: None,
         every: int = 1,
     ) -> None:
         self._path = folder / LOG if folder else None
         self._say = say
         self._trackers = trackers
+        self._send = send
         self._every = every
         self._num_steps = 0
         self._started_s = time.perf_counter()
@@ -94,14 +124,14 @@ class RunLog:
             return
         spent_s = time.perf_counter() - self._started_s
         left_s = spent_s / (line.step - self._first) * (self._num_steps - line.step)
+        used = f"MFU {line.mfu:.0%}  " if line.mfu else ""
         self._say(
             f"step {line.step}/{self._num_steps}  loss {line.loss:.4f}  "
             f"lr {line.learning_rate:.2e}  {line.tokens_per_s:,.0f} tokens/s  "
             f"{line.samples_per_s:.1f} samples/s  padding {line.padding:.0%}  "
-            f"left {left_s / 60:.1f} min"
+            f"{used}left {left_s / 60:.1f} min"
         )
-        numbers = ("loss", "learning_rate", "grad_norm", "tokens_per_s", "samples_per_s", "padding")
-        figures = {n: v for n in numbers if (v := getattr(line, n)) is not None}
+        figures = {n: v for n in _NUMBERS if (v := getattr(line, n)) is not None}
         for tracker in self._trackers:
             tracker.write(figures, line.step)
 
@@ -114,10 +144,20 @@ class RunLog:
         for tracker in self._trackers:
             tracker.write({"eval_loss": loss}, step)
 
+    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Add what the model says to a few held-out questions."""
+        if self._path is None:
+            return
+        self._append({"step": step, "answers": [answer._asdict() for answer in answers]})
+        for answer in answers:
+            self._say(f"  {answer.sample_id}: {answer.said!r}, right is {answer.right!r}")
+
     def flush(self) -> None:
         """Let everything written so far reach its place."""
         for tracker in self._trackers:
             tracker.flush()
+        if self._path is not None:
+            self._send()
 
     def _append(self, content: dict[str, Any]) -> None:
         assert self._path is not None

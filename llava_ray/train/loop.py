@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 
 from llava_ray.config import TrainConfig
@@ -24,10 +23,11 @@ from llava_ray.train.checkpoint import (
     save_checkpoint,
 )
 from llava_ray.train.engine import Trainee, build_trainee
-from llava_ray.train.inputs import count_learned, prepare_inputs
-from llava_ray.train.log import RunLog, StepLine
+from llava_ray.train.evaluation import answer_samples, evaluate_loss
+from llava_ray.train.flops import compute_mfu, count_flops, find_peak
+from llava_ray.train.log import RunLog, StepLine, StepTimes
 from llava_ray.train.schedule import compute_rate
-from llava_ray.train.step import StepFigures, compute_loss, group_steps, take_step
+from llava_ray.train.step import StepFigures, group_steps, take_step
 from llava_ray.train.zero import describe_engine, read_stage
 
 ReadBatches = Callable[[Position | None], Iterator[Batch]]
@@ -40,7 +40,8 @@ class Surroundings:
 
     Attributes:
         read_batches: gives the data.
-        read_eval_batches: gives the held-out data, from its beginning; None: there is none.
+        read_eval_batches: gives the held-out data, from its beginning, so many samples at once;
+            None: there is none.
         num_steps: of the whole run.
         new_folder: an empty folder for a checkpoint.
         keep: takes a checkpoint's folder and figures; all workers call it together.
@@ -49,7 +50,7 @@ class Surroundings:
     """
 
     read_batches: ReadBatches
-    read_eval_batches: Callable[[], Iterator[Batch]] | None
+    read_eval_batches: Callable[[int], Iterator[Batch]] | None
     num_steps: int
     new_folder: Callable[[], Path]
     keep: Callable[[Path, dict[str, float]], None]
@@ -75,22 +76,30 @@ def train(
     log.begin(trainee.parts, num_steps=around.num_steps, step=progress.step if progress else 0)
     step = progress.step if progress else 0
     batches = around.read_batches(progress.position if progress else None)
+    peak, num_workers = find_peak(config, trainee.device), dist.get_world_size()
+    flops_a_token = count_flops(trainee.parts)
     has_left = False
+    waiting_since_s = time.perf_counter()
     for held in group_steps(batches):
         if step >= around.num_steps:
             break
         started_s = time.perf_counter()
         rate = compute_rate(config, step, around.num_steps)
-        figures = take_step(trainee, held, rate=rate, seed=_mix_seed(config.seed, step))
+        seed = _mix_seed(config.seed, step)
         step += 1
-        elapsed_s = time.perf_counter() - started_s
-        log.write(StepLine.make(step, figures, rate, config, elapsed_s=elapsed_s))
+        figures = take_step(trainee, held, step=step, rate=rate, seed=seed)
+        times = StepTimes(started_s - waiting_since_s, time.perf_counter() - started_s)
+        mfu = compute_mfu(figures.num_tokens * flops_a_token, sum(times), peak, num_workers)
+        log.write(StepLine.make(step, figures, times, rate=config.learning_rate * rate, mfu=mfu))
+        waiting_since_s = time.perf_counter()
         is_leaving = not has_left and around.is_leaving()
         has_left = has_left or is_leaving
         if is_leaving or step % config.save_steps == 0 or step == around.num_steps:
             save(trainee, config, around, log, step, held[-1].resume_at, figures)
+            waiting_since_s = time.perf_counter()
         elif config.eval_steps and step % config.eval_steps == 0:
-            log.write_evaluation(step, evaluate_loss(trainee, around))
+            evaluate(trainee, config, around, log, step)
+            waiting_since_s = time.perf_counter()
 
 
 def begin(config: TrainConfig, resume: Path | None) -> tuple[Trainee, Progress | None]:
@@ -129,27 +138,23 @@ def save(
     """Evaluate, write a checkpoint and hand it over."""
     metrics = {"step": float(step), "loss": figures.loss}
     if around.read_eval_batches:
-        metrics["eval_loss"] = evaluate_loss(trainee, around)
-        log.write_evaluation(step, metrics["eval_loss"])
+        metrics["eval_loss"] = evaluate(trainee, config, around, log, step)
     folder = around.new_folder()
     save_checkpoint(folder, trainee, config, step=step, position=position, loss=figures.loss)
     log.flush()
     around.keep(folder, metrics)
 
 
-@torch.no_grad()
-def evaluate_loss(trainee: Trainee, around: Surroundings) -> float:
-    """Return the mean loss over the learned tokens of the held-out data."""
+def evaluate(
+    trainee: Trainee, config: TrainConfig, around: Surroundings, log: RunLog, step: int
+) -> float:
+    """Measure on the held-out data, log it, and return the loss."""
     assert around.read_eval_batches is not None
-    trainee.engine.eval()
-    totals = torch.zeros(2, dtype=torch.float64, device=trainee.device)
-    for batch in around.read_eval_batches():
-        inputs = prepare_inputs(batch, trainee.blank)
-        totals[0] += compute_loss(trainee, inputs, num_learned=1).double()
-        totals[1] += count_learned(inputs)
-    trainee.engine.train()
-    dist.all_reduce(totals)
-    return float(totals[0] / totals[1].clamp(min=1))
+    loss = evaluate_loss(trainee, around.read_eval_batches(config.per_device_train_batch_size))
+    log.write_evaluation(step, loss)
+    if num := config.num_generations:
+        log.write_answers(step, answer_samples(trainee, around.read_eval_batches(1), num))
+    return loss
 
 
 def _mix_seed(seed: int, step: int) -> int:

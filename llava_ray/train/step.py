@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.data.collate import Batch
-from llava_ray.errors import TrainingError
+from llava_ray.errors import DivergedError, TrainingError
 from llava_ray.train.engine import Trainee
 from llava_ray.train.inputs import count_learned, prepare_inputs
 
@@ -48,17 +48,21 @@ def group_steps(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
             held = []
 
 
-def take_step(trainee: Trainee, batches: Sequence[Batch], *, rate: float, seed: int) -> StepFigures:
+def take_step(
+    trainee: Trainee, batches: Sequence[Batch], *, step: int, rate: float, seed: int
+) -> StepFigures:
     """Train on this worker's share of a global batch; all workers do so together.
 
     Args:
         trainee: its weights are updated.
         batches: `accumulation` of them.
+        step: its number, from 1; for messages.
         rate: share of the highest learning rates.
         seed: of dropout.
 
     Raises:
-        TrainingError: the loss is no number, or memory ran out.
+        DivergedError: the loss is no number.
+        TrainingError: memory ran out.
     """
     engine = trainee.engine
     inputs = [prepare_inputs(batch, trainee.blank) for batch in batches]
@@ -78,7 +82,7 @@ def take_step(trainee: Trainee, batches: Sequence[Batch], *, rate: float, seed: 
     total = _sum(trainee, sum(losses))
     gathered = _gather(batches)
     if total != total or abs(total) == float("inf"):
-        raise TrainingError(_explain_loss(total, losses, batches))
+        raise DivergedError(_explain_loss(step, total, losses, batches))
     norm = engine.get_global_grad_norm()
     masks = [each["attention_mask"] for each in inputs]
     num_tokens = int(_sum(trainee, float(sum(mask.sum() for mask in masks))))
@@ -115,16 +119,18 @@ def explain_memory(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
     )
 
 
-def _explain_loss(total: float, losses: Sequence[float], batches: Sequence[Batch]) -> str:
+def _explain_loss(
+    step: int, total: float, losses: Sequence[float], batches: Sequence[Batch]
+) -> str:
     bad = [loss != loss or abs(loss) == float("inf") for loss in losses]
     found = [b.sample_ids for b, is_bad in zip(batches, bad, strict=True) if is_bad]
     gathered: list[list[tuple[str, ...]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, found)
     ids = sorted({id_ for some in gathered for batch in some for id_ in batch})
     return (
-        f"the loss is {total} in a batch with the samples {ids}: lower learning_rate, set "
-        "max_grad_norm, look at these samples; the last checkpoint is intact, and --resume goes on "
-        "from it"
+        f"the loss of step {step} is {total} in a batch with the samples {ids}: lower "
+        "learning_rate, set max_grad_norm, look at these samples; the last checkpoint is intact, "
+        "and --resume goes on from it"
     )
 
 

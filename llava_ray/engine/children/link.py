@@ -1,0 +1,118 @@
+"""The pipe between a replica and an engine that works for it in another process: lines of JSON.
+
+In, from the replica:
+    {"id", "text" or "token_ids", "images": [{"width", "height", "rgb"}], "sampling": {...}}
+    {"abort": id}
+Out, to the replica:
+    {"ready": {}}                       the engine is loaded
+    {"id", "ids", "finish", "cached", "logprobs"}   new tokens; `finish` is null, "stop" or "length"
+    {"id", "error"}                     this request cannot be answered
+    {"stats": {...}}                    once a second, for as long as the engine is well
+    {"broken": text}                    it is not, and this process ends
+
+Runs with the standard library alone. What engines print goes to standard error.
+"""
+
+import asyncio
+import base64
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from typing import Any, Protocol
+
+PULSE_S = 1.0
+LONGEST_LINE = 1 << 30
+
+
+class Inner(Protocol):
+    """An engine as a child program wraps it."""
+
+    def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """Yield what is told of a request, but for its id; a ValueError refuses it."""
+        ...
+
+    async def check(self) -> dict[str, float]:
+        """Return the figures of this moment; raise if the engine is broken."""
+        ...
+
+
+class Link:
+    """This end of the pipe."""
+
+    def __init__(self) -> None:
+        self._out = os.fdopen(os.dup(1), "wb", buffering=0)
+        os.dup2(2, 1)  # nothing that an engine prints comes in between
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    def tell(self, **message: Any) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+
+    async def run(self, engine: Inner) -> None:
+        """Answer until the replica is gone or the engine broken."""
+        self.tell(ready={})
+        pulse = asyncio.create_task(self._beat(engine))
+        reader = asyncio.StreamReader(limit=LONGEST_LINE)
+        here = asyncio.get_running_loop()
+        await here.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while not pulse.done() and (line := await _first(pulse, reader.readline())):
+            self._take(engine, json.loads(line))
+
+    def _take(self, engine: Inner, message: dict[str, Any]) -> None:
+        if name := message.get("abort"):
+            if task := self._running.pop(name, None):
+                task.cancel()
+            return
+        name = message["id"]
+        task = asyncio.create_task(self._answer(engine, message))
+        self._running[name] = task
+        task.add_done_callback(lambda _: self._running.pop(name, None))
+
+    async def _answer(self, engine: Inner, request: dict[str, Any]) -> None:
+        try:
+            async for told in engine.stream(request):
+                self.tell(id=request["id"], **told)
+        except ValueError as error:
+            self.tell(id=request["id"], error=str(error))
+
+    async def _beat(self, engine: Inner) -> None:
+        while True:
+            try:
+                self.tell(stats=await engine.check())
+            except Exception as error:  # noqa: BLE001  # whatever it is, the engine is broken
+                self.tell(broken=f"{type(error).__name__}: {error}")
+                return
+            await asyncio.sleep(PULSE_S)
+
+
+async def _first(pulse: asyncio.Task[None], line: Any) -> bytes:
+    """Return the next line; nothing if the engine breaks before."""
+    reading = asyncio.ensure_future(line)
+    await asyncio.wait([pulse, reading], return_when=asyncio.FIRST_COMPLETED)
+    return reading.result() if reading.done() else b""
+
+
+def read_images(request: dict[str, Any]) -> list[Any]:
+    """Return the pictures of a request, RGB."""
+    from PIL import Image
+
+    return [
+        Image.frombytes("RGB", (image["width"], image["height"]), base64.b64decode(image["rgb"]))
+        for image in request["images"]
+    ]
+
+
+def read_settings() -> dict[str, Any]:
+    """Return what the replica wants of the engine: its arguments, by name."""
+    return json.loads(sys.argv[1])
+
+
+def refuse_unknown(names: Any, known: Any) -> None:
+    """End this program with a message if there is no such argument of the engine's."""
+    import difflib
+
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"did you mean {close[0]}?" if close else "see the engine's own documentation"
+            sys.exit(f"llava_ray: unknown setting engine_options.{name}: {hint}")

@@ -1,0 +1,65 @@
+"""An engine in a process of its own, for tests: it says a prompt's tokens back, one at a time.
+
+Of pictures it says their sizes and the colour of their first pixel, as token ids. Seeds of
+`MISCHIEF` make it misbehave.
+"""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "llava_ray" / "engine" / "children"))
+
+from link import Link, read_images, read_settings, refuse_unknown
+
+MISCHIEF = {"refuse": 1, "stay silent": 2, "break": 3}
+
+
+class Scripted:
+    def __init__(self, settings: dict[str, Any]) -> None:
+        refuse_unknown(settings, {"folder", "pause_s", "fails"})
+        self._pause_s = settings.get("pause_s", 0)
+        self._num_running = 0
+        self._is_broken = False
+        print("what an engine prints does not come in between")
+
+    async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        wanted = request["sampling"]
+        seed = wanted["seed"]
+        if seed == MISCHIEF["refuse"]:
+            raise ValueError("this is not for me")
+        ids = [*request["token_ids"]]
+        for image in read_images(request):
+            ids += [*image.size, *image.getpixel((0, 0))]
+        self._is_broken = seed == MISCHIEF["break"]
+        self._num_running += 1
+        try:
+            if seed in MISCHIEF.values():
+                await asyncio.sleep(3600)
+            ids = ids[: wanted["max_tokens"]]
+            for number, id_ in enumerate(ids, 1):
+                await asyncio.sleep(self._pause_s)
+                reason = "length" if number == wanted["max_tokens"] else "stop"
+                yield {
+                    "ids": [id_],
+                    "finish": reason if number == len(ids) else None,
+                    "cached": self._num_running,  # so that a test sees who else is there
+                    "logprobs": [[-0.5, [[id_, -0.5]]]],
+                }
+        finally:
+            self._num_running -= 1
+
+    async def check(self) -> dict[str, float]:
+        if self._is_broken:
+            raise RuntimeError("a process of mine has ended")
+        return {"num_running": self._num_running}
+
+
+if __name__ == "__main__":
+    settings = read_settings()
+    if settings.get("fails"):
+        sys.exit("no such device")
+    link = Link()
+    asyncio.run(link.run(Scripted(settings)))
