@@ -9,11 +9,11 @@ import httpx
 PATIENCE_S = 60
 
 
-def wait_until(is_so: Callable[[], object], what: str) -> None:
+def wait_until(is_so: Callable[[], object], what: str, *, patience_s: float = PATIENCE_S) -> None:
     """Return once it is so; fail with what did not happen if that takes too long."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_s
     while not is_so():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S} s in vain: {what}"
+        assert time.monotonic() < deadline, f"waited {patience_s} s in vain: {what}"
         time.sleep(0.05)
 
 

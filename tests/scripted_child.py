@@ -14,12 +14,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "llava_ray" / "engine" / "
 
 from link import Link, read_images, read_settings, refuse_unknown
 
-MISCHIEF = {"refuse": 1, "stay silent": 2, "break": 3}
+MISCHIEF = {"refuse": 1, "stay silent": 2, "break": 3, "fail": 4, "miscount": 5}
 
 
 class Scripted:
     def __init__(self, settings: dict[str, Any]) -> None:
-        refuse_unknown(settings, {"folder", "pause_s", "fails"})
+        refuse_unknown(settings, {"folder", "image_tokens", "pause_s", "fails"})
+        self._image_tokens = settings["image_tokens"]
         self._pause_s = settings.get("pause_s", 0)
         self._num_running = 0
         self._is_broken = False
@@ -30,13 +31,16 @@ class Scripted:
         seed = wanted["seed"]
         if seed == MISCHIEF["refuse"]:
             raise ValueError("this is not for me")
-        ids = [*request["token_ids"]]
-        for image in read_images(request):
+        if seed == MISCHIEF["fail"]:
+            raise ZeroDivisionError("a fault of mine")
+        images = read_images(request)
+        ids = [] if images else request["token_ids"]
+        for image in images:
             ids += [*image.size, *image.getpixel((0, 0))]
         self._is_broken = seed == MISCHIEF["break"]
         self._num_running += 1
         try:
-            if seed in MISCHIEF.values():
+            if seed in (MISCHIEF["stay silent"], MISCHIEF["break"]):
                 await asyncio.sleep(3600)
             ids = ids[: wanted["max_tokens"]]
             for number, id_ in enumerate(ids, 1):
@@ -45,11 +49,17 @@ class Scripted:
                 yield {
                     "ids": [id_],
                     "finish": reason if number == len(ids) else None,
+                    "num_prompt_tokens": self._count_tokens(request),
                     "cached": self._num_running,  # so that a test sees who else is there
                     "logprobs": [[-0.5, [[id_, -0.5]]]],
                 }
         finally:
             self._num_running -= 1
+
+    def _count_tokens(self, request: dict[str, Any]) -> int:
+        if request["sampling"]["seed"] == MISCHIEF["miscount"]:
+            return 1
+        return len(request["token_ids"]) + len(request["images"]) * (self._image_tokens - 1)
 
     async def check(self) -> dict[str, float]:
         if self._is_broken:

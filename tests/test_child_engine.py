@@ -21,6 +21,7 @@ from llava_ray.config import ModelConfig
 from llava_ray.engine.child_engine import ChildEngine
 from llava_ray.engine.child_settings import Kind
 from llava_ray.engine.load import load_engine
+from llava_ray.engine.sglang_engine import SGLANG
 from llava_ray.errors import (
     ConfigError,
     ContextLengthError,
@@ -31,12 +32,13 @@ from llava_ray.errors import (
 from llava_ray.model.build import TINY
 from llava_ray.types import TokenLogprob
 
+IMAGE_TOKENS = (TINY.image_size // TINY.patch_size) ** 2
 SCRIPTED = Kind(
     "scripted",
     "The scripted engine",
-    lambda config, folder, on_gpu: {"folder": str(folder)},
+    lambda config, folder, on_gpu: {"folder": str(folder), "image_tokens": IMAGE_TOKENS},
     lambda config, on_gpu: {},
-    unsupported={"logit_bias": "logit_bias"},
+    unsupported=lambda config: ("logit_bias",),
     program=Path(__file__).with_name("scripted_child.py"),
 )
 
@@ -131,7 +133,11 @@ def test_what_cannot_be_done_is_refused_before_it_is_sent() -> None:
         assert caught.value.param == "logit_bias"
         with pytest.raises(RequestError, match="this is not for me"):
             await read(engine, prompt("hello", seed=MISCHIEF["refuse"]))
+        for mischief, words in (("fail", "a fault of mine"), ("miscount", "reads 1 tokens")):
+            with pytest.raises(EngineError, match=words):
+                await read(engine, prompt("hello", seed=MISCHIEF[mischief]))
         assert await answer(engine, prompt("hello", max_tokens=None)) == "hello"
+        assert engine.stats()["num_running"] == 0
         await engine.check()
 
     play(scene)
@@ -182,6 +188,13 @@ def test_an_engine_that_is_not_installed_says_how_to_get_it(
         config = ModelConfig(path=str(tiny_model()), engine=name)
         with pytest.raises(ConfigError, match=f"pip install {name}.*engine_options.python"):
             load_engine(config)
+
+
+def test_sglang_refuses_what_it_would_do_otherwise_than_ours() -> None:
+    usual = SGLANG.unsupported(ModelConfig(engine="sglang"))
+    options = {"enable_deterministic_inference": True}
+    exact = SGLANG.unsupported(ModelConfig(engine="sglang", engine_options=options))
+    assert (usual, exact) == (("repetition_penalty", "seed"), ("repetition_penalty", "min_p"))
 
 
 def test_options_of_another_engine_s_are_refused() -> None:

@@ -656,6 +656,8 @@ WEIGHTS = {
     "talk": 0.4,
 }  # fmt: skip
 
+TALK_WITHOUT_PICTURE = 0.4  # of what is said while there is none
+
 
 def ask(kind: str, asker: Asker, *, tries: int = 8) -> Question | None:
     """A question of this kind, or None where the scene gives no occasion for one."""
@@ -706,6 +708,8 @@ def make_conversation(
         if picture:
             asker, about = Asker(picture, rng, spare_held_out), None
         kind = rng.choices(tuple(weights), tuple(weights.values()))[0]
+        if not pictures and rng.random() < TALK_WITHOUT_PICTURE:
+            kind = "talk"
         question = ask(kind, asker)
         if follow_ups and about and not picture and rng.random() < 0.12:
             kind, question = _ask_about(about, rng) or (kind, question)

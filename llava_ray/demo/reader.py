@@ -101,12 +101,20 @@ class Speller(nn.Module):
 
     def forward(self, values_BPF: torch.Tensor) -> torch.Tensor:
         """Vectors of patches, [B, P, D]."""
-        words = self._words[0].weight
-        tens = words.roll(1, dims=-1)  # the same digits in another place are other vectors
-        vectors = self._words_of @ words + self._tens_of @ tens + self.extra.weight
         places = _places().expand(len(values_BPF), -1, -1)
         indices = torch.cat([values_BPF, places], -1) + self._starts
-        return F.embedding(indices, vectors).sum(-2)
+        return F.embedding(indices, self._vectors()).sum(-2)
+
+    def span(self, field: int) -> torch.Tensor:
+        """All directions in which values of a field differ: orthonormal columns, [D, values]."""
+        start = int(self._starts[field])
+        vectors = self._vectors()[start : start + symbols.WIDTHS[field]]
+        return torch.linalg.qr((vectors - vectors.mean(0)).T).Q
+
+    def _vectors(self) -> torch.Tensor:
+        words = self._words[0].weight
+        tens = words.roll(1, dims=-1)  # the same digits in another place are other vectors
+        return self._words_of @ words + self._tens_of @ tens + self.extra.weight
 
 
 def _places() -> torch.Tensor:

@@ -19,10 +19,12 @@ from llava_ray.engine.logprobs import LogprobStream
 from llava_ray.engine.prompt_reader import PromptReader
 from llava_ray.errors import ConfigError, EngineError, RequestError, UnsupportedError
 from llava_ray.model.core import load_without_weights
-from llava_ray.types import Chunk, Prompt, Tokens
+from llava_ray.types import Chunk, Prompt, Sampling, Tokens
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+_DEFAULTS = Sampling()
 
 
 class ChildEngine:
@@ -47,6 +49,7 @@ class ChildEngine:
         self.template = core.template
         self.context_length = config.context_length or core.context_length
         self._kind, self._core = kind, core
+        self._unsupported = kind.unsupported(config)
         self._cache_tokens = config.cache_tokens
         self._reader = PromptReader(
             core, context_length=self.context_length, room=self.context_length
@@ -77,6 +80,10 @@ class ChildEngine:
                 if "error" in told:
                     is_over = True
                     raise RequestError(f"{self._kind.label} refuses it: {told['error']}")
+                if "failed" in told:
+                    is_over = True
+                    raise EngineError(f"{self._kind.label} failed ({told['failed']}): try again")
+                self._check_length(told["num_prompt_tokens"], len(prompt_ids))
                 chunk = answer.take(told)
                 self._held[name] = len(prompt_ids) + chunk.num_tokens
                 is_over = told["finish"] is not None
@@ -116,26 +123,30 @@ class ChildEngine:
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def _refuse(self, prompt: Prompt) -> None:
-        for field, name in self._kind.unsupported.items():
-            if getattr(prompt.sampling, field):
+        for name in self._unsupported:
+            if getattr(prompt.sampling, name) != getattr(_DEFAULTS, name):
                 raise UnsupportedError(
                     f"{name} is not supported with engine={self._kind.name!r}: leave it out, or "
                     "ask a model on another engine",
                     param=name,
                 )
 
+    def _check_length(self, theirs: int, ours: int) -> None:
+        """The prompt that is answered is the one that was rendered, or nothing is."""
+        if theirs != ours:
+            raise EngineError(
+                f"{self._kind.label} reads {theirs:,} tokens in a prompt that has {ours:,}: its "
+                "tokenizer or processor differs from this model's, use engine='torch'"
+            )
+
     def _describe(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
         """Return a prompt's token ids, and what the child is told of it."""
         prompt_ids, _ = self._reader.read(prompt)
         max_tokens = self._reader.fit(prompt, prompt_ids)
-        if not prompt.images:
-            source: dict[str, Any] = {"token_ids": prompt_ids, "text": ""}
-        else:
-            source = {"token_ids": [], "text": prompt.text}
         asked = prompt.sampling
         own_ends = () if asked.ignore_eos else self._core.eos_token_ids
         return prompt_ids, {
-            **source,
+            **self._reader.write(prompt, prompt_ids),
             "images": [_pack(image) for image in prompt.images],
             "sampling": {
                 "max_tokens": max_tokens,

@@ -6,8 +6,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Kind:
         label: in messages.
         arguments: what it is told of a model: (configuration, folder, is there a GPU).
         environment: variables that it needs: (configuration, is there a GPU).
-        unsupported: fields of `Sampling` that it does not know, and their names in requests.
+        unsupported: fields of `Sampling` that it does not do as ours does: (configuration).
         program: what runs in the engine's Python; by default the one in `children`.
     """
 
@@ -43,7 +43,7 @@ class Kind:
     label: str
     arguments: Callable[[ModelConfig, Path, bool], dict[str, Any]]
     environment: Callable[[ModelConfig, bool], dict[str, str]]
-    unsupported: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Callable[[ModelConfig], tuple[str, ...]] = lambda config: ()
     program: Path | None = None
 
 

@@ -5,6 +5,7 @@ Prompt -> token ids, and how long the answer may become; token ids -> text and l
 
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +15,8 @@ from llava_ray.engine.text import TextStream
 from llava_ray.engine.vocabulary import Vocabulary
 from llava_ray.errors import ContextLengthError, RequestError
 from llava_ray.model.core import Core
+from llava_ray.model.processing import mark_pictures
+from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -50,6 +53,17 @@ class PromptReader:
             return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
         inputs = self._core.encode(prompt.text, prompt.images)
         return inputs["input_ids"][0].tolist(), select_pictures(inputs)
+
+    def write(self, prompt: Prompt, prompt_ids: Sequence[int]) -> dict[str, Any]:
+        """Return a prompt for a processor that expands pictures itself: its `token_ids` with one
+        image token for each picture, and the `text` before which that puts its own beginning."""
+        if not prompt.images:
+            return {"token_ids": list(prompt_ids), "text": ""}
+        core = self._core
+        image_id = core.image_token_id
+        ids = [image_id if i == IMAGE_PLACEHOLDER else i for i in core.tokenize(prompt.text)]
+        text = mark_pictures(prompt.text) if core.checkpoint.uses_start_end else prompt.text
+        return {"token_ids": ids, "text": text.removeprefix(core.tokenizer.bos_token or "")}
 
     def count_image_tokens(self, prompt_ids: Sequence[int]) -> int:
         return prompt_ids.count(self._core.image_token_id)

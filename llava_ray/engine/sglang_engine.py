@@ -33,10 +33,17 @@ def _describe_environment(config: ModelConfig, on_gpu: bool) -> dict[str, str]:
     return {} if on_gpu else {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def _find_unsupported(config: ModelConfig) -> tuple[str, ...]:
+    """Its repetition penalty passes over the prompt. It reads seeds in its deterministic mode only,
+    which takes no min_p."""
+    is_deterministic = config.engine_options.get("enable_deterministic_inference")
+    return ("repetition_penalty", "min_p" if is_deterministic else "seed")
+
+
 SGLANG = Kind(
     "sglang",
     "SGLang",
     _describe_arguments,
     _describe_environment,
-    unsupported={"logit_bias": "logit_bias"},
+    unsupported=_find_unsupported,
 )

@@ -1,12 +1,14 @@
 """The pipe between a replica and an engine that works for it in another process: lines of JSON.
 
-In, from the replica:
-    {"id", "text" or "token_ids", "images": [{"width", "height", "rgb"}], "sampling": {...}}
+In, from the replica; `token_ids` have one image token for each picture, as `text` has `<image>`:
+    {"id", "text", "token_ids", "images": [{"width", "height", "rgb"}], "sampling": {...}}
     {"abort": id}
 Out, to the replica:
     {"ready": {}}                       the engine is loaded
-    {"id", "ids", "finish", "cached", "logprobs"}   new tokens; `finish` is null, "stop" or "length"
-    {"id", "error"}                     this request cannot be answered
+    {"id", "ids", "finish", "cached", "logprobs", "num_prompt_tokens"}
+                                        new tokens; `finish` is null, "stop" or "length"
+    {"id", "error"}                     this request cannot be answered as it is
+    {"id", "failed"}                    it could, but the engine failed
     {"stats": {...}}                    once a second, for as long as the engine is well
     {"broken": text}                    it is not, and this process ends
 
@@ -18,6 +20,7 @@ import base64
 import json
 import os
 import sys
+import traceback
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
@@ -74,6 +77,9 @@ class Link:
                 self.tell(id=request["id"], **told)
         except ValueError as error:
             self.tell(id=request["id"], error=str(error))
+        except Exception as error:  # noqa: BLE001  # whoever waits for it must be told
+            traceback.print_exc()
+            self.tell(id=request["id"], failed=f"{type(error).__name__}: {error}")
 
     async def _beat(self, engine: Inner) -> None:
         while True:

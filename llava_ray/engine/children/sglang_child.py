@@ -23,9 +23,9 @@ class Sglang:
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         asked = request["sampling"]
         prompt = (
-            {"input_ids": request["token_ids"]}
-            if request["token_ids"]
-            else {"prompt": request["text"]}
+            {"prompt": request["text"]}  # its processors of pictures take no ids
+            if request["images"]
+            else {"input_ids": request["token_ids"]}
         )
         num_told = 0
         self._num_running += 1
@@ -51,6 +51,7 @@ class Sglang:
                     "ids": ids,
                     "finish": reason["type"] if is_over else None,
                     "cached": about.get("cached_tokens", 0),
+                    "num_prompt_tokens": about["prompt_tokens"],
                     "logprobs": _read_logprobs(about, num_told, len(ids)),
                 }
                 num_told += len(ids)
@@ -72,8 +73,9 @@ def _describe_sampling(asked: dict[str, Any]) -> dict[str, Any]:
         "min_tokens": "min_new_tokens",
         "seed": "sampling_seed",
     }
-    left_out = {"logprobs", "logit_bias"}
-    wanted = {names.get(n, n): v for n, v in asked.items() if n not in left_out and v is not None}
+    bias = {str(id_): value for id_, value in asked["logit_bias"]}
+    asked = asked | {"logit_bias": bias or None, "logprobs": None}
+    wanted = {names.get(n, n): v for n, v in asked.items() if v is not None}
     if wanted["top_k"] == 0:
         wanted["top_k"] = -1
     return wanted

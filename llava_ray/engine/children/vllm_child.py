@@ -22,11 +22,9 @@ class Vllm:
         self._num_running = 0
 
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        prompt = (
-            {"prompt_token_ids": request["token_ids"]}
-            if request["token_ids"]
-            else {"prompt": request["text"]}
-        )
+        from vllm.exceptions import VLLMClientError  # pyright: ignore
+
+        prompt: dict[str, Any] = {"prompt_token_ids": request["token_ids"]}
         if request["images"]:
             prompt["multi_modal_data"] = {"image": read_images(request)}
         self._num_running += 1
@@ -38,8 +36,11 @@ class Vllm:
                     "ids": list(answer.token_ids),
                     "finish": answer.finish_reason,
                     "cached": out.num_cached_tokens or 0,
+                    "num_prompt_tokens": len(out.prompt_token_ids),
                     "logprobs": _read_logprobs(answer),
                 }
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
         finally:
             self._num_running -= 1
 
