@@ -22,7 +22,6 @@ from typing import Annotated, Any, Literal
 import typer
 from benchmark_data import benchmark_data
 from benchmark_evaluate import benchmark_evaluate
-from benchmark_train import benchmark_train
 from PIL import Image
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -383,7 +382,6 @@ def benchmark_load(
 
 
 cli.command("data")(benchmark_data)
-cli.command("train")(benchmark_train)
 cli.command("evaluate")(benchmark_evaluate)
 
 if __name__ == "__main__":
