@@ -96,7 +96,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> 
         (["chat", "nowhere.png", "-p", "x"], "cannot read 'nowhere.png'"),
         (["chat", __file__, "-p", "x"], "not a picture"),
         (["chat", "--local", "--url", "http://x", "-p", "x"], "give one of them"),
-        (["chat", "--local", "--engine", "vllm", "-p", "x"], "needs vLLM, which is not installed here"),
+        (["chat", "--local", "--engine", "vllm", "-p", "x"], "needs vLLM, which is not installed"),
         (["serve", "--config", "nowhere.yaml"], "cannot read 'nowhere.yaml'"),
         (["demo", "evaluate", "nowhere"], "no weights in 'nowhere'"),
     ],

@@ -1,10 +1,12 @@
 """What clients see while machines die, models change and too many ask: on a real cluster.
 
-Three nodes, each of which is a process group of this machine. Every request is accounted for.
+Three nodes, each of which is a process group of this machine. Every request is accounted for. They
+want the machine for themselves, for five minutes: `LLAVA_RAY_TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import asyncio
 import json
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -18,7 +20,13 @@ from crowd import Crowd, ask, gather_crowd
 from PIL import Image
 from ray_nodes import ROOT, RayNodes, start_nodes, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.cluster,
+    pytest.mark.skipif(
+        "LLAVA_RAY_TEST_CLUSTER" not in os.environ, reason="wants the whole machine"
+    ),
+]
 
 WORD_S = 0.05
 ECHO = {"engine": "echo", "echo_delay_s": WORD_S, "num_cpus": 0.2}
