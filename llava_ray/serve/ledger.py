@@ -60,7 +60,8 @@ class Ledger:
 
 def open_ledger(application: str) -> Exchange:
     """Return how to reach the ledger of a Serve application; the first to ask opens it."""
-    actor = ray.remote(Ledger).options(
+    remote: Any = ray.remote(Ledger)
+    actor = remote.options(
         name=f"usage of {application}",
         namespace="llava-ray",
         get_if_exists=True,
