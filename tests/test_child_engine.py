@@ -46,7 +46,7 @@ SCRIPTED = Kind(
 @pytest.fixture(scope="module", autouse=True)
 def _exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("exports")))
         yield
 
 

@@ -62,13 +62,15 @@ def test_votes_flags_and_corrections_join_their_answer(tmp_path: Path) -> None:
 
 
 def test_a_picture_is_stored_once_under_its_hash(tmp_path: Path) -> None:
-    log = FeedbackLog(tmp_path)
+    folder = tmp_path / "all" / "log"
+    log = FeedbackLog(folder)
     for name in ("a", "b", "../../c"):
         log_answer(log, name, png("red"), TextPart("?"))
-    (kept,) = (tmp_path / "images").iterdir()
+    (kept,) = (folder / "images").iterdir()
     assert kept.read_bytes() == png("red").data
     assert len(kept.stem) == 64
-    assert not list(tmp_path.parent.glob("c*"))
+    assert [each.name for each in tmp_path.iterdir()] == ["all"]
+    assert [each.name for each in folder.parent.iterdir()] == ["log"]
 
 
 def test_visitors_at_the_same_moment_do_not_mix(tmp_path: Path) -> None:
