@@ -1,7 +1,7 @@
 """What clients see while machines die, models change and too many ask: on a real cluster.
 
 Three nodes, each of which is a process group of this machine. Every request is accounted for. They
-want the machine for themselves, for five minutes: `LLAVA_RAY_TEST_CLUSTER=1 pytest -m cluster`.
+want the machine for themselves, for five minutes: `TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import asyncio
@@ -23,9 +23,7 @@ from ray_nodes import ROOT, RayNodes, start_nodes, wait_for
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.cluster,
-    pytest.mark.skipif(
-        "LLAVA_RAY_TEST_CLUSTER" not in os.environ, reason="wants the whole machine"
-    ),
+    pytest.mark.skipif("TEST_CLUSTER" not in os.environ, reason="wants the whole machine"),
 ]
 
 WORD_S = 0.05

@@ -32,6 +32,14 @@ def test_a_misspelt_variable_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> 
         ServeConfig()
 
 
+@pytest.mark.parametrize("engine", ["VLLM", "SGLANG"])
+def test_the_python_of_another_engine_is_named_beside_the_settings(
+    engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(f"LLAVA_RAY_{engine}_PYTHON", "/there/bin/python")
+    assert ServeConfig().models[0].path == "demo"
+
+
 def test_values_out_of_bounds_are_refused() -> None:
     with pytest.raises(ValidationError, match="max_replicas"):
         ModelConfig(min_replicas=3, max_replicas=2)

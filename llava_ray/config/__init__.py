@@ -8,7 +8,7 @@ from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig
 from llava_ray.config.evaluate import EvaluateConfig
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, hash_key
 from llava_ray.config.limits import FetchConfig, LimitsConfig
-from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
+from llava_ray.config.model import DEMO_MODEL, PYTHON_VARIABLES, EngineName, ModelConfig
 from llava_ray.config.page import ModerationConfig, PageConfig
 from llava_ray.config.section import Section, refuse_unknown
 from llava_ray.config.serve import WORKER_ADDRESS, LlavaProtocolConfig, ServeConfig
@@ -17,6 +17,7 @@ from llava_ray.config.train import TrainConfig
 __all__ = [
     "CLIENT_KEY_VARIABLE",
     "DEMO_MODEL",
+    "PYTHON_VARIABLES",
     "WORKER_ADDRESS",
     "ConvertConfig",
     "DataConfig",

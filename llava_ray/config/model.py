@@ -12,6 +12,9 @@ DEMO_MODEL = "demo"
 
 EngineName = Literal["torch", "vllm", "sglang", "echo"]
 
+PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
+"""The environment variables that name the Python of these engines' own environments."""
+
 
 class ModelConfig(Section):
     """One model: what is loaded, by which engine, on what, and how it scales."""

@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, read_keys
 from llava_ray.config.limits import LimitsConfig
-from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
+from llava_ray.config.model import DEMO_MODEL, PYTHON_VARIABLES, EngineName, ModelConfig
 from llava_ray.config.page import ModerationConfig
 from llava_ray.config.section import Section, refuse_unknown
 
@@ -47,6 +47,10 @@ class LlavaProtocolConfig(Section):
         description="Which of several workers of a model answers: the one with the shortest "
         "queue for its speed, or one drawn by speed.",
     )
+
+
+_OTHER_VARIABLES = {CLIENT_KEY_VARIABLE, *PYTHON_VARIABLES.values()}
+"""Variables with our prefix that are no settings of the application's."""
 
 
 class ServeConfig(BaseSettings):
@@ -113,7 +117,7 @@ class ServeConfig(BaseSettings):
         variables = [
             name.removeprefix(prefix)
             for name in os.environ
-            if name.startswith(prefix) and name != CLIENT_KEY_VARIABLE
+            if name.startswith(prefix) and name not in _OTHER_VARIABLES
         ]
         known = [name.upper() for name in cls.model_fields]
         refuse_unknown([name.split("__")[0] for name in variables], known, prefix)

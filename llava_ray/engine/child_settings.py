@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llava_ray.config import ModelConfig
+from llava_ray.config import PYTHON_VARIABLES, ModelConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint import inspect_checkpoint
+from llava_ray.model.cloud import find_cache
 from llava_ray.model.export import export_model
 from llava_ray.model.weights import find_weights, open_file
 
@@ -89,7 +90,7 @@ def find_python(kind: Kind, given: str | None) -> str:
     Raises:
         ConfigError: none is named, and this environment does not have the engine.
     """
-    variable = f"LLAVA_RAY_{kind.name.upper()}_PYTHON"
+    variable = PYTHON_VARIABLES.get(kind.name, "")
     if python := given or os.environ.get(variable):
         return str(Path(python).expanduser())
     if importlib.util.find_spec(kind.name):
@@ -120,8 +121,7 @@ def prepare_folder(path: str) -> Path:
         for file in sorted(folder.iterdir())
     ]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = home / "llava_ray" / "exports" / f"{checkpoint.folder.name}-{digest}"
+    folder = find_cache("exports") / f"{checkpoint.folder.name}-{digest}"
     if not folder.is_dir():
         try:
             export_model(path, folder, to="hf")

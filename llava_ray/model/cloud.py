@@ -51,7 +51,7 @@ def fetch_folder(address: str) -> Path:
         (e["name"], e.get("size"), *(str(e[key]) for key in _CHANGES if key in e)) for e in entries
     ]
     digest = hashlib.sha256(repr((address, facts)).encode()).hexdigest()[:24]
-    folder = _cache() / digest
+    folder = find_cache("checkpoints") / digest
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ def fetch_folder(address: str) -> Path:
     return folder
 
 
-def _cache() -> Path:
+def find_cache(kind: str) -> Path:
+    """Return where this project keeps copies of a kind; the folder may not be there yet."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "llava_ray" / "checkpoints"
+    return Path(home) / "llava_ray" / kind
