@@ -27,6 +27,8 @@ SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64)  # the least that 
 TIMEOUT_S = 300
 NEW_TOKENS = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 ENDLESS = NEW_TOKENS | {"max_tokens": 400, "stream": True}
+ROUNDING = 0.05
+"""Of logprobs: torchvision, which the engines use, scales pictures with other roundings."""
 OPTIONS: dict[str, dict[str, Any]] = {"vllm": {"enforce_eager": True}, "sglang": {}}
 
 pytestmark = pytest.mark.slow
@@ -136,7 +138,7 @@ def test_it_says_about_pictures_what_our_own_engine_says(place: Place, num_pictu
     told = (reply["choices"][0]["logprobs"]["content"] for reply in (ours, theirs))
     for mine, other in zip(*told, strict=True):
         assert other["token"] == mine["token"]
-        assert other["logprob"] == pytest.approx(mine["logprob"], abs=0.01)
+        assert other["logprob"] == pytest.approx(mine["logprob"], abs=ROUNDING)
 
 
 def test_every_field_of_sampling_is_taken_or_refused_by_name(place: Place) -> None:
