@@ -27,6 +27,7 @@ SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64)  # the least that 
 TIMEOUT_S = 300
 NEW_TOKENS = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 ENDLESS = NEW_TOKENS | {"max_tokens": 400, "stream": True}
+REFUSES: dict[str, tuple[str, ...]] = {"vllm": (), "sglang": ("repetition_penalty", "seed")}
 ROUNDING = 0.05
 """Of logprobs: torchvision, which the engines use, scales pictures with other roundings."""
 OPTIONS: dict[str, dict[str, Any]] = {"vllm": {"enforce_eager": True}, "sglang": {}}
@@ -40,6 +41,7 @@ class Place:
 
     url: str
     app: str
+    refuses: tuple[str, ...]
 
     def ask(self, model: str, text: str, *, num_pictures: int = 0, **fields: Any) -> dict[str, Any]:
         body = {"model": model, "messages": [say(text, num_pictures)], **NEW_TOKENS, **fields}
@@ -120,7 +122,7 @@ def place(
     serve.run(
         build_app(ServeConfig(models=[ours, theirs], page=False)), name=app, route_prefix=f"/{app}"
     )
-    yield Place(f"{url}/{app}", app)
+    yield Place(f"{url}/{app}", app, REFUSES[name])
     serve.delete(app)
 
 
@@ -156,10 +158,14 @@ def test_every_field_of_sampling_is_taken_or_refused_by_name(place: Place) -> No
         "stop": ["never said"],
         "n": 2,
     }
+    for name in place.refuses:
+        refused = place.ask("theirs", "Who?", **{name: fields.pop(name)})
+        assert (refused["status"], refused["error"]["param"]) == (400, name)
     first, again = (place.ask("theirs", "Who?", num_pictures=1, **fields) for _ in range(2))
     assert first["status"] == 200, first
     assert len(first["choices"]) == 2
-    assert again["choices"] == first["choices"], "the same seed"
+    if "seed" in fields:
+        assert again["choices"] == first["choices"], "the same seed"
     bent = place.ask("theirs", "Who?", logit_bias={"70": 100})
     if bent["status"] == 200:
         assert len(set(bent["choices"][0]["message"]["content"])) == 1
