@@ -68,7 +68,7 @@ class RayNodes:
         url: of Serve's HTTP port.
         dashboard: address of Ray's.
         token: of Ray's authentication.
-        folder: Ray's own, with its logs.
+        folder: has one for each node, with Ray's logs.
     """
 
     def __init__(self, folder: Path, **environment: str) -> None:
@@ -97,7 +97,6 @@ class RayNodes:
             f"--port={self._gcs.rpartition(':')[2]}",
             f"--dashboard-port={dashboard_port}",
             f"--ray-client-server-port={find_port()}",
-            f"--temp-dir={folder}",
             num_cpus=0,
         )
 
@@ -151,8 +150,9 @@ class RayNodes:
             node.kill()
 
     def _add(self, *options: str, num_cpus: float) -> RayNode:
-        log = self.folder / f"node{len(self.nodes)}.log"
-        options = (*options, f"--num-cpus={num_cpus:g}", "--num-gpus=0")
+        folder = self.folder / f"node{len(self.nodes)}"  # its own, as on another machine
+        log = folder.with_suffix(".log")
+        options = (*options, f"--temp-dir={folder}", f"--num-cpus={num_cpus:g}", "--num-gpus=0")
         options = (*options, "--object-store-memory=100000000")
         self.nodes.append(RayNode(self.folder, log, *options, **self._environment))
         return self.nodes[-1]

@@ -309,5 +309,5 @@ def test_no_log_and_no_command_line_has_a_secret(nodes: RayNodes) -> None:
 
 
 def list_logs(nodes: RayNodes) -> list[Path]:
-    logs = [path for path in nodes.folder.glob("session_2*/logs/**/*") if path.is_file()]
+    logs = [path for path in nodes.folder.glob("node*/session_2*/logs/**/*") if path.is_file()]
     return [*logs, *nodes.folder.glob("node*.log")]
