@@ -1,11 +1,15 @@
 """The files that are deployed: Serve and the applications accept them, wherever they stand."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from ray.serve._private.build_app import build_app as build_deployments
+from ray.serve.deployment import deployment_to_schema
 from ray.serve.schema import ServeDeploySchema
 
 from llava_ray import app
@@ -20,18 +24,47 @@ def read(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text())
 
 
-def names_of_deployments(config: ServeConfig) -> set[str]:
+def build(config: ServeConfig) -> dict[str, dict[str, Any]]:
+    """What `serve build` writes of an application: the settings of its deployments."""
     built = build_deployments(app.build_app(config), name="api")
-    return {deployment.name for deployment in built.deployments}
+    schemas = [deployment_to_schema(each) for each in built.deployments]
+    return {each.name: each.model_dump(exclude_unset=True) for each in schemas}
+
+
+def test_serve_build_writes_the_application(tmp_path: Path) -> None:
+    # It takes no arguments for a builder, so it can write the default application alone.
+    serve, file = Path(sys.executable).parent / "serve", tmp_path / "built.yaml"
+    subprocess.run(
+        [serve, "build", "llava_ray.app:deployment", "-o", file],
+        env={**os.environ, "PYTHONPATH": str(CONFIGS.parent.parent), "PYTHONWARNINGS": "ignore"},
+        timeout=120,
+        check=True,
+    )
+    (application,) = read(file)["applications"]
+    deployments = {each["name"]: each for each in application["deployments"]}
+    own = build(ServeConfig())
+    assert list(deployments) == list(own)
+    for name, settings in own.items():
+        assert deployments[name].keys() == settings.keys()
+        for each in ("max_ongoing_requests", "autoscaling_config", "ray_actor_options"):
+            assert deployments[name].get(each) == settings.get(each)
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
-def test_a_serve_file_names_deployments_that_its_application_has(path: Path) -> None:
+def test_a_serve_file_has_the_deployments_of_serve_build_and_says_what_differs(path: Path) -> None:
     schema = ServeDeploySchema.model_validate(read(path))
     api = schema.applications[0]
     assert api.import_path == "llava_ray.app:build_app"
-    described = {deployment.name for deployment in api.deployments}
-    assert described <= names_of_deployments(ServeConfig.model_validate(api.args))
+    built = build(ServeConfig.model_validate(api.args))
+    described = {each.name: each.model_dump(exclude_unset=True) for each in api.deployments}
+    assert described.keys() == built.keys()
+    may_differ = {"graceful_shutdown_timeout_s", "logging_config", "max_surge_percent"}
+    for name, settings in described.items():
+        scaling = settings.pop("autoscaling_config", {})
+        assert built[name].get("autoscaling_config", {}).items() <= scaling.items() or not scaling
+        assert settings.keys() <= {"name", *may_differ}
+        for field in settings.keys() & may_differ:
+            assert settings[field] != built[name].get(field), f"{name}.{field} is as built"
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)
