@@ -98,6 +98,7 @@ class ChatRequest:
 
     Attributes:
         num_answers: how many different answers are wanted.
+        adapter: which of the model's adapters answers; empty: the model itself.
     """
 
     request_id: str
@@ -105,6 +106,7 @@ class ChatRequest:
     messages: tuple[Message, ...]
     sampling: Sampling = field(default_factory=Sampling)
     num_answers: int = 1
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,7 @@ class PromptRequest:
         prompt: the whole text, with one `<image>` for each picture, in order.
         images: the encoded pictures.
         num_answers: how many different answers are wanted.
+        adapter: as of `ChatRequest`.
     """
 
     request_id: str
@@ -123,6 +126,7 @@ class PromptRequest:
     images: tuple[ImagePart, ...] = ()
     sampling: Sampling = field(default_factory=Sampling)
     num_answers: int = 1
+    adapter: str = ""
 
 
 Request = ChatRequest | PromptRequest
@@ -137,6 +141,7 @@ class CompletionRequest:
         answers_each: how many different answers each prompt gets; they are numbered prompt by
             prompt.
         echo: each answer begins with its prompt.
+        adapter: as of `ChatRequest`.
     """
 
     request_id: str
@@ -145,6 +150,7 @@ class CompletionRequest:
     sampling: Sampling = field(default_factory=Sampling)
     answers_each: int = 1
     echo: bool = False
+    adapter: str = ""
 
     @property
     def num_answers(self) -> int:
@@ -191,6 +197,7 @@ class Prompt:
         sampling: how to continue it.
         token_ids: the prompt's tokens, in place of text and pictures.
         add_special_tokens: the tokenizer may put a beginning of sequence before the text.
+        adapter: which of the model's adapters continues it; empty: the model itself.
     """
 
     request_id: str
@@ -199,6 +206,7 @@ class Prompt:
     sampling: Sampling = field(default_factory=Sampling)
     token_ids: tuple[int, ...] = ()
     add_special_tokens: bool = True
+    adapter: str = ""
 
 
 class TokenLogprob(NamedTuple):

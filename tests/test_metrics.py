@@ -22,7 +22,7 @@ def measured(served: str) -> Iterator[str]:
     from llava_ray.config import ModelConfig, ServeConfig
 
     keys = ",".join(f"{name}={key}" for name, key in KEYS.items())
-    model = ModelConfig(path="measured", engine="echo", num_cpus=0.1)
+    model = ModelConfig(path="measured", engine="echo", num_cpus=0.1, adapters={"mine": "folder"})
     config = ServeConfig.model_validate({"models": [model], "page": False, "api_keys": keys})
     serve.run(build_app(config), name="measured", route_prefix="/measured")
     yield f"{served}/measured"
@@ -52,6 +52,7 @@ def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
         ("ann", {}, 200),
         ("ann", {}, 200),
         ("ben", {}, 200),
+        ("ben", {"model": "measured:mine"}, 200),
         ("ann", {"max_tokens": 0}, 400),
     ):
         reply = call("POST", "/v1/chat/completions", name, json=BODY | fields)
@@ -60,7 +61,8 @@ def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
     for metric, labels, value in (
         ("ray_llava_ray_requests_total", {**ANN, "status": "200"}, 2),
         ("ray_llava_ray_requests_total", refused, 1),
-        ("ray_llava_ray_requests_total", {"key": "ben", "status": "200"}, 1),
+        ("ray_llava_ray_requests_total", {"key": "ben", "status": "200"}, 2),
+        ("ray_llava_ray_requests_total", {"key": "ben", "model": "measured:mine"}, 1),
         ("ray_llava_ray_tokens_total", {**ANN, "kind": "prompt"}, 10),
         ("ray_llava_ray_tokens_total", {**ANN, "kind": "completion"}, 10),
         ("ray_llava_ray_first_chunk_seconds_count", ANN, 2),

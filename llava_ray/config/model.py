@@ -1,9 +1,9 @@
 """One served model: what is loaded, by which engine, on what, and how it scales."""
 
 from pathlib import PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from llava_ray.config.section import Section
 
@@ -27,6 +27,11 @@ class ModelConfig(Section):
     name: str = Field(
         default="",
         description="Name in the API and on the page; by default the last part of the path.",
+    )
+    adapters: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")], str] = Field(
+        default_factory=dict,
+        description="LoRA adapters beside the weights: name to folder, hub name or address. "
+        "A request asks for one as NAME:ADAPTER.",
     )
     engine: EngineName = Field(
         default="torch",
@@ -101,6 +106,11 @@ class ModelConfig(Section):
     max_queued_requests: int = Field(
         default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."
     )
+
+    @property
+    def names(self) -> list[str]:
+        """Under which it can be asked: its own, and one for each adapter."""
+        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters)]
 
     @model_validator(mode="after")
     def _fill_name(self) -> "ModelConfig":

@@ -142,7 +142,7 @@ class ServeConfig(BaseSettings):
     def _check_models(self) -> "ServeConfig":
         if not self.models:
             self.models = [ModelConfig(path=self.model, engine=self.engine)]
-        names = [model.name for model in self.models]
+        names = [name for model in self.models for name in model.names]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice}: give each a `name` of its own")
         return self

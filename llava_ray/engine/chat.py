@@ -70,7 +70,9 @@ def render(
     """
     if isinstance(request, PromptRequest):
         pictures = tuple(images.decode(part, limits=limits) for part in request.images)
-        return Prompt(request.request_id, request.prompt, pictures, request.sampling)
+        return Prompt(
+            request.request_id, request.prompt, pictures, request.sampling, adapter=request.adapter
+        )
     pictures = tuple(
         images.decode(part, limits=limits)
         for message in request.messages
@@ -81,4 +83,4 @@ def render(
     text = template.render(request.messages, add_generation_prompt=add_generation_prompt)
     if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
-    return Prompt(request.request_id, text, pictures, sampling)
+    return Prompt(request.request_id, text, pictures, sampling, adapter=request.adapter)

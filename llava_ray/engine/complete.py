@@ -64,7 +64,7 @@ def _make_prompt(request: CompletionRequest, number: int) -> Prompt:
     asked = request.prompts[number]
     text, token_ids = (asked, ()) if isinstance(asked, str) else ("", asked)
     name = request.request_id if len(request.prompts) == 1 else f"{request.request_id}-{number}"
-    return Prompt(name, text, (), request.sampling, token_ids)
+    return Prompt(name, text, (), request.sampling, token_ids, adapter=request.adapter)
 
 
 async def _say(engine: Engine, prompt: Prompt) -> str:

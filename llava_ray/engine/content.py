@@ -11,15 +11,21 @@ from PIL.Image import Image
 
 
 def describe_content(
-    prompt_ids: list[int], image_token_id: int, images: Sequence[Image]
+    prompt_ids: list[int], image_token_id: int, images: Sequence[Image], *, adapter: str = ""
 ) -> list[int]:
     """Return a prompt's ids, each image token replaced by a number for the content of its picture.
 
     Where pictures stand side by side, with nothing to say where one ends, each of their tokens
-    stands for all of the prompt's pictures.
+    stands for all of the prompt's pictures. With an adapter, which computes other keys and values
+    of the same tokens, the first stands for that too.
     """
-    if not images:
-        return prompt_ids
+    content = _number_pictures(prompt_ids, image_token_id, images) if images else prompt_ids
+    return [_hash(f"{content[0]} {adapter}".encode()), *content[1:]] if adapter else content
+
+
+def _number_pictures(
+    prompt_ids: list[int], image_token_id: int, images: Sequence[Image]
+) -> list[int]:
     runs = [list(run) for _, run in groupby(prompt_ids, lambda id_: id_ == image_token_id)]
     names = [_name_picture(image) for image in images]
     num_runs = sum(run[0] == image_token_id for run in runs)
@@ -33,7 +39,12 @@ def describe_content(
 
 
 def _name_picture(image: Image) -> int:
-    """A number that no token has: pictures that differ have different ones."""
-    digest = hashlib.blake2b(image.tobytes(), digest_size=8)
-    digest.update(repr(image.size).encode())
+    return _hash(image.tobytes(), repr(image.size).encode())
+
+
+def _hash(*parts: bytes) -> int:
+    """A number that no token has: what differs has different ones."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(part)
     return -1 - int.from_bytes(digest.digest())

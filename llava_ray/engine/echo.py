@@ -1,7 +1,7 @@
 """The fake engine that ships: no weights, no torch, every behaviour of the seam.
 
-It says the last user's words back and counts the pictures, a word a token. For tests, for trying
-the application's shell, and for measuring what everything around an engine costs.
+It says the last user's words back, counts the pictures and names the adapter, a word a token. For
+tests, for trying the application's shell, and for measuring what everything around an engine costs.
 """
 
 import asyncio
@@ -133,7 +133,8 @@ class EchoEngine:
 
 def _answer(prompt: Prompt, max_tokens: int) -> Iterator[str]:
     said = prompt.text.rpartition("USER:")[2].rpartition("ASSISTANT:")[0] or prompt.text
-    text = f"{said.replace('<image>', ' ').strip()} ({len(prompt.images)} pictures)"
+    adapter = f", {prompt.adapter}" if prompt.adapter else ""
+    text = f"{said.replace('<image>', ' ').strip()} ({len(prompt.images)} pictures{adapter})"
     words = re.findall(r"\s*\S+", text)
     if not prompt.sampling.ignore_eos:
         yield from words

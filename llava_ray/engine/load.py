@@ -20,6 +20,11 @@ def load_engine(config: ModelConfig) -> Engine:
             f"engine_options are for vllm and sglang; engine={config.engine!r} has none: leave "
             f"{', '.join(config.engine_options)} out"
         )
+    if config.adapters and config.engine in ("vllm", "sglang"):
+        raise ConfigError(
+            f"adapters beside a model are not for engine={config.engine!r}: use torch, or serve "
+            f"{', '.join(config.adapters)} as models of their own, whose path is the adapter's"
+        )
     match config.engine:
         case "echo":
             from llava_ray.engine.echo import EchoEngine

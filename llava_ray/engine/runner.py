@@ -19,6 +19,7 @@ from llava_ray.engine.text import TextStream
 from llava_ray.errors import ConfigError
 from llava_ray.model.core import Core
 from llava_ray.model.pack import pack_linears
+from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
 
 IMAGES_AT_ONCE = 16
@@ -54,12 +55,15 @@ class LlavaRunner:
     Args:
         core: the loaded model.
         cache_tokens: size of the key-value cache.
+        adapters: those beside its weights, if any.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here.
     """
 
-    def __init__(self, core: Core, *, cache_tokens: int) -> None:
+    def __init__(
+        self, core: Core, *, cache_tokens: int, adapters: SideAdapters | None = None
+    ) -> None:
         from transformers import AttentionInterface
 
         config = core.model.config.text_config
@@ -79,6 +83,7 @@ class LlavaRunner:
         self.device: torch.device = core.model.device
         self.dtype: torch.dtype = core.model.dtype
         self._core = core
+        self._adapters = adapters or SideAdapters()
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
@@ -102,6 +107,7 @@ class LlavaRunner:
             self._cache.copy(source, target, num_tokens)
         self._encode_images([piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
+        self._adapters.choose(self._find_rows(plan))
         hidden_TD = self._language_model(
             inputs_embeds=self._embed_tokens(plan)[None],
             position_ids=step.positions_T[None],
@@ -128,8 +134,12 @@ class LlavaRunner:
             if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
                 sequence.inputs = None  # its pictures are in the cache already
         new = [s for s in new if s.inputs]
-        if not new:
-            return
+        for adapter in {s.adapter: None for s in new}:
+            self._adapters.choose({adapter: None})
+            self._encode_alike([s for s in new if s.adapter == adapter])
+
+    def _encode_alike(self, new: list[Sequence]) -> None:
+        """Do that for sequences of one adapter."""
         plain = [s for s in new if s.inputs["pixel_values"].ndim == 4]
         for sequence in new:
             if sequence not in plain:  # tiles: each picture has its own number of features
@@ -144,6 +154,19 @@ class LlavaRunner:
             num_images = len(sequence.inputs["pixel_values"])
             own, features = features[:num_images], features[num_images:]
             sequence.inputs = torch.cat(own)
+
+    def _find_rows(self, plan: Plan) -> dict[str, torch.Tensor | None]:
+        """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
+        rows: dict[str, list[int]] = {}
+        offset = 0
+        for sequence, num_tokens in plan.pieces:
+            if sequence.adapter:
+                rows.setdefault(sequence.adapter, []).extend(range(offset, offset + num_tokens))
+            offset += num_tokens
+        return {
+            name: None if len(each) == offset else torch.tensor(each, device=self.device)
+            for name, each in rows.items()
+        }
 
     def _compute_features(
         self, pixel_values: torch.Tensor, **sizes: torch.Tensor

@@ -28,6 +28,7 @@ class Sequence:
         inputs: the pictures as the model takes them; only the runner looks inside.
         content: the tokens of prompt and answer, where each image token stands as a number for
             its picture: equal contents have equal keys and values.
+        adapter: the name of the adapter that it belongs to; empty: the model itself.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
         num_cached: how many of them were there before, of another sequence.
@@ -52,6 +53,7 @@ class Sequence:
     logprobs: LogprobStream | None = None
     inputs: Any = None
     content: list[int] = field(default_factory=list)
+    adapter: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0

@@ -27,6 +27,7 @@ from llava_ray.engine.threads import (
 )
 from llava_ray.errors import ConfigError, EngineError
 from llava_ray.model.core import Core, load_model
+from llava_ray.model.side_adapters import SideAdapters, load_side_adapters
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 256
@@ -39,6 +40,7 @@ class TorchEngine:
 
     Args:
         core: the loaded model; the engine takes it over, weights included.
+        adapters: those beside its weights, if any.
         runner: computes the steps; by default the real one for `core`.
         context_length: longest prompt plus answer; default: the model's own.
         cache_tokens: size of the key-value cache, over all requests.
@@ -52,6 +54,7 @@ class TorchEngine:
         self,
         core: Core,
         *,
+        adapters: SideAdapters | None = None,
         runner: Runner | None = None,
         context_length: int | None = None,
         cache_tokens: int = 16384,
@@ -79,7 +82,7 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         runner = runner or run_in_passing_thread(
-            lambda: LlavaRunner(core, cache_tokens=self._cache_tokens)
+            lambda: LlavaRunner(core, cache_tokens=self._cache_tokens, adapters=adapters)
         )
         self._encoder = start_single_threaded_executor("encode")
         self._loop = EngineLoop(
@@ -106,6 +109,7 @@ class TorchEngine:
             )
         return cls(
             core,
+            adapters=load_side_adapters(core.model, config.adapters),
             context_length=config.context_length,
             cache_tokens=config.cache_tokens,
             max_batch_size=config.max_batch_size,
@@ -189,5 +193,8 @@ class TorchEngine:
             grammar=self._reader.compile_format(prompt),
             logprobs=self._reader.open_logprobs(prompt),
             inputs=pictures,
-            content=describe_content(prompt_ids, self._core.image_token_id, prompt.images),
+            content=describe_content(
+                prompt_ids, self._core.image_token_id, prompt.images, adapter=prompt.adapter
+            ),
+            adapter=prompt.adapter,
         )

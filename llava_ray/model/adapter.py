@@ -42,14 +42,9 @@ def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
         raise MissingPackageError(
             f"{folder} is an adapter, which needs peft: pip install 'llava-ray[train]'"
         ) from error
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: adapters of the kind {settings.get('peft_type')!r} "
-            "are not supported: use LoRA (DoRA and rank-stabilised LoRA included)"
-        )
+    settings = read_settings(folder)
     tensors = read_adapter(folder)
-    lora, whole = _sort_tensors(model, folder, tensors, settings)
+    lora, whole = sort_tensors(model, folder, tensors, settings)
     targets = sorted({name.rpartition(".lora_")[0] for name in lora})
     config = LoraConfig(**_translate_settings(settings, lora, targets))
     before = None if whole else compute_probe(model, targets)
@@ -71,6 +66,21 @@ def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
         raise ConfigError(
             f"the adapter in {folder} cannot be merged: {error}; its training may have diverged"
         ) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Return an adapter's configuration.
+
+    Raises:
+        ConfigError: there is none, or it is not that of a LoRA.
+    """
+    settings = read_json(folder / "adapter_config.json")
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'}: adapters of the kind {settings.get('peft_type')!r} "
+            "are not supported: use LoRA (DoRA and rank-stabilised LoRA included)"
+        )
+    return settings
 
 
 def read_adapter(folder: Path) -> dict[str, Stored]:
@@ -114,10 +124,14 @@ def find_place(name: str, layout: Layout) -> str | None:
     return place.removesuffix(".weight") if place else None
 
 
-def _sort_tensors(
+def sort_tensors(
     model: Any, folder: Path, tensors: Mapping[str, Stored], settings: Mapping[str, Any]
 ) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Return an adapter's low-rank tensors and its whole ones, by their names in memory."""
+    """Return an adapter's low-rank tensors and its whole ones, by their names in memory.
+
+    Raises:
+        ConfigError: the model has no place for one.
+    """
     layout = detect_layout(tensors)
     modules = dict(model.named_modules())
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -130,13 +144,13 @@ def _sort_tensors(
                 re.sub(r"\.(modules_to_save(\.default)?|base_layer)", "", name), layout
             )
             if place is None or parameters.get(place) != tensor.shape:
-                raise _wrong_base(folder, name, tensor, settings)
+                raise refuse_base(folder, name, tensor, settings)
             whole[place] = tensor
             continue
         place = find_place(match[1], layout)
         module = modules.get(place or "")
         if module is None or not _fits(module, match[2], tensor.shape):
-            raise _wrong_base(folder, name, tensor, settings)
+            raise refuse_base(folder, name, tensor, settings)
         suffix = "" if match[2] != "lora_A" and match[2] != "lora_B" else ".weight"
         lora[f"{place}.{match[2]}{suffix}"] = tensor
     if not lora and not whole:
@@ -161,20 +175,14 @@ def _translate_settings(
 ) -> dict[str, Any]:
     """Return LoraConfig's arguments: exactly the modules that have tensors, by their names here.
 
-    Ranks are read from the tensors. Scales of single modules (`alpha_pattern`) are given as
-    patterns of names, of which the end is the same in every layout.
+    Ranks are read from the tensors.
     """
     ranks = {
         name.rpartition(".lora_")[0]: tensor.shape[0]
         for name, tensor in lora.items()
         if ".lora_A" in name or name.endswith("lora_embedding_A")
     }
-    alphas = {}
-    for target in targets:
-        for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-            end = re.sub(r"^.*?(layers|blocks)\b", r"\1", pattern)
-            if re.fullmatch(rf"(.*\.)?({end})", target):
-                alphas[target] = alpha
+    alphas = find_alphas(settings, targets)
     usual = int(settings.get("r") or 8)
     return {
         "r": usual,
@@ -190,15 +198,30 @@ def _translate_settings(
     }
 
 
+def find_alphas(settings: Mapping[str, Any], targets: list[str]) -> dict[str, float]:
+    """Return the alphas of modules that have one of their own (`alpha_pattern`).
+
+    They are given as patterns of names, of which the end is the same in every layout.
+    """
+    alphas = {}
+    for target in targets:
+        for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+            end = re.sub(r"^.*?(layers|blocks)\b", r"\1", pattern)
+            if re.fullmatch(rf"(.*\.)?({end})", target):
+                alphas[target] = alpha
+    return alphas
+
+
 @torch.no_grad()
 def _replace(model: Any, name: str, tensor: Stored) -> None:
     parameter = model.get_parameter(name)
     parameter.copy_(tensor[...])
 
 
-def _wrong_base(
+def refuse_base(
     folder: Path, name: str, tensor: Stored, settings: Mapping[str, Any]
 ) -> ConfigError:
+    """Return the error for a tensor that has no place in the model."""
     made_for = settings.get("base_model_name_or_path")
     hint = f" ({made_for!r}, says its adapter_config.json)" if made_for else ""
     return ConfigError(

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -27,15 +28,30 @@ class Backend:
         name: the model's, for messages.
         handle: of its deployment of `Replica`.
         room: where requests wait while its replicas are busy.
+        adapter: of the model, which answers in its place.
+        parent: the name of the model that this is an adapter of.
     """
 
-    def __init__(self, name: str, handle: DeploymentHandle, room: WaitingRoom) -> None:
-        self.name = name
-        self._room = room
+    def __init__(
+        self,
+        name: str,
+        handle: DeploymentHandle,
+        room: WaitingRoom,
+        *,
+        adapter: str = "",
+        parent: str | None = None,
+    ) -> None:
+        self.name, self.parent = name, parent
+        self._room, self._adapter = room, adapter
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
         self._answered_at = float("-inf")
         self._context_length: int | None = None
+
+    def with_adapter(self, adapter: str) -> "Backend":
+        """Return one of this model's adapters: the same replicas, the same room."""
+        name = f"{self.name}:{adapter}"
+        return Backend(name, self._handle, self._room, adapter=adapter, parent=self.name)
 
     async def start(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
         """Return the answer once its first chunk is there, so that an error still has a status.
@@ -107,7 +123,7 @@ class Backend:
     async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
         is_completion = isinstance(request, CompletionRequest)
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
-        response: Any = method.remote(request)
+        response: Any = method.remote(replace(request, adapter=self._adapter))
         try:
             first = await anext(response)
         except StopAsyncIteration:

@@ -52,7 +52,13 @@ class Front:
             model.name: Backend(model.name, models[model.name], _build_room(model, config.limits))
             for model in config.models
         }
-        self.models = Directory(self._backends, workers, config.limits)
+        adapted = [
+            self._backends[model.name].with_adapter(adapter)
+            for model in config.models
+            for adapter in model.adapters
+        ]
+        own = self._backends | {each.name: each for each in adapted}
+        self.models = Directory(own, workers, config.limits)
         self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
@@ -141,9 +147,13 @@ class Front:
         return json_response(body, 200 if is_ready else 503)
 
     async def _describe(self, backend: Backend) -> dict[str, Any]:
-        is_asleep = backend.name in self._sleepers  # a question would wake it up
-        length = None if is_asleep else await backend.find_context_length()
-        return answers.describe_model(backend.name, created=self._created, context_length=length)
+        is_asleep = (backend.parent or backend.name) in self._sleepers  # a question would wake it
+        return answers.describe_model(
+            backend.name,
+            created=self._created,
+            context_length=None if is_asleep else await backend.find_context_length(),
+            parent=backend.parent,
+        )
 
     async def _choose(self, name: str | None) -> Backend:
         """The model of that name, or the only one."""

@@ -63,14 +63,21 @@ def describe_failure(
     return ErrorReply(status, {"error": body}, headers)
 
 
-def describe_model(name: str, *, created: int, context_length: int | None = None) -> dict[str, Any]:
-    """Return the model object of `/v1/models`; the last field is vLLM's."""
+def describe_model(
+    name: str, *, created: int, context_length: int | None = None, parent: str | None = None
+) -> dict[str, Any]:
+    """Return the model object of `/v1/models`; the last two fields are vLLM's.
+
+    Args:
+        parent: the model that this is an adapter of.
+    """
     return {
         "id": name,
         "object": "model",
         "created": created,
         "owned_by": "llava-ray",
         "max_model_len": context_length,
+        "parent": parent,
     }
 
 

@@ -121,6 +121,7 @@ _MODEL = {
         "created": {"type": "integer"},
         "owned_by": {"type": "string"},
         "max_model_len": {"type": ["integer", "null"]},
+        "parent": {"type": ["string", "null"]},
     },
     "required": ["id", "object", "created", "owned_by"],
 }
