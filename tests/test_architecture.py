@@ -30,6 +30,7 @@ MAY_IMPORT = {
         "data/session.py",
         "data/stream.py",
         "train/launch.py",
+        "train/ray_metrics.py",
         "evaluate/predict.py",
         "evaluate/run.py",
     ),

@@ -1,7 +1,7 @@
 """What clients see while machines die, models change and too many ask: on a real cluster.
 
 Three nodes, each of which is a process group of this machine. Every request is accounted for. They
-want the machine for themselves, for five minutes: `TEST_CLUSTER=1 pytest -m cluster`.
+want the machine for themselves, for three minutes: `TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,29 @@ def test_a_job_ends_with_what_it_says_and_its_exit_code(nodes: RayNodes, tmp_pat
     assert "exit code" in failed.stdout
 
 
+def test_a_job_that_is_stopped_leaves_nothing_behind(nodes: RayNodes) -> None:
+    def run(*words: str) -> str:
+        done = nodes.run_ray("job", words[0], "--address", nodes.dashboard, *words[1:])
+        assert done.returncode == 0, done.stdout
+        return done.stdout
+
+    work = ("python", "-c", "import time; time.sleep(599)")
+    run("submit", "--no-wait", "--submission-id=long", "--working-dir", str(ROOT), "--", *work)
+    wait_for(lambda: any("sleep(599)" in command for command in list_commands(nodes)), 60)
+    run("stop", "long")
+    wait_for(lambda: "STOPPED" in run("status", "long"), 60)
+    assert not any("sleep(599)" in command for command in list_commands(nodes))
+
+
+def list_commands(nodes: RayNodes) -> list[str]:
+    """Return the command lines of all processes of the cluster."""
+    commands = []
+    for pid in (pid for node in nodes.nodes for pid in node.list_alive()):
+        with suppress(psutil.NoSuchProcess):
+            commands.append(" ".join(psutil.Process(pid).cmdline()))
+    return commands
+
+
 def test_a_request_has_one_id_from_the_gateway_to_the_engine(nodes: RayNodes) -> None:
     asked = {"model": "small", "messages": [{"role": "user", "content": "a secret question"}]}
     answer = httpx.post(
@@ -299,9 +323,7 @@ def find_lines(nodes: RayNodes, request_id: str, deployment: str = "") -> list[d
 
 def test_no_log_and_no_command_line_has_a_secret(nodes: RayNodes) -> None:
     secrets = [nodes.token, "a-secret-key", "a secret question"]
-    commands = [
-        " ".join(psutil.Process(pid).cmdline()) for node in nodes.nodes for pid in node.list_alive()
-    ]
+    commands = list_commands(nodes)
     assert commands
     for secret in secrets:
         assert not [path for path in list_logs(nodes) if secret.encode() in path.read_bytes()]

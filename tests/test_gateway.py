@@ -414,6 +414,46 @@ def test_readiness_says_which_model_is_missing() -> None:
     }
 
 
+def test_a_model_that_does_not_wake_says_since_when() -> None:
+    class Sleeper:
+        """A handle that waits for a replica which nobody has room for."""
+
+        chat = property(lambda self: self)
+
+        def options(self, **_: Any) -> "Sleeper":
+            return self
+
+        def remote(self, request: ChatRequest) -> "Sleeper":
+            return self
+
+        async def __anext__(self) -> Chunk:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        def cancel(self) -> None:
+            pass
+
+    handles: Any = {"sleeper": Sleeper()}
+    config = ServeConfig(models=[ModelConfig(path="sleeper", engine="echo", min_replicas=0)])
+    transport = httpx.ASGITransport(build_api(config, handles))
+
+    async def scene() -> tuple[str, str]:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            asked = asyncio.create_task(client.post(PATH, json=say("Hello", "sleeper")))
+            while (state := await read(client)).startswith("asleep"):
+                await asyncio.sleep(0.01)
+            asked.cancel()
+            await asyncio.wait([asked])
+            return state, await read(client)
+
+    async def read(client: httpx.AsyncClient) -> str:
+        return (await client.get("/readyz")).json()["models"]["sleeper"]
+
+    waking, asleep = asyncio.run(scene())
+    assert waking == "waking: no answer for 0 s; `serve status` says what it waits for"
+    assert asleep == "asleep: the first request starts it"
+
+
 def test_limits_are_those_of_the_configuration(troubled: str) -> None:
     reply = ask(troubled, "x" * 20_000)
     assert reply.status_code == 413

@@ -77,3 +77,26 @@ def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
     (own,) = usage["data"]
     assert (own["key"], own["requests"], own["errors"]) == ("ann", 3, 1)
     assert own["total_tokens"] == 20
+
+
+@ray.remote(num_cpus=0)
+class Run:
+    """Says what the first worker of a training run says."""
+
+    def write(self) -> None:
+        from llava_ray.train.ray_metrics import RayMetrics
+
+        self.metrics = RayMetrics("tiny-run")
+        figures = {"loss": 2.5, "mfu": 0.25, "tokens_per_s": 900.0, "wait_s": 0.125}
+        self.metrics.write(figures, step=7)
+
+
+def test_what_a_training_run_says_is_scraped(cluster: None) -> None:
+    run = Run.remote()
+    ray.get(run.write.remote())
+    for name, value in (("step", 7), ("mfu", 0.25), ("tokens_per_s", 900), ("wait_s", 0.125)):
+        wait_until(
+            lambda: read(f"ray_llava_ray_train_{name}", {"run": "tiny-run"}) == value,  # noqa: B023
+            f"{name} is {value}",
+        )
+    ray.kill(run)

@@ -14,14 +14,16 @@ from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.replica import Replica
 from llava_ray.serve.replica_metrics import ReplicaMetrics
+from llava_ray.train.ray_metrics import RayMetrics
 from llava_ray.types import ChatRequest, Message, Sampling, TextPart
 
 DASHBOARD = Path(__file__).parent.parent / "jobs" / "configs" / "grafana.json"
 
 
-def find_metrics(metrics: ReplicaMetrics | Metrics) -> Iterator[Metric]:
+def find_metrics(metrics: ReplicaMetrics | Metrics | RayMetrics) -> Iterator[Metric]:
     for value in vars(metrics).values():
-        yield from value.values() if isinstance(value, dict) else [value]
+        values = value.values() if isinstance(value, dict) else [value]
+        yield from (each for each in values if isinstance(each, Metric))
 
 
 def list_series(metric: Metric) -> set[str]:
@@ -33,7 +35,8 @@ def list_series(metric: Metric) -> set[str]:
 
 
 def test_the_dashboard_shows_the_metrics_that_there_are_and_no_others() -> None:
-    metrics = [*find_metrics(ReplicaMetrics()), *find_metrics(Metrics())]
+    owners = (ReplicaMetrics(), Metrics(), RayMetrics("run"))
+    metrics = [metric for owner in owners for metric in find_metrics(owner)]
     have = set().union(*map(list_series, metrics))
     panels = json.loads(DASHBOARD.read_text())["panels"]
     queries = [target["expr"] for panel in panels for target in panel["targets"]]

@@ -1,6 +1,7 @@
 """One model behind the gateway: calls its replicas, and makes our errors of Ray's."""
 
 import asyncio
+import copy
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
@@ -28,21 +29,18 @@ class Backend:
         name: the model's, for messages.
         handle: of its deployment of `Replica`.
         room: where requests wait while its replicas are busy.
-        adapter: of the model, which answers in its place.
-        parent: the name of the model that this is an adapter of.
+
+    Attributes:
+        parent: the name of the model that this is an adapter of; None: it is none.
     """
 
-    def __init__(
-        self,
-        name: str,
-        handle: DeploymentHandle,
-        room: WaitingRoom,
-        *,
-        adapter: str = "",
-        parent: str | None = None,
-    ) -> None:
-        self.name, self.parent = name, parent
-        self._room, self._adapter = room, adapter
+    parent: str | None = None
+    _adapter = ""
+
+    def __init__(self, name: str, handle: DeploymentHandle, room: WaitingRoom) -> None:
+        self.name = name
+        self._room = room
+        self._asked_at: list[float] = []  # of requests of which nothing has been heard yet
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
         self._answered_at = float("-inf")
@@ -50,8 +48,10 @@ class Backend:
 
     def with_adapter(self, adapter: str) -> "Backend":
         """Return one of this model's adapters: the same replicas, the same room."""
-        name = f"{self.name}:{adapter}"
-        return Backend(name, self._handle, self._room, adapter=adapter, parent=self.name)
+        adapted = copy.copy(self)
+        adapted.name, adapted.parent = f"{self.name}:{adapter}", self.name
+        adapted._adapter = adapter
+        return adapted
 
     async def start(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
         """Return the answer once its first chunk is there, so that an error still has a status.
@@ -94,6 +94,16 @@ class Backend:
             return f"not answering: {type(error).__name__}"
         return ""
 
+    def describe_sleep(self) -> str:
+        """Return how a model is that nobody keeps awake."""
+        if not self._asked_at:
+            return "asleep: the first request starts it"
+        now = time.monotonic()
+        if now - self._answered_at < _FRESH_S:
+            return "ready"
+        waited_s = now - max(self._asked_at[0], self._answered_at)
+        return f"waking: no answer for {waited_s:.0f} s; `serve status` says what it waits for"
+
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
         """Return the tokens of a prompt; raises a `LlavaRayError`."""
         return await self._ask(self._handle.tokenize.remote(request))
@@ -124,6 +134,8 @@ class Backend:
         is_completion = isinstance(request, CompletionRequest)
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
         response: Any = method.remote(replace(request, adapter=self._adapter))
+        asked_at = time.monotonic()
+        self._asked_at.append(asked_at)
         try:
             first = await anext(response)
         except StopAsyncIteration:
@@ -131,6 +143,8 @@ class Backend:
         except BaseException:
             response.cancel()
             raise
+        finally:
+            self._asked_at.remove(asked_at)
         visit.note_first()
         return Answer(self, first, response, visit, num_answers=request.num_answers)
 

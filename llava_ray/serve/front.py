@@ -97,7 +97,10 @@ class Front:
         visit.model, visit.completion_id = call.request.model, name
         asked = cap_tokens(call.request, self._limits)
         if isinstance(asked, ChatRequest):
-            asked = await self._fetcher.fill(asked)
+            started_at, bare = time.monotonic(), asked
+            asked = await self._fetcher.fill(bare)
+            if asked is not bare:
+                visit.note_fetched(started_at)
         backend = await self.models.find(asked.model)
         answer = await backend.start(asked, visit)
         visit.answers_each = call.head.answers_each
@@ -137,7 +140,7 @@ class Front:
         """`GET /readyz`: every model that is to be up answers; else 503 and what is missing."""
         awake = [backend for name, backend in self._backends.items() if name not in self._sleepers]
         troubles = await asyncio.gather(*(backend.check() for backend in awake))
-        states = dict.fromkeys(self._sleepers, "asleep: the first request starts it")
+        states = {name: self._backends[name].describe_sleep() for name in self._sleepers}
         states |= {
             backend.name: trouble or "ready"
             for backend, trouble in zip(awake, troubles, strict=True)

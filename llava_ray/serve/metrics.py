@@ -22,6 +22,12 @@ class Metrics:
             "Tokens; those of pictures and cached ones are also among those of prompts.",
             tag_keys=(*tags, "kind"),
         )
+        self._fetch = Histogram(
+            "llava_ray_fetch_seconds",
+            "Fetching the pictures of a request from their addresses.",
+            boundaries=_SECONDS,
+            tag_keys=tags,
+        )
         self._first = Histogram(
             "llava_ray_first_chunk_seconds",
             "From a request to the first piece of its answer.",
@@ -48,6 +54,8 @@ class Metrics:
         ):
             if count:
                 self._tokens.inc(count, {**tags, "kind": kind})
+        if visit.fetch_s is not None:
+            self._fetch.observe(visit.fetch_s, tags)
         if visit.first_after_s is not None:
             self._first.observe(visit.first_after_s, tags)
         self._total.observe(visit.total_s, tags)

@@ -35,6 +35,7 @@ class Visit:
     what: str
     started_at: float = field(default_factory=time.monotonic)
     first_after_s: float | None = None
+    fetch_s: float | None = None
     status: int = 0
     error: str = ""
     model: str = ""
@@ -57,6 +58,10 @@ class Visit:
 
     def note_first(self) -> None:
         self.first_after_s = time.monotonic() - self.started_at
+
+    def note_fetched(self, started_at: float) -> None:
+        """The pictures behind its addresses are there."""
+        self.fetch_s = time.monotonic() - started_at
 
     def note_gone(self) -> None:
         """The client hung up before the end."""
@@ -87,6 +92,8 @@ class Visit:
             words.append(_printable(self.model))
         if self.latest:
             words.append(f"{self.usage.num_prompt_tokens}+{self.usage.num_tokens} tokens")
+        if self.fetch_s is not None:
+            words.append(f"fetched {self.fetch_s:.3f} s")
         if self.first_after_s is not None:
             words.append(f"first {self.first_after_s:.3f} s")
         words.append(f"total {self.total_s:.3f} s")

@@ -1,4 +1,5 @@
-"""A run on Ray Train: workers, their failures, where checkpoints go. The only file here with Ray.
+"""A run on Ray Train: workers, their failures, where checkpoints go. Here alone is Ray, and in
+`ray_metrics`.
 
 launch -> TorchTrainer -> train_worker (on each worker) -> loop.train -> export
 """
@@ -27,6 +28,7 @@ from llava_ray.train.dry_run import build_hollow, load_run_encoder
 from llava_ray.train.finish import export_run, write_settings
 from llava_ray.train.log import RunLog
 from llava_ray.train.loop import Surroundings, train
+from llava_ray.train.ray_metrics import RayMetrics
 from llava_ray.train.storage import (
     is_address,
     is_begun,
@@ -168,7 +170,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     with opened as home, _open_checkpoint() as checkpoint:
         log = RunLog(
             home,
-            trackers=open_trackers(config, home),
+            trackers=[*open_trackers(config, home), RayMetrics(config.name)],
             send=lambda: send_home(home, folder) if home else None,
             every=config.logging_steps,
         )

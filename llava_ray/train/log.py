@@ -17,6 +17,7 @@ from llava_ray.train.step import StepFigures
 LOG = "train_log.jsonl"
 _NUMBERS = (
     "loss", "learning_rate", "grad_norm", "tokens_per_s", "samples_per_s", "padding", "mfu",
+    "wait_s", "step_s",
 )  # fmt: skip
 
 
