@@ -30,6 +30,8 @@ MAY_IMPORT = {
         "data/session.py",
         "data/stream.py",
         "train/launch.py",
+        "train/worker.py",
+        "evaluate/attempts.py",
         "evaluate/predict.py",
         "evaluate/run.py",
     ),
