@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 import typer
 from benchmark_data import benchmark_data
 from benchmark_evaluate import benchmark_evaluate
+from benchmark_train import benchmark_train
 from PIL import Image
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
@@ -383,6 +384,7 @@ def benchmark_load(
 
 cli.command("data")(benchmark_data)
 cli.command("evaluate")(benchmark_evaluate)
+cli.command("train")(benchmark_train)
 
 if __name__ == "__main__":
     cli()

@@ -6,6 +6,7 @@ launch -> TorchTrainer -> worker.train_worker (on each worker) -> loop.train -> 
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ray
 import ray.train
@@ -73,7 +74,7 @@ def make_trainer(
 ) -> TorchTrainer:
     """Return Ray's trainer of a run; it goes on where there is a checkpoint."""
     validation = evaluate_checkpoint and ValidationConfig(
-        functools.partial(_evaluate, config=config, evaluate_checkpoint=evaluate_checkpoint),
+        functools.partial(_evaluate, config, evaluate_checkpoint),
         ray_remote_kwargs={"num_cpus": 0},  # its actors take what `benchmarks` says
     )
     is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
@@ -117,7 +118,7 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
     metric = config.metric_for_best_model
     if metric is None:
         return result.checkpoint
-    best = choose_best(result.best_checkpoints, metric)
+    best = choose_best(result.best_checkpoints or [], metric)
     if best is None:
         say_line(f"no checkpoint has a value of {metric}: the last one is exported")
     return best or result.checkpoint
@@ -167,7 +168,10 @@ def write_paths_whole(config: TrainConfig) -> TrainConfig:
 
 
 def _evaluate(
-    checkpoint: Checkpoint, config: TrainConfig, evaluate_checkpoint: EvaluateCheckpoint
+    config: TrainConfig,
+    evaluate_checkpoint: EvaluateCheckpoint,
+    checkpoint: Checkpoint,
+    **_: Any,  # Ray may give more, which we never ask for
 ) -> dict[str, float]:
     """Measure a checkpoint, as a task of Ray's; without a value the run goes on all the same."""
     address = f"{config.output_dir}/{config.name}/{Path(checkpoint.path).name}"

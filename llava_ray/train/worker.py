@@ -57,6 +57,8 @@ def train_worker(settings: dict[str, Any]) -> str | None:
             train(config, describe_surroundings(config), log, resume=checkpoint)
         except DivergedError as error:
             return error.message
+        finally:
+            log.close()
     return None
 
 
