@@ -20,6 +20,7 @@ import typer
 from benchmark_data import benchmark_data
 from benchmark_evaluate import benchmark_evaluate
 from benchmark_serve import benchmark_serve
+from benchmark_train import benchmark_train
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
@@ -133,6 +134,7 @@ def benchmark_load(
 cli.command("serve")(benchmark_serve)
 cli.command("data")(benchmark_data)
 cli.command("evaluate")(benchmark_evaluate)
+cli.command("train")(benchmark_train)
 
 if __name__ == "__main__":
     cli()
