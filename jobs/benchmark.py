@@ -4,62 +4,25 @@ Each command measures this project and its point of comparison in one run on one
 prints a table and one JSON line.
 """
 
-import asyncio
 import json
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from benchmark_data import benchmark_data
 from benchmark_evaluate import benchmark_evaluate
-from PIL import Image
+from benchmark_serve import benchmark_serve
+from benchmark_train import benchmark_train
 
 cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
-
-WORDS = "what which how many is are the a of in on left right red blue cat dog near over".split()
-
-
-@dataclass(frozen=True)
-class Question:
-    """One request of the load: a picture of coloured tiles and 6 to 40 words."""
-
-    image: Image.Image
-    text: str
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What one client saw of one answer, in seconds since it asked."""
-
-    token_times_s: list[float]
-    num_tokens: int
-    total_s: float
-
-
-@dataclass(frozen=True)
-class Figures:
-    """One row of the table."""
-
-    system: str
-    clients: int
-    requests: int
-    requests_per_s: float
-    tokens_per_s: float
-    ttft_p50_s: float
-    ttft_p95_s: float
-    itl_p50_ms: float  # between two arrivals of text
-    tpot_p50_ms: float  # a token, once the first has come
-    latency_p50_s: float
 
 
 @dataclass(frozen=True)
@@ -71,173 +34,6 @@ class LoadFigures:
     load_s: float  # model, tokenizer and picture preprocessing, packages imported before
     peak_mb: float  # what the process grew by while loading
     peak_to_weights: float
-
-
-Ask = Callable[[Question], AsyncIterator[int]]
-"""Asks a question; yields the number of tokens so far, each time that some arrive."""
-
-
-def make_question(seed: int, *, size: int) -> Question:
-    rng = random.Random(seed)
-    tiles = bytes(rng.randrange(256) for _ in range(8 * 8 * 3))
-    image = Image.frombytes("RGB", (8, 8), tiles).resize((size, size), Image.Resampling.NEAREST)
-    return Question(image, " ".join(rng.choices(WORDS, k=rng.randint(6, 40))))
-
-
-async def time_answer(ask: Ask, question: Question) -> Timing:
-    start = time.perf_counter()
-    times: list[float] = []
-    num_tokens = 0
-    async for so_far in ask(question):
-        num_tokens = so_far
-        times.append(time.perf_counter() - start)
-    return Timing(times, num_tokens, time.perf_counter() - start)
-
-
-async def measure(system: str, ask: Ask, *, clients: int, requests: int, size: int) -> Figures:
-    """Keep `clients` requests in flight until `requests` are answered."""
-    questions = iter([make_question(seed, size=size) for seed in range(requests)])
-    timings: list[Timing] = []
-
-    async def client() -> None:
-        for question in questions:
-            timings.append(await time_answer(ask, question))
-
-    start = time.perf_counter()
-    await asyncio.gather(*(client() for _ in range(clients)))
-    wall_s = time.perf_counter() - start
-    first = sorted(timing.token_times_s[0] for timing in timings)
-    gaps = [
-        later - earlier
-        for timing in timings
-        for earlier, later in zip(timing.token_times_s, timing.token_times_s[1:], strict=False)
-    ]
-    return Figures(
-        system=system,
-        clients=clients,
-        requests=requests,
-        requests_per_s=round(requests / wall_s, 2),
-        tokens_per_s=round(sum(timing.num_tokens for timing in timings) / wall_s, 1),
-        ttft_p50_s=round(statistics.median(first), 3),
-        ttft_p95_s=round(first[int(0.95 * (len(first) - 1))], 3),
-        itl_p50_ms=round(1000 * statistics.median(gaps), 1) if gaps else 0.0,
-        tpot_p50_ms=round(
-            1000
-            * statistics.median(
-                (timing.total_s - timing.token_times_s[0]) / max(1, timing.num_tokens - 1)
-                for timing in timings
-            ),
-            1,
-        ),
-        latency_p50_s=round(statistics.median(timing.total_s for timing in timings), 3),
-    )
-
-
-def ask_over_http(base_url: str, model: str, *, max_tokens: int) -> Ask:
-    """Streamed chat completions, as an OpenAI client makes them."""
-    import httpx
-
-    from llava_ray.images import to_data_url
-
-    client = httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
-
-    async def ask(question: Question) -> AsyncIterator[int]:
-        image = {"type": "image_url", "image_url": {"url": to_data_url(question.image)}}
-        content = [image, {"type": "text", "text": question.text}]
-        body = {
-            "model": model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        url = f"{base_url}/v1/chat/completions"
-        num_chunks = 0
-        async with client.stream("POST", url, json=body) as response:
-            if response.status_code != 200:
-                raise SystemExit(f"{response.status_code}: {(await response.aread()).decode()}")
-            async for line in response.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    raise SystemExit(event["error"]["message"])
-                if event.get("usage"):
-                    yield event["usage"]["completion_tokens"]
-                elif event["choices"][0]["delta"].get("content"):
-                    num_chunks += 1
-                    yield num_chunks
-
-    return ask
-
-
-def ask_a_generate_each(path: Path, *, dtype: str, max_tokens: int, at_once: int = 5) -> Ask:
-    """LLaVA's model worker without its HTTP: a thread and a `generate` for each request.
-
-    At most `at_once` run together (`--limit-model-concurrency`, 5 in LLaVA); nothing is batched.
-    LLaVA's computes in float16. Called in this process, it saves what HTTP costs, which is to its
-    advantage.
-    """
-    import torch
-    from transformers.generation.streamers import BaseStreamer
-
-    from llava_ray.model.core import load_model
-
-    core = load_model(str(path), dtype=dtype)
-    free = asyncio.Semaphore(at_once)
-
-    class Arrivals(BaseStreamer):
-        def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-            self.loop, self.queue = loop, asyncio.Queue()
-            self.num_calls = 0
-
-        def put(self, value: torch.Tensor) -> None:
-            self.num_calls += 1  # the first call brings the prompt
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, self.num_calls - 1)
-
-        def end(self) -> None:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, None)
-
-    def generate(question: Question, arrivals: Arrivals) -> None:
-        text = f"USER: <image>\n{question.text} ASSISTANT:"
-        inputs = core.encode(text, [question.image])
-        with torch.inference_mode():
-            core.model.generate(
-                **inputs,
-                max_new_tokens=max_tokens,
-                min_new_tokens=max_tokens,
-                do_sample=False,
-                streamer=arrivals,
-            )
-
-    async def ask(question: Question) -> AsyncIterator[int]:
-        async with free:
-            arrivals = Arrivals(asyncio.get_running_loop())
-            running = asyncio.create_task(asyncio.to_thread(generate, question, arrivals))
-            while (num_tokens := await arrivals.queue.get()) is not None:
-                if num_tokens:
-                    yield num_tokens
-            await running
-
-    return ask
-
-
-def serve_here(path: Path) -> str:
-    """Start the Serve application with one model; return its address."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
-    import ray
-    from ray import serve
-
-    from llava_ray.app import build_app
-    from llava_ray.config import ModelConfig, ServeConfig
-
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=40)
-    serve.start(http_options={"host": "127.0.0.1", "port": 8123})
-    model = ModelConfig(path=str(path), name="benchmark", max_ongoing_requests=256)
-    serve.run(build_app(ServeConfig(models=[model], page=False)))
-    return "http://127.0.0.1:8123"
 
 
 def print_table(rows: Sequence[Any]) -> None:
@@ -257,52 +53,6 @@ def print_table(rows: Sequence[Any]) -> None:
 @cli.callback()
 def commands() -> None:
     """Speed, measured."""
-
-
-@cli.command("serve")
-def benchmark_serve(
-    model: Annotated[
-        str, typer.Option(help="'103m' (random weights of that size) or the folder of a model.")
-    ] = "103m",
-    clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,8,32",
-    max_tokens: Annotated[int, typer.Option(help="New tokens of each answer.")] = 64,
-    requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 2,
-    image_size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
-    system: Annotated[
-        Literal["both", "llava_ray", "generate"], typer.Option(help="What is measured.")
-    ] = "both",
-) -> None:
-    """This app through HTTP, beside a thread and a `generate` a request as in LLaVA's worker."""
-    import torch
-
-    counts = [int(count) for count in clients.split(",")]
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(model)
-        if model == "103m":
-            from llava_ray.model.build import SHAPE_103M, build_random_model
-
-            path = build_random_model(scratch, SHAPE_103M, dtype=torch.bfloat16)
-        rows: list[Figures] = []
-
-        async def run(name: str, ask: Ask) -> None:
-            await measure(name, ask, clients=2, requests=2, size=image_size)  # warms up
-            for count in counts:
-                requests = max(4, count * requests_each)
-                row = await measure(name, ask, clients=count, requests=requests, size=image_size)
-                print(row, flush=True)
-                rows.append(row)
-
-        if system in ("both", "generate"):
-            from llava_ray.model.precision import choose_dtype
-
-            best = str(choose_dtype("cuda" if torch.cuda.is_available() else "cpu"))
-            for dtype in ("float16", best.removeprefix("torch.")):
-                ask = ask_a_generate_each(path, dtype=dtype, max_tokens=max_tokens)
-                asyncio.run(run(f"generate each, {dtype}", ask))
-        if system in ("both", "llava_ray"):
-            url = serve_here(path)
-            asyncio.run(run("llava_ray", ask_over_http(url, "benchmark", max_tokens=max_tokens)))
-        print_table(rows)
 
 
 LOADERS = {
@@ -381,8 +131,10 @@ def benchmark_load(
         print_table(rows)
 
 
+cli.command("serve")(benchmark_serve)
 cli.command("data")(benchmark_data)
 cli.command("evaluate")(benchmark_evaluate)
+cli.command("train")(benchmark_train)
 
 if __name__ == "__main__":
     cli()

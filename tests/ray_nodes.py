@@ -62,7 +62,7 @@ class RayNode:
 
 
 class RayNodes:
-    """A head without CPUs for work, and workers.
+    """A head, by default without CPUs for work, and workers.
 
     Attributes:
         url: of Serve's HTTP port.
@@ -71,7 +71,7 @@ class RayNodes:
         folder: has one for each node, with Ray's logs.
     """
 
-    def __init__(self, folder: Path, **environment: str) -> None:
+    def __init__(self, folder: Path, *, head_cpus: float = 0, **environment: str) -> None:
         self.folder, self._gcs = folder, f"127.0.0.1:{find_port()}"
         self.token = secrets.token_hex(32)
         self._port = find_port()
@@ -97,7 +97,7 @@ class RayNodes:
             f"--port={self._gcs.rpartition(':')[2]}",
             f"--dashboard-port={dashboard_port}",
             f"--ray-client-server-port={find_port()}",
-            num_cpus=0,
+            num_cpus=head_cpus,
         )
 
     def add_worker(self, *, num_cpus: float = 2) -> RayNode:
@@ -159,11 +159,13 @@ class RayNodes:
 
 
 @contextmanager
-def start_nodes(*, num_workers: int, **environment: str) -> Iterator[RayNodes]:
+def start_nodes(
+    *, num_workers: int, head_cpus: float = 0, **environment: str
+) -> Iterator[RayNodes]:
     """Start a head and workers, and lose them all at the end of the block."""
     # A short path: Ray's sockets are below it, whose names must not exceed 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
-        nodes = RayNodes(Path(name), **environment)
+        nodes = RayNodes(Path(name), head_cpus=head_cpus, **environment)
         try:
             wait_for(lambda: is_up(nodes), 120, lambda: nodes.nodes[0].log.read_text())
             for n in range(num_workers):  # one by one: on one machine they would take each other's

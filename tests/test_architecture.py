@@ -31,6 +31,8 @@ MAY_IMPORT = {
         "data/stream.py",
         "train/launch.py",
         "train/ray_metrics.py",
+        "train/worker.py",
+        "evaluate/attempts.py",
         "evaluate/predict.py",
         "evaluate/run.py",
     ),

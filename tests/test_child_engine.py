@@ -117,7 +117,7 @@ def test_many_are_answered_at_once_and_who_leaves_is_forgotten() -> None:
         staying = [answer(engine, prompt(text, max_tokens=None)) for text in words[:4]]
         said = await asyncio.gather(*staying, *leaving)
         assert said[:4] == words[:4]
-        assert engine.stats()["num_running"] == 0
+        assert engine.stats()["num_running"] == engine.stats()["num_waiting"] == 0
         (last, *_) = await read(engine, prompt("alone?", max_tokens=1))
         assert last.num_cached_tokens == 1, "the child still computes for those who left"
 
@@ -150,7 +150,7 @@ def test_an_engine_that_ends_fails_what_is_running_at_once_and_its_health(how: s
         seed = MISCHIEF["stay silent" if how == "killed" else "break"]
         waiting = asyncio.create_task(read(engine, prompt("hello", seed=seed)))
         if how == "killed":
-            while not engine.stats()["num_running"]:
+            while not engine.stats()["num_waiting"]:
                 await asyncio.sleep(0.01)
             os.kill(engine._process._process.pid, signal.SIGKILL)
         started = time.monotonic()

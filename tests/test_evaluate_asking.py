@@ -14,6 +14,7 @@ from scripted_openai import Script, ScriptedOpenAI
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError, UserError
 from llava_ray.evaluate import asking, run
+from llava_ray.evaluate.attempts import Attempts
 from llava_ray.evaluate.predict import Predictor, describe_settings, make_cache_key
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
@@ -32,7 +33,7 @@ def configure(**settings: Any) -> EvaluateConfig:
 
 def predict(questions: list[Question], **settings: Any) -> list[Prediction]:
     """Answer questions as an actor does, in this process."""
-    predictor = Predictor(configure(**settings), "scripted", SHORT, "digest")
+    predictor = Predictor(configure(**settings), "scripted", SHORT, "digest", Attempts())
     batch = predictor({"question": [pickle.dumps(question) for question in questions]})
     return [pickle.loads(each) for each in batch["prediction"]]
 

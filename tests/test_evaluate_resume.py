@@ -84,6 +84,27 @@ def test_a_killed_actor_loses_no_rows(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cluster")
+def test_a_question_that_kills_its_actor_is_given_up_and_the_others_are_answered(
+    tmp_path: Path,
+) -> None:
+    killed: list[int] = []
+    one_at_a_time = threading.Lock()
+
+    def script(text: str) -> str:
+        with one_at_a_time:
+            if text == "say 7":
+                killed.append(find_client(server))
+                os.kill(killed[-1], signal.SIGKILL)
+        return answer(text)
+
+    with ScriptedOpenAI(script) as server:
+        (result,) = run.evaluate(configure(tmp_path, server))
+    assert len(killed) == 2
+    assert result.statuses == {"answered": NUM_QUESTIONS - 1, "failed": 1}
+    assert any("actors died" in reason for reason in result.reasons)
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
     import ray
 

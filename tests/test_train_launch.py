@@ -136,7 +136,8 @@ def test_a_killed_driver_goes_on_with_fewer_workers(
 
 
 def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_path: Path) -> None:
-    config = make_config(shards, tmp_path / "out")
+    benchmarks = {"tasks": ["own_exact"], "data": str(shards), "limit": 5}
+    config = make_config(shards, tmp_path / "out", benchmarks=benchmarks)
     (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
     arguments = ["train", str(tmp_path / "run.yaml"), "learning_rate=3e-4", "--dry-run"]
     result = CliRunner().invoke(app, arguments)
@@ -150,6 +151,7 @@ def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_
         "optimizer: ",
         "1 pictures",
         "It is ",
+        "benchmarks, every 3 steps\nown_exact: 5 questions",
     ):
         assert said in result.output
     assert not (tmp_path / "out").exists()
@@ -173,6 +175,64 @@ def test_a_run_at_an_address_is_kept_there_whole(shards: Path, tmp_path: Path) -
     assert list(folder.glob("tensorboard/events*"))
     assert (folder / "curves.png").is_file()
     load_model(folder / "export", dtype="float32", device="cpu")
+
+
+@pytest.mark.slow
+def test_benchmarks_measure_each_checkpoint_even_if_training_takes_every_cpu(
+    shards: Path, tmp_path: Path
+) -> None:
+    from llava_ray.evaluate.during_training import prepare_benchmarks
+    from llava_ray.train.launch import launch
+
+    benchmarks = {"tasks": ["own_exact"], "data": str(shards), "limit": 4}
+    settings = {"benchmarks": benchmarks, "metric_for_best_model": "own_exact"}
+    config = make_config(shards, tmp_path, **settings, cpus_per_worker=1, save_steps=1, max_steps=2)
+    folder = Path(launch(config, evaluate_checkpoint=prepare_benchmarks(config)))
+    for step in (1, 2):
+        results = folder / "evaluations" / f"checkpoint-{step}"
+        told = json.loads((results / "results.json").read_text())["tasks"]["own_exact"]
+        assert told["num_scored"] == 4
+        assert (results / "report.html").is_file()
+    values = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())
+    assert [each["metrics"]["own_exact"] for each in values["checkpoint_results"]] == [0, 0]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_by_a_benchmark_is_exported_and_a_failed_one_ends_nothing(
+    shards: Path, tmp_path: Path
+) -> None:
+    from llava_ray.train.launch import launch
+
+    def evaluate_checkpoint(config: TrainConfig, checkpoint: str) -> dict[str, float]:
+        if checkpoint.endswith("-1"):
+            raise ConfigError("the first one cannot be measured")
+        return {"own_exact": {2: 40.0, 3: 10.0}[int(checkpoint.rpartition("-")[2])]}
+
+    benchmarks = {"tasks": ["own_exact"], "data": str(shards)}
+    settings = {"benchmarks": benchmarks, "metric_for_best_model": "own_exact", "num_workers": 1}
+    config = make_config(shards, tmp_path, **settings, save_steps=1, max_steps=3)
+    with pytest.raises(ConfigError, match="prepare_benchmarks"):
+        launch(config)
+    folder = Path(launch(config, evaluate_checkpoint=evaluate_checkpoint))
+    assert json.loads((folder / "export" / "llava_ray_run.json").read_text())["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("benchmarks", "said"),
+    [
+        ({"tasks": ["own_exat"]}, "did you mean own_exact"),
+        ({"tasks": ["pope"]}, "pope"),
+    ],
+)
+def test_benchmarks_that_are_not_there_are_named_before_anything_starts(
+    benchmarks: dict[str, Any], said: str, shards: Path, tmp_path: Path
+) -> None:
+    config = make_config(shards, tmp_path, benchmarks={"data": str(tmp_path), **benchmarks})
+    (tmp_path / "run.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    for argument in ("--dry-run", "--resume"):
+        result = CliRunner().invoke(app, ["train", str(tmp_path / "run.yaml"), argument])
+        assert isinstance(result.exception, ConfigError)
+        assert said in result.exception.message
 
 
 def test_a_run_that_diverges_is_over_at_once_and_says_why(shards: Path, tmp_path: Path) -> None:

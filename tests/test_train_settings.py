@@ -76,6 +76,9 @@ def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) ->
         (["learning_rate"], "write key=value"),
         (["data.datasets.7.path=x"], "has no place"),
         (["metric_for_best_model=eval_loss"], "needs eval_datasets"),
+        (["metric_for_best_model=pope"], "a task of benchmarks"),
+        (["benchmarks.tasks=[pope]"], "benchmarks.data"),
+        (["benchmarks={tasks: [pope], data: x, steps: 7}", "save_steps=2"], "no multiple of"),
     ],
 )
 def test_what_cannot_be_run_is_refused_with_the_remedy(

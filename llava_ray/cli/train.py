@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from llava_ray.cli.console import out
+from llava_ray.config import TrainConfig
 
 
 def train(
@@ -32,8 +33,21 @@ def train(
         from llava_ray.train.dry_run import explain_run
 
         out.print(explain_run(settings), markup=False)
+        if settings.benchmarks:
+            out.print(_explain_benchmarks(settings), markup=False)
         return
+    from llava_ray.evaluate.during_training import prepare_benchmarks
     from llava_ray.train.launch import launch
 
-    folder = launch(settings, resume=resume)
+    measure = prepare_benchmarks(settings)
+    folder = launch(settings, resume=resume, evaluate_checkpoint=measure)
     out.print(f"{folder}/export", markup=False)
+
+
+def _explain_benchmarks(settings: TrainConfig) -> str:
+    from llava_ray.evaluate.during_training import count_questions
+
+    assert settings.benchmarks is not None
+    every = settings.benchmarks.steps or settings.save_steps
+    counts = (f"{name}: {num:,} questions" for name, num in count_questions(settings).items())
+    return "\n".join(["", f"== benchmarks, every {every} steps", *counts])

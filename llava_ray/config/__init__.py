@@ -5,20 +5,21 @@ variables `LLAVA_RAY_<FIELD>`, the defaults in these files. Unknown names are re
 """
 
 from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig
-from llava_ray.config.evaluate import EvaluateConfig
+from llava_ray.config.evaluate import EvaluateConfig, TasksConfig
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, hash_key
 from llava_ray.config.limits import FetchConfig, LimitsConfig
 from llava_ray.config.model import DEMO_MODEL, PYTHON_VARIABLES, EngineName, ModelConfig
 from llava_ray.config.page import ModerationConfig, PageConfig
 from llava_ray.config.section import Section, refuse_unknown
 from llava_ray.config.serve import WORKER_ADDRESS, LlavaProtocolConfig, ServeConfig
-from llava_ray.config.train import TrainConfig
+from llava_ray.config.train import BenchmarksConfig, TrainConfig
 
 __all__ = [
     "CLIENT_KEY_VARIABLE",
     "DEMO_MODEL",
     "PYTHON_VARIABLES",
     "WORKER_ADDRESS",
+    "BenchmarksConfig",
     "ConvertConfig",
     "DataConfig",
     "DatasetConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "PageConfig",
     "Section",
     "ServeConfig",
+    "TasksConfig",
     "TrainConfig",
     "hash_key",
     "refuse_unknown",

@@ -1,4 +1,4 @@
-"""An evaluation: `llava-ray evaluate`, `jobs/evaluate.py`."""
+"""An evaluation: `llava-ray evaluate`, `jobs/evaluate.py`, `benchmarks` of a training run."""
 
 from typing import Literal
 
@@ -8,34 +8,18 @@ from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
 from llava_ray.config.section import Section
 
 
-class EvaluateConfig(Section):
-    """An evaluation: which model answers which tasks, how, and what counts as enough."""
+class TasksConfig(Section):
+    """Which tasks are asked, by how many actors, and what counts as enough."""
 
-    model: str = Field(
-        default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
-    )
-    endpoint: str | None = Field(
-        default=None, description="Ask this OpenAI-compatible server in place of loading a model."
-    )
-    app: str | None = Field(
-        default=None, description="Ask this live Serve application in place of loading a model."
-    )
-    model_name: str = Field(default="", description="Name of the model at the server.")
     tasks: list[str] = Field(min_length=1, description="Names of tasks (scienceqa_img, pope, ...).")
     data: str = Field(min_length=1, description="Folder of the benchmarks, or of one task.")
-    output: str = Field(min_length=1, description="Folder of results; what it holds is resumed.")
-    engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Precision of the weights."
-    )
-    template: str | None = Field(default=None, min_length=1, description="Conversation template.")
+    limit: int | None = Field(default=None, ge=1, description="Ask only the first so many.")
     num_actors: int = Field(default=1, ge=1, description="Engines side by side.")
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray sets aside an actor.")
     num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside an actor.")
     concurrency: int = Field(
         default=32, ge=1, le=1024, description="Questions that an actor asks at once."
     )
-    limit: int | None = Field(default=None, ge=1, description="Ask only the first so many.")
     min_coverage: float = Field(
         default=0.99,
         ge=0,
@@ -56,6 +40,27 @@ class EvaluateConfig(Section):
     judge_concurrency: int = Field(
         default=8, ge=1, le=256, description="Replies that the judge reads at once."
     )
+
+
+class EvaluateConfig(TasksConfig):
+    """An evaluation: which model answers which tasks, and how."""
+
+    model: str = Field(
+        default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
+    )
+    endpoint: str | None = Field(
+        default=None, description="Ask this OpenAI-compatible server in place of loading a model."
+    )
+    app: str | None = Field(
+        default=None, description="Ask this live Serve application in place of loading a model."
+    )
+    model_name: str = Field(default="", description="Name of the model at the server.")
+    output: str = Field(min_length=1, description="Folder of results; what it holds is resumed.")
+    engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto", description="Precision of the weights."
+    )
+    template: str | None = Field(default=None, min_length=1, description="Conversation template.")
 
     @model_validator(mode="after")
     def _check_source(self) -> "EvaluateConfig":

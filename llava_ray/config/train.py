@@ -9,10 +9,22 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from llava_ray.config.data import DataConfig, DatasetConfig
+from llava_ray.config.evaluate import TasksConfig
 from llava_ray.config.section import Section
 
 Method = Literal["projector", "full", "lora"]
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class BenchmarksConfig(TasksConfig):
+    """Tasks of `llava-ray evaluate` by which checkpoints are measured while training goes on."""
+
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps from one to the next, a multiple of save_steps; default: each save. "
+        "The last checkpoint is always measured.",
+    )
 
 
 class TrainConfig(Section):
@@ -59,6 +71,9 @@ class TrainConfig(Section):
 
     num_generations: int = Field(
         default=0, ge=0, le=64, description="Held-out questions answered at each evaluation."
+    )
+    benchmarks: BenchmarksConfig | None = Field(
+        default=None, description="Tasks that checkpoints are measured by while training goes on."
     )
 
     # Batches.
@@ -154,10 +169,10 @@ class TrainConfig(Section):
     save_total_limit: int | None = Field(
         default=1, ge=1, description="Checkpoints kept; without a metric the newest."
     )
-    metric_for_best_model: Literal["eval_loss", "loss"] | None = Field(
+    metric_for_best_model: str | None = Field(
         default=None,
-        description="Keeps the checkpoints in which this is lowest, and the newest; the best is "
-        "exported.",
+        description="Keeps the checkpoints that are best by it, and the newest; the best is "
+        "exported. Lowest: loss, eval_loss; highest: a task of benchmarks.",
     )
     export_to: Literal["hf", "original"] | None = Field(
         default=None, description="Form of the run's export; default: that of the model."
@@ -188,11 +203,26 @@ class TrainConfig(Section):
             raise ValueError("eval_steps needs eval_datasets")
         if self.num_generations and not self.eval_datasets:
             raise ValueError("num_generations needs eval_datasets")
-        if self.metric_for_best_model == "eval_loss" and not self.eval_datasets:
-            raise ValueError("metric_for_best_model=eval_loss needs eval_datasets")
+        self._check_metric()
+        if self.benchmarks and (self.benchmarks.steps or 0) % self.save_steps:
+            raise ValueError(
+                f"benchmarks.steps={self.benchmarks.steps} is no multiple of "
+                f"save_steps={self.save_steps}: checkpoints are what is measured"
+            )
         self._share_with_data()
         self.count_accumulation(self.num_workers)
         return self
+
+    def _check_metric(self) -> None:
+        metric = self.metric_for_best_model
+        if metric == "eval_loss" and not self.eval_datasets:
+            raise ValueError("metric_for_best_model=eval_loss needs eval_datasets")
+        tasks = self.benchmarks.tasks if self.benchmarks else []
+        if metric and metric not in ("loss", "eval_loss", *tasks):
+            raise ValueError(
+                f"metric_for_best_model={metric}: it is loss, eval_loss or a task of benchmarks "
+                f"({', '.join(tasks) or 'there are none'})"
+            )
 
     def _share_with_data(self) -> None:
         """Give the data the settings that are the whole run's."""

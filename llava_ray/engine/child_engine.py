@@ -56,6 +56,7 @@ class ChildEngine:
         )
         self._encoder = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._held: dict[str, int] = {}  # request -> its tokens
+        self._answering: set[str] = set()  # those of them whose first token has come
         self._process = ChildProcess(
             child.command, name=kind.label, environment=child.environment, timeout_s=child.timeout_s
         )
@@ -86,12 +87,14 @@ class ChildEngine:
                 self._check_length(told["num_prompt_tokens"], len(prompt_ids))
                 chunk = answer.take(told)
                 self._held[name] = len(prompt_ids) + chunk.num_tokens
+                self._answering.add(name)
                 is_over = told["finish"] is not None
                 yield chunk
                 if chunk.finish_reason:
                     return
         finally:
             del self._held[name]
+            self._answering.discard(name)
             self._process.forget(name, is_over=is_over)
 
     async def tokenize(self, prompt: Prompt) -> Tokens:
@@ -109,10 +112,10 @@ class ChildEngine:
         self._process.check()
 
     def stats(self) -> dict[str, float]:
-        """Figures of this moment; the engine itself knows how many of them wait."""
+        """Figures of this moment; what has no token yet counts as waiting."""
         return {
-            "num_running": len(self._held),
-            "num_waiting": 0,
+            "num_running": len(self._answering),
+            "num_waiting": len(self._held) - len(self._answering),
             "cache_tokens_used": sum(self._held.values()),
             "cache_tokens_total": self._cache_tokens,
         }

@@ -14,8 +14,9 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from llava_ray.config import EvaluateConfig, LimitsConfig
-from llava_ray.errors import LlavaRayError, RequestError, SampleError
+from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
 from llava_ray.evaluate.asking import Answerer, ask, ask_patiently
+from llava_ray.evaluate.attempts import MAX_DEATHS, Attempts
 from llava_ray.evaluate.pictures import load_picture
 from llava_ray.types import (
     ChatRequest,
@@ -38,12 +39,19 @@ class Predictor:
         model: its name at the server.
         sampling: how replies are made.
         model_digest: see `Prediction`.
+        attempts: counts what actors of this run died with.
     """
 
     def __init__(
-        self, config: EvaluateConfig, model: str, sampling: Sampling, model_digest: str
+        self,
+        config: EvaluateConfig,
+        model: str,
+        sampling: Sampling,
+        model_digest: str,
+        attempts: Attempts,
     ) -> None:
-        self._model, self._digest = model, model_digest
+        self._model, self._digest, self._attempts = model, model_digest, attempts
+        self._alone = threading.Lock()
         self._settings = describe_settings(config, sampling)
         # Other servers may not know logprobs; ours give them without changing the reply.
         self._sampling = sampling if config.endpoint else replace(sampling, num_logprobs=0)
@@ -61,10 +69,31 @@ class Predictor:
         if self._problem:
             return {"prediction": [pickle.dumps(self._problem)]}
         questions = [pickle.loads(each) for each in batch["question"]]
-        return {"prediction": [pickle.dumps(p) for p in self._run(self._ask_all(questions))]}
+        return {"prediction": [pickle.dumps(p) for p in self._ask_batch(questions)]}
 
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _ask_batch(self, questions: Sequence[Question]) -> list[Prediction]:
+        """Ask questions together; those that an actor died with one by one, and not for ever."""
+        deaths = self._attempts.count_deaths([question.question_id for question in questions])
+        known = list(zip(questions, deaths, strict=True))
+        predictions = self._ask_watched([question for question, num in known if not num])
+        for question, num in known:
+            if num >= MAX_DEATHS:
+                error = EngineError(f"{num} actors died while they answered it: see Ray's logs")
+                predictions.append(self._fail(question, "failed", error))
+            elif num:
+                with self._alone:
+                    predictions += self._ask_watched([question])
+        return predictions
+
+    def _ask_watched(self, questions: Sequence[Question]) -> list[Prediction]:
+        ids = [question.question_id for question in questions]
+        self._attempts.begin(ids)
+        predictions = self._run(self._ask_all(questions))
+        self._attempts.end(ids)
+        return predictions
 
     async def _ask_all(self, questions: Sequence[Question]) -> list[Prediction]:
         return await asyncio.gather(*(self._ask_in_turn(question) for question in questions))
@@ -149,8 +178,6 @@ async def _ask_app(handle: Any, request: ChatRequest) -> AsyncGenerator[Chunk]:
     """Ask a replica of the live application; Ray's errors become ours."""
     from ray.exceptions import RayError, RayTaskError
     from ray.serve.exceptions import RayServeException
-
-    from llava_ray.errors import EngineError
 
     try:
         async for chunk in handle.chat.remote(request):

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.client import Client
-from llava_ray.config import EvaluateConfig
+from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
+from llava_ray.evaluate.attempts import SharedAttempts
 from llava_ray.evaluate.digest import digest_model
 from llava_ray.evaluate.grade import grade_replies
 from llava_ray.evaluate.log import append_log, read_log
@@ -50,7 +51,7 @@ def evaluate(
         ConfigError: no such task, model or file.
         UserError: no server answers.
     """
-    tasks = [(task, _read(task, config)) for task in find_tasks(config.tasks)]
+    tasks = [(task, read_questions(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
     digest = digest_model(config, model)
     output = Path(config.output)
@@ -103,7 +104,7 @@ def _stream(
     rows = [{"question": pickle.dumps(question)} for question in questions]
     answered = ray.data.from_items(rows, override_num_blocks=num_blocks).map_batches(
         Predictor,  # type: ignore[arg-type]  # a class is what Ray Data starts as an actor
-        fn_constructor_args=(config, model, task.sampling, digest),
+        fn_constructor_args=(config, model, task.sampling, digest, SharedAttempts()),
         batch_size=config.concurrency,
         compute=ray.data.ActorPoolStrategy(
             size=config.num_actors,
@@ -139,7 +140,12 @@ def find_open(
     return [question for question in questions if is_open(question)]
 
 
-def _read(task: Task, config: EvaluateConfig) -> list[Question]:
+def read_questions(task: Task, config: TasksConfig) -> list[Question]:
+    """Return the questions that a task asks.
+
+    Raises:
+        ConfigError: its files are not there or do not hold together.
+    """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
     ids = {question.question_id for question in questions}
     if len(ids) < len(questions):

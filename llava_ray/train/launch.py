@@ -1,46 +1,41 @@
-"""A run on Ray Train: workers, their failures, where checkpoints go. Here alone is Ray, and in
-`ray_metrics`.
+"""A run on Ray Train: its workers, their failures, what is kept, measured and exported.
 
-launch -> TorchTrainer -> train_worker (on each worker) -> loop.train -> export
+launch -> TorchTrainer -> worker.train_worker (on each worker) -> loop.train -> export
 """
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
+from ray.train.v2.api.validation_config import ValidationConfig
 
-from llava_ray.config import DataConfig, TrainConfig
-from llava_ray.data import stream
-from llava_ray.data.collate import Batch
-from llava_ray.data.plan import Position
-from llava_ray.data.pool import make_plan, open_pool
+from llava_ray.config import TrainConfig
+from llava_ray.data.pool import open_pool
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
-from llava_ray.train.checkpoint import read_progress
+from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.dry_run import build_hollow, load_run_encoder
 from llava_ray.train.finish import export_run, write_settings
-from llava_ray.train.log import RunLog
-from llava_ray.train.loop import Surroundings, train
-from llava_ray.train.ray_metrics import RayMetrics
-from llava_ray.train.storage import (
-    is_address,
-    is_begun,
-    open_home,
-    remove_unfinished,
-    send_home,
-)
-from llava_ray.train.trackers import open_trackers
+from llava_ray.train.log import say_line
+from llava_ray.train.storage import is_address, is_begun, open_home
 from llava_ray.train.weights import name_base
+from llava_ray.train.worker import train_worker
+
+EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]
+"""Measures a checkpoint of a run, given by its path or address; returns each task's value."""
 
 
-def launch(config: TrainConfig, *, resume: bool = False) -> str:
+def launch(
+    config: TrainConfig,
+    *,
+    resume: bool = False,
+    evaluate_checkpoint: EvaluateCheckpoint | None = None,
+) -> str:
     """Train, and write the export; return the run's folder, a path or an address.
 
     Ray is started if none is running. A worker that dies takes the run back to its last checkpoint.
@@ -48,6 +43,8 @@ def launch(config: TrainConfig, *, resume: bool = False) -> str:
     Args:
         config: of the run.
         resume: go on with the run of that name from its last checkpoint.
+        evaluate_checkpoint: what measures checkpoints by `benchmarks`, as
+            `llava_ray.evaluate.during_training.prepare_benchmarks` returns it.
 
     Raises:
         ConfigError: it cannot be begun.
@@ -55,19 +52,31 @@ def launch(config: TrainConfig, *, resume: bool = False) -> str:
         TrainingError: it failed more often than `max_failures`; likewise.
     """
     config = write_paths_whole(config)
+    if config.benchmarks and not evaluate_checkpoint:
+        raise ConfigError(
+            "the settings have benchmarks and nothing measures them: give "
+            "launch(evaluate_checkpoint=prepare_benchmarks(config)), from "
+            "llava_ray.evaluate.during_training"
+        )
     folder = check_run(config, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     with open_home(folder) as home:
         write_settings(home, config)
-    best = fit(make_trainer(config), config)
+    best = fit(make_trainer(config, evaluate_checkpoint), config)
     with open_home(folder) as home, best.as_directory() as checkpoint:
         export_run(Path(checkpoint), home, config)
     return folder
 
 
-def make_trainer(config: TrainConfig) -> TorchTrainer:
+def make_trainer(
+    config: TrainConfig, evaluate_checkpoint: EvaluateCheckpoint | None = None
+) -> TorchTrainer:
     """Return Ray's trainer of a run; it goes on where there is a checkpoint."""
+    validation = evaluate_checkpoint and ValidationConfig(
+        functools.partial(_evaluate, config, evaluate_checkpoint),
+        ray_remote_kwargs={"num_cpus": 0},  # its actors take what `benchmarks` says
+    )
     is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
     return TorchTrainer(
         train_worker,
@@ -85,9 +94,10 @@ def make_trainer(config: TrainConfig) -> TorchTrainer:
             checkpoint_config=CheckpointConfig(
                 num_to_keep=config.save_total_limit,
                 checkpoint_score_attribute=config.metric_for_best_model,
-                checkpoint_score_order="min",
+                checkpoint_score_order=find_order(config.metric_for_best_model),
             ),
         ),
+        validation_config=validation,
     )
 
 
@@ -106,9 +116,12 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
     if result.checkpoint is None:
         raise TrainingError("the run ended without a checkpoint: its data gives no step")
     metric = config.metric_for_best_model
-    best = result.get_best_checkpoint(metric, "min") if metric else result.checkpoint
-    assert best is not None
-    return best
+    if metric is None:
+        return result.checkpoint
+    best = choose_best(result.best_checkpoints or [], metric)
+    if best is None:
+        say_line(f"no checkpoint has a value of {metric}: the last one is exported")
+    return best or result.checkpoint
 
 
 def check_run(config: TrainConfig, *, resume: bool = False) -> str:
@@ -145,101 +158,28 @@ def write_paths_whole(config: TrainConfig) -> TrainConfig:
         settings[name] = settings[name] and str(name_base(settings[name]))
     for dataset in (*settings["data"]["datasets"], *settings["eval_datasets"]):
         dataset["path"] = str(name_base(dataset["path"]))
+    for name in ("data", "judge_wording"):
+        if settings["benchmarks"] and settings["benchmarks"][name]:
+            settings["benchmarks"][name] = str(name_base(settings["benchmarks"][name]))
     if not is_address(config.output_dir):
         settings["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
     settings["output_dir"] = settings["output_dir"].rstrip("/")
     return TrainConfig(**settings)
 
 
-def train_worker(settings: dict[str, Any]) -> str | None:
-    """Train on one worker of Ray Train's.
-
-    Args:
-        settings: of `TrainConfig`.
-
-    Returns:
-        Why the run is over before its end, where Ray's trying again would end the same way.
-    """
-    config = TrainConfig(**settings)
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
-    if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
-    folder = f"{config.output_dir}/{config.name}"
-    opened = open_home(folder) if rank == 0 else contextlib.nullcontext()
-    with opened as home, _open_checkpoint() as checkpoint:
-        log = RunLog(
-            home,
-            trackers=[*open_trackers(config, home), RayMetrics(config.name)],
-            send=lambda: send_home(home, folder) if home else None,
-            every=config.logging_steps,
-        )
-        if home:
-            remove_unfinished(folder, read_progress(checkpoint).step if checkpoint else 0)
-        try:
-            train(config, describe_surroundings(config), log, resume=checkpoint)
-        except DivergedError as error:
-            return error.message
-    return None
-
-
-def describe_surroundings(config: TrainConfig) -> Surroundings:
-    """Return what Ray gives to the loop of this worker."""
-    context = ray.train.get_context()
-    rank, num_workers = context.get_world_rank(), context.get_world_size()
-    model = stream.Checkpoint(config.model, config.base, config.vision_tower, config.template)
-    accumulation = config.count_accumulation(num_workers)
-    plan = make_plan(config.data, open_pool(config.data.datasets))
-    num_steps = plan.num_batches * config.num_train_epochs
-
-    def read_batches(position: Position | None) -> Iterator[Batch]:
-        worker = stream.Worker(rank, num_workers, accumulation)
-        return stream.stream_batches(
-            config.data,
-            model,
-            worker=worker,
-            start=position,
-            num_epochs=config.num_train_epochs,
-        )
-
-    def read_eval_batches(size: int) -> Iterator[Batch]:
-        data = config.data.model_dump() | {
-            "datasets": config.eval_datasets,
-            "batch_size": num_workers * size,
-            "grouping": "none",
-            "num_readers": 0,
-        }
-        worker = stream.Worker(rank, num_workers, 1)
-        return stream.stream_batches(DataConfig(**data), model, worker=worker)
-
-    return Surroundings(
-        read_batches=read_batches,
-        read_eval_batches=read_eval_batches if config.eval_datasets else None,
-        num_steps=min(num_steps, config.max_steps or num_steps),
-        new_folder=lambda: Path(tempfile.mkdtemp(prefix="llava-ray-checkpoint-")),
-        keep=_keep,
-        is_leaving=lambda: ray.train.get_preemption_info() is not None,
-    )
-
-
-def _keep(folder: Path, metrics: dict[str, float]) -> None:
-    """Move a checkpoint to the run's storage, together with the other workers' parts."""
-    ray.train.report(
-        metrics,
-        checkpoint=Checkpoint.from_directory(folder),
-        checkpoint_dir_name=f"checkpoint-{int(metrics['step'])}",
-        delete_local_checkpoint_after_upload=True,
-    )
-
-
-@contextlib.contextmanager
-def _open_checkpoint() -> Iterator[Path | None]:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        yield None
-        return
-    with checkpoint.as_directory() as folder:
-        yield Path(folder)
+def _evaluate(
+    config: TrainConfig,
+    evaluate_checkpoint: EvaluateCheckpoint,
+    checkpoint: Checkpoint,
+    **_: Any,  # Ray may give more, which we never ask for
+) -> dict[str, float]:
+    """Measure a checkpoint, as a task of Ray's; without a value the run goes on all the same."""
+    address = f"{config.output_dir}/{config.name}/{Path(checkpoint.path).name}"
+    try:
+        return evaluate_checkpoint(config, address)
+    except LlavaRayError as error:
+        say_line(f"{Path(address).name} could not be measured: {error.message}")
+        return {}
 
 
 def _has_gpus() -> bool:

@@ -160,6 +160,11 @@ class RunLog:
         if self._path is not None:
             self._send()
 
+    def close(self) -> None:
+        """Say to trackers that the run is over, or goes on in another worker."""
+        for tracker in self._trackers:
+            tracker.close()
+
     def _append(self, content: dict[str, Any]) -> None:
         assert self._path is not None
         with self._path.open("a") as file:

@@ -40,3 +40,6 @@ class RayMetrics:
 
     def flush(self) -> None:
         pass  # Ray sends it
+
+    def close(self) -> None:
+        pass  # gone with the worker

@@ -19,6 +19,10 @@ class Tracker(Protocol):
         """Let what was taken reach its place."""
         ...
 
+    def close(self) -> None:
+        """Say that this worker's part of the run is over."""
+        ...
+
 
 class TensorBoard:
     """Event files in the run's folder."""
@@ -34,6 +38,9 @@ class TensorBoard:
 
     def flush(self) -> None:
         self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class WeightsAndBiases:
@@ -52,6 +59,9 @@ class WeightsAndBiases:
     def flush(self) -> None:
         pass  # sent as it comes
 
+    def close(self) -> None:
+        self._run.finish()
+
 
 class MLflow:
     """A run of MLflow; `MLFLOW_TRACKING_URI` says where."""
@@ -68,6 +78,9 @@ class MLflow:
 
     def flush(self) -> None:
         pass  # sent as it comes
+
+    def close(self) -> None:
+        self._mlflow.end_run()
 
 
 _TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

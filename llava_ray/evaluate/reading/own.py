@@ -46,7 +46,7 @@ def read_own_vqa(folder: Path) -> list[Question]:
 
 
 def _read(folder: Path, *, suffix: str) -> Iterator[Question]:
-    shards = [path for path in sorted(folder.rglob("*.parquet")) if "rejects" not in path.parts]
+    shards = [path for path in sorted(folder.rglob("*.parquet")) if _is_shard(path)]
     files = [folder] if folder.is_file() else sorted(folder.glob("*.jsonl"))
     if not shards and not files:
         raise ConfigError(
@@ -58,6 +58,11 @@ def _read(folder: Path, *, suffix: str) -> Iterator[Question]:
     for path in [] if shards else files:
         for number, row in enumerate(read_jsonl(path), start=1):
             yield _read_row(row, path, f"{path.name}, row {number}", suffix)
+
+
+def _is_shard(path: Path) -> bool:
+    """Whether a file of a converted folder holds samples, not what is told of them."""
+    return "rejects" not in path.parts and not path.name.startswith("_")
 
 
 def _read_shard(path: Path, suffix: str) -> Iterator[Question]:

@@ -1,0 +1,322 @@
+"""Speed of training, measured: what `python jobs/benchmark.py train` runs.
+
+The same model, batches, optimizer and precision in a bare PyTorch loop, in this project's loop
+without ZeRO and with ZeRO 2, in transformers' Trainer with ZeRO 2, and under Ray, with batches
+from shards; each in processes of its own, in turns. A step's time is from its beginning to that of
+the next, so it holds everything that is done between two steps.
+"""
+
+import dataclasses
+import io
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from PIL import Image
+
+NUM_WARM = 5
+"""Steps left out at the beginning of each run."""
+SEED = 7
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every system does.
+
+    Attributes:
+        model: its folder.
+        shards: folder of the samples.
+        scratch: for what a run writes.
+        batch_size: samples a step.
+        num_steps: of a run, those to warm up among them.
+        num_threads: of torch.
+    """
+
+    model: str
+    shards: str
+    scratch: str
+    batch_size: int
+    num_steps: int
+    num_threads: int
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """One row of the table."""
+
+    system: str
+    steps: int
+    step_p50_ms: float
+    step_p95_ms: float
+    to_bare_loop: float = 1.0
+
+
+def benchmark_train(
+    steps: Annotated[int, typer.Option(help="Steps of a run.")] = 40,
+    batch_size: Annotated[int, typer.Option(help="Samples of a step.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
+    rounds: Annotated[int, typer.Option(help="Times that each system runs, in turns.")] = 2,
+) -> None:
+    """Step times of a bare loop, this project, Trainer with DeepSpeed, and Ray's part in them."""
+    os.environ.update(RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
+    from benchmark import print_table
+
+    from llava_ray.model.build import TINY, build_random_model
+
+    shape = dataclasses.replace(
+        TINY,
+        hidden_size=256,
+        num_layers=4,
+        mlp_size=1024,
+        vision_hidden_size=128,
+        vision_num_layers=4,
+        image_size=112,
+        patch_size=14,
+        spread=0.02,
+    )
+    systems: dict[str, Callable[[Work], list[float]]] = {
+        "bare PyTorch loop": run_bare_loop,
+        "llava_ray, no ZeRO": run_without_zero,
+        "llava_ray, ZeRO 2": run_zero2,
+        "transformers Trainer, ZeRO 2": run_trainer,
+        "llava_ray on Ray, ZeRO 2": run_on_ray,
+    }
+    times_s: dict[str, list[float]] = {name: [] for name in systems}
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        model = build_random_model(place / "model", shape)
+        shards = place / "shards"
+        alone(write_shards, place, shards, steps * batch_size)
+        work = Work(str(model), str(shards), scratch, batch_size, steps, threads)
+        for number in range(rounds):
+            for name, run in systems.items():
+                found = alone(run, dataclasses.replace(work, scratch=f"{scratch}/{number}"))
+                times_s[name] += found[NUM_WARM:]
+                print(f"{name}: {1e3 * statistics.median(found[NUM_WARM:]):.1f} ms", flush=True)
+    bare_s = statistics.median(times_s["bare PyTorch loop"])
+    print_table([describe(name, found, bare_s) for name, found in times_s.items()])
+
+
+def describe(name: str, found_s: Sequence[float], bare_s: float) -> StepTimes:
+    median_s = statistics.median(found_s)
+    return StepTimes(
+        name,
+        len(found_s),
+        round(1e3 * median_s, 1),
+        round(1e3 * statistics.quantiles(found_s, n=20)[-1], 1),
+        round(median_s / bare_s, 3),
+    )
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def write_shards(folder: Path, target: Path, num_samples: int) -> None:
+    """Write samples of a picture, a question and an answer, all of one length."""
+    import ray
+
+    from llava_ray.config import ConvertConfig
+    from llava_ray.data.convert import convert
+
+    rows = []
+    for number in range(num_samples):
+        picture = Image.new("RGB", (112, 112), (number % 256, 90, 160))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        (folder / f"{number}.png").write_bytes(buffer.getvalue())
+        asked = {"from": "human", "value": "<image>\nWhich number is it, and why so?"}
+        said = {"from": "gpt", "value": f"It is number {number:06}, as it always was."}
+        turns = [asked, said]
+        rows.append({"id": f"{number}", "image": f"{number}.png", "conversations": turns})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    convert(
+        ConvertConfig(
+            source="llava",
+            input=str(folder / "rows.json"),
+            output=str(target),
+            pictures=str(folder),
+        )
+    )
+    ray.shutdown()
+
+
+def make_config(work: Work, **settings: Any) -> Any:
+    from llava_ray.config import TrainConfig
+
+    fields: dict[str, Any] = {
+        "name": "run",
+        "model": work.model,
+        "data": {"datasets": [{"path": work.shards}], "num_readers": 1, "reader_cpus": 0},
+        "output_dir": work.scratch,
+        "train_batch_size": work.batch_size,
+        "per_device_train_batch_size": work.batch_size,
+        "learning_rate": 1e-4,
+        "save_steps": 10**6,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "cpus_per_worker": work.num_threads,
+        "max_steps": work.num_steps,
+        "seed": SEED,
+    }
+    return TrainConfig(**(fields | settings))
+
+
+def read_batches(work: Work) -> list[Any]:
+    """Return a run's batches, all of them ready in memory."""
+    from llava_ray.data.stream import Checkpoint, stream_batches
+
+    config = make_config(work).data.model_copy(update={"num_readers": 0})
+    return list(stream_batches(config, Checkpoint(work.model)))
+
+
+def begin(work: Work) -> None:
+    """Make this process a training of one worker."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(work.num_threads)
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+    meeting = f"{tempfile.mkdtemp()}/meeting"
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
+
+
+def run_bare_loop(work: Work) -> list[float]:
+    """Return the times of a loop of PyTorch alone, with the same gradients clipped the same way."""
+    import torch
+
+    from llava_ray.model import load_model
+
+    batches = read_batches(work)
+    torch.set_num_threads(work.num_threads)
+    model: Any = load_model(work.model, dtype="float32", device="cpu").model.train()
+    model.model.vision_tower.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    begun = []
+    for batch in batches:
+        begun.append(time.perf_counter())
+        loss = model(**batch.to_tensors(), use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.detach())  # as whoever logs it
+    return measure(begun)
+
+
+def run_without_zero(work: Work) -> list[float]:
+    return run_loop(work, zero_stage=0)
+
+
+def run_zero2(work: Work) -> list[float]:
+    return run_loop(work, zero_stage=2)
+
+
+def run_loop(work: Work, **settings: Any) -> list[float]:
+    """Return the times of this project's loop, without Ray."""
+    from llava_ray.train.log import RunLog
+    from llava_ray.train.loop import Surroundings, train
+
+    batches = read_batches(work)
+    begin(work)
+    begun = []
+
+    def read(start: Any) -> Iterator[Any]:
+        for batch in batches:
+            begun.append(time.perf_counter())
+            yield batch
+
+    around = Surroundings(
+        read_batches=read,
+        read_eval_batches=None,
+        num_steps=work.num_steps,
+        new_folder=lambda: Path(tempfile.mkdtemp(dir=work.scratch)),
+        keep=lambda folder, metrics: None,
+    )
+    Path(work.scratch).mkdir(exist_ok=True)
+    log = RunLog(Path(tempfile.mkdtemp(dir=work.scratch)), say=lambda _: None)
+    train(make_config(work, **settings), around, log)
+    return measure(begun)
+
+
+def run_trainer(work: Work) -> list[float]:
+    """Return the times of transformers' Trainer with DeepSpeed."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from llava_ray.model import load_model
+    from llava_ray.train.engine import import_deepspeed
+    from llava_ray.train.zero import describe_engine
+
+    batches = read_batches(work)
+    begin(work)
+    import_deepspeed(is_gpu=False)
+    described = describe_engine(make_config(work), num_workers=1, hidden_size=256, is_bf16=False)
+    arguments = TrainingArguments(
+        output_dir=work.scratch,
+        deepspeed=described,
+        use_cpu=True,
+        per_device_train_batch_size=work.batch_size,
+        max_steps=work.num_steps,
+        learning_rate=1e-4,
+        lr_scheduler_type="cosine",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    torch.set_num_threads(work.num_threads)
+    model: Any = load_model(work.model, dtype="float32", device="cpu").model.train()
+    model.model.vision_tower.requires_grad_(False)
+    model.config.use_cache = model.config.text_config.use_cache = False
+    begun: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            begun.append(time.perf_counter())
+
+    # One row stands for a batch that is ready, as in the other systems.
+    rows = [batch for batch in batches for _ in range(work.batch_size)]
+    Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,  # type: ignore[arg-type]
+        data_collator=lambda held: held[0].to_tensors(),
+        callbacks=[Clock()],
+    ).train()
+    return measure(begun)
+
+
+def run_on_ray(work: Work) -> list[float]:
+    """Return the times of a run on Ray Train, its batches prepared from shards meanwhile."""
+    import ray
+
+    from llava_ray.train.launch import launch
+    from llava_ray.train.log import read_log
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    folder = launch(make_config(work))
+    ray.shutdown()
+    lines = [line for line in read_log(Path(folder)) if "loss" in line]
+    waited_ms = 1e3 * statistics.median(line["wait_s"] for line in lines[NUM_WARM:])
+    print(f"on Ray a step waits {waited_ms:.1f} ms for its batch and the log", flush=True)
+    return [line["wait_s"] + line["step_s"] for line in lines]
+
+
+def measure(begun: Sequence[float]) -> list[float]:
+    return [after - before for before, after in pairwise(begun)]

@@ -1,0 +1,127 @@
+"""One worker of a run on Ray Train: gives the loop its data, and Ray the loop's checkpoints.
+
+launch -> train_worker -> loop.train
+"""
+
+import contextlib
+import functools
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch
+from ray.train import Checkpoint
+
+from llava_ray.config import DataConfig, TrainConfig
+from llava_ray.data import stream
+from llava_ray.data.collate import Batch
+from llava_ray.data.plan import Position
+from llava_ray.data.pool import make_plan, open_pool
+from llava_ray.errors import DivergedError
+from llava_ray.train.best import UNKNOWN
+from llava_ray.train.checkpoint import read_progress
+from llava_ray.train.log import RunLog
+from llava_ray.train.loop import Surroundings, train
+from llava_ray.train.ray_metrics import RayMetrics
+from llava_ray.train.storage import open_home, remove_unfinished, send_home
+from llava_ray.train.trackers import open_trackers
+
+
+def train_worker(settings: dict[str, Any]) -> str | None:
+    """Train on one worker of Ray Train's.
+
+    Args:
+        settings: of `TrainConfig`.
+
+    Returns:
+        Why the run is over before its end, where Ray's trying again would end the same way.
+    """
+    config = TrainConfig(**settings)
+    context = ray.train.get_context()
+    rank = context.get_world_rank()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    folder = f"{config.output_dir}/{config.name}"
+    opened = open_home(folder) if rank == 0 else contextlib.nullcontext()
+    with opened as home, _open_checkpoint() as checkpoint:
+        log = RunLog(
+            home,
+            trackers=[*open_trackers(config, home), RayMetrics(config.name)],
+            send=lambda: send_home(home, folder) if home else None,
+            every=config.logging_steps,
+        )
+        if home:
+            remove_unfinished(folder, read_progress(checkpoint).step if checkpoint else 0)
+        try:
+            train(config, describe_surroundings(config), log, resume=checkpoint)
+        except DivergedError as error:
+            return error.message
+        finally:
+            log.close()
+    return None
+
+
+def describe_surroundings(config: TrainConfig) -> Surroundings:
+    """Return what Ray gives to the loop of this worker."""
+    context = ray.train.get_context()
+    rank, num_workers = context.get_world_rank(), context.get_world_size()
+    model = stream.Checkpoint(config.model, config.base, config.vision_tower, config.template)
+    accumulation = config.count_accumulation(num_workers)
+    plan = make_plan(config.data, open_pool(config.data.datasets))
+    num_steps = plan.num_batches * config.num_train_epochs
+    num_steps = min(num_steps, config.max_steps or num_steps)
+
+    def read_batches(position: Position | None) -> Iterator[Batch]:
+        worker = stream.Worker(rank, num_workers, accumulation)
+        return stream.stream_batches(
+            config.data,
+            model,
+            worker=worker,
+            start=position,
+            num_epochs=config.num_train_epochs,
+        )
+
+    def read_eval_batches(size: int) -> Iterator[Batch]:
+        data = config.data.model_dump() | {
+            "datasets": config.eval_datasets,
+            "batch_size": num_workers * size,
+            "grouping": "none",
+            "num_readers": 0,
+        }
+        worker = stream.Worker(rank, num_workers, 1)
+        return stream.stream_batches(DataConfig(**data), model, worker=worker)
+
+    return Surroundings(
+        read_batches=read_batches,
+        read_eval_batches=read_eval_batches if config.eval_datasets else None,
+        num_steps=num_steps,
+        new_folder=lambda: Path(tempfile.mkdtemp(prefix="llava-ray-checkpoint-")),
+        keep=functools.partial(_keep, config, num_steps),
+        is_leaving=lambda: ray.train.get_preemption_info() is not None,
+    )
+
+
+def _keep(config: TrainConfig, num_steps: int, folder: Path, metrics: dict[str, float]) -> None:
+    """Move a checkpoint to the run's storage, together with the other workers' parts."""
+    benchmarks, step = config.benchmarks, int(metrics["step"])
+    is_due = step == num_steps or (benchmarks and step % (benchmarks.steps or 1) == 0)
+    unknown = dict.fromkeys(benchmarks.tasks, UNKNOWN) if benchmarks else {}
+    ray.train.report(
+        metrics | unknown,
+        checkpoint=Checkpoint.from_directory(folder),
+        checkpoint_dir_name=f"checkpoint-{step}",
+        delete_local_checkpoint_after_upload=True,
+        validation=benchmarks is not None and bool(is_due),
+    )
+
+
+@contextlib.contextmanager
+def _open_checkpoint() -> Iterator[Path | None]:
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        yield None
+        return
+    with checkpoint.as_directory() as folder:
+        yield Path(folder)
