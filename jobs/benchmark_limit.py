@@ -1,0 +1,79 @@
+"""What a machine could serve at most, by the rates at which it multiplies and reads."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from benchmark_requests import Figures, Load, make_question
+from benchmark_systems import name_dtype, render
+
+
+def compute_limit(name: str, load: Load) -> list[Figures]:
+    """Return what the machine could do if it only multiplied matrices and read memory.
+
+    Of each request every weight of tower, projector and language model is multiplied once a token
+    (one for a product and one for a sum), attention included, at the fastest rate that one large
+    product of this model reached. In each step of all clients the weights are read once, in 16
+    bits, and the keys and values of each, in 32 (on CPUs the cache has no other form).
+    """
+    from llava_ray.model.core import load_model
+
+    core = load_model(load.model, dtype=name_dtype())
+    flop_per_s, byte_per_s = measure_rates(core)
+    text = core.model.config.text_config
+    inner = core.model.model
+    head = core.model.lm_head.weight.numel()
+    tower, projector, language = (
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model.layers)
+    )
+    questions = [make_question(s, size=load.image_size) for s in range(16)]
+    encoded = [core.encode(render(core, each), [each.image])["input_ids"][0] for each in questions]
+    num_prompt = statistics.mean(len(ids) for ids in encoded)
+    num_image = statistics.mean(int((ids == core.image_token_id).sum()) for ids in encoded)
+    width, depth = text.hidden_size, text.num_hidden_layers
+    heads = text.num_attention_heads
+    kv_bytes = 2 * 4 * depth * width * (text.num_key_value_heads or heads) // heads
+    prefill_flop = 2 * (num_image * (tower + projector) + num_prompt * language + head)
+    prefill_flop += 2 * depth * width * num_prompt**2
+    num_seen = num_prompt + load.max_tokens / 2
+    decode_flop = 2 * (language + head) + 4 * depth * width * num_seen
+    rows = []
+    for clients in load.clients:
+        computing_s = clients * (prefill_flop + load.max_tokens * decode_flop) / flop_per_s
+        read = 2 * (language + head) + clients * kv_bytes * num_seen
+        reading_s = load.max_tokens * read / byte_per_s
+        prefill_s = clients * prefill_flop / flop_per_s
+        wall_s = max(computing_s, prefill_s + reading_s)
+        rate = clients * load.max_tokens / wall_s
+        rows.append(Figures(name, clients, clients, round(clients / wall_s, 2), round(rate, 1)))
+    print(f"{flop_per_s / 1e9:.0f} GFLOP/s, {byte_per_s / 1e9:.1f} GB/s", flush=True)
+    return rows
+
+
+def measure_rates(core: Any) -> tuple[float, float]:
+    """Return the machine's FLOP/s in products of this model, and the bytes/s that it reads."""
+    import torch
+
+    from llava_ray.model.pack import pack_linears
+
+    linear = core.model.model.language_model.layers[0].mlp.gate_proj
+    layer, weight = torch.nn.Sequential(linear), linear.weight.detach()
+    states = torch.randn(512, weight.shape[1], dtype=weight.dtype)
+    flop = 2 * len(states) * weight.numel()
+    plain_s = time_best(lambda: torch.nn.functional.linear(states, weight))
+    pack_linears(layer)
+    with torch.inference_mode():
+        packed_s = time_best(lambda: layer(states))
+    numbers = torch.ones(100_000_000)
+    return flop / min(plain_s, packed_s), 4 * len(numbers) / time_best(lambda: numbers.sum())
+
+
+def time_best(run: Callable[[], Any]) -> float:
+    def time_once() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return min(time_once() for _ in range(20))
