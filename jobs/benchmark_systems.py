@@ -16,6 +16,10 @@ from typing import Any
 from benchmark_requests import Ask, Load, Question
 
 
+SETTLE_S = 20
+"""What a server still does in the background once it is ready is not measured."""
+
+
 @contextlib.contextmanager
 def open_llava_ray(load: Load) -> Iterator[Ask]:
     """The whole application, as `llava-ray serve` starts it."""
@@ -32,7 +36,7 @@ def open_vllm(load: Load) -> Iterator[Ask]:
     """vLLM's own server, in its own environment."""
     port = find_port()
     command = [os.environ["LLAVA_RAY_VLLM_PYTHON"], "-m", "vllm.entrypoints.cli.main", "serve"]
-    options = ["--max-model-len", "2048", "--port", str(port), "--dtype", name_dtype()]
+    options = ["--port", str(port), "--dtype", name_dtype()]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -62,6 +66,7 @@ def run_server(command: Sequence[str], url: str, environment: dict[str, str]) ->
                     log.seek(0)
                     raise SystemExit(log.read().decode()[-2000:])
                 time.sleep(0.5)
+            time.sleep(SETTLE_S)
             yield
         finally:
             server.send_signal(signal.SIGINT)
