@@ -14,7 +14,7 @@ from tiny import picture, tiny_model
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.torch_engine import TorchEngine
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, ModelNotFoundError
 from llava_ray.model.core import load_model
 from llava_ray.types import Chunk, Prompt, Sampling
 
@@ -136,6 +136,18 @@ def test_what_one_adapter_computed_is_kept_for_itself_alone(adapters) -> None:
         last = [(await read(engine, prompt))[-1] for prompt in asked]
         assert [chunk.num_cached_tokens for chunk in last] == [0, 0, 0]
         await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_replica_that_lacks_an_adapter_says_so_and_does_not_answer_as_its_model(adapters) -> None:
+    async def main() -> None:
+        engine = load(str(tiny_model()), {"text": adapters["text"]})
+        try:
+            with pytest.raises(ModelNotFoundError, match="no adapter 'new': ask for text"):
+                await read(engine, ask("new", "USER: hello"))
+        finally:
+            await engine.close()
 
     asyncio.run(main())
 

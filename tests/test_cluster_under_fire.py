@@ -281,7 +281,7 @@ def test_a_job_that_is_stopped_leaves_nothing_behind(nodes: RayNodes) -> None:
     run("submit", "--no-wait", "--submission-id=long", "--working-dir", str(ROOT), "--", *work)
     wait_for(lambda: any("sleep(599)" in command for command in list_commands(nodes)), 60)
     run("stop", "long")
-    wait_for(lambda: "STOPPED" in run("status", "long"), 60)
+    wait_for(lambda: "was stopped" in run("status", "long"), 60)
     assert not any("sleep(599)" in command for command in list_commands(nodes))
 
 

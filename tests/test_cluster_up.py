@@ -1,6 +1,6 @@
 """A cluster's life, for real: `ray up` over ssh, `serve deploy`, a chat, jobs, `ray down`.
 
-The machines are network namespaces. `TEST_CLUSTER=1 pytest -m cluster` plays it, in four minutes.
+The machines are network namespaces. `TEST_CLUSTER=1 pytest -m cluster` plays it, in six minutes.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import hosts
 import pytest
 import yaml
+from benchmarks import write_lines
 from tiny import picture, tiny_model
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +86,14 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
     said = execute(f"{submit} jobs/train.py {run} max_steps=2")
     assert "succeeded" in said
     assert (tmp_path / "run" / "export" / "model.safetensors").exists(), said
+    question = {"question_id": 1, "text": "Which number?", "answer": "1"}
+    write_lines(tmp_path / "questions" / "questions.jsonl", [question])
+    measured = f"--model {tmp_path}/run/export --tasks own_exact --num-cpus 0.5"
+    measured += f" --data {tmp_path}/questions --output {tmp_path}/scores"
+    assert "succeeded" in execute(f"{submit} jobs/evaluate.py {measured}")
+    assert (tmp_path / "scores" / "samples_own_exact.jsonl").exists()
+    timed = execute(f"{submit} jobs/benchmark.py load --model llava_ray/demo/model --runs 1")
+    assert '"system": "llava_ray"' in timed
     assert "exit code 3" in execute(f'{submit} -c "raise SystemExit(3)"', expect=1)
 
     token = (laptop.home / ".ray" / "auth_token").read_text()

@@ -81,8 +81,9 @@ class TorchEngine:
             room=min(self.context_length, self._cache_tokens),
         )
         self._patience_s = patience_s
+        self._adapters = adapters or SideAdapters()
         runner = runner or run_in_passing_thread(
-            lambda: LlavaRunner(core, cache_tokens=self._cache_tokens, adapters=adapters)
+            lambda: LlavaRunner(core, cache_tokens=self._cache_tokens, adapters=self._adapters)
         )
         self._encoder = start_single_threaded_executor("encode")
         self._loop = EngineLoop(
@@ -181,6 +182,7 @@ class TorchEngine:
             self._loop.send(Abort(sequence))
 
     def _encode(self, prompt: Prompt) -> Sequence:
+        self._adapters.check(prompt.adapter)
         prompt_ids, pictures = self._reader.read(prompt)
         return Sequence(
             request_id=prompt.request_id,

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, ModelNotFoundError
 from llava_ray.model.adapter import (
     find_alphas,
     read_adapter,
@@ -43,6 +43,15 @@ class SideAdapters:
     def __init__(self, names: tuple[str, ...] = ()) -> None:
         self.names = names
         self.rows: dict[str, torch.Tensor | None] = {}
+
+    def check(self, name: str) -> None:
+        """Raise a ModelNotFoundError for an adapter that is not here; empty: the model itself."""
+        if name and name not in self.names:
+            raise ModelNotFoundError(
+                f"the model here has no adapter {name!r}: ask for "
+                f"{', '.join(self.names) or 'the model itself'}; during an update, try again",
+                param="model",
+            )
 
     def choose(self, rows: Mapping[str, torch.Tensor | None]) -> None:
         """Set which rows belong to which adapter; all others belong to the model itself.
