@@ -73,6 +73,7 @@ def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
         group_parameters(model, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
+        fused=None if is_gpu else True,  # or torch goes over weights one by one on CPUs
     )
     blank = encode_blank(core)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
