@@ -15,7 +15,6 @@ from typing import Any
 
 from benchmark_requests import Ask, Load, Question
 
-
 SETTLE_S = 20
 """What a server still does in the background once it is ready is not measured."""
 
