@@ -4,21 +4,18 @@ Each command measures this project and its point of comparison in one run on one
 prints a table and one JSON line.
 """
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from benchmark_data import benchmark_data
 from benchmark_evaluate import benchmark_evaluate
+from benchmark_run import print_table
 from benchmark_serve import benchmark_serve
 from benchmark_train import benchmark_train
 
@@ -34,20 +31,6 @@ class LoadFigures:
     load_s: float  # model, tokenizer and picture preprocessing, packages imported before
     peak_mb: float  # what the process grew by while loading
     peak_to_weights: float
-
-
-def print_table(rows: Sequence[Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    names = list(asdict(rows[0]))
-    for name in names:
-        table.add_column(name, justify="left" if name == "system" else "right")
-    for row in rows:
-        table.add_row(*(str(value) for value in asdict(row).values()))
-    Console(width=140).print(table)
-    print(json.dumps([asdict(row) for row in rows]))
 
 
 @cli.callback()

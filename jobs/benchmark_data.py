@@ -7,19 +7,17 @@ and deep in an epoch; memory while 2,000 and 50,000 rows are converted.
 
 import dataclasses
 import json
-import logging
 import os
 import random
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from benchmark_run import print_table, start_ray, stop_ray, watch_memory
 from PIL import Image
 
 BATCH_SIZE = 16
@@ -56,8 +54,6 @@ def benchmark_data(
 ) -> None:
     """Conversion, and the training stream beside a torch DataLoader over the same files."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
-    from benchmark import print_table
-
     from llava_ray.config import DataConfig
     from llava_ray.data.stream import Checkpoint
     from llava_ray.model.build import TINY, build_random_model
@@ -96,25 +92,6 @@ def benchmark_data(
         )
         _compare_starts(deep, Checkpoint(model), rounds)
         stop_ray()  # its readers end before their files do
-
-
-def start_ray(processes: int) -> None:
-    """Start Ray on this machine with so many CPUs."""
-    import ray
-
-    ray.init(
-        num_cpus=processes,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-
-
-def stop_ray() -> None:
-    """Stop the Ray that was started here."""
-    import ray
-
-    ray.shutdown()
 
 
 def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files: int) -> Path:
@@ -160,37 +137,6 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
         seconds=round(seconds, 1),
         peak_mb=round(peak[0] / 1e6),
     )
-
-
-@contextmanager
-def watch_memory() -> Iterator[list[float]]:
-    """Give a list whose one entry becomes the most that this process and those below it held."""
-    import psutil
-
-    peak, ended = [0.0], threading.Event()
-
-    def measure() -> float:
-        total = 0.0
-        this = psutil.Process()
-        for process in [this, *this.children(recursive=True)]:
-            try:
-                total += process.memory_full_info().pss
-            except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
-                continue  # it ended meanwhile
-        return total
-
-    def watch() -> None:
-        while not ended.wait(1.0):
-            peak[0] = max(peak[0], measure())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        watcher.join()
-        peak[0] = max(peak[0], measure())
 
 
 def _stream(config: Any, checkpoint: Any) -> Iterable[int]:

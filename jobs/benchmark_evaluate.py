@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark_data import start_ray, stop_ray, watch_memory
+from benchmark_run import print_table, start_ray, stop_ray, watch_memory
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,6 @@ def benchmark_evaluate(
 ) -> None:
     """The evaluation job beside a loop of `generate`, and memory as rows grow."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
-    from benchmark import print_table
-
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         folder = _write_questions(place / "scenes", scenes)

@@ -29,7 +29,9 @@ def compute_limit(name: str, load: Load) -> list[Figures]:
         for part in (inner.vision_tower, inner.multi_modal_projector, inner.language_model.layers)
     )
     questions = [make_question(s, size=load.image_size) for s in range(16)]
-    encoded = [core.encode(render(core, each), [each.image])["input_ids"][0] for each in questions]
+    encoded = [
+        core.encode(render(core.template, each), [each.image])["input_ids"][0] for each in questions
+    ]
     num_prompt = statistics.mean(len(ids) for ids in encoded)
     num_image = statistics.mean(int((ids == core.image_token_id).sum()) for ids in encoded)
     width, depth = text.hidden_size, text.num_hidden_layers

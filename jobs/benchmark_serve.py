@@ -10,17 +10,15 @@ import asyncio
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from benchmark_data import watch_memory
 from benchmark_limit import compute_limit
 from benchmark_requests import Figures, Load, make_question, measure
+from benchmark_run import alone, print_table, watch_memory
 from benchmark_systems import OPENERS, name_dtype, render
 
 SYSTEMS = {
@@ -50,8 +48,6 @@ def benchmark_serve(
     plot: Annotated[Path | None, typer.Option(help="PNG of tokens/s by clients.")] = None,
 ) -> None:
     """This application beside vLLM's server, `generate`, and what the machine could do."""
-    from benchmark import print_table
-
     names = [name for name in systems.split(",") if name] or list(SYSTEMS)
     if unknown := set(names) - set(SYSTEMS):
         raise typer.BadParameter(f"there is no system {unknown}: choose among {', '.join(SYSTEMS)}")
@@ -68,12 +64,6 @@ def benchmark_serve(
         print_table(rows)
     if plot:
         draw(rows, plot)
-
-
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def build_model(folder: str) -> str:
@@ -120,7 +110,7 @@ def measure_batch(load: Load, clients: int) -> Figures:
     with watch_memory() as peak:
         core = load_model(load.model, dtype=name_dtype())
         questions = [make_question(100 * clients + s, size=load.image_size) for s in range(clients)]
-        inputs = [core.encode(render(core, each), [each.image]) for each in questions]
+        inputs = [core.encode(render(core.template, each), [each.image]) for each in questions]
         ids, masks = (
             pad_sequence([each[name][0].flip(0) for each in inputs], batch_first=True).flip(1)
             for name in ("input_ids", "attention_mask")

@@ -11,9 +11,10 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import Any
 
 from benchmark_requests import Ask, Load, Question
+
+from llava_ray.template import Template
 
 SETTLE_S = 20
 """What a server still does in the background once it is ready is not measured."""
@@ -138,15 +139,14 @@ def open_engine(load: Load) -> Iterator[Ask]:
     """The engine of a replica, without HTTP, gateway and Serve; prompts as the application's."""
     from llava_ray.config import ModelConfig
     from llava_ray.engine.load import load_engine
-    from llava_ray.types import ImagePart, Message, Prompt, Sampling, TextPart
+    from llava_ray.types import Prompt, Sampling
 
     engine = load_engine(ModelConfig(path=load.model))
     sampling = Sampling(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
 
     async def ask(question: Question) -> AsyncIterator[int]:
-        said = Message("user", (ImagePart(b""), TextPart(question.text)))
-        text = engine.template.render([said])
         name = f"{random.getrandbits(64):x}"
+        text = render(engine.template, question)
         async for chunk in engine.stream(Prompt(name, text, (question.image,), sampling)):
             yield chunk.num_tokens
 
@@ -199,7 +199,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
             self.loop.call_soon_threadsafe(self.queue.put_nowait, None)
 
     def generate(question: Question, arrivals: Arrivals) -> None:
-        inputs = core.encode(render(core, question), [question.image])
+        inputs = core.encode(render(core.template, question), [question.image])
         with torch.inference_mode():
             core.model.generate(
                 **inputs,
@@ -221,8 +221,8 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
     return ask
 
 
-def render(core: Any, question: Question) -> str:
+def render(template: Template, question: Question) -> str:
     """The prompt that the application makes of a question."""
     from llava_ray.types import ImagePart, Message, TextPart
 
-    return core.template.render([Message("user", (ImagePart(b""), TextPart(question.text)))])
+    return template.render([Message("user", (ImagePart(b""), TextPart(question.text)))])

@@ -14,14 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from benchmark_run import alone, print_table
 from PIL import Image
 
 NUM_WARM = 5
@@ -69,8 +68,6 @@ def benchmark_train(
 ) -> None:
     """Step times of a bare loop, this project, Trainer with DeepSpeed, and Ray's part in them."""
     os.environ.update(RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
-    from benchmark import print_table
-
     from llava_ray.model.build import TINY, build_random_model
 
     shape = dataclasses.replace(
@@ -116,12 +113,6 @@ def describe(name: str, found_s: Sequence[float], bare_s: float) -> StepTimes:
         round(1e3 * statistics.quantiles(found_s, n=20)[-1], 1),
         round(median_s / bare_s, 3),
     )
-
-
-def alone(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function in a new process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 def write_shards(folder: Path, target: Path, num_samples: int) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import time
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
@@ -20,6 +20,21 @@ from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, 
 READY_TIMEOUT_S = 3.0
 _FRESH_S = 10.0
 _QUICK_S = 1.0
+
+
+@dataclass
+class Signs:
+    """What was heard of a model's replicas, through the model or any of its adapters.
+
+    Attributes:
+        asked_at: of requests of which nothing has been heard yet, the oldest first.
+        answered_at: when the last chunk came.
+        context_length: once a replica has told it.
+    """
+
+    asked_at: list[float] = field(default_factory=list)
+    answered_at: float = float("-inf")
+    context_length: int | None = None
 
 
 class Backend:
@@ -40,11 +55,9 @@ class Backend:
     def __init__(self, name: str, handle: DeploymentHandle, room: WaitingRoom) -> None:
         self.name = name
         self._room = room
-        self._asked_at: list[float] = []  # of requests of which nothing has been heard yet
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
-        self._answered_at = float("-inf")
-        self._context_length: int | None = None
+        self._signs = Signs()
 
     def with_adapter(self, adapter: str) -> "Backend":
         """Return one of this model's adapters: the same replicas, the same room."""
@@ -80,7 +93,7 @@ class Backend:
 
         A model that sent a chunk a moment ago, or is too busy to be asked, is well.
         """
-        if time.monotonic() - self._answered_at < _FRESH_S:
+        if time.monotonic() - self._signs.answered_at < _FRESH_S:
             return ""
         response = self._handle.stats.remote()
         try:
@@ -96,12 +109,12 @@ class Backend:
 
     def describe_sleep(self) -> str:
         """Return how a model is that nobody keeps awake."""
-        if not self._asked_at:
+        if not self._signs.asked_at:
             return "asleep: the first request starts it"
         now = time.monotonic()
-        if now - self._answered_at < _FRESH_S:
+        if now - self._signs.answered_at < _FRESH_S:
             return "ready"
-        waited_s = now - max(self._asked_at[0], self._answered_at)
+        waited_s = now - max(self._signs.asked_at[0], self._signs.answered_at)
         return f"waking: no answer for {waited_s:.0f} s; `serve status` says what it waits for"
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
@@ -114,15 +127,15 @@ class Backend:
 
     async def find_context_length(self) -> int | None:
         """Return how long prompt and answer may be; None if no replica says so at once."""
-        if self._context_length is None:
+        if self._signs.context_length is None:
             response = self._handle.tell_context_length.remote()
             try:
-                self._context_length = await asyncio.wait_for(response, _QUICK_S)
+                self._signs.context_length = await asyncio.wait_for(response, _QUICK_S)
             except TimeoutError:
                 response.cancel()
             except (RayError, RayServeException):
                 pass  # told without it; /readyz says what is wrong
-        return self._context_length
+        return self._signs.context_length
 
     async def _ask(self, response: Any) -> Any:
         try:
@@ -135,7 +148,7 @@ class Backend:
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
         response: Any = method.remote(replace(request, adapter=self._adapter))
         asked_at = time.monotonic()
-        self._asked_at.append(asked_at)
+        self._signs.asked_at.append(asked_at)
         try:
             first = await anext(response)
         except StopAsyncIteration:
@@ -144,13 +157,13 @@ class Backend:
             response.cancel()
             raise
         finally:
-            self._asked_at.remove(asked_at)
+            self._signs.asked_at.remove(asked_at)
         visit.note_first()
         return Answer(self, first, response, visit, num_answers=request.num_answers)
 
     def note_alive(self) -> None:
         """A chunk came: the model is well."""
-        self._answered_at = time.monotonic()
+        self._signs.answered_at = time.monotonic()
 
     def end(self) -> None:
         """An answer is over: the next request may have its seat."""

@@ -105,15 +105,16 @@ def describe_surroundings(config: TrainConfig) -> Surroundings:
 
 def _keep(config: TrainConfig, num_steps: int, folder: Path, metrics: dict[str, float]) -> None:
     """Move a checkpoint to the run's storage, together with the other workers' parts."""
-    benchmarks, step = config.benchmarks, int(metrics["step"])
-    is_due = step == num_steps or (benchmarks and step % (benchmarks.steps or 1) == 0)
-    unknown = dict.fromkeys(benchmarks.tasks, UNKNOWN) if benchmarks else {}
+    step, is_due = int(metrics["step"]), False
+    if benchmarks := config.benchmarks:
+        is_due = step == num_steps or step % (benchmarks.steps or 1) == 0
+        metrics = metrics | dict.fromkeys(benchmarks.tasks, UNKNOWN)
     ray.train.report(
-        metrics | unknown,
+        metrics,
         checkpoint=Checkpoint.from_directory(folder),
         checkpoint_dir_name=f"checkpoint-{step}",
         delete_local_checkpoint_after_upload=True,
-        validation=benchmarks is not None and bool(is_due),
+        validation=is_due,
     )
 
 

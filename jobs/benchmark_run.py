@@ -1,0 +1,83 @@
+"""How figures are taken and shown: a process of its own, Ray, memory, a table."""
+
+import json
+import logging
+import os
+import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import Any
+
+
+def alone(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a new process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def start_ray(processes: int) -> None:
+    """Start Ray on this machine with so many CPUs."""
+    import ray
+
+    ray.init(
+        num_cpus=processes,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def stop_ray() -> None:
+    """Stop the Ray that was started here."""
+    import ray
+
+    ray.shutdown()
+
+
+@contextmanager
+def watch_memory() -> Iterator[list[float]]:
+    """Give a list whose one entry becomes the most that this process and those below it held."""
+    import psutil
+
+    peak, ended = [0.0], threading.Event()
+
+    def measure() -> float:
+        total = 0.0
+        this = psutil.Process()
+        for process in [this, *this.children(recursive=True)]:
+            try:
+                total += process.memory_full_info().pss
+            except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+                continue  # it ended meanwhile
+        return total
+
+    def watch() -> None:
+        while not ended.wait(1.0):
+            peak[0] = max(peak[0], measure())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        watcher.join()
+        peak[0] = max(peak[0], measure())
+
+
+def print_table(rows: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    names = list(asdict(rows[0]))
+    for name in names:
+        table.add_column(name, justify="left" if name == "system" else "right")
+    for row in rows:
+        table.add_row(*(str(value) for value in asdict(row).values()))
+    Console(width=140).print(table)
+    print(json.dumps([asdict(row) for row in rows]))
