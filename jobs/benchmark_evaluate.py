@@ -135,8 +135,13 @@ def _run_job(
 
 
 def _measure_rate(steps: Sequence[tuple[float, int]]) -> float:
-    """Return samples a second after the first batch, which waited for the model."""
+    """Return samples a second after the first batch, which waited for the model.
+
+    By then the second batch is at work: with N batches the rate is at most a (N-1)th too high.
+    """
     (first_at, num_first), (last_at, num_last) = steps[1], steps[-1]
+    if num_last == num_first:
+        raise SystemExit("all questions were one batch, which gives no rate: raise --scenes")
     return (num_last - num_first) / (last_at - first_at)
 
 
