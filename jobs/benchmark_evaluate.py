@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +32,7 @@ class MemoryFigures:
     """One row of the table of memory."""
 
     rows: int
-    samples_per_s: float
+    seconds: float
     peak_mb: float  # of all processes together, what they share counted once
 
 
@@ -114,6 +113,23 @@ def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]
 def _run_job(
     model: str, folder: Path, output: Path, concurrency: int
 ) -> tuple[RunFigures, list[str]]:
+    """Run the job over all questions, after one over a single batch of them.
+
+    What the second takes longer is what the questions beyond that batch take: both start actors
+    and load the model.
+    """
+    one_s, first = _time_job(model, folder, output / "one", concurrency, limit=concurrency)
+    all_s, replies = _time_job(model, folder, output / "all", concurrency, limit=None)
+    if len(replies) == len(first):
+        raise SystemExit("all questions were one batch, which gives no rate: raise --scenes")
+    rate = (len(replies) - len(first)) / (all_s - one_s)
+    return RunFigures("llava_ray", len(replies), round(rate, 1), round(all_s, 1), ""), replies
+
+
+def _time_job(
+    model: str, folder: Path, output: Path, concurrency: int, *, limit: int | None
+) -> tuple[float, list[str]]:
+    """Return the seconds that a job took, and its replies."""
     from llava_ray.config import EvaluateConfig
     from llava_ray.evaluate import run
 
@@ -123,26 +139,13 @@ def _run_job(
         data=str(folder),
         output=str(output),
         concurrency=concurrency,
+        limit=limit,
     )
-    steps: list[tuple[float, int]] = []
     started = time.perf_counter()
-    run.evaluate(config, on_progress=lambda p: steps.append((time.perf_counter(), p.num_done)))
+    run.evaluate(config)
     seconds = time.perf_counter() - started
     lines = (output / "samples_own_exact.jsonl").read_text().splitlines()
-    replies = [json.loads(line)["reply"] for line in lines]
-    rate = _measure_rate(steps)
-    return RunFigures("llava_ray", len(replies), round(rate, 1), round(seconds, 1), ""), replies
-
-
-def _measure_rate(steps: Sequence[tuple[float, int]]) -> float:
-    """Return samples a second after the first batch, which waited for the model.
-
-    By then the second batch is at work: with N batches the rate is at most a (N-1)th too high.
-    """
-    (first_at, num_first), (last_at, num_last) = steps[1], steps[-1]
-    if num_last == num_first:
-        raise SystemExit("all questions were one batch, which gives no rate: raise --scenes")
-    return (num_last - num_first) / (last_at - first_at)
+    return seconds, [json.loads(line)["reply"] for line in lines]
 
 
 def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
@@ -168,7 +171,8 @@ def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
     config = EvaluateConfig(
         tasks=["own_exact"], engine="echo", data=str(source), output=str(output)
     )
-    steps: list[tuple[float, int]] = []
+    started = time.perf_counter()
     with watch_memory() as peak:
-        run.evaluate(config, on_progress=lambda p: steps.append((time.perf_counter(), p.num_done)))
-    return MemoryFigures(num_rows, round(_measure_rate(steps), 1), round(peak[0] / 1e6))
+        run.evaluate(config)
+        seconds = time.perf_counter() - started
+    return MemoryFigures(num_rows, round(seconds, 1), round(peak[0] / 1e6))
