@@ -12,6 +12,7 @@ cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head s
 import itertools
 import math
 import mmap
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +63,11 @@ class KVCache:
         return ((begins_T + positions_T)[:, None] + sizes_T[:, None] * heads_K).flatten()
 
     def store(
-        self, layer: int, rows: torch.Tensor, key_KTE: torch.Tensor, value_KTE: torch.Tensor
+        self, layer: int, rows: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor
     ) -> None:
         """Write one layer's keys and values of a step."""
-        for pool, new_KTE in ((self.keys[layer], key_KTE), (self.values[layer], value_KTE)):
-            pool.index_copy_(0, rows, new_KTE.transpose(0, 1).to(pool.dtype).flatten(0, 1))
+        for pool, new_TKE in ((self.keys[layer], key_TKE), (self.values[layer], value_TKE)):
+            pool.index_copy_(0, rows, new_TKE.to(pool.dtype).flatten(0, 1))
 
     def copy(self, source: Region, target: Region, num_tokens: int) -> None:
         """Copy the first keys and values of a region to the beginning of another."""
@@ -84,7 +85,8 @@ class KVCache:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU straight from the system, which gives memory only where it is written."""
     if device.type == "cpu":
-        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+        private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+        pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
         if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer, larger pages: found faster by the CPU
             pages.madvise(mmap.MADV_HUGEPAGE)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
@@ -120,7 +122,13 @@ class Lanes:
         self._heads = cache.num_kv_heads
         self._shape_BS = (len(spans), max(lengths))
         self._start, self._size, self._distance = first.start, first.length, distance
-        self.offsets_B = torch.tensor([span.offset for span in spans], device=cache.device)
+        offsets = [span.offset for span in spans]
+        is_run = offsets == list(range(offsets[0], offsets[0] + len(spans)))
+        self.offsets = (
+            slice(offsets[0], offsets[-1] + 1)  # a view, and no copy
+            if is_run
+            else torch.tensor(offsets, device=cache.device)
+        )
         self.mask_B11S = None
         if min(lengths) < max(lengths):
             lengths_B1 = torch.tensor(lengths, device=cache.device)[:, None]
@@ -174,13 +182,14 @@ class Step:
         self._rows = cache.rows(self.spans, self.positions_T)
         singles = [span for span in self.spans if span.length == 1]
         self._lanes = [Lanes(group, cache) for group in group_lanes(singles)]
+        self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
         self,
         layer: int,
-        query_HTE: torch.Tensor,
-        key_KTE: torch.Tensor,
-        value_KTE: torch.Tensor,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
         *,
         scaling: float,
         window: int | None,
@@ -193,29 +202,44 @@ class Step:
         Returns:
             [T, H, E]
         """
-        self.cache.store(layer, self._rows, key_KTE, value_KTE)
+        self.cache.store(layer, self._rows, key_TKE, value_TKE)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        query_THE = query_HTE.transpose(0, 1)
-        output_THE = torch.empty_like(query_THE)
+        output_THE = query_THE.new_empty(query_THE.shape)
         for lanes in self._lanes if window is None else ():
-            query_BHE = query_THE[lanes.offsets_B]
-            output_THE[lanes.offsets_B] = _attend_lanes(
-                query_BHE, lanes.view(keys), lanes.view(values), scaling, lanes.mask_B11S
+            output_THE[lanes.offsets] = _attend_lanes(
+                query_THE[lanes.offsets],
+                lanes.view(keys),
+                lanes.view(values),
+                scaling,
+                lanes.mask_B11S,
             )
-        for offset, length, region, past in self.spans:
+        for span in self.spans:
+            offset, length, region, past = span
             if length == 1 and window is None:
                 continue
             new = slice(offset, offset + length)
             if past == 0 and window is None:
-                key, value, mask_TS = key_KTE[:, new], value_KTE[:, new], None
+                key, value = key_TKE[new].transpose(0, 1), value_TKE[new].transpose(0, 1)
+                mask_TS = None
             else:
                 first = max(0, past + 1 - window) if window else 0
                 seen = slice(first, past + length)
                 key = self.cache.view(keys, region)[:, seen]
                 value = self.cache.view(values, region)[:, seen]
-                mask_TS = _mask(length, past + length - first, window, query_HTE.device)
-            output_THE[new] = _attend_span(query_HTE[:, new], key, value, scaling, mask_TS)
+                mask_TS = self._find_mask(span, window, query_THE)
+            output_THE[new] = _attend_span(query_THE[new], key, value, scaling, mask_TS)
         return output_THE
+
+    def _find_mask(self, span: Span, window: int | None, like: torch.Tensor) -> torch.Tensor:
+        """Return what a span's tokens may see, [T, S]; made once for all layers."""
+        mask_TS = self._masks.get((span.offset, window))
+        if mask_TS is None:
+            size = span.past + span.length - (max(0, span.past + 1 - window) if window else 0)
+            is_seen_TS = _mask(span.length, size, window, like.device)
+            mask_TS = torch.zeros(is_seen_TS.shape, dtype=like.dtype, device=like.device)
+            mask_TS.masked_fill_(~is_seen_TS, float("-inf"))
+            self._masks[span.offset, window] = mask_TS
+        return mask_TS
 
 
 def attend(
@@ -233,9 +257,9 @@ def attend(
     """transformers' attention interface: [1, H, T, E], [1, K, T, E] -> [1, T, H, E]."""
     output_THE = step.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
-        query[0],
-        key[0],
-        value[0],
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
         scaling=scaling,
         window=sliding_window,
     )
@@ -259,16 +283,19 @@ def _attend_lanes(
 
 
 def _attend_span(
-    query_HTE: torch.Tensor,
+    query_THE: torch.Tensor,
     key_KSE: torch.Tensor,
     value_KSE: torch.Tensor,
     scaling: float,
     mask_TS: torch.Tensor | None,
 ) -> torch.Tensor:
     """Several tokens of one sequence; without a mask its first, causal among themselves."""
+    query_HTE = query_THE.transpose(0, 1)
     num_groups = query_HTE.shape[0] // key_KSE.shape[0]
-    key_HSE = key_KSE.to(query_HTE.dtype).repeat_interleave(num_groups, dim=0)
-    value_HSE = value_KSE.to(query_HTE.dtype).repeat_interleave(num_groups, dim=0)
+    key_HSE, value_HSE = key_KSE.to(query_HTE.dtype), value_KSE.to(query_HTE.dtype)
+    if num_groups > 1:
+        key_HSE = key_HSE.repeat_interleave(num_groups, dim=0)
+        value_HSE = value_HSE.repeat_interleave(num_groups, dim=0)
     output_1HTE = F.scaled_dot_product_attention(
         query_HTE[None],
         key_HSE[None],

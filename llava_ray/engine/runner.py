@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
+from llava_ray.engine.decoder import Decoder, can_fuse, fuse
 from llava_ray.engine.regions import Region
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan
@@ -98,7 +99,11 @@ class LlavaRunner:
         )
         self._scratch = Region(cache_tokens, 1)
         pass_over_unread_layers(self._model)
+        is_fused = not self._adapters.names and can_fuse(language_model)
+        if is_fused:
+            fuse(language_model)
         pack_linears(core.model)
+        self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[int]:
@@ -108,12 +113,7 @@ class LlavaRunner:
         self._encode_images([piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
-        hidden_TD = self._language_model(
-            inputs_embeds=self._embed_tokens(plan)[None],
-            position_ids=step.positions_T[None],
-            use_cache=False,
-            step=step,
-        ).last_hidden_state[0]
+        hidden_TD = self._compute_layers(self._embed_tokens(plan), step)
         complete = [i for i, piece in enumerate(plan.pieces) if piece.is_complete]
         if not complete:
             return []
@@ -126,6 +126,15 @@ class LlavaRunner:
         sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
         sequence.region = self._scratch
         self.run(Plan([Piece(sequence, 1)]))
+
+    def _call_language_model(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return the last hidden states, [T, D], as transformers computes them."""
+        return self._language_model(
+            inputs_embeds=embeddings_TD[None],
+            position_ids=step.positions_T[None],
+            use_cache=False,
+            step=step,
+        ).last_hidden_state[0]
 
     def _encode_images(self, sequences: list[Sequence]) -> None:
         """Replace the pixels of sequences that are new by what the language model reads."""

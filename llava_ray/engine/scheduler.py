@@ -121,7 +121,8 @@ class Scheduler:
             self.running.append(sequence)
 
     def _plan_decode(self) -> Iterator[Piece]:
-        for sequence in self.running:
+        """Yield those that stream, in the order of their regions: neighbours compute together."""
+        for sequence in sorted(self.running, key=lambda sequence: sequence.region or (0, 0)):
             if sequence.num_pending == 1:
                 yield Piece(sequence, 1)
 

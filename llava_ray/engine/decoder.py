@@ -1,0 +1,153 @@
+"""The language model's layers in few, large operations: what the runner computes steps with.
+
+transformers' own layers take some sixty operations each, and while few tokens are computed, calling
+them costs more than computing them. Here query, key and value are one product, gate and up another,
+and the rotation of queries and keys is one multiplication of complex numbers: for that, the two
+halves of a head, whose numbers are rotated in pairs, are interleaved in the weights. Queries and
+keys are interleaved alike, so that their products stay what they are.
+
+Only for layers that are built like Llama's; `can_fuse` says which are.
+
+Shapes: T tokens, D hidden, H query heads, K kv heads, E head size, I width of the MLP.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llava_ray.engine.cache import Step
+
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+"""Language models whose layers are built so, apart from biases and sliding windows."""
+
+
+def can_fuse(language_model: Any) -> bool:
+    """Whether `Decoder` computes what this language model of transformers does."""
+    config = language_model.config
+    parameters = getattr(config, "rope_parameters", None) or {}
+    is_whole = parameters.get("partial_rotary_factor", 1) in (1, None)
+    plain = all(
+        type(linear) is nn.Linear
+        for layer in language_model.layers
+        for linear in [*_get_qkv(layer), *_get_gate_up(layer)]
+    )
+    return config.model_type in MODEL_TYPES and is_whole and plain
+
+
+def fuse(language_model: Any) -> None:
+    """Join the weights of products that have the same input; the model itself computes no more."""
+    for layer in language_model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        query, key, value = _get_qkv(layer)
+        size = attention.head_dim
+        attention.qkv_proj = _join([query, key, value], interleaved=[size, size, 0])
+        mlp.gate_up_proj = _join(_get_gate_up(layer), interleaved=[0, 0])
+        del attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj
+
+
+def _get_qkv(layer: Any) -> list[nn.Linear]:
+    attention = layer.self_attn
+    return [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def _get_gate_up(layer: Any) -> list[nn.Linear]:
+    return [layer.mlp.gate_proj, layer.mlp.up_proj]
+
+
+def _join(linears: Sequence[nn.Linear], interleaved: Sequence[int]) -> nn.Linear:
+    """Return one layer for several, the heads of the given sizes interleaved; 0: as they are."""
+
+    def join(name: str) -> nn.Parameter:
+        each = [
+            _interleave(getattr(linear, name), size)
+            for linear, size in zip(linears, interleaved, strict=True)
+        ]
+        return nn.Parameter(torch.cat(each), requires_grad=False)
+
+    joined = nn.Linear(1, 1, bias=False, device="meta")
+    joined.weight = join("weight")
+    joined.out_features, joined.in_features = joined.weight.shape
+    if linears[0].bias is not None:
+        joined.bias = join("bias")
+    return joined
+
+
+def _interleave(weight: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Bring the numbers that are rotated as a pair, half a head apart, side by side."""
+    weight = weight.detach()
+    if not head_size:
+        return weight
+    pairs = weight.unflatten(0, (-1, 2, head_size // 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+class Decoder:
+    """Computes all layers of a language model whose weights are fused.
+
+    Args:
+        language_model: from transformers, after `fuse`; packed or not.
+    """
+
+    def __init__(self, language_model: Any) -> None:
+        self._model = language_model
+        self._layers = [_Layer(layer, language_model.config) for layer in language_model.layers]
+
+    def __call__(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
+        """Return the last hidden states, [T, D]; the embeddings are overwritten."""
+        cos_TE, sin_TE = (
+            each[0].float()
+            for each in self._model.rotary_emb(embeddings_TD, step.positions_T[None])
+        )
+        half = cos_TE.shape[-1] // 2  # the other one is the same
+        turns_T1C = torch.complex(cos_TE[:, :half], sin_TE[:, :half])[:, None]
+        hidden_TD = embeddings_TD
+        for layer in self._layers:
+            layer.compute(hidden_TD, turns_T1C, step)
+        return _normalise(hidden_TD, self._model.norm)
+
+
+class _Layer:
+    """One layer: what of it is needed, at hand."""
+
+    def __init__(self, layer: Any, config: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index = int(attention.layer_idx)
+        self._size = attention.head_dim
+        self._num_heads = config.num_attention_heads
+        self._num_kv_heads = config.num_key_value_heads
+        self._scaling = attention.scaling
+        own = attention if hasattr(attention, "sliding_window") else config
+        self._window = getattr(own, "sliding_window", None)
+        self._norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._qkv, self._output = attention.qkv_proj, attention.o_proj
+        self._gate_up, self._down, self._activate = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
+
+    def compute(self, hidden_TD: torch.Tensor, turns_T1C: torch.Tensor, step: Step) -> None:
+        """Add to the hidden states what this layer adds."""
+        qkv_TE = self._qkv(_normalise(hidden_TD, self._norm)).unflatten(-1, (-1, self._size))
+        turned = self._num_heads + self._num_kv_heads
+        qk_TE = _turn(qkv_TE[:, :turned], turns_T1C)
+        output_THE = step.attend(
+            self._index,
+            qk_TE[:, : self._num_heads],
+            qk_TE[:, self._num_heads :],
+            qkv_TE[:, turned:],
+            scaling=self._scaling,
+            window=self._window,
+        )
+        hidden_TD += self._output(output_THE.flatten(1))
+        gate_TI, up_TI = self._gate_up(_normalise(hidden_TD, self._mlp_norm)).chunk(2, -1)
+        hidden_TD += self._down(self._activate(gate_TI).mul_(up_TI))
+
+
+def _normalise(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
+    return F.rms_norm(hidden_TD, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _turn(heads_THE: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair of neighbours in each head by its token's angle."""
+    pairs = torch.view_as_complex(heads_THE.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns_T1C).flatten(2).to(heads_THE.dtype)
