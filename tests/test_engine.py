@@ -14,11 +14,12 @@ from tiny import picture, tiny_model
 from llava_ray.config import ModelConfig
 from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
+from llava_ray.engine.halves import split
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.regions import Region, Regions
 from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
-from llava_ray.engine.scheduler import Plan, Scheduler
+from llava_ray.engine.scheduler import Piece, Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.engine.text import TextStream
 from llava_ray.engine.torch_engine import TorchEngine
@@ -100,6 +101,47 @@ def test_one_request_at_a_time_gives_the_answer_of_generate(generate):
         await engine.close()
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def two_threads():
+    """With them, the engine computes large steps as two halves side by side."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_two_halves_side_by_side_give_the_answers_of_generate(generate, two_threads):
+    prompts = mixed_prompts(20)
+
+    async def main():
+        engine = load(prefill_tokens=64, max_batch_size=12)
+        answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
+        await engine.close()
+        return answers
+
+    assert asyncio.run(main()) == [generate(each) for each in prompts]
+
+
+def test_halves_of_a_step_take_about_as_long():
+    def plan(*sizes: int) -> list[Piece]:
+        return [Piece(_sequence(length=each, max_tokens=1), each) for each in sizes]
+
+    for pieces in (plan(*[1] * 9), plan(128, 128), plan(*[1] * 5, 100, 90), plan(*[1] * 40, 64)):
+        halves = split(pieces)
+        assert halves is not None
+        assert sorted(map(id, pieces)) == sorted(id(piece) for half in halves for piece in half)
+        loads = [sum(2 if n == 1 else n for _, n in half) for half in halves]
+        assert max(loads) < 0.6 * sum(loads)
+    for pieces in (plan(1, 1), plan(256), plan(*[1] * 9, 256)):
+        assert split(pieces) is None, "one half would wait for the other"
+
+
+def test_prompts_share_a_step_where_several_wait():
+    scheduler = Scheduler(cache_tokens=640, max_batch_size=4, prefill_tokens=100, prefill_at_once=2)
+    for length in (30, 90, 90):
+        scheduler.add(_sequence(length=length, max_tokens=1))
+    assert [piece.num_tokens for piece in scheduler.plan().pieces] == [30, 70]
 
 
 @pytest.mark.parametrize("prefill_tokens", [7, 64, 4096])
@@ -469,6 +511,9 @@ class ScriptedRunner:
     def check(self) -> None:
         if self.breaks_at == 0:
             raise RuntimeError("out of luck")
+
+    def close(self) -> None:
+        pass
 
 
 def _sequence(sampling: Sampling = GREEDY, *, length: int = 4, max_tokens: int = 3) -> Sequence:

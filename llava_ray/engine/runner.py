@@ -38,6 +38,10 @@ class Runner(Protocol):
         """Compute something small, away from all sequences; raise if that fails."""
         ...
 
+    def close(self) -> None:
+        """End its threads, if it has any."""
+        ...
+
 
 def pass_over_unread_layers(model: Any) -> None:
     """Let the vision tower's layers above those that `model` reads hand on what they are given."""
@@ -51,7 +55,8 @@ def pass_over_unread_layers(model: Any) -> None:
 class LlavaRunner:
     """Runs any LLaVA whose language model speaks transformers' attention interface.
 
-    It owns the model: its attention is redirected and, on a CPU, its weights are packed.
+    It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed.
+    Without adapters, plans that have no sequence in common may run in several threads at once.
 
     Args:
         core: the loaded model.
@@ -110,6 +115,8 @@ class LlavaRunner:
         """Return the next token of each complete piece of the plan, in order."""
         for source, target, num_tokens in plan.copies:
             self._cache.copy(source, target, num_tokens)
+        if not plan.pieces:
+            return []
         self._encode_images([piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
@@ -126,6 +133,9 @@ class LlavaRunner:
         sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
         sequence.region = self._scratch
         self.run(Plan([Piece(sequence, 1)]))
+
+    def close(self) -> None:
+        """It has no threads."""
 
     def _call_language_model(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the last hidden states, [T, D], as transformers computes them."""

@@ -10,6 +10,7 @@ again, and there is no deadlock: whatever runs ends, and what waits at the head 
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from itertools import islice
 from typing import NamedTuple
 
 from llava_ray.engine.prefixes import Copy, Prefixes
@@ -58,6 +59,7 @@ class Scheduler:
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
+        prefill_at_once: prompts that share them evenly, where as many wait.
         prefix_cache: keep what was computed, for prompts that begin alike.
     """
 
@@ -67,6 +69,7 @@ class Scheduler:
         cache_tokens: int,
         max_batch_size: int,
         prefill_tokens: int,
+        prefill_at_once: int = 1,
         prefix_cache: bool = True,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
@@ -75,6 +78,7 @@ class Scheduler:
         self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
+        self._prefill_at_once = prefill_at_once
 
     def has_work(self) -> bool:
         """True while any sequence is unfinished."""
@@ -128,10 +132,18 @@ class Scheduler:
 
     def _plan_prefill(self, copies: list[Copy]) -> Iterator[Piece]:
         """Yield pieces of prompts; what they take over from others is added to `copies`."""
+        prompts = self._find_prompts(copies)
+        sharing = list(islice(prompts, self._prefill_at_once))
         budget = self._prefill_tokens
+        while budget and (sequence := sharing[0] if sharing else next(prompts, None)):
+            num_tokens = min(sequence.num_pending, budget // max(1, len(sharing)))
+            del sharing[:1]
+            budget -= num_tokens
+            yield Piece(sequence, num_tokens)
+
+    def _find_prompts(self, copies: list[Copy]) -> Iterator[Sequence]:
+        """Yield those whose prompts can be computed on, first come, first served."""
         for index, sequence in enumerate(self.running):
-            if not budget:
-                return
             if sequence.num_pending == 1:
                 continue
             if not sequence.num_computed:
@@ -140,9 +152,7 @@ class Scheduler:
                     continue
                 if donor and (num_ready := min(num_shared, donor.num_computed)):
                     copies.append(_copy(donor, sequence, num_ready))
-            num_tokens = min(sequence.num_pending, budget)
-            budget -= num_tokens
-            yield Piece(sequence, num_tokens)
+            yield sequence
 
     def _release(self, sequence: Sequence) -> None:
         sequence.inputs = None
