@@ -35,6 +35,7 @@ def build_app(config: ServeConfig) -> Application:
         # Beside the API's requests: the page's open streams and questions about health.
         max_ongoing_requests=config.limits.max_in_flight + 1000,
         health_check_period_s=2,  # one that died is missed no longer
+        graceful_shutdown_timeout_s=config.limits.drain_s,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
     )(Gateway)
@@ -49,7 +50,7 @@ def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:
         max_queued_requests=model.max_queued_requests,
         health_check_period_s=5,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=20,
+        graceful_shutdown_timeout_s=config.limits.drain_s,
         ray_actor_options={"num_cpus": model.num_cpus, "num_gpus": model.num_gpus},
         logging_config=_QUIET,
         autoscaling_config=AutoscalingConfig(

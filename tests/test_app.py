@@ -18,7 +18,7 @@ from llava_ray.demo.questions import make_conversation
 from llava_ray.demo.scenes import draw, make_scene
 from llava_ray.errors import EngineError
 from llava_ray.images import to_data_url
-from llava_ray.serve.replica import Replica
+from llava_ray.serve.replica import FAILED_CHECKS, Replica
 from llava_ray.types import ChatRequest, Message, TextPart
 
 CONFIG = Path(__file__).parent.parent / "jobs" / "configs" / "serve.yaml"
@@ -96,6 +96,24 @@ def test_the_health_of_a_replica_is_that_of_its_engine() -> None:
         await replica._engine.close()
         with pytest.raises(EngineError):
             await replica.check_health()
+
+    asyncio.run(check())
+
+
+def test_what_a_stuck_engine_has_begun_ends_when_serve_gives_it_up() -> None:
+    async def check() -> None:
+        replica = Replica(ModelConfig(path="echo", engine="echo", echo_delay_s=60), LimitsConfig())
+        request = ChatRequest("r", "echo", (Message("user", (TextPart("one two"),)),))
+        answer = asyncio.create_task(anext(replica.chat(request)))
+        while not (await replica.stats())["num_running"]:
+            await asyncio.sleep(0.01)
+        await replica._engine.close()
+        for _ in range(FAILED_CHECKS):
+            assert not answer.done()
+            with pytest.raises(EngineError):
+                await replica.check_health()
+        with pytest.raises(EngineError, match="is being replaced"):
+            await asyncio.wait_for(answer, 10)
 
     asyncio.run(check())
 

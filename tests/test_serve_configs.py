@@ -13,7 +13,8 @@ from ray.serve.deployment import deployment_to_schema
 from ray.serve.schema import ServeDeploySchema
 
 from llava_ray import app
-from llava_ray.config import ServeConfig
+from llava_ray.config import LimitsConfig, PageConfig, ServeConfig
+from llava_ray.serve.page import build_app as build_page
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 SERVE = [CONFIGS / "serve.yaml", CONFIGS / "serve_multi.yaml"]
@@ -58,13 +59,21 @@ def test_a_serve_file_has_the_deployments_of_serve_build_and_says_what_differs(p
     built = build(ServeConfig.model_validate(api.args))
     described = {each.name: each.model_dump(exclude_unset=True) for each in api.deployments}
     assert described.keys() == built.keys()
-    may_differ = {"graceful_shutdown_timeout_s", "logging_config", "max_surge_percent"}
+    may_differ = {"logging_config", "max_surge_percent"}
     for name, settings in described.items():
         scaling = settings.pop("autoscaling_config", {})
         assert built[name].get("autoscaling_config", {}).items() <= scaling.items() or not scaling
         assert settings.keys() <= {"name", *may_differ}
         for field in settings.keys() & may_differ:
             assert settings[field] != built[name].get(field), f"{name}.{field} is as built"
+
+
+def test_what_is_replaced_may_finish_whatever_a_request_may_take() -> None:
+    for settings in build(ServeConfig(limits=LimitsConfig(request_timeout_s=7))).values():
+        assert 7 < settings["graceful_shutdown_timeout_s"] < 30
+    page = build_page(PageConfig())
+    (schema,) = map(deployment_to_schema, build_deployments(page, name="page").deployments)
+    assert schema.graceful_shutdown_timeout_s > ServeConfig().limits.request_timeout_s
 
 
 @pytest.mark.parametrize("path", SERVE, ids=lambda path: path.stem)

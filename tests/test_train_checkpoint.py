@@ -20,6 +20,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora-zero3": {**LORA, "zero_stage": 3},
 }
 ALONE = ("full", "projector", "full-zero3", "lora-zero3")
+UNEVEN = ("full", "full-zero3")
+"""Gone on with by three workers, among whom the batch of four does not divide."""
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = Scenario("other-method", LORA, resume="full/checkpoint-5")
     run_gang(2, [*first, *again, other], folder)
     run_gang(1, alone, folder)
+    uneven = [
+        Scenario(f"{name}-uneven", METHODS[name], resume=f"{name}/checkpoint-5") for name in UNEVEN
+    ]
+    run_gang(3, uneven, folder)
     return folder
 
 
@@ -51,6 +57,12 @@ def test_a_run_that_goes_on_has_the_losses_of_one_that_never_stopped(runs: Path,
 @pytest.mark.parametrize("name", ALONE)
 def test_one_worker_goes_on_where_two_stopped(runs: Path, name: str) -> None:
     losses = read_losses(runs, f"{name}-alone")
+    assert losses == pytest.approx(read_losses(runs, name)[5:], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_three_workers_go_on_with_a_batch_that_does_not_divide(runs: Path, name: str) -> None:
+    losses = read_losses(runs, f"{name}-uneven")
     assert losses == pytest.approx(read_losses(runs, name)[5:], rel=1e-5)
 
 

@@ -30,6 +30,21 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from llava_ray.data.convert import convert
 
     folder = tmp_path_factory.mktemp("raw")
+    out = folder / "shards"
+    convert(
+        ConvertConfig(
+            source="llava",
+            input=str(write_rows(folder)),
+            output=str(out),
+            pictures=str(folder),
+            rows_per_shard=10,
+        )
+    )
+    return out
+
+
+def write_rows(folder: Path) -> Path:
+    """Write conversations in LLaVA's form and their pictures; return the file of the former."""
     rows = []
     for number in range(NUM_SAMPLES):
         picture(number).save(folder / f"{number}.png")
@@ -37,17 +52,7 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
         said = {"from": "gpt", "value": f"It is {number * 7}."}
         rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": [asked, said]})
     (folder / "rows.json").write_text(json.dumps(rows))
-    out = folder / "shards"
-    convert(
-        ConvertConfig(
-            source="llava",
-            input=str(folder / "rows.json"),
-            output=str(out),
-            pictures=str(folder),
-            rows_per_shard=10,
-        )
-    )
-    return out
+    return folder / "rows.json"
 
 
 def make_config(shards: Path, output: Path, **settings: Any) -> TrainConfig:

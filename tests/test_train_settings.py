@@ -49,7 +49,7 @@ def test_a_shipped_deepspeed_json_has_every_auto_filled_in(path: Path, tmp_path:
 
 def test_the_global_batch_stays_the_same_on_any_number_of_workers(tmp_path: Path) -> None:
     config = load_train_config(write(tmp_path))
-    assert [config.count_accumulation(n) for n in (1, 2, 4)] == [4, 2, 1]
+    assert [config.count_accumulation(n) for n in (1, 2, 3, 4, 5)] == [4, 2, 2, 1, 1]
 
 
 def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) -> None:
@@ -72,6 +72,7 @@ def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) ->
         (["quantization=4bit", "method=lora", "zero_stage=3"], "zero_stage=2 or lower"),
         (["eval_steps=5"], "needs eval_datasets"),
         (["offload=all"], "zero_stage=3"),
+        (["min_workers=2"], "more than num_workers=1"),
         (["learning_rate=fast"], "learning_rate"),
         (["learning_rate"], "write key=value"),
         (["data.datasets.7.path=x"], "has no place"),

@@ -69,3 +69,11 @@ class LimitsConfig(Section):
     fetch: FetchConfig = Field(
         default_factory=FetchConfig, description="Pictures that are fetched from the web."
     )
+
+    @property
+    def drain_s(self) -> float:
+        """Seconds after which every request that was begun is over, and its end is noticed.
+
+        For so long what Serve replaces, or needs no more, may go on; it ends with its last request.
+        """
+        return self.request_timeout_s + 10

@@ -152,6 +152,12 @@ class TrainConfig(Section):
 
     # Where it runs.
     num_workers: int = Field(default=1, ge=1, description="Training processes, one a GPU.")
+    min_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Workers with which a run begins, or goes on after a machine was lost, while "
+        "there is no room for num_workers; default: it waits for room for all.",
+    )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: if this cluster has any."
     )
@@ -209,6 +215,11 @@ class TrainConfig(Section):
                 f"benchmarks.steps={self.benchmarks.steps} is no multiple of "
                 f"save_steps={self.save_steps}: checkpoints are what is measured"
             )
+        if self.min_workers and self.min_workers > self.num_workers:
+            raise ValueError(
+                f"min_workers={self.min_workers} is more than num_workers={self.num_workers}: "
+                "lower it, or leave it away"
+            )
         self._share_with_data()
         self.count_accumulation(self.num_workers)
         return self
@@ -240,11 +251,16 @@ class TrainConfig(Section):
     def count_accumulation(self, num_workers: int) -> int:
         """Return how many batches each of so many workers computes in a step.
 
+        Where there are other workers than the run asks for, some may have a sample less than
+        others.
+
         Raises:
-            ValueError: the batch does not divide.
+            ValueError: the batch does not divide among the workers that the run asks for.
         """
         at_once = self.per_device_train_batch_size * num_workers
         steps, rest = divmod(self.train_batch_size, at_once)
+        if num_workers != self.num_workers:
+            return steps + bool(rest)
         if rest or not steps:
             raise ValueError(
                 f"train_batch_size={self.train_batch_size} is no multiple of "
@@ -252,7 +268,7 @@ class TrainConfig(Section):
                 f"workers = {at_once}: change one of them"
             )
         given = self.gradient_accumulation_steps
-        if given and given != steps and num_workers == self.num_workers:
+        if given and given != steps:
             raise ValueError(
                 f"gradient_accumulation_steps={given} x per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} x {num_workers} workers is "

@@ -11,7 +11,9 @@ from contextlib import aclosing
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.complete import complete, tokenize
+from llava_ray.errors import EngineError
 from llava_ray.serve import console
+from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import (
     Chunk,
@@ -25,6 +27,9 @@ from llava_ray.types import (
 
 DECODES_AT_ONCE = 2
 """Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
+
+FAILED_CHECKS = 3
+"""Checks of health in a row after which Serve gives a replica up."""
 
 
 class Replica:
@@ -42,6 +47,8 @@ class Replica:
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._num_streams = 0
+        self._num_failed_checks = 0
+        self._deadlines: set[Deadline] = set()  # of what is being answered
         self._metrics = ReplicaMetrics()
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
@@ -81,11 +88,16 @@ class Replica:
         self, answer: AsyncGenerator[Chunk], request: Request | CompletionRequest
     ) -> AsyncGenerator[Chunk]:
         """Yield the pieces of an answer that are sent, and measure them."""
-        with self._metrics.follow(request) as progress:
-            async with aclosing(self._join(answer, request.num_answers)) as pieces:
-                async for piece in pieces:
-                    progress.note_piece(piece)
-                    yield piece
+        deadline = Deadline()
+        self._deadlines.add(deadline)
+        try:
+            with self._metrics.follow(request) as progress:
+                async with aclosing(self._join(answer, request.num_answers)) as pieces:
+                    async for piece in deadline.watch(pieces):
+                        progress.note_piece(piece)
+                        yield piece
+        finally:
+            self._deadlines.discard(deadline)
 
     async def _join(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
         """Yield an answer, joined to the pieces that are sent.
@@ -113,9 +125,23 @@ class Replica:
             self._num_streams -= num_answers
 
     async def check_health(self) -> None:
-        """Called by Serve; raises when the engine does not work, and Serve replaces the replica."""
+        """Called by Serve; raises when the engine does not work, and Serve replaces the replica.
+
+        Serve lets it finish what it has begun. What a broken engine has begun ends with an error,
+        or the next replica would wait for the room of this one.
+        """
         self._metrics.note_stats(self._engine.stats())
-        await self._engine.check()
+        try:
+            await self._engine.check()
+        except Exception:
+            self._num_failed_checks += 1
+            if self._num_failed_checks >= FAILED_CHECKS:
+                for deadline in self._deadlines:
+                    deadline.end_now(
+                        EngineError("the engine does not work and is being replaced: try again")
+                    )
+            raise
+        self._num_failed_checks = 0
 
     async def stats(self) -> dict[str, float]:
         return self._engine.stats()

@@ -4,6 +4,7 @@ launch -> TorchTrainer -> worker.train_worker (on each worker) -> loop.train -> 
 """
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from llava_ray.train.worker import train_worker
 
 EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]
 """Measures a checkpoint of a run, given by its path or address; returns each task's value."""
+
+_LOOK_AGAIN_S = 20
+"""How long workers wait for room that Ray believes in; it looks for lost machines as often."""
 
 
 def launch(
@@ -78,12 +82,15 @@ def make_trainer(
         ray_remote_kwargs={"num_cpus": 0},  # its actors take what `benchmarks` says
     )
     is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
+    least = config.min_workers
+    if least:
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_LOOK_AGAIN_S}")
     return TorchTrainer(
         train_worker,
         train_loop_config=config.model_dump(),
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=(least, config.num_workers) if least else config.num_workers,
             use_gpu=is_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(is_gpu)},
         ),

@@ -96,10 +96,12 @@ def _read(path: str) -> dict[str, Any]:
 
 def _know(config: TrainConfig, num_workers: int, hidden_size: int, is_bf16: bool) -> dict[str, Any]:
     zero = "zero_optimization."
+    accumulation = config.count_accumulation(num_workers)
+    size = config.per_device_train_batch_size
     return {
-        "train_batch_size": config.train_batch_size,
-        "train_micro_batch_size_per_gpu": config.per_device_train_batch_size,
-        "gradient_accumulation_steps": config.count_accumulation(num_workers),
+        "train_batch_size": size * accumulation * num_workers,  # DeepSpeed holds them to agree
+        "train_micro_batch_size_per_gpu": size,
+        "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,
         "bf16.enabled": is_bf16,
         "fp16.enabled": False,

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.middleware import Middleware
 
-from llava_ray.config import PageConfig
+from llava_ray.config import LimitsConfig, PageConfig
 from llava_ray.serve.page.store import make_store
 from llava_ray.serve.page.style import CSS, FONTS, MONO_FONTS
 
@@ -22,6 +22,7 @@ def build_app(config: PageConfig) -> Application:
         name="page",
         max_ongoing_requests=1000,
         health_check_period_s=2,  # one that died is missed no longer
+        graceful_shutdown_timeout_s=LimitsConfig().drain_s,  # of the gateway, unless it was set
         ray_actor_options={"num_cpus": 0},
     )(Page)
     return page.bind(config)
