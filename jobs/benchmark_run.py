@@ -12,6 +12,9 @@ from dataclasses import asdict
 from multiprocessing import get_context
 from typing import Any
 
+MEMORY_PERIOD_S = 5.0
+"""Seconds between two looks at the memory: each takes time from what is measured."""
+
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process."""
@@ -56,7 +59,7 @@ def watch_memory() -> Iterator[list[float]]:
         return total
 
     def watch() -> None:
-        while not ended.wait(1.0):
+        while not ended.wait(MEMORY_PERIOD_S):
             peak[0] = max(peak[0], measure())
 
     watcher = threading.Thread(target=watch, daemon=True)

@@ -10,7 +10,7 @@ again, and there is no deadlock: whatever runs ends, and what waits at the head 
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from llava_ray.engine.prefixes import Copy, Prefixes
@@ -59,7 +59,7 @@ class Scheduler:
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
-        prefill_at_once: prompts that share them evenly, where as many wait.
+        prefill_at_once: where as many prompts wait, none gets more than its share of them.
         prefix_cache: keep what was computed, for prompts that begin alike.
     """
 
@@ -133,11 +133,12 @@ class Scheduler:
     def _plan_prefill(self, copies: list[Copy]) -> Iterator[Piece]:
         """Yield pieces of prompts; what they take over from others is added to `copies`."""
         prompts = self._find_prompts(copies)
-        sharing = list(islice(prompts, self._prefill_at_once))
+        first = list(islice(prompts, self._prefill_at_once))
+        prompts = chain(first, prompts)
         budget = self._prefill_tokens
-        while budget and (sequence := sharing[0] if sharing else next(prompts, None)):
-            num_tokens = min(sequence.num_pending, budget // max(1, len(sharing)))
-            del sharing[:1]
+        share = budget // max(1, len(first))
+        while budget and (sequence := next(prompts, None)):
+            num_tokens = min(sequence.num_pending, budget, share)
             budget -= num_tokens
             yield Piece(sequence, num_tokens)
 
