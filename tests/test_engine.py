@@ -138,7 +138,13 @@ def test_halves_of_a_step_take_about_as_long():
 
 
 def test_prompts_share_a_step_where_several_wait():
-    scheduler = Scheduler(cache_tokens=640, max_batch_size=4, prefill_tokens=100, prefill_at_once=2)
+    scheduler = Scheduler(
+        cache_tokens=640,
+        max_batch_size=4,
+        prefill_tokens=100,
+        prefill_at_once=2,
+        prefix_cache=False,
+    )
     for length in (30, 90, 90):
         scheduler.add(_sequence(length=length, max_tokens=1))
     assert [piece.num_tokens for piece in scheduler.plan().pieces] == [30, 50, 20]
