@@ -226,15 +226,21 @@ class Step:
                 seen = slice(first, past + length)
                 key = self.cache.view(keys, region)[:, seen]
                 value = self.cache.view(values, region)[:, seen]
-                mask_TS = self._find_mask(span, window, query_THE)
+                mask_TS = self._find_mask(span, first, window, query_THE)
             output_THE[new] = _attend_span(query_THE[new], key, value, scaling, mask_TS)
         return output_THE
 
-    def _find_mask(self, span: Span, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """Return what a span's tokens may see, [T, S]; made once for all layers."""
+    def _find_mask(
+        self, span: Span, first: int, window: int | None, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Return what a span's tokens may see from the `first` one on, made once for all layers.
+
+        Returns:
+            [T, S], 0 or minus infinity
+        """
         mask_TS = self._masks.get((span.offset, window))
         if mask_TS is None:
-            size = span.past + span.length - (max(0, span.past + 1 - window) if window else 0)
+            size = span.past + span.length - first
             is_seen_TS = _mask(span.length, size, window, like.device)
             mask_TS = torch.zeros(is_seen_TS.shape, dtype=like.dtype, device=like.device)
             mask_TS.masked_fill_(~is_seen_TS, float("-inf"))

@@ -136,7 +136,7 @@ class Scheduler:
         first = list(islice(prompts, self._prefill_at_once))
         prompts = chain(first, prompts)
         budget = self._prefill_tokens
-        share = budget // max(1, len(first))
+        share = max(1, budget // max(1, len(first)))
         while budget and (sequence := next(prompts, None)):
             num_tokens = min(sequence.num_pending, budget, share)
             budget -= num_tokens
