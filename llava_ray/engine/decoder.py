@@ -27,14 +27,15 @@ MODEL_TYPES = ("llama", "mistral", "qwen2")
 def can_fuse(language_model: Any) -> bool:
     """Whether `Decoder` computes what this language model of transformers does."""
     config = language_model.config
+    if config.model_type not in MODEL_TYPES:
+        return False
     parameters = getattr(config, "rope_parameters", None) or {}
-    is_whole = parameters.get("partial_rotary_factor", 1) in (1, None)
-    plain = all(
+    turns_all = parameters.get("partial_rotary_factor", 1) in (1, None)
+    return turns_all and all(
         type(linear) is nn.Linear
         for layer in language_model.layers
         for linear in [*_get_qkv(layer), *_get_gate_up(layer)]
     )
-    return config.model_type in MODEL_TYPES and is_whole and plain
 
 
 def fuse(language_model: Any) -> None:
