@@ -5,10 +5,11 @@ import logging
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from typing import Any
 
@@ -20,6 +21,60 @@ def alone(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function in a new process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args).result()
+
+
+@dataclass
+class Clock:
+    """Times the steps of a process that takes turns with others.
+
+    Attributes:
+        mine, next: semaphores; whose turn it is.
+        times_s: of the steps that are over.
+        begun_s: when this step began.
+    """
+
+    mine: Any
+    next: Any
+    times_s: list[float] = field(default_factory=list)
+    begun_s: float | None = None
+
+    def tick(self) -> None:
+        """Say that a step begins, and that the one before it is over; wait for its turn."""
+        if self.begun_s is not None:
+            self.times_s.append(time.perf_counter() - self.begun_s)
+            self.next.release()
+        self.mine.acquire()
+        self.begun_s = time.perf_counter()
+
+
+def take_turns(functions: Sequence[Callable[..., None]], *args: Any) -> list[list[float]]:
+    """Call functions in a process each, which compute one step each in turns.
+
+    So all of them meet whatever else the machine does meanwhile.
+
+    Args:
+        functions: take `args` and a `Clock`, which each of them ticks equally often.
+        args: of all functions.
+
+    Returns:
+        Times of each one's steps but the last.
+    """
+    context = get_context("spawn")
+    with ProcessPoolExecutor(len(functions), context) as pool, context.Manager() as manager:
+        turns = [manager.Semaphore(0) for _ in functions]
+        clocks = [Clock(*pair) for pair in zip(turns, turns[1:] + turns[:1], strict=True)]
+        pairs = zip(functions, clocks, strict=True)
+        futures = [pool.submit(_call_timed, function, *args, clock) for function, clock in pairs]
+        turns[0].release()
+        wait(futures, return_when=FIRST_EXCEPTION)  # then none waits for its turn, without manager
+    return [future.result() for future in futures]
+
+
+def _call_timed(function: Callable[..., None], *args: Any) -> list[float]:
+    clock = args[-1]
+    function(*args)
+    clock.next.release()
+    return clock.times_s
 
 
 def start_ray(processes: int) -> None:

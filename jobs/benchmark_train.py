@@ -1,9 +1,10 @@
 """Speed of training, measured: what `python jobs/benchmark.py train` runs.
 
 The same model, batches, optimizer and precision in a bare PyTorch loop, in this project's loop
-without ZeRO and with ZeRO 2, in transformers' Trainer with ZeRO 2, and under Ray, with batches
-from shards; each in processes of its own, in turns. A step's time is from its beginning to that of
-the next, so it holds everything that is done between two steps.
+without ZeRO and with ZeRO 2, and in transformers' Trainer with ZeRO 2: in a process each, which
+take turns step by step, so that a ratio of two is of steps side by side. Then under Ray, with
+batches from shards. A step's time is from its beginning to that of the next, so it holds everything
+that is done between two steps.
 """
 
 import dataclasses
@@ -12,20 +13,21 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from benchmark_run import alone, print_table
+from benchmark_run import Clock, alone, print_table, take_turns
 from PIL import Image
 
 NUM_WARM = 5
 """Steps left out at the beginning of each run."""
 SEED = 7
+BARE = "bare PyTorch loop"
+TRAINER = "transformers Trainer, ZeRO 2"
+ON_RAY = "llava_ray on Ray, ZeRO 2"
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,22 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """One row of the table."""
+    """One row of the table.
+
+    Attributes:
+        system: its name.
+        steps: that were timed.
+        step_p50_ms, step_p95_ms: of a step's time.
+        to_bare_loop, to_trainer: medians of the ratios to that system's step beside it; with the
+            bounds of the median, of 95 % confidence.
+    """
 
     system: str
     steps: int
     step_p50_ms: float
     step_p95_ms: float
-    to_bare_loop: float = 1.0
+    to_bare_loop: str
+    to_trainer: str
 
 
 def benchmark_train(
@@ -81,14 +92,13 @@ def benchmark_train(
         patch_size=14,
         spread=0.02,
     )
-    systems: dict[str, Callable[[Work], list[float]]] = {
-        "bare PyTorch loop": run_bare_loop,
+    systems: dict[str, Callable[[Work, Clock], None]] = {
+        BARE: run_bare_loop,
         "llava_ray, no ZeRO": run_without_zero,
         "llava_ray, ZeRO 2": run_zero2,
-        "transformers Trainer, ZeRO 2": run_trainer,
-        "llava_ray on Ray, ZeRO 2": run_on_ray,
+        TRAINER: run_trainer,
     }
-    times_s: dict[str, list[float]] = {name: [] for name in systems}
+    times_s: dict[str, list[float]] = {name: [] for name in (*systems, ON_RAY)}
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         model = build_random_model(place / "model", shape)
@@ -96,23 +106,34 @@ def benchmark_train(
         alone(write_shards, place, shards, steps * batch_size)
         work = Work(str(model), str(shards), scratch, batch_size, steps, threads)
         for number in range(rounds):
-            for name, run in systems.items():
-                found = alone(run, dataclasses.replace(work, scratch=f"{scratch}/{number}"))
-                times_s[name] += found[NUM_WARM:]
-                print(f"{name}: {1e3 * statistics.median(found[NUM_WARM:]):.1f} ms", flush=True)
-    bare_s = statistics.median(times_s["bare PyTorch loop"])
-    print_table([describe(name, found, bare_s) for name, found in times_s.items()])
+            in_round = dataclasses.replace(work, scratch=f"{scratch}/{number}")
+            found = dict(zip(systems, take_turns(list(systems.values()), in_round), strict=True))
+            found[ON_RAY] = alone(run_on_ray, in_round)
+            for name, round_s in found.items():
+                times_s[name] += round_s[NUM_WARM:]
+                print(f"{name}: {1e3 * statistics.median(round_s[NUM_WARM:]):.1f} ms", flush=True)
+    print_table([describe(name, times_s) for name in times_s])
 
 
-def describe(name: str, found_s: Sequence[float], bare_s: float) -> StepTimes:
-    median_s = statistics.median(found_s)
+def describe(name: str, times_s: Mapping[str, Sequence[float]]) -> StepTimes:
+    found_s = times_s[name]
     return StepTimes(
         name,
         len(found_s),
-        round(1e3 * median_s, 1),
+        round(1e3 * statistics.median(found_s), 1),
         round(1e3 * statistics.quantiles(found_s, n=20)[-1], 1),
-        round(median_s / bare_s, 3),
+        compare(found_s, times_s[BARE]),
+        compare(found_s, times_s[TRAINER]),
     )
+
+
+def compare(found_s: Sequence[float], other_s: Sequence[float]) -> str:
+    """Return the median of the ratios of two systems' steps, and its bounds."""
+    ratios = sorted(found / other for found, other in zip(found_s, other_s, strict=True))
+    last = len(ratios) - 1
+    away = 0.98 * len(ratios) ** 0.5  # 1.96 standard deviations of the median's place
+    low, high = ratios[max(0, round(last / 2 - away))], ratios[min(last, round(last / 2 + away))]
+    return f"{statistics.median(ratios):.3f} ({low:.2f} to {high:.2f})"
 
 
 def write_shards(folder: Path, target: Path, num_samples: int) -> None:
@@ -184,8 +205,8 @@ def begin(work: Work) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=0, world_size=1)
 
 
-def run_bare_loop(work: Work) -> list[float]:
-    """Return the times of a loop of PyTorch alone, with the same gradients clipped the same way."""
+def run_bare_loop(work: Work, clock: Clock) -> None:
+    """Run a loop of PyTorch alone, with the same gradients clipped the same way."""
     import torch
 
     from llava_ray.model import load_model
@@ -196,38 +217,35 @@ def run_bare_loop(work: Work) -> list[float]:
     model.model.vision_tower.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-    begun = []
     for batch in batches:
-        begun.append(time.perf_counter())
+        clock.tick()
         loss = model(**batch.to_tensors(), use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         float(loss.detach())  # as whoever logs it
-    return measure(begun)
 
 
-def run_without_zero(work: Work) -> list[float]:
-    return run_loop(work, zero_stage=0)
+def run_without_zero(work: Work, clock: Clock) -> None:
+    run_loop(work, clock, zero_stage=0)
 
 
-def run_zero2(work: Work) -> list[float]:
-    return run_loop(work, zero_stage=2)
+def run_zero2(work: Work, clock: Clock) -> None:
+    run_loop(work, clock, zero_stage=2)
 
 
-def run_loop(work: Work, **settings: Any) -> list[float]:
-    """Return the times of this project's loop, without Ray."""
+def run_loop(work: Work, clock: Clock, **settings: Any) -> None:
+    """Run this project's loop, without Ray."""
     from llava_ray.train.log import RunLog
     from llava_ray.train.loop import Surroundings, train
 
     batches = read_batches(work)
     begin(work)
-    begun = []
 
     def read(start: Any) -> Iterator[Any]:
         for batch in batches:
-            begun.append(time.perf_counter())
+            clock.tick()
             yield batch
 
     around = Surroundings(
@@ -240,11 +258,10 @@ def run_loop(work: Work, **settings: Any) -> list[float]:
     Path(work.scratch).mkdir(exist_ok=True)
     log = RunLog(Path(tempfile.mkdtemp(dir=work.scratch)), say=lambda _: None)
     train(make_config(work, **settings), around, log)
-    return measure(begun)
 
 
-def run_trainer(work: Work) -> list[float]:
-    """Return the times of transformers' Trainer with DeepSpeed."""
+def run_trainer(work: Work, clock: Clock) -> None:
+    """Run transformers' Trainer with DeepSpeed."""
     import torch
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -275,11 +292,10 @@ def run_trainer(work: Work) -> list[float]:
     model: Any = load_model(work.model, dtype="float32", device="cpu").model.train()
     model.model.vision_tower.requires_grad_(False)
     model.config.use_cache = model.config.text_config.use_cache = False
-    begun: list[float] = []
 
-    class Clock(TrainerCallback):
+    class Ticking(TrainerCallback):
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            begun.append(time.perf_counter())
+            clock.tick()
 
     # One row stands for a batch that is ready, as in the other systems.
     rows = [batch for batch in batches for _ in range(work.batch_size)]
@@ -288,9 +304,8 @@ def run_trainer(work: Work) -> list[float]:
         args=arguments,
         train_dataset=rows,  # type: ignore[arg-type]
         data_collator=lambda held: held[0].to_tensors(),
-        callbacks=[Clock()],
+        callbacks=[Ticking()],
     ).train()
-    return measure(begun)
 
 
 def run_on_ray(work: Work) -> list[float]:
@@ -306,8 +321,4 @@ def run_on_ray(work: Work) -> list[float]:
     lines = [line for line in read_log(Path(folder)) if "loss" in line]
     waited_ms = 1e3 * statistics.median(line["wait_s"] for line in lines[NUM_WARM:])
     print(f"on Ray a step waits {waited_ms:.1f} ms for its batch and the log", flush=True)
-    return [line["wait_s"] + line["step_s"] for line in lines]
-
-
-def measure(begun: Sequence[float]) -> list[float]:
-    return [after - before for before, after in pairwise(begun)]
+    return [line["wait_s"] + line["step_s"] for line in lines[:-1]]

@@ -1,5 +1,9 @@
 """Training in plain processes: the same losses whatever the workers, the accumulation, the ZeRO."""
 
+import platform
+import resource
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,3 +201,24 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path: Path)
 def test_adapters_over_four_bit_weights_learn(runs: Path) -> None:
     losses = read_losses(runs, "qlora")
     assert losses[-1] < losses[0]
+
+
+COUNT_FAULTS = """
+import resource, torch
+from llava_ray.train.memory import keep_freed_memory
+keep_freed_memory()
+for _ in range(10):
+    torch.ones(2**24)  # 64 MiB, more than glibc keeps by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep it or not")
+def test_memory_that_a_step_frees_is_there_for_the_next() -> None:
+    command = [sys.executable, "-c", COUNT_FAULTS]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, after = map(int, said.split())
+    num_pages = 2**26 // resource.getpagesize()
+    assert after - before < num_pages / 10

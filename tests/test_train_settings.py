@@ -47,6 +47,15 @@ def test_a_shipped_deepspeed_json_has_every_auto_filled_in(path: Path, tmp_path:
     assert resolved["zero_optimization"]["stage"] == int(path.stem[4])
 
 
+@pytest.mark.parametrize(("hidden_size", "numel"), [(64, 2**22), (4096, 4096**2)])
+def test_gradients_are_reduced_many_at_once_in_small_models_too(
+    tmp_path: Path, hidden_size: int, numel: int
+) -> None:
+    config = load_train_config(write(tmp_path))
+    made = describe_engine(config, num_workers=1, hidden_size=hidden_size, is_bf16=False)
+    assert made["zero_optimization"]["reduce_bucket_size"] == numel
+
+
 def test_the_global_batch_stays_the_same_on_any_number_of_workers(tmp_path: Path) -> None:
     config = load_train_config(write(tmp_path))
     assert [config.count_accumulation(n) for n in (1, 2, 3, 4, 5)] == [4, 2, 2, 1, 1]

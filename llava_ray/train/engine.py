@@ -18,6 +18,7 @@ from llava_ray.model.core import Core, load_model
 from llava_ray.model.names import to_memory
 from llava_ray.model.weights import open_file, open_parts
 from llava_ray.train.inputs import Inputs, encode_blank
+from llava_ray.train.memory import keep_freed_memory
 from llava_ray.train.parts import PartState, describe_parts, group_parameters, select_parts
 from llava_ray.train.zero import describe_engine, read_stage
 
@@ -77,6 +78,8 @@ def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
     )
     blank = encode_blank(core)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
+    if not is_gpu:
+        keep_freed_memory()
     return Trainee(core, engine, blank, parts, read_stage(described), device)
 
 

@@ -66,27 +66,28 @@ def take_step(
     """
     engine = trainee.engine
     inputs = [prepare_inputs(batch, trainee.blank) for batch in batches]
-    num_learned = int(_sum(trainee, float(sum(map(count_learned, inputs)))))
+    masks = [each["attention_mask"] for each in inputs]
+    learned, places = sum(map(count_learned, inputs)), sum(mask.numel() for mask in masks)
+    counts = [learned, sum(int(mask.sum()) for mask in masks), places]
+    num_learned, num_tokens, num_places = map(int, _sum(trainee, counts))
     torch.manual_seed(seed + dist.get_rank())
     for group in engine.optimizer.param_groups:
         group["lr"] = group["max_lr"] * rate
-    losses: list[float] = []
+    on_device: list[torch.Tensor] = []
     try:
         for each in inputs:
             loss = compute_loss(trainee, each, num_learned=num_learned)
-            losses.append(float(loss.detach()))
+            on_device.append(loss.detach())
             engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             engine.step()
     except torch.OutOfMemoryError as error:
         raise TrainingError(explain_memory(inputs)) from error
-    total = _sum(trainee, sum(losses))
+    losses = torch.stack(on_device).tolist()  # not before, or a GPU waits at each
+    (total,) = _sum(trainee, [sum(losses)])
     gathered = _gather(batches)
     if total != total or abs(total) == float("inf"):
         raise DivergedError(_explain_loss(step, total, losses, batches))
     norm = engine.get_global_grad_norm()
-    masks = [each["attention_mask"] for each in inputs]
-    num_tokens = int(_sum(trainee, float(sum(mask.sum() for mask in masks))))
-    num_places = int(_sum(trainee, float(sum(mask.numel() for mask in masks))))
     return StepFigures(
         loss=total,
         grad_norm=None if norm is None else float(norm),
@@ -134,11 +135,11 @@ def _explain_loss(
     )
 
 
-def _sum(trainee: Trainee, value: float) -> float:
-    """Return the sum of a number over all workers."""
-    total = torch.tensor(value, dtype=torch.float64, device=trainee.device)
-    dist.all_reduce(total)
-    return float(total)
+def _sum(trainee: Trainee, values: Sequence[float]) -> list[float]:
+    """Return the sum of each number over all workers."""
+    totals = torch.tensor(values, dtype=torch.float64, device=trainee.device)
+    dist.all_reduce(totals)
+    return totals.tolist()
 
 
 def _gather(batches: Sequence[Batch]) -> tuple[tuple[str, ...], dict[str, str]]:

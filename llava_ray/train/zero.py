@@ -1,7 +1,7 @@
 """DeepSpeed's configuration: from the run's settings, or the user's JSON with its "auto" filled in.
 
 Between `settings` and the engine that `session` builds. DeepSpeed itself knows no "auto"; that is
-Hugging Face's Trainer, whose meaning of each is kept here.
+Hugging Face's Trainer, whose meaning of each is kept here, but that buckets have a least size.
 """
 
 import json
@@ -12,6 +12,8 @@ from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
 
 AUTO = "auto"
+MIN_BUCKET = 2**22
+"""Gradients that are reduced at once, at least; or small models reduce each weight by itself."""
 
 
 def describe_engine(
@@ -105,7 +107,7 @@ def _know(config: TrainConfig, num_workers: int, hidden_size: int, is_bf16: bool
         "gradient_clipping": config.max_grad_norm,
         "bf16.enabled": is_bf16,
         "fp16.enabled": False,
-        f"{zero}reduce_bucket_size": hidden_size**2,
+        f"{zero}reduce_bucket_size": max(hidden_size**2, MIN_BUCKET),
         f"{zero}stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         f"{zero}stage3_param_persistence_threshold": 10 * hidden_size,
     }
