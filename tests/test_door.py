@@ -293,7 +293,10 @@ def test_waiting_has_an_end() -> None:
 
 def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
     async def scene() -> None:
-        room = WaitingRoom("m", num_seats=1, max_waiting=None, max_wait_s=30)
+        told: list[int] = []
+        room = WaitingRoom(
+            "m", num_seats=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
+        )
         order: list[str] = []
 
         async def visit(key: str) -> None:
@@ -313,6 +316,8 @@ def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
         await asyncio.wait(tasks)
         assert order == ["b", "c", "a", "b", "a"]
         assert room.num_waiting == 0
+        assert told[:8] == [1, 2, 3, 4, 5, 6, 7, 6]
+        assert told[-1] == 0
         await room.enter("last")
 
     asyncio.run(scene())

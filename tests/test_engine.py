@@ -21,6 +21,7 @@ from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
 from llava_ray.engine.torch_engine import TorchEngine
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
@@ -295,6 +296,36 @@ def test_questions_about_one_picture_that_come_together_compute_it_once(generate
         await engine.close()
 
     asyncio.run(main())
+
+
+def test_pictures_are_counted_as_encoded_or_as_found_in_the_cache():
+    told: list[tuple[int, int, float]] = []
+
+    async def main():
+        engine = load(note_pictures=lambda *figures: told.append(figures))
+        await answer(engine, prompt(FIRST, picture()))
+        await answer(engine, prompt("no picture here"))
+        await answer(engine, prompt(SECOND, picture()))
+        two = "USER: <image> and <image> ASSISTANT:"
+        await answer(engine, prompt(two, picture(1), picture(2)))
+        await answer(engine, prompt(two, picture(1), picture(3)))  # half of it is in the cache
+        await answer(engine, prompt(two, picture(1), picture(2)))
+        await engine.close()
+
+    started = time.perf_counter()
+    asyncio.run(main())
+    assert [counts for *counts, _ in told] == [[1, 0], [0, 1], [2, 0], [2, 0], [0, 2]]
+    assert min(seconds for num_encoded, _, seconds in told if num_encoded) > 0
+    assert sum(seconds for *_, seconds in told) < time.perf_counter() - started
+
+
+def test_a_stopwatch_measures_what_lies_between_its_start_and_stop():
+    watch = Stopwatch(torch.device("cpu"))
+    time.sleep(0.02)
+    watch.stop()
+    measured = watch.read()
+    time.sleep(0.02)
+    assert 0.02 <= measured == watch.read()
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])

@@ -6,10 +6,14 @@ A PromptRequest goes the same way, without the template.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Executor
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
+
+from PIL.Image import Image
 
 from llava_ray import images
 from llava_ray.config import LimitsConfig
@@ -24,6 +28,7 @@ async def chat(
     *,
     limits: LimitsConfig,
     executor: Executor | None = None,
+    note_decode: Callable[[float], None] = lambda seconds: None,
     note_render: Callable[[float], None] = lambda seconds: None,
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer, or several at once; closing the iterator aborts them in the engine.
@@ -36,14 +41,17 @@ async def chat(
         request: the conversation, or the prompt.
         limits: what its pictures may be.
         executor: decodes pictures; default: the event loop's own threads.
-        note_render: told how many seconds decoding and rendering took.
+        note_decode: told how many seconds each picture took to decode, in a thread of `executor`.
+        note_render: told how many seconds decoding and rendering took, with the wait for a thread.
 
     Raises:
         RequestError, EngineError: see `Engine.stream`, `images.decode`, `Template.render`.
     """
     loop = asyncio.get_running_loop()
     started = loop.time()
-    prompt = await loop.run_in_executor(executor, render, engine, request, limits)
+    prompt = await loop.run_in_executor(
+        executor, partial(render, engine, request, limits, note_decode=note_decode)
+    )
     note_render(loop.time() - started)
     begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
     prompts = spread(prompt, request.num_answers)
@@ -62,6 +70,7 @@ def render(
     limits: LimitsConfig,
     *,
     add_generation_prompt: bool = True,
+    note_decode: Callable[[float], None] = lambda seconds: None,
 ) -> Prompt:
     """Return the prompt for a request, its pictures decoded.
 
@@ -69,12 +78,12 @@ def render(
     asked for; JSON ends by itself, and may well hold them.
     """
     if isinstance(request, PromptRequest):
-        pictures = tuple(images.decode(part, limits=limits) for part in request.images)
+        pictures = tuple(_decode(part, limits, note_decode) for part in request.images)
         return Prompt(
             request.request_id, request.prompt, pictures, request.sampling, adapter=request.adapter
         )
     pictures = tuple(
-        images.decode(part, limits=limits)
+        _decode(part, limits, note_decode)
         for message in request.messages
         for part in message.parts
         if isinstance(part, ImagePart)
@@ -84,3 +93,10 @@ def render(
     if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, pictures, sampling, adapter=request.adapter)
+
+
+def _decode(part: ImagePart, limits: LimitsConfig, note_decode: Callable[[float], None]) -> Image:
+    started = time.perf_counter()
+    picture = images.decode(part, limits=limits)
+    note_decode(time.perf_counter() - started)
+    return picture

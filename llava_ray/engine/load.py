@@ -3,14 +3,18 @@
 import os
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.protocol import Engine
+from llava_ray.engine.protocol import Engine, NotePictures, ignore_pictures
 from llava_ray.errors import ConfigError
 
 
-def load_engine(config: ModelConfig) -> Engine:
+def load_engine(config: ModelConfig, *, note_pictures: NotePictures = ignore_pictures) -> Engine:
     """Load a model and start the engine that the configuration names.
 
     Each engine's packages are imported only when that engine is asked for.
+
+    Args:
+        config: of the model.
+        note_pictures: told what becomes of pictures; of the torch engine only.
 
     Raises:
         ConfigError: the model does not load, or the engine is not available here.
@@ -35,7 +39,7 @@ def load_engine(config: ModelConfig) -> Engine:
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
             from llava_ray.engine.torch_engine import TorchEngine
 
-            return TorchEngine.load(config)
+            return TorchEngine.load(config, note_pictures=note_pictures)
         case "vllm":
             from llava_ray.engine.child_engine import ChildEngine
             from llava_ray.engine.vllm_engine import VLLM

@@ -7,6 +7,22 @@ from llava_ray.template import Template
 from llava_ray.types import Chunk, Prompt, Tokens
 
 
+class NotePictures(Protocol):
+    """Told of each step's new pictures, by an engine that encodes them itself, in any thread.
+
+    Args:
+        num_encoded: those that went through the vision tower.
+        num_cached: those of prompts with all of whose pictures the cache begins already.
+        seconds: that the vision tower took.
+    """
+
+    def __call__(self, num_encoded: int, num_cached: int, seconds: float) -> None: ...
+
+
+def ignore_pictures(num_encoded: int, num_cached: int, seconds: float) -> None:
+    """For those who do not want to know; see `NotePictures`."""
+
+
 class Engine(Protocol):
     """Answers prompts, many at once. Implementations: Torch, Echo, Child (vLLM, SGLang).
 

@@ -12,10 +12,12 @@ import torch
 
 from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
 from llava_ray.engine.decoder import Decoder, can_fuse, fuse
+from llava_ray.engine.protocol import NotePictures, ignore_pictures
 from llava_ray.engine.regions import Region
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan
 from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ConfigError
 from llava_ray.model.core import Core
@@ -62,13 +64,19 @@ class LlavaRunner:
         core: the loaded model.
         cache_tokens: size of the key-value cache.
         adapters: those beside its weights, if any.
+        note_pictures: told what becomes of pictures.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here.
     """
 
     def __init__(
-        self, core: Core, *, cache_tokens: int, adapters: SideAdapters | None = None
+        self,
+        core: Core,
+        *,
+        cache_tokens: int,
+        adapters: SideAdapters | None = None,
+        note_pictures: NotePictures = ignore_pictures,
     ) -> None:
         from transformers import AttentionInterface
 
@@ -90,6 +98,7 @@ class LlavaRunner:
         self.dtype: torch.dtype = core.model.dtype
         self._core = core
         self._adapters = adapters or SideAdapters()
+        self._note_pictures = note_pictures
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
@@ -117,7 +126,18 @@ class LlavaRunner:
             self._cache.copy(source, target, num_tokens)
         if not plan.pieces:
             return []
-        self._encode_images([piece.sequence for piece in plan.pieces])
+        new = [p.sequence for p in plan.pieces if isinstance(p.sequence.inputs, dict)]
+        if not new:
+            return self._compute_tokens(plan)
+        watch = Stopwatch(self.device)
+        num_encoded, num_cached = self._encode_images(new)
+        watch.stop()
+        tokens = self._compute_tokens(plan)
+        self._note_pictures(num_encoded, num_cached, watch.read())
+        return tokens
+
+    def _compute_tokens(self, plan: Plan) -> list[int]:
+        """Return them, once the pictures of the plan are encoded."""
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
         hidden_TD = self._compute_layers(self._embed_tokens(plan), step)
@@ -146,16 +166,25 @@ class LlavaRunner:
             step=step,
         ).last_hidden_state[0]
 
-    def _encode_images(self, sequences: list[Sequence]) -> None:
-        """Replace the pixels of sequences that are new by what the language model reads."""
-        new = [s for s in sequences if isinstance(s.inputs, dict)]
+    def _encode_images(self, new: list[Sequence]) -> tuple[int, int]:
+        """Replace the pixels of new sequences by what the language model reads.
+
+        Returns:
+            How many pictures were encoded, and how many are in the cache already.
+        """
+        num_encoded = num_cached = 0
         for sequence in new:
-            if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
-                sequence.inputs = None  # its pictures are in the cache already
+            num_pictures = len(sequence.inputs["pixel_values"])
+            if self._core.image_token_id in sequence.prompt_ids[sequence.num_computed :]:
+                num_encoded += num_pictures
+            else:
+                num_cached += num_pictures
+                sequence.inputs = None
         new = [s for s in new if s.inputs]
         for adapter in {s.adapter: None for s in new}:
             self._adapters.choose({adapter: None})
             self._encode_alike([s for s in new if s.adapter == adapter])
+        return num_encoded, num_cached
 
     def _encode_alike(self, new: list[Sequence]) -> None:
         """Do that for sequences of one adapter."""

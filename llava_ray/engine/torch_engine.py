@@ -18,6 +18,7 @@ from llava_ray.engine.halves import NUM_HALVES, HalvingRunner
 from llava_ray.engine.load import count_threads
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.prompt_reader import PromptReader
+from llava_ray.engine.protocol import NotePictures, ignore_pictures
 from llava_ray.engine.runner import LlavaRunner, Runner
 from llava_ray.engine.scheduler import Scheduler
 from llava_ray.engine.sequence import Sequence
@@ -49,6 +50,7 @@ class TorchEngine:
         prefill_tokens: prompt tokens of one step.
         prefix_cache: keep what was computed, for prompts that begin alike.
         patience_s: a step that takes longer than this counts as stuck.
+        note_pictures: told by the default runner what becomes of pictures.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class TorchEngine:
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
         patience_s: float = 60.0,
+        note_pictures: NotePictures = ignore_pictures,
     ) -> None:
         num_threads = torch.get_num_threads()
         on_gpu = core.model.device.type != "cpu"
@@ -87,7 +90,12 @@ class TorchEngine:
         self._patience_s = patience_s
         self._adapters = adapters
         runner = runner or run_in_passing_thread(
-            lambda: LlavaRunner(core, cache_tokens=self._cache_tokens, adapters=adapters)
+            lambda: LlavaRunner(
+                core,
+                cache_tokens=self._cache_tokens,
+                adapters=adapters,
+                note_pictures=note_pictures,
+            )
         )
         self._runner = HalvingRunner(runner) if in_halves else runner
         self._encoder = start_single_threaded_executor("encode")
@@ -96,7 +104,9 @@ class TorchEngine:
         )
 
     @classmethod
-    def load(cls, config: ModelConfig) -> "TorchEngine":
+    def load(
+        cls, config: ModelConfig, *, note_pictures: NotePictures = ignore_pictures
+    ) -> "TorchEngine":
         """Load a model and start an engine for it.
 
         Raises:
@@ -120,6 +130,7 @@ class TorchEngine:
             cache_tokens=config.cache_tokens,
             max_batch_size=config.max_batch_size,
             prefix_cache=config.prefix_cache,
+            note_pictures=note_pictures,
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -24,6 +25,7 @@ from llava_ray.serve.body import read_body
 from llava_ray.serve.directory import Directory
 from llava_ray.serve.door import Door
 from llava_ray.serve.fetch import Fetcher
+from llava_ray.serve.metrics import Metrics
 from llava_ray.serve.openai_calls import Call, parse_aside
 from llava_ray.serve.openai_choices import ChunkEncoder, build_completion
 from llava_ray.serve.openai_prompts import parse_completion, parse_detokenize, parse_tokenize
@@ -43,13 +45,16 @@ class Front:
         models: Mapping[str, DeploymentHandle],
         workers: DeploymentHandle | None,
         door: Door,
+        metrics: Metrics,
     ) -> None:
         self._door = door
         self._limits = config.limits
         self._fetcher = Fetcher(config.limits)
         self._created = int(time.time())
         self._backends = {
-            model.name: Backend(model.name, models[model.name], _build_room(model, config.limits))
+            model.name: Backend(
+                model.name, models[model.name], _build_room(model, config.limits, metrics)
+            )
             for model in config.models
         }
         adapted = [
@@ -190,11 +195,12 @@ def cap_tokens(
     return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))
 
 
-def _build_room(model: ModelConfig, limits: LimitsConfig) -> WaitingRoom:
+def _build_room(model: ModelConfig, limits: LimitsConfig, metrics: Metrics) -> WaitingRoom:
     max_waiting = model.max_queued_requests
     return WaitingRoom(
         model.name,
         num_seats=model.max_replicas * model.max_ongoing_requests,
         max_waiting=None if max_waiting < 0 else max_waiting,
         max_wait_s=limits.max_wait_s,
+        note_waiting=partial(metrics.note_queued, model.name),
     )

@@ -86,7 +86,8 @@ def build_api(
         exchange: reaches the ledger of usage that several gateways share.
     """
     door = Door(config, exchange)
-    front = Front(config, models, workers, door)
+    metrics = Metrics()
+    front = Front(config, models, workers, door, metrics)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -101,7 +102,7 @@ def build_api(
     v1.add_api_route("/tokenize", front.tokenize, methods=["POST"])
     v1.add_api_route("/detokenize", front.detokenize, methods=["POST"])
     v1.add_api_route("/usage", front.show_usage)
-    _guard(v1, door, config)
+    _guard(v1, door, config, metrics)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
     api.add_api_route("/healthz", front.say_alive)
     api.add_api_route("/readyz", front.say_ready)
@@ -111,17 +112,21 @@ def build_api(
         api.router.routes.append(Route(path, v1))
     if config.llava_protocol.enabled:
         llava = build_llava_app(config, front.models, workers)
-        _guard(llava, door, config, describe=llava_protocol.describe_error)
+        _guard(llava, door, config, metrics, describe=llava_protocol.describe_error)
         api.router.routes += [Route(path, llava) for path in PATHS]
     return api
 
 
 def _guard(
-    api: Starlette, door: Door, config: ServeConfig, describe: Describe = answers.describe_error
+    api: Starlette,
+    door: Door,
+    config: ServeConfig,
+    metrics: Metrics,
+    describe: Describe = answers.describe_error,
 ) -> None:
     """Let nothing come to the routes of an application but through the door."""
     api.add_middleware(DoorMiddleware, door=door, describe=describe)
-    api.add_middleware(VisitMiddleware, metrics=Metrics())
+    api.add_middleware(VisitMiddleware, metrics=metrics)
     if config.cors_origins:
         api.add_middleware(
             CORSMiddleware,

@@ -1,5 +1,6 @@
 """Figures for Prometheus, which Ray exports on every node as `ray_llava_ray_*`."""
 
+from ray.serve.metrics import Gauge
 from ray.util.metrics import Counter, Histogram
 
 from llava_ray.serve.visits import Visit
@@ -22,6 +23,11 @@ class Metrics:
             "Tokens; those of pictures and cached ones are also among those of prompts.",
             tag_keys=(*tags, "kind"),
         )
+        self._queued = Gauge(
+            "llava_ray_queued_requests",
+            "Requests that wait in a gateway for room at the model.",
+            tag_keys=("model",),
+        )
         self._fetch = Histogram(
             "llava_ray_fetch_seconds",
             "Fetching the pictures of a request from their addresses.",
@@ -40,6 +46,10 @@ class Metrics:
             boundaries=_SECONDS,
             tag_keys=tags,
         )
+
+    def note_queued(self, model: str, num_waiting: int) -> None:
+        """Take how many requests wait for a model here, of this moment."""
+        self._queued.set(num_waiting, {"model": model})
 
     def count(self, visit: Visit) -> None:
         """Count a request that is over."""

@@ -43,13 +43,13 @@ class Replica:
             f"loading {model.name!r} from {model.path!r} with the {model.engine} engine"
         )
         started = time.monotonic()
-        self._engine = load_engine(model)
+        self._metrics = ReplicaMetrics()
+        self._engine = load_engine(model, note_pictures=self._metrics.note_pictures)
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._num_streams = 0
         self._num_failed_checks = 0
         self._deadlines: set[Deadline] = set()  # of what is being answered
-        self._metrics = ReplicaMetrics()
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiled before the first user waits for it
@@ -62,6 +62,7 @@ class Replica:
             request,
             limits=self._limits,
             executor=self._decoders,
+            note_decode=self._metrics.note_decode,
             note_render=self._metrics.note_render,
         )
         async with aclosing(self._send(answer, request)) as chunks:

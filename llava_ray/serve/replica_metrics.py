@@ -17,7 +17,7 @@ from llava_ray.types import Chunk, CompletionRequest, Request
 logger = logging.getLogger("ray.serve")  # its file alone: a terminal has the gateway's line
 
 _SECONDS = [0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60]
-_GAP_SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5]
+_STEP_SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5]
 _STATS = {
     "num_running": "Requests that the engine computes.",
     "num_waiting": "Requests that wait for a place in the engine.",
@@ -63,12 +63,27 @@ class ReplicaMetrics:
         self.gap = Histogram(
             "llava_ray_replica_token_gap_seconds",
             "Time for each token after the first.",
-            boundaries=_GAP_SECONDS,
+            boundaries=_STEP_SECONDS,
+        )
+        self._decode = Histogram(
+            "llava_ray_replica_decode_seconds",
+            "Decoding one picture.",
+            boundaries=_STEP_SECONDS,
         )
         self._render = Histogram(
             "llava_ray_replica_render_seconds",
             "Decoding a request's pictures and rendering its prompt, with the wait for a thread.",
             boundaries=_SECONDS,
+        )
+        self._encode = Histogram(
+            "llava_ray_replica_encode_seconds",
+            "The vision tower's work on the pictures that one step encodes.",
+            boundaries=_STEP_SECONDS,
+        )
+        self._pictures = Counter(
+            "llava_ray_replica_pictures",
+            "Pictures of prompts: encoded, or cached, where the cache had all of a prompt's.",
+            tag_keys=("kind",),
         )
         self._requests = Counter(
             "llava_ray_replica_requests",
@@ -90,8 +105,19 @@ class ReplicaMetrics:
         for name, gauge in self._stats.items():
             gauge.set(stats[name])
 
+    def note_decode(self, seconds: float) -> None:
+        self._decode.observe(seconds)
+
     def note_render(self, seconds: float) -> None:
         self._render.observe(seconds)
+
+    def note_pictures(self, num_encoded: int, num_cached: int, seconds: float) -> None:
+        """Take what became of a step's new pictures; see `NotePictures`."""
+        if num_encoded:
+            self._encode.observe(seconds)
+        for kind, count in (("encoded", num_encoded), ("cached", num_cached)):
+            if count:
+                self._pictures.inc(count, {"kind": kind})
 
     @contextmanager
     def follow(self, request: Request | CompletionRequest) -> Iterator[Progress]:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from llava_ray.errors import OverloadedError
 
@@ -17,13 +18,21 @@ class WaitingRoom:
         num_seats: requests that the model may have at once.
         max_waiting: requests that may wait; None: any number.
         max_wait_s: seconds that one waits.
+        note_waiting: told how many wait, when one begins or ends to.
     """
 
     def __init__(
-        self, model: str, *, num_seats: int, max_waiting: int | None, max_wait_s: float
+        self,
+        model: str,
+        *,
+        num_seats: int,
+        max_waiting: int | None,
+        max_wait_s: float,
+        note_waiting: Callable[[int], None] = lambda num_waiting: None,
     ) -> None:
         self._model, self._max_wait_s = model, max_wait_s
         self._num_free, self._max_waiting = num_seats, max_waiting
+        self._note_waiting = note_waiting
         self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # the key in front is next
 
     @property
@@ -43,6 +52,7 @@ class WaitingRoom:
             self._make_room(key)
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key, deque()).append(place)
+        self._note_waiting(self.num_waiting)
         try:
             async with asyncio.timeout(self._max_wait_s):
                 await place
@@ -54,6 +64,8 @@ class WaitingRoom:
         except asyncio.CancelledError:
             self._give_up(key, place)
             raise
+        finally:
+            self._note_waiting(self.num_waiting)
 
     def leave(self) -> None:
         """Give the seat to the next key's first request, if any waits."""
