@@ -6,6 +6,7 @@ nothing of what is lost fits on what is left. `TEST_CLUSTER=1 pytest -m cluster`
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from typing import Any
 
 import psutil
 import pytest
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    _AutoscalingCoordinatorActor,
+)
 from ray_nodes import ROOT, RayNode, RayNodes, start_nodes, wait_for
 from scenes import write_scenes
 from test_train_launch import NUM_SAMPLES, assert_same_run, make_config, read_steps, write_rows
@@ -64,7 +68,7 @@ def lose_machine(
         running = pool.submit(job)
         wait_for(lambda: running.done() or is_time(), 180, lambda: "it is not time yet")
         assert not running.done(), running.result()
-        victim = next(node for node in nodes.nodes[1:] if works(node))
+        victim = next(node for node in nodes.nodes[1:] if find_worker(node))
         victim.kill()
         killed_at = time.monotonic()
         then()
@@ -72,14 +76,15 @@ def lose_machine(
     print(f"over {time.monotonic() - killed_at:.1f} s after a machine was lost")
 
 
-def works(node: RayNode) -> bool:
-    """Whether a machine has an actor of evaluation or a training worker."""
+def find_worker(node: RayNode) -> psutil.Process | None:
+    """Return a machine's actor of evaluation or its training worker, if it has one."""
     for pid in node.list_alive():
         with suppress(psutil.NoSuchProcess):
-            name = " ".join(psutil.Process(pid).cmdline())
+            process = psutil.Process(pid)
+            name = " ".join(process.cmdline())
             if "MapWorker" in name or "RayTrainWorker" in name:
-                return True
-    return False
+                return process
+    return None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -142,17 +147,72 @@ def undisturbed(nodes: RayNodes, shards: Path, tmp_path_factory: pytest.TempPath
 def test_a_training_whose_machine_dies_has_the_same_losses_and_sees_each_sample_once(
     undisturbed: Path, whole: RayNodes, shards: Path, tmp_path: Path, comes_back: bool
 ) -> None:
-    snapshot = tmp_path / "run" / "checkpoint_manager_snapshot.json"
     lose_machine(
         whole,
         lambda: train(whole, shards, tmp_path, min_workers=None if comes_back else 1),
-        lambda: snapshot.exists() and "checkpoint-" in snapshot.read_text(),
+        lambda: find_progress(tmp_path / "run") is not None,
         lambda: whole.add_worker(num_cpus=1) if comes_back else None,
     )
     assert_same_run(tmp_path / "run", undisturbed)
-    ids = [id_ for line in read_steps(tmp_path / "run") for id_ in line["sample_ids"]]
-    for epoch in range(3):
+    assert_each_sample_once_an_epoch(tmp_path / "run", num_epochs=3)
+    progress = find_progress(tmp_path / "run")
+    assert progress
+    assert (progress["step"], progress["num_workers"]) == (18, 2 if comes_back else 1)
+
+
+def test_a_training_that_was_left_with_one_worker_takes_a_second_when_a_machine_comes(
+    whole: RayNodes, shards: Path, tmp_path: Path
+) -> None:
+    # Small steps, which do not make more of what rounds apart.
+    long = {"num_train_epochs": 30, "save_steps": 10, "learning_rate": 1e-5}
+    plain, lost = tmp_path / "plain", tmp_path / "lost"
+    plain.mkdir()
+    lost.mkdir()
+    run = lost / "run"
+    train(whole, shards, plain, num_workers=1, **long)
+
+    def counts(num_workers: int) -> bool:
+        return (find_progress(run) or {}).get("num_workers") == num_workers
+
+    def come() -> None:
+        """Add a machine; the worker stands still until Ray has it, so that few steps are enough."""
+        wait_for(lambda: counts(1), 120, lambda: "nothing goes on with one worker")
+        (worker,) = filter(None, map(find_worker, whole.nodes[1:]))
+        worker.suspend()
+        before = whole.count_nodes()
+        whole.add_worker(num_cpus=1)
+        wait_for(lambda: whole.count_nodes() > before, 60)
+        there_at = time.monotonic()
+        time.sleep(_AutoscalingCoordinatorActor.TICK_INTERVAL_S)  # it counts machines as often
+        worker.resume()
+        wait_for(lambda: counts(2), 120, lambda: "it does not take the second")
+        passed_s = time.monotonic() - there_at
+        print(f"two workers had a checkpoint {passed_s:.1f} s after Ray had the machine")
+
+    lose_machine(
+        whole,
+        lambda: train(whole, shards, lost, min_workers=1, grow_every_s=2, **long),
+        lambda: counts(2),
+        come,
+    )
+    assert_same_run(run, plain / "run")
+    assert_each_sample_once_an_epoch(run, num_epochs=30)
+    assert counts(2)
+
+
+def find_progress(run: Path) -> dict[str, Any] | None:
+    """Return what the latest checkpoint says that Ray would go on from, if there is one."""
+    snapshot = run / "checkpoint_manager_snapshot.json"
+    names = re.findall(r"checkpoint-(\d+)", snapshot.read_text()) if snapshot.exists() else []
+    with suppress(FileNotFoundError):  # a later one may have taken its place in this moment
+        latest = run / f"checkpoint-{max(map(int, names), default=0)}"
+        return json.loads((latest / "progress.json").read_text())
+    return None
+
+
+def assert_each_sample_once_an_epoch(run: Path, *, num_epochs: int) -> None:
+    ids = [id_ for line in read_steps(run) for id_ in line["sample_ids"]]
+    assert len(ids) == num_epochs * NUM_SAMPLES
+    for epoch in range(num_epochs):
         seen = ids[epoch * NUM_SAMPLES : (epoch + 1) * NUM_SAMPLES]
         assert sorted(seen) == sorted(f"s{number}" for number in range(NUM_SAMPLES))
-    progress = json.loads((tmp_path / "run" / "checkpoint-18" / "progress.json").read_text())
-    assert progress["num_workers"] == (2 if comes_back else 1)

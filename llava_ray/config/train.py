@@ -158,6 +158,12 @@ class TrainConfig(Section):
         description="Workers with which a run begins, or goes on after a machine was lost, while "
         "there is no room for num_workers; default: it waits for room for all.",
     )
+    grow_every_s: float = Field(
+        default=60.0,
+        gt=0,
+        description="With min_workers: how often a run looks for room for more workers. With those "
+        "it goes on from its last checkpoint.",
+    )
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="auto: if this cluster has any."
     )

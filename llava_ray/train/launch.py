@@ -91,6 +91,7 @@ def make_trainer(
         torch_config=TorchConfig(backend="nccl" if is_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(least, config.num_workers) if least else config.num_workers,
+            elastic_resize_monitor_interval_s=config.grow_every_s,
             use_gpu=is_gpu,
             resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(is_gpu)},
         ),
