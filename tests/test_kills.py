@@ -26,6 +26,7 @@ from llava_ray.types import ChatRequest, Chunk
 
 pytestmark = pytest.mark.slow
 NUM_CLIENTS = 8
+SOON_S = 5
 QUESTION = "Go on"
 BROKEN = {"RemoteProtocolError", "ReadError"}
 """What httpx says of a connection that ends in the middle of an answer."""
@@ -196,11 +197,12 @@ def wait_until_well(place: Place) -> None:
 def test_a_replica_that_is_killed_is_told_to_those_whom_it_answered_alone(place: Place) -> None:
     crowd = Crowd(place, ask_gateway(place))
     victim = crowd.clients[0].replica
-    kill(victim)
+    killed_at = kill(victim)
     hit = [client for client in crowd.clients if client.replica == victim]
     wait_until(lambda: all(client.outcome for client in hit), "who is hit has an error")
     crowd.let_end()
     assert {client.outcome for client in hit} == {"engine_error"}
+    assert max(client.ended_at for client in hit) < killed_at + SOON_S
     spared = [client.outcome for client in crowd.clients if client not in hit]
     assert spared
     assert set(spared) == {"end"}
@@ -209,20 +211,23 @@ def test_a_replica_that_is_killed_is_told_to_those_whom_it_answered_alone(place:
 
 def test_a_gateway_that_is_killed_breaks_its_own_connections_alone(place: Place) -> None:
     crowd = Crowd(place, ask_gateway(place))
-    kill(place.find_pids("kills", "gateway")[0])
+    killed_at = kill(place.find_pids("kills", "gateway")[0])
     wait_until(lambda: any(client.outcome for client in crowd.clients), "somebody has an error")
     crowd.let_end()
     outcomes = {client.outcome for client in crowd.clients}
     assert "end" in outcomes
     assert outcomes - {"end"} <= BROKEN
+    hit = [client for client in crowd.clients if client.outcome != "end"]
+    assert max(client.ended_at for client in hit) < killed_at + SOON_S
     wait_until_well(place)
 
 
 def test_a_page_that_is_killed_breaks_the_answers_that_it_shows_alone(place: Place) -> None:
     visitors = Crowd(place, ask_page(place))
     callers = Crowd(place, ask_gateway(place))
-    kill(place.find_pids("kills-page", "page")[0])
+    killed_at = kill(place.find_pids("kills-page", "page")[0])
     wait_until(lambda: all(one.outcome for one in visitors.clients), "visitors have an error")
+    assert max(one.ended_at for one in visitors.clients) < killed_at + SOON_S
     callers.let_end()
     visitors.let_end()
     assert {client.outcome for client in visitors.clients} <= BROKEN
