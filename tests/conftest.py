@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -28,6 +29,16 @@ ALLOWED_WARNINGS = (
 def pytest_configure(config: pytest.Config) -> None:
     for line in ALLOWED_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _certificates_are_read_once() -> Iterator[None]:
+    """httpx reads them for every client, which takes 40 ms and most of the time of a request."""
+    from httpx._transports import default
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(default, "create_ssl_context", cache(default.create_ssl_context))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -2,9 +2,12 @@
 
 import re
 import shlex
-import subprocess
-import sys
+from functools import cache
 from pathlib import Path
+
+from typer.testing import CliRunner
+
+from llava_ray.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -42,7 +45,7 @@ def test_every_command_of_ours_knows_the_options_it_is_shown_with() -> None:
     for words in ours:
         subcommand = [word for word in words[1:3] if re.fullmatch(r"[a-z]+", word)]
         while subcommand:
-            shown = help_of(subcommand)
+            shown = help_of(tuple(subcommand))
             if shown is not None:
                 break
             subcommand.pop()
@@ -52,14 +55,11 @@ def test_every_command_of_ours_knows_the_options_it_is_shown_with() -> None:
                 assert word.split("=")[0] in shown, f"{words[:3]} has no option {word}"
 
 
-def help_of(subcommand: list[str]) -> str | None:
-    run = subprocess.run(
-        [sys.executable, "-m", "llava_ray.cli", *subcommand, "--help"],
-        capture_output=True,
-        text=True,
-        env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"},
-    )
-    return run.stdout if run.returncode == 0 else None
+@cache
+def help_of(subcommand: tuple[str, ...]) -> str | None:
+    runner = CliRunner(env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    run = runner.invoke(app, [*subcommand, "--help"])
+    return run.stdout if run.exit_code == 0 else None
 
 
 def test_files_that_the_readme_links_to_exist() -> None:
