@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import picture, tiny_model
-from train_gang import Scenario, read_losses, run_gang
+from train_gang import Scenario, read_losses, run_gang, run_gangs
 
 from llava_ray.model import load_model
 from llava_ray.model.export import export_model
@@ -41,11 +41,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     other = Scenario("other-method", LORA, resume="full/checkpoint-5")
     run_gang(2, [*first, *again, other], folder)
-    run_gang(1, alone, folder)
     uneven = [
         Scenario(f"{name}-uneven", METHODS[name], resume=f"{name}/checkpoint-5") for name in UNEVEN
     ]
-    run_gang(3, uneven, folder)
+    run_gangs({1: alone, 3: uneven}, folder)
     return folder
 
 

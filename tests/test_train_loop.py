@@ -18,7 +18,7 @@ from train_gang import (
     make_eval_batches,
     read_lines,
     read_losses,
-    run_gang,
+    run_gangs,
 )
 
 from llava_ray.errors import TrainingError
@@ -71,8 +71,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for name, settings in PARTS.items()
         ),
     ]
-    run_gang(1, alone, folder)
-    run_gang(2, together, folder)
+    run_gangs({1: alone, 2: together}, folder)
     return folder
 
 

@@ -5,9 +5,11 @@ import json
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import chain
+from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +116,33 @@ def run_gang(num_workers: int, scenarios: Sequence[Scenario], folder: Path) -> N
 
     There lie afterwards train_log.jsonl and the checkpoints, or error.txt.
     """
+    run_gangs({num_workers: scenarios}, folder)
+
+
+def run_gangs(gangs: Mapping[int, Sequence[Scenario]], folder: Path) -> None:
+    """Run a gang of each number of workers, all at the same time; see `run_gang`.
+
+    Processes are forked from one that has imported all that is slow to import.
+    """
     import torch.multiprocessing as multiprocessing
 
     model = str(tiny_model())  # written here: beside others transformers writes on the first alone
-    for scenario in scenarios:
+    for scenario in chain.from_iterable(gangs.values()):
         scenario.settings = {"model": model, **scenario.settings}
-    multiprocessing.spawn(
-        _work, (num_workers, list(scenarios), folder), nprocs=num_workers, join=True
-    )
+    set_forkserver_preload(["llava_ray.train.loop"])
+    running = [
+        multiprocessing.start_processes(
+            _work,
+            (num_workers, list(scenarios), folder),
+            nprocs=num_workers,
+            join=False,
+            start_method="forkserver",
+        )
+        for num_workers, scenarios in gangs.items()
+    ]
+    for gang in running:
+        while gang and not gang.join():
+            pass
 
 
 def read_lines(folder: Path, name: str, having: str) -> list[dict[str, Any]]:
