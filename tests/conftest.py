@@ -15,6 +15,8 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns 
 # Serve kills a proxy that is not up after five seconds, as happens on a busy machine.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
+# Ray Train hears of one checkpoint at each of these checks; tests have one every second.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2

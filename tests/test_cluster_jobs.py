@@ -129,7 +129,7 @@ def shards(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(nodes: RayNodes, shards: Path, output: Path, **settings: Any) -> str:
     """Run a training on two machines, 18 steps with a checkpoint every third."""
-    config = make_config(shards, output, cpus_per_worker=1, **settings)
+    config = make_config(shards, output, cpus_per_worker=1, num_readers=1, **settings)
     file = output / "run.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json")))
     return submit(nodes, "train.py", str(file))

@@ -269,33 +269,3 @@ def test_readers_on_ray_give_the_same_batches_ahead_of_the_trainer(
 def kill_a_reader() -> None:
     below = psutil.Process().children(recursive=True)
     next(process for process in below if "BatchMaker" in "".join(process.cmdline())).kill()
-
-
-@pytest.mark.slow
-def test_the_workers_of_ray_train_share_each_global_batch(
-    cluster: None, shards: Path, tmp_path: Path
-) -> None:
-    from ray import train
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-
-    config = config_of(shards, num_readers=1, reader_cpus=0.25)
-    checkpoint = model()
-
-    def read(settings: dict[str, Any]) -> None:
-        context = train.get_context()
-        worker = Worker(context.get_world_rank(), context.get_world_size())
-        steps = [
-            list(batch.sample_ids) for batch in stream_batches(config, checkpoint, worker=worker)
-        ]
-        (Path(settings["out"]) / f"{worker.rank}.json").write_text(json.dumps(steps))
-
-    TorchTrainer(
-        read,
-        train_loop_config={"out": str(tmp_path)},
-        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 0.5}),
-        run_config=RunConfig(storage_path=str(tmp_path / "runs")),
-    ).fit()
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    together = [sorted(a + b) for a, b in zip(first, second, strict=True)]
-    assert together == by_step(stream_all(config_of(shards), 1))

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from llava_ray.cli import app
 from llava_ray.config import ConvertConfig, TrainConfig
+from llava_ray.data.stream import Checkpoint, stream_batches
 from llava_ray.errors import ConfigError, DivergedError
 from llava_ray.model import load_model
 from llava_ray.train.log import read_log
@@ -55,11 +56,13 @@ def write_rows(folder: Path) -> Path:
     return folder / "rows.json"
 
 
-def make_config(shards: Path, output: Path, **settings: Any) -> TrainConfig:
+def make_config(
+    shards: Path, output: Path, *, num_readers: int = 0, **settings: Any
+) -> TrainConfig:
     defaults: dict[str, Any] = {
         "name": "run",
         "model": str(tiny_model()),
-        "data": {"datasets": [{"path": str(shards)}], "num_readers": 1, "reader_cpus": 0},
+        "data": {"datasets": [{"path": str(shards)}], "num_readers": num_readers, "reader_cpus": 0},
         "output_dir": str(output),
         "train_batch_size": 4,
         "per_device_train_batch_size": 2,
@@ -80,9 +83,15 @@ def read_steps(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was launched at an address; `file://` goes the way of s3://."""
     from llava_ray.train.launch import launch
 
-    return Path(launch(make_config(shards, tmp_path_factory.mktemp("plain"))))
+    output = tmp_path_factory.mktemp("plain")
+    settings = {"eval_datasets": [{"path": str(shards)}], "num_generations": 1}
+    config = make_config(shards, output, num_readers=1, **settings, report_to=["tensorboard"])
+    config = config.model_copy(update={"output_dir": f"file://{output}"})
+    assert launch(config) == f"file://{output}/run"
+    return output / "run"
 
 
 def test_a_run_ends_with_a_model_that_loads_and_says_what_it_was_made_from(
@@ -105,13 +114,21 @@ def test_each_epoch_sees_each_sample_once(undisturbed: Path) -> None:
     assert sorted(ids[NUM_SAMPLES : 2 * NUM_SAMPLES]) == expected
 
 
+def test_the_workers_of_ray_train_share_each_global_batch(undisturbed: Path) -> None:
+    config = load_train_config(undisturbed / "config.yaml")
+    data = config.data.model_copy(update={"num_readers": 0})
+    whole = stream_batches(data, Checkpoint(config.model), num_epochs=config.num_train_epochs)
+    steps = [line["sample_ids"] for line in read_steps(undisturbed)]
+    assert list(map(sorted, steps)) == [sorted(batch.sample_ids) for batch in whole]
+
+
 def test_a_killed_worker_changes_no_loss(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     from llava_ray.train.launch import launch
 
     killed: list[int] = []
     killer = threading.Thread(target=kill_worker, args=(tmp_path / "run", killed), daemon=True)
     killer.start()
-    folder = Path(launch(make_config(shards, tmp_path)))
+    folder = Path(launch(make_config(shards, tmp_path, num_readers=1)))
     assert killed, "the run ended before a worker was killed"
     assert_same_run(folder, undisturbed)
 
@@ -162,67 +179,58 @@ def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
-def test_a_run_at_an_address_is_kept_there_whole(shards: Path, tmp_path: Path) -> None:
-    """Its held-out loss and answers too; `file://` goes the way of s3:// and gs://."""
-    from llava_ray.train.launch import launch
-
-    settings = {"eval_datasets": [{"path": str(shards)}], "num_generations": 1, "num_workers": 1}
-    config = make_config(shards, tmp_path, **settings, max_steps=3, report_to=["tensorboard"])
-    config = config.model_copy(update={"output_dir": f"file://{tmp_path}"})
-    assert launch(config) == f"file://{tmp_path}/run"
-    folder = tmp_path / "run"
-    lines = read_log(folder)
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [3]
-    (answers,) = [line["answers"] for line in lines if "answers" in line]
+def test_a_run_at_an_address_is_kept_there_whole(undisturbed: Path) -> None:
+    """Its held-out loss and answers too."""
+    lines = read_log(undisturbed)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 19))
+    assert [line["step"] for line in lines if "eval_loss" in line] == [3, 6, 9, 12, 15, 18]
+    *_, answers = [line["answers"] for line in lines if "answers" in line]
     assert answers[0]["right"].startswith("It is ")
-    assert list(folder.glob("tensorboard/events*"))
-    assert (folder / "curves.png").is_file()
-    load_model(folder / "export", dtype="float32", device="cpu")
+    assert list(undisturbed.glob("tensorboard/events*"))
+    assert (undisturbed / "curves.png").is_file()
 
 
 @pytest.mark.slow
 def test_benchmarks_measure_each_checkpoint_even_if_training_takes_every_cpu(
     shards: Path, tmp_path: Path
 ) -> None:
+    """The best by one is exported, and one that cannot be measured ends nothing."""
     import ray
 
     from llava_ray.evaluate.during_training import prepare_benchmarks
     from llava_ray.train.launch import launch
 
-    benchmarks = {"tasks": ["own_exact"], "data": str(shards), "limit": 4}
-    settings = {"benchmarks": benchmarks, "metric_for_best_model": "own_exact"}
     num_free = ray.available_resources()["CPU"]  # the rest is the applications' of other tests
-    settings |= {"cpus_per_worker": max(0.5, int(5 * num_free) / 10)}
-    config = make_config(shards, tmp_path, **settings, save_steps=1, max_steps=2)
-    folder = Path(launch(config, evaluate_checkpoint=prepare_benchmarks(config)))
-    for step in (1, 2):
+    benchmarks = {"tasks": ["own_exact"], "data": str(shards), "limit": 4, "num_cpus": 0.5}
+    settings = {"benchmarks": benchmarks, "metric_for_best_model": "own_exact", "num_workers": 1}
+    settings |= {"cpus_per_worker": int(10 * num_free) / 10, "save_total_limit": 3}
+    config = make_config(shards, tmp_path, **settings, save_steps=1, max_steps=3)
+    evaluate = prepare_benchmarks(config)
+    assert evaluate
+
+    def evaluate_checkpoint(config: TrainConfig, checkpoint: str) -> dict[str, float]:
+        step = int(checkpoint.rpartition("-")[2])
+        if step == 1:
+            raise ConfigError("the first one cannot be measured")
+        measured = evaluate(config, checkpoint)
+        assert measured == {"own_exact": 0}
+        return {"own_exact": {2: 40.0, 3: 10.0}[step]}
+
+    with pytest.raises(ConfigError, match="prepare_benchmarks"):
+        launch(config)
+    folder = Path(launch(config, evaluate_checkpoint=evaluate_checkpoint))
+    for step in (2, 3):
         results = folder / "evaluations" / f"checkpoint-{step}"
         told = json.loads((results / "results.json").read_text())["tasks"]["own_exact"]
         assert told["num_scored"] == 4
         assert (results / "report.html").is_file()
     values = json.loads((folder / "checkpoint_manager_snapshot.json").read_text())
-    assert [each["metrics"]["own_exact"] for each in values["checkpoint_results"]] == [0, 0]
-
-
-@pytest.mark.slow
-def test_the_best_checkpoint_by_a_benchmark_is_exported_and_a_failed_one_ends_nothing(
-    shards: Path, tmp_path: Path
-) -> None:
-    from llava_ray.train.launch import launch
-
-    def evaluate_checkpoint(config: TrainConfig, checkpoint: str) -> dict[str, float]:
-        if checkpoint.endswith("-1"):
-            raise ConfigError("the first one cannot be measured")
-        return {"own_exact": {2: 40.0, 3: 10.0}[int(checkpoint.rpartition("-")[2])]}
-
-    benchmarks = {"tasks": ["own_exact"], "data": str(shards)}
-    settings = {"benchmarks": benchmarks, "metric_for_best_model": "own_exact", "num_workers": 1}
-    config = make_config(shards, tmp_path, **settings, save_steps=1, max_steps=3)
-    with pytest.raises(ConfigError, match="prepare_benchmarks"):
-        launch(config)
-    folder = Path(launch(config, evaluate_checkpoint=evaluate_checkpoint))
+    metrics = {
+        each["checkpoint_dir_name"]: each["metrics"]["own_exact"]
+        for each in values["checkpoint_results"]
+    }
+    assert metrics.pop("checkpoint-1") is None
+    assert metrics == {"checkpoint-2": 40, "checkpoint-3": 10}
     assert json.loads((folder / "export" / "llava_ray_run.json").read_text())["step"] == 2
 
 
