@@ -188,7 +188,7 @@ TROUBLE = LimitsConfig(max_body_bytes=10_000)
 
 
 @pytest.fixture(scope="module")
-def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a second application, whose models do what the user's words ask for.
 
     `slow` has one replica, which takes eight requests at once; `frail` has two that may die.
@@ -260,7 +260,8 @@ def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         name="gateway", max_ongoing_requests=100, ray_actor_options={"num_cpus": 0.1}
     )(Gateway)
     serve.run(gateway.bind(config, models), name="troubled", route_prefix="/troubled")
-    return f"{served}/troubled"
+    yield f"{served}/troubled"
+    serve.delete("troubled")
 
 
 def ask(url: str, words: str, model: str = "slow", **fields: Any) -> httpx.Response:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import httpx
@@ -300,7 +300,7 @@ def test_an_answer_is_cut_to_the_tokens_that_are_allowed() -> None:
 
 
 @pytest.fixture(scope="module")
-def slow(served: str) -> str:
+def slow(served: str) -> Iterator[str]:
     """Address of an application whose one model does what the prompt asks for."""
     from ray import serve
 
@@ -346,7 +346,8 @@ def slow(served: str) -> str:
     )(Gateway)
     models = {"slow": model.bind()}
     serve.run(gateway.bind(config, models), name="slow", route_prefix="/slow")
-    return f"{served}/slow"
+    yield f"{served}/slow"
+    serve.delete("slow")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ MODEL = "llava-v1.5-7b"
 
 
 @pytest.fixture(scope="module")
-def gateway(served: str) -> str:
+def gateway(served: str) -> Iterator[str]:
     """Address of an application with one model, `echo`, at which local workers may register."""
     from ray import serve
 
@@ -37,7 +37,8 @@ def gateway(served: str) -> str:
         llava_protocol=LlavaProtocolConfig(workers=["http://127.0.0.1:*"], worker_timeout_s=2),
     )
     serve.run(build_app(config), name="moving", route_prefix="/moving")
-    return f"{served}/moving"
+    yield f"{served}/moving"
+    serve.delete("moving")
 
 
 @pytest.fixture
