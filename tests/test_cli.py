@@ -4,7 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,11 +12,27 @@ from endless import EndlessServer, run_endless_server
 from patience import PATIENCE_S, wait_until_ready
 from PIL import Image
 
+from llava_ray.cli import main
+
+Fail = Callable[..., tuple[object, str]]
 COMMAND = [sys.executable, "-m", "llava_ray.cli"]
 
 
 def run(*words: str, typed: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([*COMMAND, *words], input=typed, capture_output=True, text=True)
+
+
+@pytest.fixture
+def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fail:
+    """Run a command in this process; give its exit code and what it wrote to stderr."""
+
+    def fail(*words: str) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", ["llava-ray", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code, capfd.readouterr().err
+
+    return fail
 
 
 @pytest.fixture
@@ -103,29 +119,35 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> 
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
 )
 def test_a_mistake_ends_with_its_remedy_and_code_2(
-    served: str, words: list[str], told: str
+    served: str, fail: Fail, words: list[str], told: str
 ) -> None:
-    failed = run(*[served if word == "SERVED" else word for word in words])
-    assert told in failed.stderr.replace("\n", " ")
-    assert failed.stderr.startswith("error: ")
+    code, said = fail(*[served if word == "SERVED" else word for word in words])
+    assert told in said.replace("\n", " ")
+    assert said.startswith("error: ")
+    assert code == 2
+
+
+def test_a_mistake_shows_no_traceback() -> None:
+    failed = run("chat", "nowhere.png", "-p", "x")
+    assert failed.stderr.startswith("error: cannot read 'nowhere.png'")
     assert "Traceback" not in failed.stderr
     assert failed.returncode == 2
 
 
-def test_a_misspelt_setting_is_refused_with_the_right_one(tmp_path: Path) -> None:
+def test_a_misspelt_setting_is_refused_with_the_right_one(fail: Fail, tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("modles: []\n")
-    failed = run("serve", "--config", str(path))
-    assert "did you mean models?" in failed.stderr
-    assert failed.returncode == 2
+    code, said = fail("serve", "--config", str(path))
+    assert "did you mean models?" in said
+    assert code == 2
 
 
-def test_a_serve_config_file_is_sent_to_the_right_command(tmp_path: Path) -> None:
+def test_a_serve_config_file_is_sent_to_the_right_command(fail: Fail, tmp_path: Path) -> None:
     path = tmp_path / "serve.yaml"
     path.write_text("applications: []\n")
-    failed = run("serve", "--config", str(path))
-    assert f"`serve run {path}`" in failed.stderr
-    assert failed.returncode == 2
+    code, said = fail("serve", "--config", str(path))
+    assert f"`serve run {path}`" in said.replace("\n", "")
+    assert code == 2
 
 
 def test_the_same_seed_draws_the_same_scene_and_asks_the_same(tmp_path: Path) -> None:
