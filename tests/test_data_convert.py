@@ -36,6 +36,8 @@ from llava_ray.data.write import PartWriter
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode
 
+JOB = [sys.executable, Path(__file__).parent.parent / "jobs" / "convert.py", "llava"]
+
 
 def settings(folder: Path, out: Path, **more: Any) -> ConvertConfig:
     fields = {"source": "llava", "input": str(folder), "output": str(out), "rows_per_shard": 4}
@@ -261,12 +263,11 @@ def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Pa
         convert(settings(raw, tmp_path / "out"))
 
 
-def test_the_command_says_what_came_out(tmp_path: Path) -> None:
+def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 6)
     (raw / "3.png").write_bytes(b"")
-    job = [sys.executable, Path(__file__).parent.parent / "jobs" / "convert.py", "llava"]
     words = ["--input", raw, "--output", tmp_path / "out", "--num-workers", "1"]
-    done = subprocess.run([*job, *words, "--max-rejects", "20%"], capture_output=True, text=True)
+    done = run_job(*words, "--max-rejects", "20%")
     assert done.returncode == 0, done.stderr
     assert "5 samples with 4 pictures in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
     assert "1  image_empty" in done.stdout
@@ -289,13 +290,14 @@ def test_rows_that_come_with_their_pictures_end_a_part_before_it_grows_large(
 
 
 @pytest.mark.slow
-def test_a_conversion_that_was_killed_leaves_nothing_half_and_goes_on(tmp_path: Path) -> None:
+def test_a_conversion_that_was_killed_leaves_nothing_half_and_goes_on(
+    cluster: None, tmp_path: Path
+) -> None:
     raw = write_llava(tmp_path / "raw", 400)
     out = tmp_path / "out"
-    job = [sys.executable, Path(__file__).parent.parent / "jobs" / "convert.py", "llava"]
     words = ["--input", raw, "--output", out, "--num-workers", "1", "--rows-per-shard", "8"]
-    running = subprocess.Popen(
-        [*job, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    running = subprocess.Popen(  # with a Ray of its own, which is killed too
+        [*JOB, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
     wait_for_shards(out, running)
     os.killpg(running.pid, signal.SIGKILL)
@@ -305,11 +307,19 @@ def test_a_conversion_that_was_killed_leaves_nothing_half_and_goes_on(tmp_path: 
     for path in finished:
         pq.ParquetFile(path).close()
     assert 3 <= len(finished) < 50
-    done = subprocess.run([*job, *words], capture_output=True, text=True)
+    done = run_job(*words)
     assert done.returncode == 0, done.stderr
     convert_here(settings(raw, tmp_path / "whole", rows_per_shard=8))
     assert load_manifest(str(out)).digest == load_manifest(str(tmp_path / "whole")).digest
     assert list_files(out) == list_files(tmp_path / "whole")
+
+
+def run_job(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Convert by the script, on the cluster of the tests."""
+    import ray
+
+    environment = {**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    return subprocess.run([*JOB, *words], env=environment, capture_output=True, text=True)
 
 
 def wait_for_shards(out: Path, running: subprocess.Popen[bytes]) -> None:
