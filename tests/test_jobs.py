@@ -21,7 +21,8 @@ NUM_SAMPLES = 24
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[RayNodes]:
-    with start_nodes(num_workers=0, head_cpus=2) as nodes:
+    quickly = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # see conftest.py
+    with start_nodes(num_workers=0, head_cpus=2, **quickly) as nodes:
         yield nodes
 
 
@@ -39,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = {
         "name": "run",
         "model": str(tiny_model()),
-        "data": {"datasets": [{"path": f"{place}/shards"}], "num_readers": 1, "reader_cpus": 0},
+        "data": {"datasets": [{"path": f"{place}/shards"}], "num_readers": 0},
         "output_dir": str(place),
         "train_batch_size": 4,
         "per_device_train_batch_size": 4,
