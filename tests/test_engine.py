@@ -16,6 +16,7 @@ from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.halves import split
 from llava_ray.engine.load import load_engine
+from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.regions import Region, Regions
 from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
@@ -308,15 +309,62 @@ def test_pictures_are_counted_as_encoded_or_as_found_in_the_cache():
         await answer(engine, prompt(SECOND, picture()))
         two = "USER: <image> and <image> ASSISTANT:"
         await answer(engine, prompt(two, picture(1), picture(2)))
-        await answer(engine, prompt(two, picture(1), picture(3)))  # half of it is in the cache
+        await answer(engine, prompt(two, picture(1), picture(3)))  # one of them is known
         await answer(engine, prompt(two, picture(1), picture(2)))
         await engine.close()
 
     started = time.perf_counter()
     asyncio.run(main())
-    assert [counts for *counts, _ in told] == [[1, 0], [0, 1], [2, 0], [2, 0], [0, 2]]
+    assert [counts for *counts, _ in told] == [[1, 0], [0, 1], [2, 0], [1, 1], [0, 2]]
     assert min(seconds for num_encoded, _, seconds in told if num_encoded) > 0
     assert sum(seconds for *_, seconds in told) < time.perf_counter() - started
+
+
+def test_a_picture_that_is_known_is_encoded_no_more_wherever_it_stands(generate):
+    told: list[tuple[int, ...]] = []
+    prompts = [
+        prompt(FIRST, picture(1)),
+        prompt("USER: first <image> and then <image> ASSISTANT:", picture(2), picture(1)),
+        prompt("USER: the other way, <image> and <image> ASSISTANT:", picture(1), picture(2)),
+    ]
+
+    async def main(**options):
+        told.clear()
+        engine = load(note_pictures=lambda *figures: told.append(figures[:2]), **options)
+        answers = [await answer(engine, each) for each in prompts]
+        assert answers == [generate(each) for each in prompts]
+        await engine.close()
+
+    asyncio.run(main())
+    assert told == [(1, 0), (1, 1), (0, 2)]
+    asyncio.run(main(picture_cache_mb=0))
+    assert told == [(1, 0), (2, 0), (2, 0)]
+
+
+def test_pictures_are_kept_until_others_need_the_memory_the_longest_unused_go_first():
+    encoded: list[float] = []
+
+    def encode(_, inputs):
+        encoded.extend(inputs["pixel_values"][:, 0, 0, 0].tolist())
+        return [torch.full((4, 8), value) for value in inputs["pixel_values"][:, 0, 0, 0]]
+
+    pictures = Pictures(encode, max_bytes=2 * 4 * 8 * 4)  # two of them
+
+    def read(*names: int) -> list[float]:
+        pixels = torch.tensor(names, dtype=torch.float32)[:, None, None, None]
+        sequence = Sequence("a", [1], 0, Sampling(), 1, TextStream(lambda ids: ""))
+        sequence.inputs, sequence.picture_names = {"pixel_values": pixels}, names
+        encoded.clear()
+        pictures.read([sequence])
+        assert sequence.inputs[::4, 0].tolist() == list(names)
+        return list(encoded)
+
+    assert read(1, 2) == [1, 2]
+    assert read(2, 1, 1) == []
+    assert read(3) == [3]
+    assert read(1) == []
+    assert read(2) == [2]
+    assert read(1, 2) == []
 
 
 def test_a_stopwatch_measures_what_lies_between_its_start_and_stop():

@@ -75,6 +75,12 @@ class ModelConfig(Section):
         description="Keep what was computed of ended requests while its place is free, for prompts "
         "that begin alike: the next turn of a conversation, another question about a picture.",
     )
+    picture_cache_mb: int = Field(
+        default=256,
+        ge=0,
+        description="Memory of the torch engine for encoded pictures, in MiB: one that was asked "
+        "about before is not encoded again, wherever it stands in the prompt; 0 keeps none.",
+    )
     messages_per_s: int = Field(
         default=100,
         ge=1,

@@ -10,36 +10,34 @@ from itertools import groupby
 from PIL.Image import Image
 
 
+def name_pictures(images: Sequence[Image]) -> list[int]:
+    """Return a number for the content of each picture."""
+    return [_hash(image.tobytes(), repr(image.size).encode()) for image in images]
+
+
 def describe_content(
-    prompt_ids: list[int], image_token_id: int, images: Sequence[Image], *, adapter: str = ""
+    prompt_ids: list[int], image_token_id: int, names: Sequence[int], *, adapter: str = ""
 ) -> list[int]:
     """Return a prompt's ids, each image token replaced by a number for the content of its picture.
 
-    Where pictures stand side by side, with nothing to say where one ends, each of their tokens
-    stands for all of the prompt's pictures. With an adapter, which computes other keys and values
-    of the same tokens, the first stands for that too.
+    `names` are those of its pictures. Where pictures stand side by side, with nothing to say where
+    one ends, each of their tokens stands for all of the prompt's pictures. With an adapter, which
+    computes other keys and values of the same tokens, the first stands for that too.
     """
-    content = _number_pictures(prompt_ids, image_token_id, images) if images else prompt_ids
+    content = _number_pictures(prompt_ids, image_token_id, names) if names else prompt_ids
     return [_hash(f"{content[0]} {adapter}".encode()), *content[1:]] if adapter else content
 
 
-def _number_pictures(
-    prompt_ids: list[int], image_token_id: int, images: Sequence[Image]
-) -> list[int]:
+def _number_pictures(prompt_ids: list[int], image_token_id: int, names: Sequence[int]) -> list[int]:
     runs = [list(run) for _, run in groupby(prompt_ids, lambda id_: id_ == image_token_id)]
-    names = [_name_picture(image) for image in images]
     num_runs = sum(run[0] == image_token_id for run in runs)
-    if num_runs != len(images):
+    if num_runs != len(names):
         names = [hash(tuple(names))] * num_runs
     numbers = iter(names)
     content = []
     for run in runs:
         content += [next(numbers)] * len(run) if run[0] == image_token_id else run
     return content
-
-
-def _name_picture(image: Image) -> int:
-    return _hash(image.tobytes(), repr(image.size).encode())
 
 
 def _hash(*parts: bytes) -> int:

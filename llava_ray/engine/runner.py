@@ -3,7 +3,7 @@
 plan -> embeddings of its tokens (pictures through the tower, in batches) -> language model with
 attention over the cache -> logits of the last tokens -> one token for each complete piece.
 
-Shapes: B sequences, T tokens, N images, P image tokens an image, D hidden, V vocabulary.
+Shapes: B sequences, T tokens, P image tokens a picture, D hidden, V vocabulary.
 """
 
 from typing import Any, Protocol
@@ -12,6 +12,7 @@ import torch
 
 from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
 from llava_ray.engine.decoder import Decoder, can_fuse, fuse
+from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.protocol import NotePictures, ignore_pictures
 from llava_ray.engine.regions import Region
 from llava_ray.engine.sampling import sample
@@ -24,9 +25,6 @@ from llava_ray.model.core import Core
 from llava_ray.model.pack import pack_linears
 from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
-
-IMAGES_AT_ONCE = 16
-"""Pictures that go through the vision tower together; bounds the memory that they take."""
 
 
 class Runner(Protocol):
@@ -64,6 +62,7 @@ class LlavaRunner:
         core: the loaded model.
         cache_tokens: size of the key-value cache.
         adapters: those beside its weights, if any.
+        picture_cache_mb: memory for encoded pictures, in MiB; 0: none are kept.
         note_pictures: told what becomes of pictures.
 
     Raises:
@@ -76,6 +75,7 @@ class LlavaRunner:
         *,
         cache_tokens: int,
         adapters: SideAdapters | None = None,
+        picture_cache_mb: int = 256,
         note_pictures: NotePictures = ignore_pictures,
     ) -> None:
         from transformers import AttentionInterface
@@ -99,6 +99,7 @@ class LlavaRunner:
         self._core = core
         self._adapters = adapters or SideAdapters()
         self._note_pictures = note_pictures
+        self._pictures = Pictures(self._encode_pictures, max_bytes=picture_cache_mb << 20)
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
@@ -130,7 +131,7 @@ class LlavaRunner:
         if not new:
             return self._compute_tokens(plan)
         watch = Stopwatch(self.device)
-        num_encoded, num_cached = self._encode_images(new)
+        num_encoded, num_cached = self._read_pictures(new)
         watch.stop()
         tokens = self._compute_tokens(plan)
         self._note_pictures(num_encoded, num_cached, watch.read())
@@ -166,42 +167,19 @@ class LlavaRunner:
             step=step,
         ).last_hidden_state[0]
 
-    def _encode_images(self, new: list[Sequence]) -> tuple[int, int]:
+    def _read_pictures(self, new: list[Sequence]) -> tuple[int, int]:
         """Replace the pixels of new sequences by what the language model reads.
 
         Returns:
-            How many pictures were encoded, and how many are in the cache already.
+            How many pictures were encoded, and how many were known or in the cache already.
         """
-        num_encoded = num_cached = 0
+        num_cached = 0
         for sequence in new:
-            num_pictures = len(sequence.inputs["pixel_values"])
-            if self._core.image_token_id in sequence.prompt_ids[sequence.num_computed :]:
-                num_encoded += num_pictures
-            else:
-                num_cached += num_pictures
+            if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
+                num_cached += len(sequence.inputs["pixel_values"])
                 sequence.inputs = None
-        new = [s for s in new if s.inputs]
-        for adapter in {s.adapter: None for s in new}:
-            self._adapters.choose({adapter: None})
-            self._encode_alike([s for s in new if s.adapter == adapter])
-        return num_encoded, num_cached
-
-    def _encode_alike(self, new: list[Sequence]) -> None:
-        """Do that for sequences of one adapter."""
-        plain = [s for s in new if s.inputs["pixel_values"].ndim == 4]
-        for sequence in new:
-            if sequence not in plain:  # tiles: each picture has its own number of features
-                sequence.inputs = torch.cat(self._compute_features(**sequence.inputs))
-        if not plain:
-            return
-        pixels_NCHW = torch.cat([sequence.inputs["pixel_values"] for sequence in plain])
-        features: list[torch.Tensor] = []
-        for batch_NCHW in pixels_NCHW.split(IMAGES_AT_ONCE):
-            features.extend(self._compute_features(batch_NCHW))
-        for sequence in plain:
-            num_images = len(sequence.inputs["pixel_values"])
-            own, features = features[:num_images], features[num_images:]
-            sequence.inputs = torch.cat(own)
+        num_encoded, num_known = self._pictures.read([s for s in new if s.inputs])
+        return num_encoded, num_cached + num_known
 
     def _find_rows(self, plan: Plan) -> dict[str, torch.Tensor | None]:
         """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
@@ -216,16 +194,14 @@ class LlavaRunner:
             for name, each in rows.items()
         }
 
-    def _compute_features(
-        self, pixel_values: torch.Tensor, **sizes: torch.Tensor
-    ) -> list[torch.Tensor]:
+    def _encode_pictures(self, adapter: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Return what the language model reads of each picture, [P, D]."""
+        self._adapters.choose({adapter: None})
         config = self._core.model.config
         output = self._model.get_image_features(
-            pixel_values=pixel_values.to(self.device, self.dtype),
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            **sizes,
+            **inputs | {"pixel_values": inputs["pixel_values"].to(self.device, self.dtype)},
         )
         return list(output.pooler_output)
 

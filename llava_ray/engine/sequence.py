@@ -1,5 +1,6 @@
 """The state of one request inside an engine, from admission to its last token."""
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -28,6 +29,7 @@ class Sequence:
         inputs: the pictures as the model takes them; only the runner looks inside.
         content: the tokens of prompt and answer, where each image token stands as a number for
             its picture: equal contents have equal keys and values.
+        picture_names: numbers for the contents of its pictures.
         adapter: the name of the adapter that it belongs to; empty: the model itself.
         token_ids: the answer so far.
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
@@ -53,6 +55,7 @@ class Sequence:
     logprobs: LogprobStream | None = None
     inputs: Any = None
     content: list[int] = field(default_factory=list)
+    picture_names: Many[int] = ()
     adapter: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0

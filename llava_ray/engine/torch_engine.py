@@ -13,7 +13,7 @@ from concurrent.futures import Future
 import torch
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.content import describe_content
+from llava_ray.engine.content import describe_content, name_pictures
 from llava_ray.engine.halves import NUM_HALVES, HalvingRunner
 from llava_ray.engine.load import count_threads
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
@@ -48,6 +48,7 @@ class TorchEngine:
         cache_tokens: size of the key-value cache, over all requests.
         max_batch_size: requests computed at once.
         prefill_tokens: prompt tokens of one step.
+        picture_cache_mb: memory for encoded pictures, in MiB.
         prefix_cache: keep what was computed, for prompts that begin alike.
         patience_s: a step that takes longer than this counts as stuck.
         note_pictures: told by the default runner what becomes of pictures.
@@ -64,6 +65,7 @@ class TorchEngine:
         max_batch_size: int = 32,
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
+        picture_cache_mb: int = 256,
         patience_s: float = 60.0,
         note_pictures: NotePictures = ignore_pictures,
     ) -> None:
@@ -94,6 +96,7 @@ class TorchEngine:
                 core,
                 cache_tokens=self._cache_tokens,
                 adapters=adapters,
+                picture_cache_mb=picture_cache_mb,
                 note_pictures=note_pictures,
             )
         )
@@ -130,6 +133,7 @@ class TorchEngine:
             cache_tokens=config.cache_tokens,
             max_batch_size=config.max_batch_size,
             prefix_cache=config.prefix_cache,
+            picture_cache_mb=config.picture_cache_mb,
             note_pictures=note_pictures,
         )
 
@@ -201,6 +205,7 @@ class TorchEngine:
     def _encode(self, prompt: Prompt) -> Sequence:
         self._adapters.check(prompt.adapter)
         prompt_ids, pictures = self._reader.read(prompt)
+        names = name_pictures(prompt.images)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -213,7 +218,8 @@ class TorchEngine:
             logprobs=self._reader.open_logprobs(prompt),
             inputs=pictures,
             content=describe_content(
-                prompt_ids, self._core.image_token_id, prompt.images, adapter=prompt.adapter
+                prompt_ids, self._core.image_token_id, names, adapter=prompt.adapter
             ),
+            picture_names=names,
             adapter=prompt.adapter,
         )
