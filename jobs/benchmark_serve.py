@@ -1,9 +1,9 @@
 """Speed of serving, measured: what `python jobs/benchmark.py serve` runs.
 
 The same weights and requests (a picture and a few words, greedy, answers of one length) through
-this application, its engine alone, vLLM's own server, one static batch, and LLaVA's way of a thread
-and a `generate` a request. Each system runs in a process of its own that also makes the load.
-Beside them stands what the machine could do at most, by its measured rates.
+this application, its engine alone, vLLM's own server, `transformers serve`, one static batch, and
+LLaVA's way of a thread and a `generate` a request. Each system runs in a process of its own that
+also makes the load. Beside them stands what the machine could do at most, by its measured rates.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ SYSTEMS = {
     "llava_ray": "this application, through HTTP",
     "engine": "its engine alone, called in one process",
     "vllm": "vLLM's server; LLAVA_RAY_VLLM_PYTHON names its Python",
+    "transformers": "`transformers serve`, one request after the other",
     "batch": "transformers' `generate` of all requests in one batch",
     "generate": "a thread and a `generate` a request, as LLaVA's worker does it",
     "generate-float16": "the same in LLaVA's own precision",

@@ -10,11 +10,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from benchmark_requests import Ask, Load, Question
 
 from llava_ray.template import Template
+
+GREEDY = {"temperature": 0, "ignore_eos": True}
 
 SETTLE_S = 20
 """What a server still does in the background once it is ready is not measured."""
@@ -46,6 +49,21 @@ def open_vllm(load: Load) -> Iterator[Ask]:
     url = f"http://127.0.0.1:{port}"
     with run_server([*command, load.model, *options], f"{url}/health", environment):
         yield ask_over_http(url, max_tokens=load.max_tokens)
+
+
+@contextlib.contextmanager
+def open_transformers(load: Load) -> Iterator[Ask]:
+    """`transformers serve` with its own settings: one request after the other.
+
+    It refuses `ignore_eos`, and takes the shortest answer in fields of its own.
+    """
+    port = find_port()
+    command = ["transformers", "serve", load.model, "--port", str(port), "--dtype", name_dtype()]
+    length = {"max_new_tokens": load.max_tokens, "min_new_tokens": load.max_tokens}
+    options = {"generation_config": json.dumps(length | {"do_sample": False})}
+    url = f"http://127.0.0.1:{port}"
+    with run_server(command, f"{url}/health", {"HF_HUB_OFFLINE": "1"}):
+        yield ask_over_http(url, max_tokens=load.max_tokens, model=load.model, options=options)
 
 
 @contextlib.contextmanager
@@ -93,13 +111,20 @@ def name_dtype() -> str:
     return str(choose_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
 
 
-def ask_over_http(base_url: str, *, max_tokens: int) -> Ask:
-    """Streamed chat completions, as an OpenAI client makes them."""
+def ask_over_http(
+    base_url: str, *, max_tokens: int, model: str = "", options: Mapping[str, Any] = GREEDY
+) -> Ask:
+    """Streamed chat completions, as an OpenAI client makes them.
+
+    Args:
+        model: its name there; empty: the first that there is.
+        options: further fields of the body.
+    """
     import httpx
 
     from llava_ray.images import to_data_url
 
-    model = httpx.get(f"{base_url}/v1/models").json()["data"][0]["id"]
+    model = model or httpx.get(f"{base_url}/v1/models").json()["data"][0]["id"]
     client = httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
 
     async def ask(question: Question) -> AsyncIterator[int]:
@@ -109,10 +134,9 @@ def ask_over_http(base_url: str, *, max_tokens: int) -> Ask:
             "model": model,
             "messages": [{"role": "user", "content": content}],
             "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **options,
         }
         url = f"{base_url}/v1/chat/completions"
         num_chunks = 0
@@ -166,6 +190,7 @@ OPENERS: dict[str, Callable[[Load], contextlib.AbstractContextManager[Ask]]] = {
     "llava_ray": open_llava_ray,
     "engine": open_engine,
     "vllm": open_vllm,
+    "transformers": open_transformers,
     "generate": open_generate,
     "generate-float16": lambda load: open_generate(load, "float16"),
 }

@@ -12,7 +12,7 @@ class NotePictures(Protocol):
 
     Args:
         num_encoded: those that went through the vision tower.
-        num_cached: those of prompts with all of whose pictures the cache begins already.
+        num_cached: those that did not have to, because they had been before.
         seconds: that the vision tower took.
     """
 

@@ -82,7 +82,7 @@ class ReplicaMetrics:
         )
         self._pictures = Counter(
             "llava_ray_replica_pictures",
-            "Pictures of prompts: encoded, or cached, where the cache had all of a prompt's.",
+            "Pictures of prompts: encoded, or cached, which needed no encoding.",
             tag_keys=("kind",),
         )
         self._requests = Counter(
