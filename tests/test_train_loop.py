@@ -43,9 +43,10 @@ MEASURED: dict[str, Any] = {
     "num_generations": 2,
     "peak_tflops": 0.001,
 }
+LORA: dict[str, Any] = {"method": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}
 PARTS: dict[str, dict[str, Any]] = {
     "projector": {"method": "projector", "zero_stage": 2},
-    "lora": {"method": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0},
+    "lora": {**LORA, **MEASURED, "eval_steps": 5},
     "tower": {"train_vision_tower": True, "vision_lr": 1e-4, "mm_projector_lr": 1e-3},
     "checkpointed": {"gradient_checkpointing": True},
 }
@@ -58,7 +59,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     alone = [
         Scenario("alone", {"zero_stage": 2, **MEASURED}, num_steps=NUM_STEPS),
         *(Scenario(f"alone-{name}", settings, num_steps=5) for name, settings in PARTS.items()),
-        Scenario("qlora", {**PARTS["lora"], "quantization": "4bit"}),
+        Scenario("qlora", {**LORA, "quantization": "4bit"}),
         Scenario("diverging", {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}),
     ]
     together = [
@@ -136,11 +137,23 @@ def test_a_loss_that_is_no_number_stops_the_run_and_names_the_samples(runs: Path
     assert "lower learning_rate" in said
 
 
-@pytest.mark.parametrize("name", ["alone", "zero2", "zero3"])
-def test_the_held_out_loss_is_that_of_the_checkpoint_as_it_loads(runs: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [
+        ("alone", [10, 20]),
+        ("zero2", [10, 20]),
+        ("zero3", [10, 20]),
+        ("alone-lora", [5]),
+        ("two-lora", [5]),  # ZeRO 3
+    ],
+)
+def test_the_held_out_loss_is_that_of_the_checkpoint_as_it_loads(
+    runs: Path, name: str, steps: list[int]
+) -> None:
     said = read_lines(runs, name, "eval_loss")
-    assert [line["step"] for line in said] == [10, 20]
-    model: Any = load_model(runs / name / "checkpoint-20" / "model", dtype="float32", device="cpu")
+    assert [line["step"] for line in said] == steps
+    checkpoint = runs / name / f"checkpoint-{steps[-1]}"
+    model: Any = load_model(checkpoint / "model", dtype="float32", device="cpu")
     total, num_learned = 0.0, 0
     config = make_config()
     for batch in make_eval_batches(config, 0, 1, 1):

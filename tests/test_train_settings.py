@@ -5,9 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny import tiny_model
+from transformers import get_scheduler
 
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.model import load_model
+from llava_ray.train.parts import find_part, group_parameters, select_parts
+from llava_ray.train.schedule import compute_rate, count_warmup
 from llava_ray.train.settings import load_train_config
 from llava_ray.train.zero import describe_engine
 
@@ -59,6 +65,50 @@ def test_gradients_are_reduced_many_at_once_in_small_models_too(
 def test_the_global_batch_stays_the_same_on_any_number_of_workers(tmp_path: Path) -> None:
     config = load_train_config(write(tmp_path))
     assert [config.count_accumulation(n) for n in (1, 2, 3, 4, 5)] == [4, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"lr_scheduler_type": "cosine"}, "cosine"),
+        ({"lr_scheduler_type": "linear"}, "linear"),
+        ({"lr_scheduler_type": "constant"}, "constant_with_warmup"),
+        ({"lr_scheduler_type": "linear", "warmup_steps": 7}, "linear"),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 0}, "constant"),
+    ],
+)
+def test_the_learning_rate_goes_as_in_transformers(
+    settings: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    config = load_train_config(write(tmp_path, warmup_ratio=0.1, **settings), [])
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(name, optimizer, count_warmup(config, 30), 30)
+    for step in range(30):
+        assert compute_rate(config, step, 30) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert count_warmup(config, 30) == settings.get("warmup_steps", 3)
+
+
+def test_each_part_has_its_own_learning_rate_and_decay(tmp_path: Path) -> None:
+    rates = {"learning_rate": 1e-3, "mm_projector_lr": 2e-3, "vision_lr": 3e-3}
+    decays = {"weight_decay": 0.1, "mm_projector_weight_decay": 0.2, "vision_weight_decay": 0.3}
+    path = write(tmp_path, train_vision_tower=True, **rates, **decays)
+    config = load_train_config(path, [])
+    model: Any = load_model(tiny_model(), dtype="float32", device="cpu").model
+    select_parts(model, config)
+    groups = group_parameters(model, config)
+    assert {(g["part"], g["lr"], g["weight_decay"]) for g in groups if g["weight_decay"]} == {
+        ("language_model", 1e-3, 0.1),
+        ("projector", 2e-3, 0.2),
+        ("vision_tower", 3e-3, 0.3),
+    }
+    parts = {id(p): g["part"] for g in groups for p in g["params"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(parts) == len(trained)
+    for name, parameter in trained.items():
+        assert parts[id(parameter)] == find_part(name), name
+    assert all(p.ndim == 1 for g in groups if not g["weight_decay"] for p in g["params"])
 
 
 def test_settings_inside_others_are_set_from_the_command_line(tmp_path: Path) -> None:
