@@ -159,7 +159,8 @@ def test_the_same_seed_draws_the_same_scene_and_asks_the_same(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_serve_answers_on_its_port_until_ctrl_c() -> None:
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM], ids=["ctrl_c", "sigterm"])
+def test_serve_answers_on_its_port_until_it_is_stopped(ending: signal.Signals) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
@@ -169,10 +170,12 @@ def test_serve_answers_on_its_port_until_ctrl_c() -> None:
             assert server.stderr
             told = next(line for line in server.stderr if "Ctrl-C" in line)
             ready = wait_until_ready(f"http://127.0.0.1:{port}")
-            server.send_signal(signal.SIGINT)
-            server.communicate(timeout=2 * PATIENCE_S)
+            server.send_signal(ending)
+            _, rest = server.communicate(timeout=2 * PATIENCE_S)
         finally:
             server.kill()  # or leaving the block waits for ever for one that does not end
     assert port in told
     assert ready["models"] == {"echo": "ready"}
+    assert "Traceback" not in rest
+    assert "***" not in rest
     assert server.returncode == 0

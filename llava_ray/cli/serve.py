@@ -1,4 +1,4 @@
-"""`llava-ray serve`: the application on Ray, until Ctrl-C."""
+"""`llava-ray serve`: the application on Ray, until Ctrl-C or SIGTERM."""
 
 import signal
 from pathlib import Path
@@ -27,7 +27,7 @@ def serve(
         typer.Option(help="YAML file with the fields of ServeConfig, for example `models`."),
     ] = None,
 ) -> None:
-    """Serve models on Ray, with the page and the OpenAI API, until Ctrl-C.
+    """Serve models on Ray, with the page and the OpenAI API, until Ctrl-C or SIGTERM.
 
     What is not given here comes from --config, then from LLAVA_RAY_* in the environment.
     """
@@ -44,6 +44,7 @@ def serve(
 
     application = build_app(described)
     ray_serve.start(http_options={"host": host, "port": port})
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray's own, of `start`, aborts
     try:
         ray_serve.run(application)
         notes.print(f"ready: http://{host}:{port}; Ctrl-C ends it")
