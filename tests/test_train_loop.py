@@ -28,11 +28,12 @@ from llava_ray.train.flops import count_flops
 from llava_ray.train.parts import describe_parts, select_parts
 from llava_ray.train.step import take_step
 
+CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 NUM_STEPS = 20
 ZEROS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0},
     "zero1": {"zero_stage": 1},
-    "zero2": {"zero_stage": 2},
+    "zero2": {"deepspeed": str(CONFIGS / "zero2.json")},
     "zero2-offload": {"zero_stage": 2, "offload": "optimizer"},
     "zero3": {"zero_stage": 3},
     "zero3-offload": {"zero_stage": 3, "offload": "all"},
@@ -60,6 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Scenario("alone", {"zero_stage": 2, **MEASURED}, num_steps=NUM_STEPS),
         *(Scenario(f"alone-{name}", settings, num_steps=5) for name, settings in PARTS.items()),
         Scenario("qlora", {**LORA, "quantization": "4bit"}),
+        Scenario("leaving", num_steps=5, leaves_at=3),
         Scenario("diverging", {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}),
     ]
     together = [
@@ -210,9 +212,22 @@ def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path: Path)
         dist.destroy_process_group()
 
 
-def test_adapters_over_four_bit_weights_learn(runs: Path) -> None:
+def test_adapters_over_four_bit_weights_learn_and_load(runs: Path) -> None:
     losses = read_losses(runs, "qlora")
     assert losses[-1] < losses[0]
+    config = make_config()
+    inputs = next(make_eval_batches(config, 0, 1, 1)).to_tensors()
+    trained: Any = load_model(runs / "qlora" / "checkpoint-10" / "model", dtype="float32")
+    before: Any = load_model(config.model, dtype="float32")
+    with torch.inference_mode():
+        assert float(trained.model(**inputs).loss) < float(before.model(**inputs).loss)
+
+
+def test_a_machine_that_will_be_taken_away_leaves_a_checkpoint_at_once(runs: Path) -> None:
+    read_losses(runs, "leaving")
+    kept = sorted(folder.name for folder in (runs / "leaving").glob("checkpoint-*"))
+    assert kept == ["checkpoint-3", "checkpoint-5"]
+    load_model(runs / "leaving" / "checkpoint-3" / "model", device="cpu")
 
 
 COUNT_FAULTS = """

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import chain
+from itertools import chain, count
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,16 @@ BATCH_SIZE = 4
 
 @dataclass
 class Scenario:
-    """A run: its settings, from which checkpoint it goes on, after how many steps it breaks off."""
+    """A run: its settings, from which checkpoint it goes on, after how many steps it breaks off,
+    and at which step it is told that its machine will be taken away.
+    """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     resume: str | None = None
     num_steps: int = 10
     stop_after: int | None = None
+    leaves_at: int | None = None
 
 
 def make_config(**settings: Any) -> TrainConfig:
@@ -215,12 +218,14 @@ def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> Non
     def read_held_out(size: int) -> Iterator[Batch]:
         return make_eval_batches(config, rank, num_workers, size)
 
+    steps = count(1)
     around = Surroundings(
         read_batches=read,
         read_eval_batches=read_held_out if config.eval_datasets else None,
         num_steps=scenario.num_steps,
         new_folder=lambda: home / "new",
         keep=keep,
+        is_leaving=lambda: next(steps) == scenario.leaves_at,
     )
     resume = folder / scenario.resume if scenario.resume else None
     try:
