@@ -1,6 +1,6 @@
 """The whole way of a small LLaVA: pre-training, fine-tuning, held-out questions, seeing and blind.
 
-By the shipped recipes and the commands of the README; some twelve minutes on two cores.
+By the shipped recipes and the commands of the README; 21 minutes on two busy cores.
 `TEST_LONG=1 pytest -m long`.
 """
 
