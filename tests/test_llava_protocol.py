@@ -137,6 +137,7 @@ BAD_BODIES: list[tuple[Any, str]] = [
     ({"model": "echo", "prompt": 7}, "prompt=7"),
     ({"model": "echo", "prompt": None}, "prompt=null"),
     ({"model": "echo", "prompt": "\ud800"}, "surrogate"),
+    ({"model": "echo", "prompt": "<image>", "images": ["\ud800"]}, "surrogate"),
     ({"model": "echo", "prompt": "a", "images": "aGVsbG8="}, "images="),
     ({"model": "echo", "prompt": "a", "images": {"0": "a"}}, "images="),
     ({"model": "echo", "prompt": "a", "images": [None]}, "images.0=null"),

@@ -75,7 +75,7 @@ class GenerateBody(ModelBody):
     """`/worker_generate_stream`; the defaults are those of LLaVA's worker."""
 
     prompt: _Text = Field(description="the rendered prompt, with <image> for each picture")
-    images: list[str] | None = Field(None, description="a list of pictures in base64")
+    images: list[_Text] | None = Field(None, description="a list of pictures in base64")
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
     max_new_tokens: int = Field(256, ge=1, le=2**31, description="a whole number from 1")
