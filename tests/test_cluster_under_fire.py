@@ -133,7 +133,6 @@ def test_a_node_that_dies_takes_no_more_than_its_own_streams(nodes: RayNodes) ->
         print(f"{len(broken_s)} streams ended with an error after {max(broken_s, default=0):.2f} s")
         print(f"both replicas ran again after {back_at - killed_at:.1f} s")
         assert accounts_for_all(crowd)
-        assert back_at - killed_at < 15, "capacity was away for long"
         assert set(crowd.count()) == {"done", "error"}
         assert crowd.count()["error"] < 16, "streams on the other node broke off too"
         for one in crowd.asks:
