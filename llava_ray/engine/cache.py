@@ -15,9 +15,11 @@ import mmap
 import os
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
+from llava_ray.engine.cpu_attention import Rows, attend_rows
 from llava_ray.engine.regions import Region
 from llava_ray.engine.scheduler import Plan
 
@@ -29,10 +31,7 @@ class KVCache:
     """Keys and values of all sequences, for every layer.
 
     A layer's pool is [N * K, E]; a region of S places is in it as [K, S, E], all of one sequence
-    close together.
-
-    On a CPU they are kept in float32: attention of one token to those before it is several times
-    faster there than in bfloat16, for which torch has no such kernel on CPUs.
+    close together. On a CPU it is bfloat16 or float32, the dtypes that `cpu_attention` reads.
     """
 
     def __init__(
@@ -45,7 +44,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.dtype = torch.float32 if device.type == "cpu" else dtype
+        is_read = device.type != "cpu" or dtype == torch.bfloat16
+        self.dtype = dtype if is_read else torch.float32
         self.device = device
         self.num_kv_heads = num_kv_heads
         shape = (num_tokens * num_kv_heads, head_size)
@@ -109,6 +109,43 @@ class Span(NamedTuple):
     past: int
 
 
+class Singles:
+    """Sequences with one new token each, on a CPU: any regions, one call for all."""
+
+    def __init__(self, spans: list[Span], cache: KVCache) -> None:
+        self._spans, self._heads = spans, cache.num_kv_heads
+        self._offsets = _index([span.offset for span in spans], cache.device)
+        self._rows: dict[int | None, Rows] = {}
+
+    def attend(
+        self,
+        query_THE: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output_THE: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> None:
+        """Write their part of a layer's attention, each seeing `window` tokens; None: all."""
+        if (rows := self._rows.get(window)) is None:
+            rows = self._rows[window] = self._find_rows(window)
+        output_THE[self._offsets] = attend_rows(
+            query_THE[self._offsets],
+            keys,
+            values,
+            rows,
+            num_kv_heads=self._heads,
+            scaling=scaling,
+        ).to(output_THE.dtype)
+
+    def _find_rows(self, window: int | None) -> Rows:
+        lengths = np.array([span.past + 1 for span in self._spans])
+        skipped = np.maximum(0, lengths - window) if window else np.zeros_like(lengths)
+        starts, sizes = np.array([span.region for span in self._spans]).T
+        return Rows(starts * self._heads + skipped, np.ascontiguousarray(sizes), lengths - skipped)
+
+
 class Lanes:
     """Sequences with one new token each, whose regions are equal and at equal distances.
 
@@ -122,21 +159,39 @@ class Lanes:
         self._heads = cache.num_kv_heads
         self._shape_BS = (len(spans), max(lengths))
         self._start, self._size, self._distance = first.start, first.length, distance
-        offsets = [span.offset for span in spans]
-        is_run = offsets == list(range(offsets[0], offsets[0] + len(spans)))
-        self.offsets = (
-            slice(offsets[0], offsets[-1] + 1)  # a view, and no copy
-            if is_run
-            else torch.tensor(offsets, device=cache.device)
-        )
-        self.mask_B11S = None
+        self._offsets = _index([span.offset for span in spans], cache.device)
+        self._mask_B11S = None
         if min(lengths) < max(lengths):
             lengths_B1 = torch.tensor(lengths, device=cache.device)[:, None]
             is_seen_BS = torch.arange(max(lengths), device=cache.device) < lengths_B1
             mask_BS = torch.zeros(self._shape_BS, dtype=cache.dtype, device=cache.device)
-            self.mask_B11S = mask_BS.masked_fill_(~is_seen_BS, float("-inf"))[:, None, None]
+            self._mask_B11S = mask_BS.masked_fill_(~is_seen_BS, float("-inf"))[:, None, None]
 
-    def view(self, pool: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self,
+        query_THE: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output_THE: torch.Tensor,
+        *,
+        scaling: float,
+    ) -> None:
+        """Write their part of a layer's attention.
+
+        Query heads that share a kv head are computed like tokens that see the same.
+        """
+        query_BHE = query_THE[self._offsets]
+        query_BKGE = query_BHE.reshape(len(query_BHE), self._heads, -1, query_BHE.shape[2])
+        output_BKGE = F.scaled_dot_product_attention(
+            query_BKGE.to(keys.dtype),
+            self._view(keys),
+            self._view(values),
+            attn_mask=self._mask_B11S,
+            scale=scaling,
+        )
+        output_THE[self._offsets] = output_BKGE.reshape(query_BHE.shape).to(output_THE.dtype)
+
+    def _view(self, pool: torch.Tensor) -> torch.Tensor:
         """Return these sequences' part of a pool, [B, K, S, E], without copying it."""
         (lanes, length), head_size = self._shape_BS, pool.shape[1]
         place = self._heads * head_size  # elements of a pool for each place in the cache
@@ -145,6 +200,13 @@ class Lanes:
             (self._distance * place, self._size * head_size, head_size, 1),
             self._start * place,
         )
+
+
+def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
+    """Return what picks these tokens of a step: where they are neighbours, a view and no copy."""
+    if offsets == list(range(offsets[0], offsets[0] + len(offsets))):
+        return slice(offsets[0], offsets[-1] + 1)
+    return torch.tensor(offsets, device=device)
 
 
 def group_lanes(spans: list[Span]) -> list[list[Span]]:
@@ -181,7 +243,9 @@ class Step:
         self.positions_T = torch.tensor(positions, device=cache.device)
         self._rows = cache.rows(self.spans, self.positions_T)
         singles = [span for span in self.spans if span.length == 1]
-        self._lanes = [Lanes(group, cache) for group in group_lanes(singles)]
+        on_cpu = cache.device.type == "cpu"
+        self._singles = Singles(singles, cache) if singles and on_cpu else None
+        self._lanes = [] if on_cpu else [Lanes(group, cache) for group in group_lanes(singles)]
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -205,17 +269,15 @@ class Step:
         self.cache.store(layer, self._rows, key_TKE, value_TKE)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         output_THE = query_THE.new_empty(query_THE.shape)
-        for lanes in self._lanes if window is None else ():
-            output_THE[lanes.offsets] = _attend_lanes(
-                query_THE[lanes.offsets],
-                lanes.view(keys),
-                lanes.view(values),
-                scaling,
-                lanes.mask_B11S,
+        if self._singles:
+            self._singles.attend(
+                query_THE, keys, values, output_THE, scaling=scaling, window=window
             )
+        for lanes in self._lanes if window is None else ():
+            lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)
         for span in self.spans:
             offset, length, region, past = span
-            if length == 1 and window is None:
+            if length == 1 and (window is None or self._singles):
                 continue
             new = slice(offset, offset + length)
             if past == 0 and window is None:
@@ -270,22 +332,6 @@ def attend(
         window=sliding_window,
     )
     return output_THE.to(query.dtype)[None], None
-
-
-def _attend_lanes(
-    query_BHE: torch.Tensor,
-    key_BKSE: torch.Tensor,
-    value_BKSE: torch.Tensor,
-    scaling: float,
-    mask_B11S: torch.Tensor | None,
-) -> torch.Tensor:
-    """One token a sequence: query heads that share a kv head are like tokens that see the same."""
-    num_lanes, num_kv_heads, _, head_size = key_BKSE.shape
-    query_BKGE = query_BHE.reshape(num_lanes, num_kv_heads, -1, head_size)
-    output_BKGE = F.scaled_dot_product_attention(
-        query_BKGE.to(key_BKSE.dtype), key_BKSE, value_BKSE, attn_mask=mask_B11S, scale=scaling
-    )
-    return output_BKGE.reshape(query_BHE.shape).to(query_BHE.dtype)
 
 
 def _attend_span(
