@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from patience import PATIENCE_S, wait_until, wait_until_ready
 from PIL import Image
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.serve.direct import Lines, Post
 from llava_ray.serve.gateway import build_api
 from llava_ray.types import ChatRequest, Chunk
 
@@ -203,11 +204,17 @@ def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         def __init__(self, folder: Path) -> None:
             self._folder = folder
             self._num_running = 0
+            self._lines = Lines()
 
         async def stats(self) -> dict[str, float]:
             return {"num_running": self._num_running}
 
-        async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        async def chat(self, request: ChatRequest, post: Post) -> AsyncIterator[Chunk]:
+            async with aclosing(self._talk(request)) as chunks:
+                async for chunk in self._lines.pass_on(chunks, post):
+                    yield chunk
+
+        async def _talk(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
             from llava_ray.errors import EngineError
 
             self._num_running += 1

@@ -22,6 +22,7 @@ from pages import PARAMETERS, Visitor, said, texts
 from patience import PATIENCE_S, wait_until
 
 from llava_ray.config import ModelConfig, PageConfig, ServeConfig
+from llava_ray.serve.direct import Lines, Post
 from llava_ray.types import ChatRequest, Chunk
 
 pytestmark = pytest.mark.slow
@@ -62,10 +63,17 @@ def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
     end = tmp_path_factory.mktemp("kills") / "end"
 
     class Lasting:  # in here, so that Ray sends it to its workers by value
+        def __init__(self) -> None:
+            self._lines = Lines()
+
         async def stats(self) -> dict[str, float]:
             return {}
 
-        async def chat(self, request: ChatRequest) -> AsyncIterator[Chunk]:
+        async def chat(self, request: ChatRequest, post: Post) -> AsyncIterator[Chunk]:
+            async for chunk in self._lines.pass_on(self._talk(request), post):
+                yield chunk
+
+        async def _talk(self, request: ChatRequest) -> AsyncIterator[Chunk]:
             if request.messages[0].parts[0].text != QUESTION:
                 yield Chunk("Hello", "stop", 1, 9, 0)
                 return

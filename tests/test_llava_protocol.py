@@ -313,7 +313,7 @@ def slow(served: str) -> Iterator[str]:
         async def stats(self) -> dict[str, float]:
             return {"num_running": self.num_running}
 
-        async def chat(self, request: PromptRequest) -> AsyncIterator[Chunk]:
+        async def chat(self, request: PromptRequest, _post: object) -> AsyncIterator[Chunk]:
             import asyncio
 
             from llava_ray.errors import EngineError

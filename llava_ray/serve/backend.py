@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import console
+from llava_ray.serve.direct import Postbox
 from llava_ray.serve.visits import Visit
 from llava_ray.serve.waiting_room import WaitingRoom
 from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, Tokens
@@ -44,6 +45,7 @@ class Backend:
         name: the model's, for messages.
         handle: of its deployment of `Replica`.
         room: where requests wait while its replicas are busy.
+        postbox: where replicas may send chunks past Ray; None: they do not.
 
     Attributes:
         parent: the name of the model that this is an adapter of; None: it is none.
@@ -52,8 +54,15 @@ class Backend:
     parent: str | None = None
     _adapter = ""
 
-    def __init__(self, name: str, handle: DeploymentHandle, room: WaitingRoom) -> None:
+    def __init__(
+        self,
+        name: str,
+        handle: DeploymentHandle,
+        room: WaitingRoom,
+        postbox: Postbox | None = None,
+    ) -> None:
         self.name = name
+        self._postbox = postbox
         self._room = room
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
@@ -146,7 +155,9 @@ class Backend:
     async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
         is_completion = isinstance(request, CompletionRequest)
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
-        response: Any = method.remote(replace(request, adapter=self._adapter))
+        mail = await self._postbox.register() if self._postbox else None
+        post = [mail.post] if mail else []
+        response: Any = method.remote(replace(request, adapter=self._adapter), *post)
         asked_at = time.monotonic()
         self._signs.asked_at.append(asked_at)
         try:
@@ -155,11 +166,15 @@ class Backend:
             raise EngineError(f"{self.name!r} ended before it said anything: try again") from None
         except BaseException:
             response.cancel()
+            if mail:
+                mail.forget()
             raise
         finally:
             self._signs.asked_at.remove(asked_at)
         visit.note_first()
-        return Answer(self, first, response, visit, num_answers=request.num_answers)
+        if mail:
+            mail.follow(first, response, num_answers=request.num_answers)
+        return Answer(self, first, mail or response, visit, num_answers=request.num_answers)
 
     def note_alive(self) -> None:
         """A chunk came: the model is well."""

@@ -22,6 +22,7 @@ from llava_ray.serve import openai
 from llava_ray.serve import openai_answers as answers
 from llava_ray.serve.backend import Backend
 from llava_ray.serve.body import read_body
+from llava_ray.serve.direct import Postbox
 from llava_ray.serve.directory import Directory
 from llava_ray.serve.door import Door
 from llava_ray.serve.fetch import Fetcher
@@ -46,6 +47,7 @@ class Front:
         workers: DeploymentHandle | None,
         door: Door,
         metrics: Metrics,
+        postbox: Postbox | None = None,
     ) -> None:
         self._door = door
         self._limits = config.limits
@@ -53,7 +55,10 @@ class Front:
         self._created = int(time.time())
         self._backends = {
             model.name: Backend(
-                model.name, models[model.name], _build_room(model, config.limits, metrics)
+                model.name,
+                models[model.name],
+                _build_room(model, config.limits, metrics),
+                postbox,
             )
             for model in config.models
         }

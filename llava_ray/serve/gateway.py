@@ -18,6 +18,7 @@ from llava_ray.config import CLIENT_KEY_VARIABLE, PageConfig, ServeConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.serve import console, llava_protocol
 from llava_ray.serve import openai_answers as answers
+from llava_ray.serve.direct import Postbox
 from llava_ray.serve.door import Describe, Door, DoorMiddleware
 from llava_ray.serve.front import Front
 from llava_ray.serve.ledger import Exchange, open_ledger
@@ -51,7 +52,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the gateway's process, after the constructor."""
         exchange = open_ledger(serve.get_replica_context().app_name)
-        api = build_api(self._config, self._models, self._workers, exchange)
+        api = build_api(self._config, self._models, self._workers, exchange, Postbox())
         if self._config.page:
             self._hand_over_key()
             from llava_ray.serve.page import mount_page
@@ -76,6 +77,7 @@ def build_api(
     models: Mapping[str, DeploymentHandle],
     workers: DeploymentHandle | None = None,
     exchange: Exchange | None = None,
+    postbox: Postbox | None = None,
 ) -> FastAPI:
     """Return the HTTP application, on which a page may be mounted.
 
@@ -84,10 +86,11 @@ def build_api(
         models: for each model's name a handle on which `chat` and `stats` can be called.
         workers: a handle on `Workers`, if any may register.
         exchange: reaches the ledger of usage that several gateways share.
+        postbox: where replicas may send chunks past Ray.
     """
     door = Door(config, exchange)
     metrics = Metrics()
-    front = Front(config, models, workers, door, metrics)
+    front = Front(config, models, workers, door, metrics, postbox)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,

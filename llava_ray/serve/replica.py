@@ -14,6 +14,7 @@ from llava_ray.engine.complete import complete, tokenize
 from llava_ray.errors import EngineError
 from llava_ray.serve import console
 from llava_ray.serve.deadline import Deadline
+from llava_ray.serve.direct import Lines, Post
 from llava_ray.serve.replica_metrics import ReplicaMetrics
 from llava_ray.types import (
     Chunk,
@@ -47,6 +48,7 @@ class Replica:
         self._engine = load_engine(model, note_pictures=self._metrics.note_pictures)
         self._limits = limits
         self._messages_per_s = model.messages_per_s
+        self._lines = Lines()
         self._num_streams = 0
         self._num_failed_checks = 0
         self._deadlines: set[Deadline] = set()  # of what is being answered
@@ -55,8 +57,13 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         console.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: Request) -> AsyncGenerator[Chunk]:
-        """Stream the answer; leaving the iterator aborts the request in the engine."""
+    async def chat(self, request: Request, post: Post | None = None) -> AsyncGenerator[Chunk]:
+        """Stream the answer; leaving the iterator aborts the request in the engine.
+
+        Args:
+            request: what to answer.
+            post: where all chunks but the first may be sent instead of being yielded.
+        """
         answer = chat(
             self._engine,
             request,
@@ -66,14 +73,16 @@ class Replica:
             note_render=self._metrics.note_render,
         )
         async with aclosing(self._send(answer, request)) as chunks:
-            async for chunk in chunks:
+            async for chunk in self._lines.pass_on(chunks, post):
                 yield chunk
 
-    async def complete(self, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+    async def complete(
+        self, request: CompletionRequest, post: Post | None = None
+    ) -> AsyncGenerator[Chunk]:
         """Stream the answers to plain prompts, as `chat` does."""
         answers = complete(self._engine, request)
         async with aclosing(self._send(answers, request)) as chunks:
-            async for chunk in chunks:
+            async for chunk in self._lines.pass_on(chunks, post):
                 yield chunk
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
