@@ -85,7 +85,7 @@ class ModelConfig(Section):
         default=100,
         ge=1,
         description="Pieces of answers that a replica sends each second, over all its streams; "
-        "tokens in between are joined. Each piece costs about 1 ms of CPU on its way through Ray.",
+        "tokens in between are joined. Each piece costs gateway and proxy 1 to 2 ms of CPU.",
     )
     num_cpus: float = Field(
         default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."
