@@ -20,6 +20,7 @@ import itertools
 import os
 import pickle
 import secrets
+import socket
 import time
 from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
@@ -102,7 +103,7 @@ class Postbox:
                 for number, chunk in pickle.loads(await reader.readexactly(size)):
                     if mail := self._mails.get(number):
                         mail.put(chunk)
-        except (asyncio.IncompleteReadError, ConnectionError, TimeoutError):
+        except (asyncio.IncompleteReadError, OSError):  # OSError: TimeoutError too
             pass  # what it had begun ends with the error that Ray brings
         finally:
             self._writers.discard(writer)
@@ -227,6 +228,7 @@ class Lines:
                 self._failed_at[address] = time.monotonic()
                 console.logger.warning(f"answers go to {post.host} through Ray alone: {error!r}")
                 return None
+            _keep_alive(writer.get_extra_info("socket"))
             writer.write(post.secret)
             line = self._lines[address] = Line(reader, writer)
             return line
@@ -265,3 +267,11 @@ class Line:
         self._writer.writelines([len(message).to_bytes(4), message])
         if self._writer.transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
             self._writer.transport.abort()
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Let the system ask in quiet times: clouds' firewalls forget what is quiet for long."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}.items():
+        if hasattr(socket, name):  # not all systems have all of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
