@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_ray.engine.cpu_attention import Rows, attend_rows
+from llava_ray.engine.cpu_attention import Rows, _compile, attend_rows
 
 HEAD_SIZE = 24
 
@@ -44,3 +44,17 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
             query_HE[None, :, None], key_KSE[None], value_KSE[None], scale=0.3, enable_gqa=True
         )[0, :, 0]
         torch.testing.assert_close(output_HE, expected_HE, rtol=1e-5, atol=1e-5)
+
+
+def test_where_nothing_can_be_written_it_is_compiled_for_the_process(monkeypatch):
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+
+    def count(numbers):
+        for i in range(len(numbers)):
+            numbers[i] += 1
+
+    numbers = np.zeros(2)
+    _compile(count)(numbers)
+    assert numbers.tolist() == [1, 1]

@@ -2,16 +2,17 @@
 
 While a batch decodes, attention reads all keys and values of all its sequences for little
 arithmetic. torch's own operation packs them first as for a large product and reaches half the rate
-at which memory could give them. This one is compiled by Numba when it is first called (once a
-machine: it is kept beside this file or, where that cannot be written, in the user's cache).
+at which memory could give them. This one is compiled by Numba when it is first called, and kept
+beside this file, else in the user's cache, else for the process alone.
 
 Shapes: B sequences, N places of the cache, H query heads, K kv heads, E head size.
 """
 
 import itertools
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -101,7 +102,16 @@ def _compile_widen(number):  # Numba wants no annotations
     return lambda number: number
 
 
-@numba.njit(nogil=True, fastmath=True, error_model="numpy", cache=True)
+def _compile(function: Callable[..., None]) -> Callable[..., None]:
+    """Compile a function when it is first called; kept for others where there is a place."""
+    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # neither this package's folder nor the user's cache can be written
+        return numba.njit(**options)(function)
+
+
+@_compile
 def _attend(
     query_BHE, keys, values, firsts, sizes, lengths, num_kv_heads, scaling, output_BHE, begin, end
 ):  # fmt: skip
