@@ -55,7 +55,8 @@ class Postbox:
     def __init__(self) -> None:
         self._server: asyncio.Server | None = None
         self._opening = asyncio.Lock()
-        self._is_closed = "RAY_USE_TLS" in os.environ  # then only Ray's own ways are encrypted
+        uses_tls = os.environ.get("RAY_USE_TLS", "").lower() in ("1", "true")
+        self._is_closed = uses_tls  # only Ray's own ways are encrypted
         self._secret = secrets.token_bytes(_SECRET_BYTES)
         self._numbers = itertools.count()
         self._mails: dict[int, Mail] = {}
