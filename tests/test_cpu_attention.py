@@ -22,28 +22,34 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
     regions = [(40, 16), (0, 40), (60, 8)]  # of the cache: where each begins, and its places
     lengths = [16, 33, 1]
     keys, values = torch.randn(2, 70 * num_kv_heads, HEAD_SIZE).to(dtype)
-    query_BHE = 3 * torch.randn(3, num_heads, HEAD_SIZE)
+    query_THE = 3 * torch.randn(5, 2 * num_heads, HEAD_SIZE)[:, :num_heads]  # part of wider rows
+    output_THE = torch.full((5, num_heads, HEAD_SIZE), 7.0)
+    tokens = [3, 0, 4]  # the others belong to prompts
     starts, sizes = np.array(regions).T
-    output_BHE = attend_rows(
-        query_BHE,
+    attend_rows(
+        query_THE,
         keys,
         values,
-        Rows(starts * num_kv_heads, sizes.copy(), np.array(lengths)),
+        Rows(np.array(tokens), starts * num_kv_heads, sizes.copy(), np.array(lengths)),
+        output_THE,
         num_kv_heads=num_kv_heads,
         scaling=0.3,
     )
-    for query_HE, output_HE, (start, size), length in zip(
-        query_BHE, output_BHE, regions, lengths, strict=True
-    ):
+    assert (output_THE[1:3] == 7).all()
+    for token, (start, size), length in zip(tokens, regions, lengths, strict=True):
         mine = slice(start * num_kv_heads, (start + size) * num_kv_heads)
         key_KSE, value_KSE = (
             pool[mine].view(num_kv_heads, size, HEAD_SIZE)[:, :length].float()
             for pool in (keys, values)
         )
         expected_HE = F.scaled_dot_product_attention(
-            query_HE[None, :, None], key_KSE[None], value_KSE[None], scale=0.3, enable_gqa=True
+            query_THE[token][None, :, None],
+            key_KSE[None],
+            value_KSE[None],
+            scale=0.3,
+            enable_gqa=True,
         )[0, :, 0]
-        torch.testing.assert_close(output_HE, expected_HE, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(output_THE[token], expected_HE, rtol=1e-5, atol=1e-5)
 
 
 def test_where_nothing_can_be_written_it_is_compiled_for_the_process(monkeypatch):

@@ -201,14 +201,7 @@ def last_logits(core) -> torch.Tensor:
         return core.model(**inputs).logits[0, -1].float()
 
 
-has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-needs_bfloat16 = pytest.mark.skipif(not has_bfloat16, reason="this CPU does not compute in it")
-
-
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"),
-    [pytest.param("bfloat16", 0.05, marks=needs_bfloat16), ("float32", 1e-5)],
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.05), ("float32", 1e-5)])
 def test_packed_weights_compute_the_same_logits(dtype, tolerance):
     core = load_model(tiny_model(), dtype=dtype, device="cpu")
     for weight in core.model.parameters():  # as from a checkpoint in 16 bits

@@ -60,6 +60,9 @@ class EvaluateConfig(TasksConfig):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Precision of the weights."
     )
+    quantization: Literal["none", "int8"] = Field(
+        default="none", description="int8: what computing in 8 bits on CPUs costs in quality."
+    )
     template: str | None = Field(default=None, min_length=1, description="Conversation template.")
 
     @model_validator(mode="after")
@@ -74,6 +77,7 @@ class EvaluateConfig(TasksConfig):
             path=self.model,
             engine=self.engine,
             dtype=self.dtype,
+            quantization=self.quantization,
             template=self.template,
             max_batch_size=self.concurrency,
             num_cpus=self.num_cpus,

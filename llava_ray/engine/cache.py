@@ -114,7 +114,6 @@ class Singles:
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
         self._spans, self._heads = spans, cache.num_kv_heads
-        self._offsets = _index([span.offset for span in spans], cache.device)
         self._rows: dict[int | None, Rows] = {}
 
     def attend(
@@ -130,20 +129,26 @@ class Singles:
         """Write their part of a layer's attention, each seeing `window` tokens; None: all."""
         if (rows := self._rows.get(window)) is None:
             rows = self._rows[window] = self._find_rows(window)
-        output_THE[self._offsets] = attend_rows(
-            query_THE[self._offsets],
+        attend_rows(
+            query_THE,
             keys,
             values,
             rows,
+            output_THE,
             num_kv_heads=self._heads,
             scaling=scaling,
-        ).to(output_THE.dtype)
+        )
 
     def _find_rows(self, window: int | None) -> Rows:
         lengths = np.array([span.past + 1 for span in self._spans])
         skipped = np.maximum(0, lengths - window) if window else np.zeros_like(lengths)
         starts, sizes = np.array([span.region for span in self._spans]).T
-        return Rows(starts * self._heads + skipped, np.ascontiguousarray(sizes), lengths - skipped)
+        return Rows(
+            tokens=np.array([span.offset for span in self._spans]),
+            firsts=starts * self._heads + skipped,
+            sizes=np.ascontiguousarray(sizes),
+            lengths=lengths - skipped,
+        )
 
 
 class Lanes:

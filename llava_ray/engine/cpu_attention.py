@@ -5,7 +5,8 @@ arithmetic. torch's own operation packs them first as for a large product and re
 at which memory could give them. This one is compiled by Numba when it is first called, and kept
 beside this file, else in the user's cache, else for the process alone.
 
-Shapes: B sequences, N places of the cache, H query heads, K kv heads, E head size.
+Shapes: T tokens of a step, B sequences, N places of the cache, H query heads, K kv heads,
+E head size.
 """
 
 import itertools
@@ -20,6 +21,7 @@ import torch
 from numba.core import types
 from numba.extending import overload
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 _MAX_PARTS = 8
 """Threads that share a call: they meet twelve to forty times a step."""
 _MIN_READ = 1 << 20
@@ -30,45 +32,46 @@ class Rows(NamedTuple):
     """Where the keys and values of B sequences are in a pool of [N * K, E]; integers, [B].
 
     Attributes:
+        tokens: which token of the step is the sequence's.
         firsts: the row of each one's first kv head and first token to be seen.
         sizes: rows from one of its kv heads to the next.
         lengths: tokens to be seen.
     """
 
+    tokens: np.ndarray
     firsts: np.ndarray
     sizes: np.ndarray
     lengths: np.ndarray
 
 
 def attend_rows(
-    query_BHE: torch.Tensor,
+    query_THE: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
     rows: Rows,
+    output_THE: torch.Tensor,
     *,
     num_kv_heads: int,
     scaling: float,
-) -> torch.Tensor:
-    """Let one token of each sequence attend to its own keys and values.
+) -> None:
+    """Let one token of each of B sequences attend to its own keys and values.
 
     Args:
-        query_BHE: any floating dtype.
+        query_THE: of all tokens of the step; any floating dtype.
         keys: a layer's pool, [N * K, E], float32 or bfloat16.
         values: likewise.
-
-    Returns:
-        [B, H, E], float32
+        output_THE: where the result goes; the rows of other tokens stay as they are.
     """
-    query_BHE = query_BHE.float().contiguous()
-    output_BHE = torch.empty_like(query_BHE)
+    query, distance = _flatten(query_THE.float())
+    output = output_THE if _is_written_in_place(output_THE) else output_THE.float().contiguous()
 
     def compute(begin: int, end: int) -> None:
         _attend(
-            query_BHE.numpy(), _to_numpy(keys), _to_numpy(values), *rows, num_kv_heads,
-            np.float32(scaling), output_BHE.numpy(), begin, end,
+            query, distance, _to_numpy(keys), _to_numpy(values), *rows, num_kv_heads,
+            np.float32(scaling), output.numpy(), begin, end,
         )  # fmt: skip
 
-    num_tasks = query_BHE.shape[0] * num_kv_heads
+    num_tasks = len(rows.tokens) * num_kv_heads
     num_read = 2 * int(rows.lengths.sum()) * num_kv_heads * keys.shape[1] * keys.itemsize
     num_parts = max(1, min(torch.get_num_threads(), _MAX_PARTS, num_tasks, num_read // _MIN_READ))
     bounds = [num_tasks * i // num_parts for i in range(num_parts + 1)]
@@ -77,7 +80,23 @@ def attend_rows(
     compute(*first)
     for each in running:
         each.result()
-    return output_BHE
+    if output is not output_THE:
+        output_THE.copy_(output)
+
+
+def _is_written_in_place(output: torch.Tensor) -> bool:
+    return output.dtype == torch.float32 and output.is_contiguous()
+
+
+def _flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
+    """Return all that rows of tokens span as one flat array, and how far one is from the next.
+
+    So rows that are a part of wider ones need no copy; those that have gaps in themselves do.
+    """
+    if not rows[:1].is_contiguous():
+        rows = rows.contiguous()
+    distance, size = rows.stride(0), rows[0].numel()
+    return rows.as_strided(((len(rows) - 1) * distance + size,), (1,)).numpy(), distance
 
 
 def _to_numpy(pool: torch.Tensor) -> np.ndarray:
@@ -95,7 +114,7 @@ def _widen(number: np.generic) -> np.float32:
     raise NotImplementedError  # compiled code only
 
 
-@overload(_widen)
+@overload(_widen, inline="always")
 def _compile_widen(number):  # Numba wants no annotations
     if isinstance(number, types.Integer):
         return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
@@ -104,43 +123,72 @@ def _compile_widen(number):  # Numba wants no annotations
 
 def _compile(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called; kept for others where there is a place."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
     try:
-        return numba.njit(cache=True, **options)(function)
+        return numba.njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # neither this package's folder nor the user's cache can be written
-        return numba.njit(**options)(function)
+        return numba.njit(**_OPTIONS)(function)
+
+
+@numba.njit(inline="always", **_OPTIONS)
+def _exp(x):
+    """e^x, to float32's last two bits: 2^n times a polynomial, with Cephes' coefficients.
+
+    Unlike the C library's, a loop of it becomes vector instructions.
+    """
+    x = max(x, np.float32(-87))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    rest = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
+    sum_ = np.float32(1.9875691500e-4)
+    sum_ = sum_ * rest + np.float32(1.3981999507e-3)
+    sum_ = sum_ * rest + np.float32(8.3334519073e-3)
+    sum_ = sum_ * rest + np.float32(4.1665795894e-2)
+    sum_ = sum_ * rest + np.float32(1.6666665459e-1)
+    sum_ = sum_ * rest + np.float32(5.0000001201e-1)
+    sum_ = sum_ * rest * rest + rest + np.float32(1)
+    return sum_ * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
 @_compile
 def _attend(
-    query_BHE, keys, values, firsts, sizes, lengths, num_kv_heads, scaling, output_BHE, begin, end
+    queries, distance, key_pool, value_pool, tokens, firsts, sizes, lengths, num_kv_heads, scaling,
+    output_THE, begin, end,
 ):  # fmt: skip
     """Compute tasks `begin` to `end`; task i is kv head i % K of sequence i // K."""
-    _, num_heads, head_size = query_BHE.shape
+    _, num_heads, head_size = output_THE.shape
     num_groups = num_heads // num_kv_heads
     weights = np.empty(lengths.max(), np.float32)
-    sums = np.empty(head_size, np.float32)
     for task in range(begin, end):
         b, kv_head = divmod(task, num_kv_heads)
-        length = lengths[b]
+        token, length = tokens[b], lengths[b]
         first = firsts[b] + kv_head * sizes[b]
+        keys, values = key_pool[first : first + length], value_pool[first : first + length]
         for head in range(kv_head * num_groups, (kv_head + 1) * num_groups):
+            place = token * distance + head * head_size
+            query, output = queries[place : place + head_size], output_THE[token, head]
             highest = np.float32(-3e38)
             for s in range(length):
                 score = np.float32(0)
                 for e in range(head_size):
-                    score += query_BHE[b, head, e] * _widen(keys[first + s, e])
-                score *= scaling
-                weights[s] = score
-                highest = max(highest, score)
+                    score += query[e] * _widen(keys[s, e])
+                weights[s] = score * scaling
+            for s in range(length):
+                highest = max(highest, weights[s])
             total = np.float32(0)
             for s in range(length):
-                weights[s] = np.exp(weights[s] - highest)
+                weights[s] = _exp(weights[s] - highest)
                 total += weights[s]
-            sums[:] = 0
-            for s in range(length):
-                weight = weights[s]
+            output[:] = 0
+            fours = length // 4 * 4
+            for s in range(0, fours, 4):  # the output is read and written once for four
                 for e in range(head_size):
-                    sums[e] += weight * _widen(values[first + s, e])
+                    output[e] += (
+                        weights[s] * _widen(values[s, e])
+                        + weights[s + 1] * _widen(values[s + 1, e])
+                        + weights[s + 2] * _widen(values[s + 2, e])
+                        + weights[s + 3] * _widen(values[s + 3, e])
+                    )
+            for s in range(fours, length):
+                for e in range(head_size):
+                    output[e] += weights[s] * _widen(values[s, e])
             for e in range(head_size):
-                output_BHE[b, head, e] = sums[e] / total
+                output[e] /= total

@@ -149,6 +149,6 @@ def _normalise(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def _turn(heads_THE: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair of neighbours in each head by its token's angle."""
+    """Rotate each pair of neighbours in each head by its token's angle; in float32 in place."""
     pairs = torch.view_as_complex(heads_THE.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns_T1C).flatten(2).to(heads_THE.dtype)
+    return torch.view_as_real(pairs.mul_(turns_T1C)).flatten(2).to(heads_THE.dtype)

@@ -22,7 +22,7 @@ from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ConfigError
 from llava_ray.model.core import Core
-from llava_ray.model.pack import pack_linears
+from llava_ray.model.pack import pack_linears, quantize_linears, widen
 from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
 
@@ -55,18 +55,22 @@ def pass_over_unread_layers(model: Any) -> None:
 class LlavaRunner:
     """Runs any LLaVA whose language model speaks transformers' attention interface.
 
-    It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed.
+    It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed;
+    on a CPU that is slow in 16 bits it computes in float32, whatever the weights are stored in.
     Without adapters, plans that have no sequence in common may run in several threads at once.
 
     Args:
         core: the loaded model.
         cache_tokens: size of the key-value cache.
+        cache_dtype: its precision; by default that of the weights.
+        quantization: "int8": the language model's products in 8 bits; "none": as they are.
         adapters: those beside its weights, if any.
         picture_cache_mb: memory for encoded pictures, in MiB; 0: none are kept.
         note_pictures: told what becomes of pictures.
 
     Raises:
-        ConfigError: this language model's attention cannot be computed here.
+        ConfigError: this language model's attention cannot be computed here, or it cannot be
+            quantized.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class LlavaRunner:
         core: Core,
         *,
         cache_tokens: int,
+        cache_dtype: torch.dtype | None = None,
+        quantization: str = "none",
         adapters: SideAdapters | None = None,
         picture_cache_mb: int = 256,
         note_pictures: NotePictures = ignore_pictures,
@@ -95,7 +101,6 @@ class LlavaRunner:
         AttentionInterface.register(ATTENTION_NAME, attend)
         language_model.set_attn_implementation(ATTENTION_NAME)
         self.device: torch.device = core.model.device
-        self.dtype: torch.dtype = core.model.dtype
         self._core = core
         self._adapters = adapters or SideAdapters()
         self._note_pictures = note_pictures
@@ -109,7 +114,7 @@ class LlavaRunner:
             num_layers=config.num_hidden_layers,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=self.dtype,
+            dtype=cache_dtype or core.model.dtype,
             device=self.device,
         )
         self._scratch = Region(cache_tokens, 1)
@@ -117,7 +122,11 @@ class LlavaRunner:
         is_fused = not self._adapters.names and can_fuse(language_model)
         if is_fused:
             fuse(language_model)
+        if quantization == "int8":
+            quantize_linears(language_model)
         pack_linears(core.model)
+        widen(core.model)
+        self.dtype: torch.dtype = core.model.dtype
         self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
 
     @torch.inference_mode()

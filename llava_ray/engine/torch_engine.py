@@ -28,7 +28,7 @@ from llava_ray.engine.threads import (
     use_threads,
 )
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.core import Core, load_model
+from llava_ray.model.core import Core, load_model, select_device, select_dtype
 from llava_ray.model.side_adapters import SideAdapters, load_side_adapters
 from llava_ray.types import Chunk, Prompt, Tokens
 
@@ -46,6 +46,8 @@ class TorchEngine:
         runner: computes the steps; by default the real one for `core`.
         context_length: longest prompt plus answer; default: the model's own.
         cache_tokens: size of the key-value cache, over all requests.
+        cache_dtype: its precision; by default that of the weights.
+        quantization: see `LlavaRunner`.
         max_batch_size: requests computed at once.
         prefill_tokens: prompt tokens of one step.
         picture_cache_mb: memory for encoded pictures, in MiB.
@@ -62,6 +64,8 @@ class TorchEngine:
         runner: Runner | None = None,
         context_length: int | None = None,
         cache_tokens: int = 16384,
+        cache_dtype: torch.dtype | None = None,
+        quantization: str = "none",
         max_batch_size: int = 32,
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
@@ -95,6 +99,8 @@ class TorchEngine:
             lambda: LlavaRunner(
                 core,
                 cache_tokens=self._cache_tokens,
+                cache_dtype=cache_dtype,
+                quantization=quantization,
                 adapters=adapters,
                 picture_cache_mb=picture_cache_mb,
                 note_pictures=note_pictures,
@@ -116,9 +122,15 @@ class TorchEngine:
             ConfigError: the model does not load, or the configuration asks more than it has.
         """
         torch.set_num_threads(count_threads(config))
+        dtype = select_dtype(config.dtype, select_device(config.device))
+        # Where "auto" is float32, products read weights of 16 bits as they are stored.
+        is_stored = config.dtype == "auto" and dtype == torch.float32
         core = run_in_passing_thread(
             lambda: load_model(
-                config.path, dtype=config.dtype, device=config.device, template=config.template
+                config.path,
+                dtype="stored" if is_stored else dtype,
+                device=config.device,
+                template=config.template,
             )
         )
         if (config.context_length or 0) > core.context_length:
@@ -131,6 +143,8 @@ class TorchEngine:
             adapters=load_side_adapters(core.model, config.adapters),
             context_length=config.context_length,
             cache_tokens=config.cache_tokens,
+            cache_dtype=dtype,
+            quantization=config.quantization,
             max_batch_size=config.max_batch_size,
             prefix_cache=config.prefix_cache,
             picture_cache_mb=config.picture_cache_mb,

@@ -10,7 +10,7 @@ Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,7 +168,8 @@ def load_model(
         vision_tower: folder or hub name of the tower, of the original layout; by default the one
             that config.json names.
         dtype: precision of the weights in memory; "auto" is bfloat16 where the device computes in
-            it, float32 elsewhere (see `precision`).
+            it, float32 elsewhere (see `precision`); "stored" is that of the files where all are of
+            one in 16 bits, else float32: nothing is lost.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
@@ -185,8 +186,10 @@ def load_model(
         find_template(template)  # a wrong name is told before gigabytes are read
     checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
     target = select_device(device)
-    precision = select_dtype(dtype, target)
+    precision = torch.float32 if dtype == "stored" else select_dtype(dtype, target)
     stored = open_parts(checkpoint.parts)
+    if dtype == "stored" and not checkpoint.adapters:  # which would be merged in 16 bits
+        precision = _find_stored_dtype(stored.values())
     config = read_published(checkpoint) if checkpoint.layout == "published" else None
     processor = read_processor(checkpoint, config=config)
     architecture = describe_model(checkpoint, stored, processor.image_token_id, config=config)
@@ -283,6 +286,11 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known: use one of auto, {', '.join(DTYPES)}")
     return DTYPES[dtype]
+
+
+def _find_stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    names = {each.dtype for each in stored if each.dtype in ("F16", "BF16", "F32", "F64")}
+    return {("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(names), torch.float32)
 
 
 def build_model(
