@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from benchmark_requests import Figures, Load, make_question
-from benchmark_systems import name_dtype, render
+from benchmark_systems import render
 
 
 def compute_limit(name: str, load: Load) -> list[Figures]:
@@ -15,11 +15,11 @@ def compute_limit(name: str, load: Load) -> list[Figures]:
     Of each request every weight of tower, projector and language model is multiplied once a token
     (one for a product and one for a sum), attention included, at the fastest rate that one large
     product of this model reached. In each step of all clients the weights are read once, in 16
-    bits, and the keys and values of each, in 32 (on CPUs the cache has no other form).
+    bits, and the keys and values of each, in the precision of the cache.
     """
     from llava_ray.model.core import load_model
 
-    core = load_model(load.model, dtype=name_dtype())
+    core = load_model(load.model, dtype=load.name_dtype())
     flop_per_s, byte_per_s = measure_rates(core)
     text = core.model.config.text_config
     inner = core.model.model
@@ -36,7 +36,9 @@ def compute_limit(name: str, load: Load) -> list[Figures]:
     num_image = statistics.mean(int((ids == core.image_token_id).sum()) for ids in encoded)
     width, depth = text.hidden_size, text.num_hidden_layers
     heads = text.num_attention_heads
-    kv_bytes = 2 * 4 * depth * width * (text.num_key_value_heads or heads) // heads
+    kv_bytes = (
+        2 * core.model.dtype.itemsize * depth * width * (text.num_key_value_heads or heads) // heads
+    )
     prefill_flop = 2 * (num_image * (tower + projector) + num_prompt * language + head)
     prefill_flop += 2 * depth * width * num_prompt**2
     num_seen = num_prompt + load.max_tokens / 2
@@ -59,10 +61,13 @@ def measure_rates(core: Any) -> tuple[float, float]:
     import torch
 
     from llava_ray.model.pack import pack_linears
+    from llava_ray.model.precision import has_fast_bfloat16
 
     linear = core.model.model.language_model.layers[0].mlp.gate_proj
     layer, weight = torch.nn.Sequential(linear), linear.weight.detach()
-    states = torch.randn(512, weight.shape[1], dtype=weight.dtype)
+    dtype = weight.dtype if has_fast_bfloat16() else torch.float32
+    weight = weight.to(dtype)
+    states = torch.randn(512, weight.shape[1], dtype=dtype)
     flop = 2 * len(states) * weight.numel()
     plain_s = time_best(lambda: torch.nn.functional.linear(states, weight))
     pack_linears(layer)

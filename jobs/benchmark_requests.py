@@ -22,6 +22,8 @@ class Load:
         requests_each: of each client.
         max_tokens: of each answer, which is exactly so long.
         image_size: side of the pictures, in pixels.
+        dtype: precision of every system; empty: what this application chooses on this machine.
+        quantization: of the application and its engine.
     """
 
     model: str
@@ -29,6 +31,17 @@ class Load:
     requests_each: int
     max_tokens: int
     image_size: int
+    dtype: str = ""
+    quantization: str = "none"
+
+    def name_dtype(self) -> str:
+        """Return the precision that all compute in."""
+        import torch
+
+        from llava_ray.model.precision import choose_dtype
+
+        chosen = choose_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        return self.dtype or str(chosen).removeprefix("torch.")
 
     def count_requests(self, clients: int) -> int:
         return max(4, clients * self.requests_each)

@@ -19,7 +19,7 @@ import typer
 from benchmark_limit import compute_limit
 from benchmark_requests import Figures, Load, make_question, measure
 from benchmark_run import alone, print_table, watch_memory
-from benchmark_systems import OPENERS, name_dtype, render
+from benchmark_systems import OPENERS, render
 
 SYSTEMS = {
     "limit": "what the machine could do",
@@ -45,6 +45,10 @@ def benchmark_serve(
     max_tokens: Annotated[int, typer.Option(help="New tokens of each answer.")] = 64,
     requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 1,
     image_size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
+    dtype: Annotated[
+        str, typer.Option(help="Precision of all; by default what the application chooses here.")
+    ] = "",
+    quantization: Annotated[str, typer.Option(help="Of the application: none, int8.")] = "none",
     systems: Annotated[str, typer.Option(help=f"Which of {', '.join(SYSTEMS)}.")] = "",
     plot: Annotated[Path | None, typer.Option(help="PNG of tokens/s by clients.")] = None,
 ) -> None:
@@ -55,7 +59,7 @@ def benchmark_serve(
     with tempfile.TemporaryDirectory() as scratch:
         folder = alone(build_model, scratch) if model == "103m" else model
         counts = tuple(int(count) for count in clients.split(","))
-        load = Load(folder, counts, requests_each, max_tokens, image_size)
+        load = Load(folder, counts, requests_each, max_tokens, image_size, dtype, quantization)
         rows: list[Figures] = []
         for name in names:
             if name == "vllm" and "LLAVA_RAY_VLLM_PYTHON" not in os.environ:
@@ -109,7 +113,7 @@ def measure_batch(load: Load, clients: int) -> Figures:
     from llava_ray.model.core import load_model
 
     with watch_memory() as peak:
-        core = load_model(load.model, dtype=name_dtype())
+        core = load_model(load.model, dtype=load.name_dtype())
         questions = [make_question(100 * clients + s, size=load.image_size) for s in range(clients)]
         inputs = [core.encode(render(core.template, each), [each.image]) for each in questions]
         ids, masks = (

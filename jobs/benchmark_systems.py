@@ -27,11 +27,20 @@ SETTLE_S = 20
 def open_llava_ray(load: Load) -> Iterator[Ask]:
     """The whole application, as `llava-ray serve` starts it."""
     port = find_port()
-    command = [sys.executable, "-m", "llava_ray.cli", "serve", load.model, "--no-page"]
+    command = [sys.executable, "-m", "llava_ray.cli", "serve", "--no-page", "--port", str(port)]
     environment = {"RAY_AUTH_MODE": "disabled"}
     url = f"http://127.0.0.1:{port}"
-    with run_server([*command, "--port", str(port)], f"{url}/readyz", environment):
-        yield ask_over_http(url, max_tokens=load.max_tokens)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
+        json.dump({"models": [describe_model(load)]}, config)  # JSON is YAML too
+        config.flush()
+        with run_server([*command, "--config", config.name], f"{url}/readyz", environment):
+            yield ask_over_http(url, max_tokens=load.max_tokens)
+
+
+def describe_model(load: Load) -> dict[str, str]:
+    """The fields of a `ModelConfig`."""
+    settings = {"path": load.model, "quantization": load.quantization}
+    return settings | ({"dtype": load.dtype} if load.dtype else {})
 
 
 @contextlib.contextmanager
@@ -39,7 +48,7 @@ def open_vllm(load: Load) -> Iterator[Ask]:
     """vLLM's own server, in its own environment."""
     port = find_port()
     command = [os.environ["LLAVA_RAY_VLLM_PYTHON"], "-m", "vllm.entrypoints.cli.main", "serve"]
-    options = ["--port", str(port), "--dtype", name_dtype()]
+    options = ["--port", str(port), "--dtype", load.name_dtype()]
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -58,7 +67,15 @@ def open_transformers(load: Load) -> Iterator[Ask]:
     It refuses `ignore_eos`, and takes the shortest answer in fields of its own.
     """
     port = find_port()
-    command = ["transformers", "serve", load.model, "--port", str(port), "--dtype", name_dtype()]
+    command = [
+        "transformers",
+        "serve",
+        load.model,
+        "--port",
+        str(port),
+        "--dtype",
+        load.name_dtype(),
+    ]
     length = {"max_new_tokens": load.max_tokens, "min_new_tokens": load.max_tokens}
     options = {"generation_config": json.dumps(length | {"do_sample": False})}
     url = f"http://127.0.0.1:{port}"
@@ -100,15 +117,6 @@ def find_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
-
-
-def name_dtype() -> str:
-    """The precision that this application chooses on this machine."""
-    import torch
-
-    from llava_ray.model.precision import choose_dtype
-
-    return str(choose_dtype("cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
 
 
 def ask_over_http(
@@ -165,7 +173,7 @@ def open_engine(load: Load) -> Iterator[Ask]:
     from llava_ray.engine.load import load_engine
     from llava_ray.types import Prompt, Sampling
 
-    engine = load_engine(ModelConfig(path=load.model))
+    engine = load_engine(ModelConfig.model_validate(describe_model(load)))
     sampling = Sampling(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
 
     async def ask(question: Question) -> AsyncIterator[int]:
@@ -183,7 +191,9 @@ def open_engine(load: Load) -> Iterator[Ask]:
 @contextlib.contextmanager
 def open_generate(load: Load, dtype: str = "") -> Iterator[Ask]:
     """LLaVA's model worker without its HTTP: a thread and a `generate` for each request."""
-    yield ask_a_generate_each(load.model, dtype=dtype or name_dtype(), max_tokens=load.max_tokens)
+    yield ask_a_generate_each(
+        load.model, dtype=dtype or load.name_dtype(), max_tokens=load.max_tokens
+    )
 
 
 OPENERS: dict[str, Callable[[Load], contextlib.AbstractContextManager[Ask]]] = {

@@ -289,8 +289,11 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
 
 
 def _find_stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """Return that of 16 bits which all numbers of a checkpoint have, else float32."""
     names = {each.dtype for each in stored if each.dtype in ("F16", "BF16", "F32", "F64")}
-    return {("F16",): torch.float16, ("BF16",): torch.bfloat16}.get(tuple(names), torch.float32)
+    if len(names) != 1:
+        return torch.float32
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(names.pop(), torch.float32)
 
 
 def build_model(
