@@ -14,13 +14,12 @@ from tiny import picture, tiny_model
 from llava_ray.config import ModelConfig
 from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.halves import split
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.regions import Region, Regions
 from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
-from llava_ray.engine.scheduler import Piece, Plan, Scheduler
+from llava_ray.engine.scheduler import Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
@@ -107,13 +106,13 @@ def test_one_request_at_a_time_gives_the_answer_of_generate(generate):
 
 @pytest.fixture
 def two_threads():
-    """With them, the engine computes large steps as two halves side by side."""
+    """With them, the engine computes large steps side by side."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
 
-def test_two_halves_side_by_side_give_the_answers_of_generate(generate, two_threads):
+def test_steps_side_by_side_give_the_answers_of_generate(generate, two_threads):
     prompts = mixed_prompts(20)
 
     async def main():
@@ -125,31 +124,52 @@ def test_two_halves_side_by_side_give_the_answers_of_generate(generate, two_thre
     assert asyncio.run(main()) == [generate(each) for each in prompts]
 
 
-def test_halves_of_a_step_take_about_as_long():
-    def plan(*sizes: int) -> list[Piece]:
-        return [Piece(_sequence(length=each, max_tokens=1), each) for each in sizes]
-
-    for pieces in (plan(*[1] * 9), plan(128, 128), plan(*[1] * 5, 100, 90), plan(*[1] * 40, 64)):
-        halves = split(pieces)
-        assert halves is not None
-        assert sorted(map(id, pieces)) == sorted(id(piece) for half in halves for piece in half)
-        loads = [sum(2 if n == 1 else n for _, n in half) for half in halves]
-        assert max(loads) < 0.6 * sum(loads)
-    for pieces in (plan(1, 1), plan(256), plan(*[1] * 9, 256)):
-        assert split(pieces) is None, "one half would wait for the other"
+def wide_scheduler(*lengths: int, **options) -> Scheduler:
+    """Return one with sequences of these prompts; those of one token stream."""
+    defaults = {"cache_tokens": 4096, "max_batch_size": 32, "prefill_tokens": 100}
+    scheduler = Scheduler(**defaults | {"prefix_cache": False} | options)
+    for length in lengths:
+        scheduler.add(_sequence(length=length, max_tokens=3))
+    return scheduler
 
 
-def test_prompts_share_a_step_where_several_wait():
-    scheduler = Scheduler(
-        cache_tokens=640,
-        max_batch_size=4,
-        prefill_tokens=100,
-        prefill_at_once=2,
-        prefix_cache=False,
-    )
-    for length in (30, 90, 90):
-        scheduler.add(_sequence(length=length, max_tokens=1))
-    assert [piece.num_tokens for piece in scheduler.plan().pieces] == [30, 50, 20]
+def test_steps_side_by_side_divide_the_work_and_have_no_sequence_in_common():
+    scheduler = wide_scheduler(*[1] * 9, 90, 90)
+    first, second = scheduler.plan(share=2), scheduler.plan(share=2)
+    assert [n for _, n in first.pieces] == [*[1] * 5, 50]
+    assert [n for _, n in second.pieces] == [*[1] * 4, 50]
+    assert len({piece.sequence for piece in (*first.pieces, *second.pieces)}) == 11
+    assert scheduler.plan(share=2).pieces == [], "all is in flight"
+
+
+def test_a_step_side_by_side_takes_those_whose_last_token_is_oldest():
+    scheduler = wide_scheduler(*[1] * 8)
+    slow = scheduler.plan(share=2)
+    fast = scheduler.plan(share=2)
+    scheduler.commit(fast, [7] * 4)
+    scheduler.commit(slow, [7] * 4)
+    after = scheduler.plan(share=2)
+    assert {piece.sequence for piece in after.pieces} == {piece.sequence for piece in fast.pieces}
+
+
+def test_what_is_aborted_in_flight_keeps_its_memory_until_its_step_is_done():
+    scheduler = wide_scheduler(*[1] * 8)
+    plan = scheduler.plan(share=2)
+    gone = plan.pieces[0].sequence
+    before = scheduler.regions.num_used
+    scheduler.abort(gone)
+    assert scheduler.regions.num_used == before
+    news = scheduler.commit(plan, [7] * 4)
+    assert gone not in [sequence for sequence, _ in news]
+    assert len(news) == 3
+    assert scheduler.regions.num_used < before
+    assert gone not in scheduler.running
+
+
+def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
+    assert not wide_scheduler(*[1] * 6, 300).is_wide()
+    assert wide_scheduler(*[1] * 7, 300).is_wide()
+    assert wide_scheduler(1, 300, 300).is_wide()
 
 
 @pytest.mark.parametrize("prefill_tokens", [7, 64, 4096])

@@ -1,7 +1,11 @@
 """The actor at the heart of the torch engine: one thread that alone touches scheduler and runner.
 
 The world speaks to it through its inbox, which it reads between two steps; it answers by handing
-chunks to the event loops of those who read. An exception in a step means that the engine is
+chunks to the event loops of those who read. On two cores, large steps are computed side by side in
+two more threads: each tells the inbox that it is done, and gets its next step at once, without
+waiting for the other. (Threads that share every operation of a step wait for each other some
+hundred times in it: when other processes use the same cores, a moment that one thread does not run
+is lost to both.) An exception in a step means that the engine is
 broken: all streams fail with an `EngineError`, and so does everything that is asked later.
 """
 
@@ -10,12 +14,12 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llava_ray.engine.runner import Runner
-from llava_ray.engine.scheduler import Scheduler
+from llava_ray.engine.scheduler import Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.errors import EngineError
 from llava_ray.types import Chunk
@@ -50,6 +54,14 @@ class Ping(NamedTuple):
     answer: Future[None]
 
 
+class Done(NamedTuple):
+    """Message, of a thread: this step is computed, or failed."""
+
+    plan: Plan
+    tokens: Future[list[int]]
+    thread: ThreadPoolExecutor
+
+
 class Close(NamedTuple):
     """Message: end."""
 
@@ -68,6 +80,7 @@ class EngineLoop:
     """Runs steps in a thread of its own while there is work, and sleeps while there is none.
 
     Args:
+        threads: for steps side by side; none: there are no such.
         on_start: called first thing in that thread.
         name: of that thread.
     """
@@ -77,6 +90,7 @@ class EngineLoop:
         runner: Runner,
         scheduler: Scheduler,
         *,
+        threads: Iterable[ThreadPoolExecutor] = (),
         on_start: Callable[[], None] = lambda: None,
         name: str = "engine",
     ) -> None:
@@ -85,7 +99,11 @@ class EngineLoop:
         self._runner = runner
         self._on_start = on_start
         self._readers: dict[Sequence, Reader] = {}
-        self._inbox: queue.SimpleQueue[Add | Abort | Ping | Close] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Add | Abort | Ping | Close | Done] = queue.SimpleQueue()
+        self._threads = list(threads)
+        self._idle = list(self._threads)
+        self._is_blocked = False  # all that there is to do waits for a step in flight
+        self._pings: list[tuple[Ping, set[ThreadPoolExecutor]]] = []
         self._lock = threading.Lock()  # guards `_failure` against messages that come too late
         self._failure: str | None = None
         self._is_closing = False
@@ -114,30 +132,53 @@ class EngineLoop:
             while not self._is_closing:
                 self._listen()
                 if self.scheduler.has_work():
-                    self._deliver(self._step())
+                    self._compute()
         except Exception as error:
             running = [sequence.request_id for sequence in self.scheduler.running]
             logger.exception("the engine broke while it computed %s", running)
             failure = f"the engine broke: {type(error).__name__}: {error}"
         self._end(failure)
 
-    def _step(self) -> list[tuple[Sequence, Chunk]]:
-        plan = self.scheduler.plan()
-        tokens = self._runner.run(plan)
+    def _compute(self) -> None:
+        """Start steps side by side, or compute one with all threads once none is in flight."""
+        if self._threads and self.scheduler.is_wide():
+            while self._idle:
+                plan = self.scheduler.plan(share=len(self._threads))
+                if not plan.pieces:
+                    break
+                self._start(plan, self._idle.pop())
+            self._is_blocked = True
+        elif len(self._idle) < len(self._threads):
+            self._is_blocked = True
+        else:
+            plan = self.scheduler.plan()
+            self._finish(plan, self._runner.run(plan))
+
+    def _start(self, plan: Plan, thread: ThreadPoolExecutor) -> None:
+        """Let a thread compute a step; copies are made here, before their sources can go."""
+        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
+        if plan.copies:
+            self._runner.run(Plan([], plan.copies))
+        plan = Plan(plan.pieces)
+        running = thread.submit(self._runner.run, plan)
+        running.add_done_callback(lambda tokens: self._inbox.put(Done(plan, tokens, thread)))
+
+    def _finish(self, plan: Plan, tokens: list[int]) -> None:
         self.figures.num_steps += 1
         self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
         self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
         self.figures.num_new_tokens += len(tokens)
-        return self.scheduler.commit(plan, tokens)
+        self._deliver(self.scheduler.commit(plan, tokens))
 
     def _listen(self) -> None:
         """Read the inbox; wait for a message if there is nothing to compute."""
-        if not self.scheduler.has_work():
+        if self._is_blocked or not self.scheduler.has_work():
             self._take(self._inbox.get())
         while not self._inbox.empty():
             self._take(self._inbox.get())
+        self._is_blocked = False
 
-    def _take(self, message: Add | Abort | Ping | Close) -> None:
+    def _take(self, message: Add | Abort | Ping | Close | Done) -> None:
         match message:
             case Add(sequence, reader):
                 self._readers[sequence] = reader
@@ -145,11 +186,25 @@ class EngineLoop:
             case Abort(sequence):
                 self._readers.pop(sequence, None)
                 self.scheduler.abort(sequence)
-            case Ping(answer):
-                if answer.set_running_or_notify_cancel():  # else nobody waits any more
-                    self._answer(answer)
+            case Ping():
+                self._pings.append((message, set(self._threads) - set(self._idle)))
+                self._answer_pings()
             case Close():
                 self._is_closing = True
+            case Done(plan, tokens, thread):
+                self._idle.append(thread)
+                self._finish(plan, tokens.result())
+                for _, busy in self._pings:
+                    busy.discard(thread)
+                self._answer_pings()
+
+    def _answer_pings(self) -> None:
+        """Answer those that came before no step that is still in flight: it might be stuck."""
+        ready = [ping for ping, busy in self._pings if not busy]
+        self._pings = [(ping, busy) for ping, busy in self._pings if busy]
+        for ping in ready:
+            if ping.answer.set_running_or_notify_cancel():  # else nobody waits any more
+                self._answer(ping.answer)
 
     def _answer(self, ping: Future[None]) -> None:
         try:
@@ -181,8 +236,11 @@ class EngineLoop:
             match self._inbox.get():
                 case Add(sequence, reader):
                     self._readers[sequence] = reader
-                case Ping(answer) if answer.set_running_or_notify_cancel():
-                    answer.set_exception(EngineError(failure))
+                case Ping() as ping:
+                    self._pings.append((ping, set()))
+        for ping, _ in self._pings:
+            if ping.answer.set_running_or_notify_cancel():
+                ping.answer.set_exception(EngineError(failure))
         self._deliver([(sequence, EngineError(failure)) for sequence in list(self._readers)])
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.abort(sequence)

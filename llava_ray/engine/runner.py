@@ -38,10 +38,6 @@ class Runner(Protocol):
         """Compute something small, away from all sequences; raise if that fails."""
         ...
 
-    def close(self) -> None:
-        """End its threads, if it has any."""
-        ...
-
 
 def pass_over_unread_layers(model: Any) -> None:
     """Let the vision tower's layers above those that `model` reads hand on what they are given."""
@@ -163,9 +159,6 @@ class LlavaRunner:
         sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
         sequence.region = self._scratch
         self.run(Plan([Piece(sequence, 1)]))
-
-    def close(self) -> None:
-        """It has no threads."""
 
     def _call_language_model(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
         """Return the last hidden states, [T, D], as transformers computes them."""

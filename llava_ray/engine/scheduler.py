@@ -1,6 +1,7 @@
 """Decides what the next step computes: plain Python, no tensors, no threads.
 
-`plan` -> the runner -> `commit`, once a step. Requests join and leave between any two steps.
+`plan` -> the runner -> `commit`, once a step. Requests join and leave between any two steps. Steps
+may also be computed side by side: then each has sequences of its own, and none waits for another.
 
 A sequence is admitted, in the order of arrival, when its whole region (prompt plus `max_tokens`)
 is free in the cache. So nothing that runs can run out of memory, nothing has to be thrown out
@@ -10,13 +11,16 @@ again, and there is no deadlock: whatever runs ends, and what waits at the head 
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from itertools import chain, islice
 from typing import NamedTuple
 
 from llava_ray.engine.prefixes import Copy, Prefixes
 from llava_ray.engine.regions import Regions
 from llava_ray.engine.sequence import Sequence
 from llava_ray.types import Chunk
+
+MIN_WIDE = 8
+"""Sequences from which on steps side by side pay, if there are no two prompts: each reads all
+weights."""
 
 GRANULE = 64
 """Regions of the cache are multiples of this many tokens."""
@@ -59,7 +63,6 @@ class Scheduler:
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
-        prefill_at_once: where as many prompts wait, none gets more than its share of them.
         prefix_cache: keep what was computed, for prompts that begin alike.
     """
 
@@ -69,7 +72,6 @@ class Scheduler:
         cache_tokens: int,
         max_batch_size: int,
         prefill_tokens: int,
-        prefill_at_once: int = 1,
         prefix_cache: bool = True,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
@@ -78,7 +80,9 @@ class Scheduler:
         self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
-        self._prefill_at_once = prefill_at_once
+        self._in_flight: set[Sequence] = set()
+        self._doomed: set[Sequence] = set()  # aborted while they were in flight
+        self._num_steps = 0
 
     def has_work(self) -> bool:
         """True while any sequence is unfinished."""
@@ -90,29 +94,57 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its memory; nothing happens if it has ended."""
-        if sequence in self.running:
+        """Forget a sequence and free its memory; nothing happens if it has ended.
+
+        One that is being computed keeps its memory until that step is committed.
+        """
+        if sequence in self._in_flight:
+            self._doomed.add(sequence)
+        elif sequence in self.running:
             self._release(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def plan(self) -> Plan:
-        """Return the next step: one token for each that streams, and a share of the prompts."""
+    def is_wide(self) -> bool:
+        """Is there so much to compute that it pays to compute two steps side by side?"""
+        self._admit()
+        num_prompts = sum(sequence.num_pending > 1 for sequence in self.running)
+        return len(self.running) >= MIN_WIDE or num_prompts > 1
+
+    def plan(self, share: int = 1) -> Plan:
+        """Return the next step: one token for each that streams, and a piece of the prompts.
+
+        Args:
+            share: with how many steps side by side, of which this is one, it divides the work.
+
+        Returns:
+            without pieces, if all that there is to compute is in flight.
+        """
         self._admit()
         copies: list[Copy] = []
-        return Plan([*self._plan_decode(), *self._plan_prefill(copies)], copies)
+        pieces = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
+        self._in_flight.update(piece.sequence for piece in pieces)
+        return Plan(pieces, copies)
 
     def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
         """Take the outcome of a step: one token for each complete piece, in order."""
+        self._num_steps += 1
         complete = plan.complete
         for sequence, num_tokens in plan.pieces:
             sequence.num_computed += num_tokens
+            sequence.last_step = self._num_steps
+            self._in_flight.discard(sequence)
         news = []
         for (sequence, _), token in zip(complete, tokens, strict=True):
+            if sequence in self._doomed:
+                continue
             chunk = sequence.append(token)
             if chunk.finish_reason is not None:
                 self._release(sequence)
             news.append((sequence, chunk))
+        for sequence in [piece.sequence for piece in plan.pieces if piece.sequence in self._doomed]:
+            self._doomed.remove(sequence)
+            self._release(sequence)
         return news
 
     def _admit(self) -> None:
@@ -124,28 +156,28 @@ class Scheduler:
             sequence.region = region
             self.running.append(sequence)
 
-    def _plan_decode(self) -> Iterator[Piece]:
+    def _plan_decode(self, share: int) -> Iterator[Piece]:
         """Yield those that stream, in the order of their regions: neighbours compute together."""
-        for sequence in sorted(self.running, key=lambda sequence: sequence.region or (0, 0)):
-            if sequence.num_pending == 1:
-                yield Piece(sequence, 1)
+        streams = [sequence for sequence in self.running if sequence.num_pending == 1]
+        free = [sequence for sequence in streams if sequence not in self._in_flight]
+        free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
+        mine = free[: -(-len(streams) // share)]
+        for sequence in sorted(mine, key=lambda sequence: sequence.region or (0, 0)):
+            yield Piece(sequence, 1)
 
-    def _plan_prefill(self, copies: list[Copy]) -> Iterator[Piece]:
+    def _plan_prefill(self, share: int, copies: list[Copy]) -> Iterator[Piece]:
         """Yield pieces of prompts; what they take over from others is added to `copies`."""
         prompts = self._find_prompts(copies)
-        first = list(islice(prompts, self._prefill_at_once))
-        prompts = chain(first, prompts)
-        budget = self._prefill_tokens
-        share = max(1, budget // max(1, len(first)))
+        budget = max(1, self._prefill_tokens // share)
         while budget and (sequence := next(prompts, None)):
-            num_tokens = min(sequence.num_pending, budget, share)
+            num_tokens = min(sequence.num_pending, budget)
             budget -= num_tokens
             yield Piece(sequence, num_tokens)
 
     def _find_prompts(self, copies: list[Copy]) -> Iterator[Sequence]:
         """Yield those whose prompts can be computed on, first come, first served."""
         for index, sequence in enumerate(self.running):
-            if sequence.num_pending == 1:
+            if sequence.num_pending == 1 or sequence in self._in_flight:
                 continue
             if not sequence.num_computed:
                 donor, num_shared = self.prefixes.find(sequence, self.running[:index])

@@ -35,6 +35,7 @@ class Sequence:
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
         num_cached: how many of them were there before, of another sequence.
         region: its part of the cache; None while it has none.
+        last_step: number of the latest step that it was part of.
         seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
             are among them where a penalty looks at the prompt.
         has_penalty: any penalty is asked for.
@@ -61,6 +62,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     region: Region | None = None
+    last_step: int = 0
     seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
 

@@ -14,7 +14,6 @@ import torch
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.content import describe_content, name_pictures
-from llava_ray.engine.halves import NUM_HALVES, HalvingRunner
 from llava_ray.engine.load import count_threads
 from llava_ray.engine.loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.prompt_reader import PromptReader
@@ -76,12 +75,11 @@ class TorchEngine:
         num_threads = torch.get_num_threads()
         on_gpu = core.model.device.type != "cpu"
         adapters = adapters or SideAdapters()
-        in_halves = num_threads == NUM_HALVES and not (on_gpu or adapters.names or runner)
+        is_wide = num_threads == 2 and not (on_gpu or adapters.names or runner)
         scheduler = Scheduler(
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
             prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
-            prefill_at_once=NUM_HALVES if in_halves else 1,
             prefix_cache=prefix_cache,
         )
         self.template = core.template
@@ -95,7 +93,7 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        runner = runner or run_in_passing_thread(
+        self._runner = runner or run_in_passing_thread(
             lambda: LlavaRunner(
                 core,
                 cache_tokens=self._cache_tokens,
@@ -106,10 +104,15 @@ class TorchEngine:
                 note_pictures=note_pictures,
             )
         )
-        self._runner = HalvingRunner(runner) if in_halves else runner
         self._encoder = start_single_threaded_executor("encode")
+        names = ("step-0", "step-1") if is_wide else ()
+        self._threads = [start_single_threaded_executor(name) for name in names]
         self._loop = EngineLoop(
-            self._runner, scheduler, on_start=lambda: use_threads(num_threads), name="torch-engine"
+            self._runner,
+            scheduler,
+            threads=self._threads,
+            on_start=lambda: use_threads(num_threads),
+            name="torch-engine",
         )
 
     @classmethod
@@ -209,7 +212,8 @@ class TorchEngine:
         with contextlib.suppress(EngineError):  # it may have ended already
             self._loop.send(Close())
         await asyncio.to_thread(self._loop.join)
-        self._runner.close()
+        for thread in self._threads:
+            thread.shutdown()
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def _abort(self, sequence: Sequence) -> None:
