@@ -156,8 +156,8 @@ LONG = [
 ]
 
 
-# Resident memory grew by 2 to 6 MiB and by 1 MiB: the first thousand requests find the allocator
-# still growing. The bounds are three times that and more.
+# Resident memory grew by 1 to 6 MiB and by less than 1 MiB: the first thousand requests find the
+# allocator still growing. The bounds are three times that and more.
 @pytest.mark.parametrize(
     ("num_first", "num_more", "more_mib"),
     [(500, 1500, 20), pytest.param(2000, 10_000, 10, marks=LONG)],
@@ -175,6 +175,7 @@ def test_many_requests_of_all_sizes_some_cancelled_leave_nothing_behind(
         engine = TorchEngine(
             load_model(model, dtype="float32", device="cpu"),
             cache_tokens=CACHE_TOKENS,
+            prefix_cache=True,
             picture_cache_mb=1,
             note_pictures=note_pictures,
         )
@@ -199,7 +200,7 @@ def test_many_requests_of_all_sizes_some_cancelled_leave_nothing_behind(
         assert pictures["cached"] > 0
         for name in ("sequences", "readers", "tasks", "tensors"):
             assert after[name] <= before[name], name
-        assert before["sequences"] == before["tasks"] == 1, "the latest prompt, this test"
+        assert after["tasks"] == 1, "this test"
         assert after["all"] < before["all"] + MORE_OBJECTS
         assert memory_after < memory_before + (more_mib << 20)
         await engine.close()
