@@ -111,7 +111,12 @@ def test_a_reply_holds_for_its_model_prompt_pictures_and_settings(tmp_path: Path
     assert not is_open(replace(question, answers=("scored anew",)))
     assert is_open(replace(question, text="What else?"))
     assert is_open(digest="another model")
-    for changed in ({"template": "llava_v0"}, {"dtype": "float32"}, {"engine": "echo"}):
+    for changed in (
+        {"template": "llava_v0"},
+        {"dtype": "float32"},
+        {"engine": "echo"},
+        {"quantization": "int8"},
+    ):
         assert is_open(told=describe_settings(configure(**changed), SHORT))
     assert is_open(told=describe_settings(configure(), Sampling(max_tokens=25, temperature=0)))
     assert not is_open(told=describe_settings(configure(concurrency=1, num_actors=4), SHORT))

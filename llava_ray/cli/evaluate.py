@@ -10,7 +10,13 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from llava_ray.cli.console import explain_settings, notes, out
-from llava_ray.config import DEMO_MODEL, EngineName, EvaluateConfig
+from llava_ray.config import (
+    DEMO_MODEL,
+    DtypeName,
+    EngineName,
+    EvaluateConfig,
+    QuantizationName,
+)
 from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +44,8 @@ def evaluate(
     app: Annotated[str | None, typer.Option(help=_help("app"))] = None,
     model_name: Annotated[str, typer.Option(help=_help("model_name"))] = "",
     engine: Annotated[EngineName, typer.Option(help=_help("engine"))] = "torch",
+    dtype: Annotated[DtypeName, typer.Option(help=_help("dtype"))] = "auto",
+    quantization: Annotated[QuantizationName, typer.Option(help=_help("quantization"))] = "none",
     template: Annotated[str | None, typer.Option(help=_help("template"))] = None,
     num_actors: Annotated[int, typer.Option(min=1, help=_help("num_actors"))] = 1,
     num_cpus: Annotated[float, typer.Option(min=0, help=_help("num_cpus"))] = 1.0,
@@ -76,6 +84,8 @@ def evaluate(
             data=str(data),
             output=str(output),
             engine=engine,
+            dtype=dtype,
+            quantization=quantization,
             template=template,
             num_actors=num_actors,
             num_cpus=num_cpus,

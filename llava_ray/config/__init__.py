@@ -8,7 +8,14 @@ from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig
 from llava_ray.config.evaluate import EvaluateConfig, TasksConfig
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, hash_key
 from llava_ray.config.limits import FetchConfig, LimitsConfig
-from llava_ray.config.model import DEMO_MODEL, PYTHON_VARIABLES, EngineName, ModelConfig
+from llava_ray.config.model import (
+    DEMO_MODEL,
+    PYTHON_VARIABLES,
+    DtypeName,
+    EngineName,
+    ModelConfig,
+    QuantizationName,
+)
 from llava_ray.config.page import ModerationConfig, PageConfig
 from llava_ray.config.section import Section, refuse_unknown
 from llava_ray.config.serve import WORKER_ADDRESS, LlavaProtocolConfig, ServeConfig
@@ -23,6 +30,7 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "DatasetConfig",
+    "DtypeName",
     "EngineName",
     "EvaluateConfig",
     "FetchConfig",
@@ -32,6 +40,7 @@ __all__ = [
     "ModelConfig",
     "ModerationConfig",
     "PageConfig",
+    "QuantizationName",
     "Section",
     "ServeConfig",
     "TasksConfig",

@@ -1,10 +1,14 @@
 """An evaluation: `llava-ray evaluate`, `jobs/evaluate.py`, `benchmarks` of a training run."""
 
-from typing import Literal
-
 from pydantic import Field, model_validator
 
-from llava_ray.config.model import DEMO_MODEL, EngineName, ModelConfig
+from llava_ray.config.model import (
+    DEMO_MODEL,
+    DtypeName,
+    EngineName,
+    ModelConfig,
+    QuantizationName,
+)
 from llava_ray.config.section import Section
 
 
@@ -57,10 +61,8 @@ class EvaluateConfig(TasksConfig):
     model_name: str = Field(default="", description="Name of the model at the server.")
     output: str = Field(min_length=1, description="Folder of results; what it holds is resumed.")
     engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto", description="Precision of the weights."
-    )
-    quantization: Literal["none", "int8"] = Field(
+    dtype: DtypeName = Field(default="auto", description="Precision of the weights.")
+    quantization: QuantizationName = Field(
         default="none", description="int8: what computing in 8 bits on CPUs costs in quality."
     )
     template: str | None = Field(default=None, min_length=1, description="Conversation template.")

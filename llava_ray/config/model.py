@@ -11,6 +11,8 @@ DEMO_MODEL = "demo"
 """The name under which the embedded model is asked for and served."""
 
 EngineName = Literal["torch", "vllm", "sglang", "echo"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+QuantizationName = Literal["none", "int8"]
 
 PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
 """The environment variables that name the Python of these engines' own environments."""
@@ -45,13 +47,13 @@ class ModelConfig(Section):
     echo_delay_s: float = Field(
         default=0.0, ge=0, description="Seconds that the echo engine takes for each word."
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: DtypeName = Field(
         default="auto",
         description="Precision of weights, keys and values; auto: bfloat16 where the device "
         "computes in it, float32 elsewhere. A CPU that is slow in bfloat16 computes in float32, "
         "with weights of 16 bits in memory.",
     )
-    quantization: Literal["none", "int8"] = Field(
+    quantization: QuantizationName = Field(
         default="none",
         description="int8: the torch engine computes the language model's products in 8 bits, on "
         "CPUs: a quarter of float32's memory, faster, and answers that differ a little.",

@@ -152,6 +152,8 @@ def make_cache_key(
 def describe_settings(config: EvaluateConfig, sampling: Sampling) -> str:
     """Return the settings that change replies."""
     settings = {"engine": config.engine, "dtype": config.dtype, "template": config.template}
+    if config.quantization != "none":  # not named, older results hold
+        settings["quantization"] = config.quantization
     return json.dumps({**settings, **asdict(sampling)}, sort_keys=True)
 
 
