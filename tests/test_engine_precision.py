@@ -5,13 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from spoken import say
 from tiny import picture, tiny_model
 
-from llava_ray.config import ModelConfig
+from llava_ray.config import DEMO_MODEL, ModelConfig
+from llava_ray.demo.evaluate import make_cases
+from llava_ray.demo.scenes import draw
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.protocol import Engine
 from llava_ray.errors import ConfigError
-from llava_ray.model.core import load_model
+from llava_ray.model.core import load_model, load_without_weights
 from llava_ray.model.export import export_model
 from llava_ray.model.pack import PackedLinear, quantize_linears
 from llava_ray.model.precision import has_fast_bfloat16
@@ -44,7 +47,7 @@ def ask(*prompts: Prompt, **settings) -> list[list[Chunk]]:
 
 
 def write(chunks: list[Chunk]) -> str:
-    return "".join(chunk.text for chunk in chunks)
+    return "".join(chunk.text for chunk in chunks).strip()
 
 
 def first_logprob(chunks: list[Chunk]) -> float:
@@ -71,7 +74,7 @@ def test_weights_stay_in_the_16_bits_they_are_stored_in_and_nothing_is_lost(stor
         wide.model.generation_config.eos_token_id = None
         ids = wide.model.generate(**inputs, max_new_tokens=12, do_sample=False)
         new = ids[0, inputs["input_ids"].shape[1] :]
-        expected.append(wide.tokenizer.decode(new, skip_special_tokens=True))
+        expected.append(wide.tokenizer.decode(new, skip_special_tokens=True).strip())
     assert [write(chunks) for chunks in ask(*PROMPTS, path=str(stored))] == expected
 
 
@@ -110,6 +113,25 @@ def test_answers_in_8_bits_are_the_same_alone_and_in_company():
     for mine, its in zip(together, exact, strict=True):
         assert first_logprob(mine) == pytest.approx(first_logprob(its), abs=0.2)
         assert first_logprob(mine) != first_logprob(its)
+
+
+def test_the_embedded_model_answers_in_8_bits_what_it_answers_in_32():
+    template = load_without_weights(DEMO_MODEL).template
+    cases = [case for case in make_cases(12) if not case.history]
+    prompts = [
+        Prompt(
+            "test",
+            template.render([say("user", f"<image>{case.question}")]),
+            (draw(case.scene),),
+            Sampling(temperature=0, max_tokens=60),
+        )
+        for case in cases
+    ]
+    exact = [write(chunks) for chunks in ask(*prompts, path=DEMO_MODEL, dtype="float32")]
+    rounded = [write(chunks) for chunks in ask(*prompts, path=DEMO_MODEL, quantization="int8")]
+    right = [case.answer for case in cases]
+    assert sum(map(str.__eq__, exact, right)) > 0.85 * len(cases)
+    assert sum(map(str.__eq__, rounded, exact)) > 0.95 * len(cases)
 
 
 def test_other_engines_have_a_quantization_of_their_own():
