@@ -32,6 +32,14 @@ def test_a_misspelt_variable_is_refused_too(monkeypatch: pytest.MonkeyPatch) -> 
         ServeConfig()
 
 
+def test_one_model_is_described_in_short() -> None:
+    settings = {"model": "/a/llava", "dtype": "bfloat16", "quantization": "int8"}
+    (model,) = ServeConfig.model_validate(settings).models
+    assert (model.path, model.dtype, model.quantization) == ("/a/llava", "bfloat16", "int8")
+    with pytest.raises(ValidationError, match="quantization"):
+        ServeConfig.model_validate({"quantization": "int9"})
+
+
 @pytest.mark.parametrize("engine", ["VLLM", "SGLANG"])
 def test_the_python_of_another_engine_is_named_beside_the_settings(
     engine: str, monkeypatch: pytest.MonkeyPatch

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from llava_ray.cli.console import explain_settings, notes
-from llava_ray.config import EngineName, ServeConfig
+from llava_ray.config import DtypeName, EngineName, QuantizationName, ServeConfig
 from llava_ray.errors import ConfigError
 
 
@@ -17,6 +17,10 @@ def serve(
         typer.Argument(help="Folder or hub name of the weights; by default the embedded model."),
     ] = None,
     engine: Annotated[EngineName | None, typer.Option(help="What computes.")] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help="Precision of the weights.")] = None,
+    quantization: Annotated[
+        QuantizationName | None, typer.Option(help="int8: computed in 8 bits, on CPUs.")
+    ] = None,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of page and API.")] = 8000,
     page: Annotated[
@@ -31,7 +35,13 @@ def serve(
 
     What is not given here comes from --config, then from LLAVA_RAY_* in the environment.
     """
-    given = {"model": model, "engine": engine, "page": page}
+    given = {
+        "model": model,
+        "engine": engine,
+        "dtype": dtype,
+        "quantization": quantization,
+        "page": page,
+    }
     settings = _read_settings(config) | {k: v for k, v in given.items() if v is not None}
     try:
         described = ServeConfig(**settings)

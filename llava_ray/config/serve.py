@@ -10,7 +10,14 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from llava_ray.config.keys import CLIENT_KEY_VARIABLE, KeyConfig, read_keys
 from llava_ray.config.limits import LimitsConfig
-from llava_ray.config.model import DEMO_MODEL, PYTHON_VARIABLES, EngineName, ModelConfig
+from llava_ray.config.model import (
+    DEMO_MODEL,
+    PYTHON_VARIABLES,
+    DtypeName,
+    EngineName,
+    ModelConfig,
+    QuantizationName,
+)
 from llava_ray.config.page import ModerationConfig
 from llava_ray.config.section import Section, refuse_unknown
 
@@ -56,7 +63,8 @@ _OTHER_VARIABLES = {CLIENT_KEY_VARIABLE, *PYTHON_VARIABLES.values()}
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
-    `model` and `engine` describe one model in short; `models` describes one or several at length.
+    `model`, `engine`, `dtype` and `quantization` describe one model in short; `models` describes
+    one or several at length.
     """
 
     model_config = SettingsConfigDict(
@@ -70,8 +78,13 @@ class ServeConfig(BaseSettings):
         default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
     )
     engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
+    dtype: DtypeName = Field(default="auto", description="Precision of the weights.")
+    quantization: QuantizationName = Field(
+        default="none", description="int8: computed in 8 bits, on CPUs."
+    )
     models: list[ModelConfig] = Field(
-        default_factory=list, description="Models served side by side; replaces model and engine."
+        default_factory=list,
+        description="Models served side by side; replaces model, engine, dtype and quantization.",
     )
     num_gateways: int = Field(
         default=1, ge=1, le=64, description="Gateways that answer, each with its own queues."
@@ -141,7 +154,14 @@ class ServeConfig(BaseSettings):
     @model_validator(mode="after")
     def _check_models(self) -> "ServeConfig":
         if not self.models:
-            self.models = [ModelConfig(path=self.model, engine=self.engine)]
+            self.models = [
+                ModelConfig(
+                    path=self.model,
+                    engine=self.engine,
+                    dtype=self.dtype,
+                    quantization=self.quantization,
+                )
+            ]
         names = [name for model in self.models for name in model.names]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two models are named {twice}: give each a `name` of its own")
