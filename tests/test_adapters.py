@@ -16,6 +16,8 @@ from llava_ray.engine.load import load_engine
 from llava_ray.engine.torch_engine import TorchEngine
 from llava_ray.errors import ConfigError, ModelNotFoundError
 from llava_ray.model.core import load_model
+from llava_ray.model.export import export_model
+from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
 PICTURE, OTHER = picture(1), picture(2)
@@ -105,6 +107,29 @@ async def compare(path: str, adapters: dict[str, str]) -> list[str]:
 def test_a_model_and_its_adapters_in_one_batch_say_what_each_says_merged(adapters) -> None:
     answers = asyncio.run(compare(str(tiny_model()), adapters))
     assert len(set(answers)) == len(answers), "the adapters make no difference"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_adapters_beside_weights_in_16_bits_say_what_they_say_merged(
+    adapters, dtype, tmp_path: Path
+) -> None:
+    model = str(export_model(tiny_model(), tmp_path / "model", dtype="bfloat16"))
+
+    async def main() -> None:
+        merged = await answer_alone(list_prompts(""), adapters["text"], base=model)
+        config = ModelConfig(
+            path=model, adapters=adapters, dtype=dtype, device="cpu", num_threads=1
+        )
+        engine = load_engine(config)
+        try:
+            asked = [await read(engine, prompt) for prompt in list_prompts("text")]
+        finally:
+            await engine.close()
+        if dtype == "auto" and not has_fast_bfloat16():
+            assert ["".join(chunk.text for chunk in each) for each in asked] == merged
+        assert all(each[-1].finish_reason for each in asked)
+
+    asyncio.run(main())
 
 
 def test_an_adapter_over_packed_weights_says_what_it_says_merged(tmp_path: Path) -> None:

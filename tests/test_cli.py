@@ -127,6 +127,14 @@ def test_a_mistake_ends_with_its_remedy_and_code_2(
     assert code == 2
 
 
+def test_a_setting_that_a_file_would_pass_over_is_refused(fail: Fail, tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("models: [{path: demo}]")
+    code, said = fail("serve", "--config", str(file), "--quantization", "int8")
+    assert "quantization would be passed over" in said.replace("\n", " ")
+    assert code == 2
+
+
 def test_a_mistake_shows_no_traceback() -> None:
     failed = run("chat", "nowhere.png", "-p", "x")
     assert failed.stderr.startswith("error: cannot read 'nowhere.png'")

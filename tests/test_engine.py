@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import logging
 import random
+import threading
 import time
 from contextlib import aclosing
 
@@ -122,6 +123,24 @@ def test_steps_side_by_side_give_the_answers_of_generate(generate, two_threads):
         return answers
 
     assert asyncio.run(main()) == [generate(each) for each in prompts]
+
+
+def test_what_another_prompt_waits_for_is_computed_by_all_threads(two_threads):
+    async def main():
+        engine = load(prefill_tokens=32)
+        run, names = engine._runner.run, []
+
+        def tell(plan: Plan) -> list[int]:
+            names.append(threading.current_thread().name)
+            return run(plan)
+
+        engine._runner.run = tell
+        texts = [f"USER: {'a long question ' * 12}{end} ASSISTANT:" for end in "xy"]
+        await asyncio.gather(*[answer(engine, prompt(text, max_tokens=2)) for text in texts])
+        await engine.close()
+        return names
+
+    assert set(asyncio.run(main())) == {"torch-engine"}
 
 
 def wide_scheduler(*lengths: int, **options) -> Scheduler:

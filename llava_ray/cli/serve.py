@@ -43,6 +43,11 @@ def serve(
         "page": page,
     }
     settings = _read_settings(config) | {k: v for k, v in given.items() if v is not None}
+    in_short = [name for name in ("model", "engine", "dtype", "quantization") if given[name]]
+    if in_short and settings.get("models"):
+        raise ConfigError(
+            f"{config} describes `models`: {', '.join(in_short)} would be passed over; set it there"
+        )
     try:
         described = ServeConfig(**settings)
     except ValueError as error:

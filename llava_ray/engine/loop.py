@@ -141,32 +141,45 @@ class EngineLoop:
 
     def _compute(self) -> None:
         """Start steps side by side, or compute one with all threads once none is in flight."""
+        num_busy = len(self._threads) - len(self._idle)
         if self._threads and self.scheduler.is_wide():
-            while self._idle:
-                plan = self.scheduler.plan(share=len(self._threads))
-                if not plan.pieces:
-                    break
-                self._start(plan, self._idle.pop())
-            self._is_blocked = True
-        elif len(self._idle) < len(self._threads):
+            plans = self._plan_side_by_side()
+            if num_busy or len(plans) > 1:
+                for plan in plans:
+                    self._start(plan, self._idle.pop())
+                self._is_blocked = True
+            else:  # what else there is waits for this one
+                self._finish(plans[0], self._runner.run(plans[0]))
+        elif num_busy:
             self._is_blocked = True
         else:
             plan = self.scheduler.plan()
+            self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
             self._finish(plan, self._runner.run(plan))
 
+    def _plan_side_by_side(self) -> list[Plan]:
+        """Return a step for each idle thread, or for fewer, if there is no more to compute.
+
+        Copies are made here, before the next plan lets their sources go.
+        """
+        plans: list[Plan] = []
+        while len(plans) < len(self._idle):
+            plan = self.scheduler.plan(share=len(self._threads))
+            if not plan.pieces:
+                break
+            self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
+            if plan.copies:
+                self._runner.run(Plan([], plan.copies))
+            plans.append(Plan(plan.pieces))
+        return plans
+
     def _start(self, plan: Plan, thread: ThreadPoolExecutor) -> None:
-        """Let a thread compute a step; copies are made here, before their sources can go."""
-        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
-        if plan.copies:
-            self._runner.run(Plan([], plan.copies))
-        plan = Plan(plan.pieces)
         running = thread.submit(self._runner.run, plan)
         running.add_done_callback(lambda tokens: self._inbox.put(Done(plan, tokens, thread)))
 
     def _finish(self, plan: Plan, tokens: list[int]) -> None:
         self.figures.num_steps += 1
         self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
-        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
         self.figures.num_new_tokens += len(tokens)
         self._deliver(self.scheduler.commit(plan, tokens))
 
@@ -200,11 +213,11 @@ class EngineLoop:
 
     def _answer_pings(self) -> None:
         """Answer those that came before no step that is still in flight: it might be stuck."""
-        ready = [ping for ping, busy in self._pings if not busy]
-        self._pings = [(ping, busy) for ping, busy in self._pings if busy]
-        for ping in ready:
-            if ping.answer.set_running_or_notify_cancel():  # else nobody waits any more
-                self._answer(ping.answer)
+        for each in [each for each in self._pings if not each[1]]:
+            self._pings.remove(each)
+            answer = each[0].answer
+            if answer.set_running_or_notify_cancel():  # else nobody waits any more
+                self._answer(answer)
 
     def _answer(self, ping: Future[None]) -> None:
         try:

@@ -41,7 +41,8 @@ class Prefixes:
     @property
     def num_tokens(self) -> int:
         """Places of the cache that could be had at once."""
-        return sum(sequence.region.length for sequence in self._kept if sequence.region)
+        regions = [sequence.region for sequence in self._kept]  # asked for by another thread, too
+        return sum(region.length for region in regions if region)
 
     def reserve(self, length: int) -> Region | None:
         """Return a free region, for which as many sequences are forgotten as it takes."""

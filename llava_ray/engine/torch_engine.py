@@ -126,8 +126,9 @@ class TorchEngine:
         """
         torch.set_num_threads(count_threads(config))
         dtype = select_dtype(config.dtype, select_device(config.device))
-        # Where "auto" is float32, products read weights of 16 bits as they are stored.
-        is_stored = config.dtype == "auto" and dtype == torch.float32
+        # Where "auto" is float32, products read weights of 16 bits as they are stored; adapters
+        # would be rounded to those.
+        is_stored = config.dtype == "auto" and dtype == torch.float32 and not config.adapters
         core = run_in_passing_thread(
             lambda: load_model(
                 config.path,
@@ -213,7 +214,7 @@ class TorchEngine:
             self._loop.send(Close())
         await asyncio.to_thread(self._loop.join)
         for thread in self._threads:
-            thread.shutdown()
+            await asyncio.to_thread(thread.shutdown)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
     def _abort(self, sequence: Sequence) -> None:

@@ -74,7 +74,8 @@ def quantize_linears(module: nn.Module) -> None:
 
 
 def _replace_linears(module: nn.Module, pack: Callable[[nn.Linear], Compute | None]) -> None:
-    for parent in list(module.modules()):
+    parents = [each for each in module.modules() if type(each) is not nn.Linear]
+    for parent in parents:  # the layers themselves are let go one by one
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and (compute := pack(child)):
                 setattr(parent, name, PackedLinear(child, compute))

@@ -10,9 +10,9 @@ Shapes: T rows (tokens), I and O a linear layer's inputs and outputs, R an adapt
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -80,6 +80,12 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.linear = linear
         self._adapters, self._products = adapters, dict(products)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """Convert the products too: their adapters' names may not be names of buffers."""
+        super()._apply(fn, recurse)
+        self._products = {name: (fn(a), fn(b)) for name, (a, b) in self._products.items()}
+        return self
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
         output = self.linear(states)
