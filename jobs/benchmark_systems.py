@@ -27,20 +27,12 @@ SETTLE_S = 20
 def open_llava_ray(load: Load) -> Iterator[Ask]:
     """The whole application, as `llava-ray serve` starts it."""
     port = find_port()
-    command = [sys.executable, "-m", "llava_ray.cli", "serve", "--no-page", "--port", str(port)]
+    command = [sys.executable, "-m", "llava_ray.cli", "serve", load.model, "--no-page"]
+    options = ["--dtype", load.dtype or "auto", "--quantization", load.quantization]
     environment = {"RAY_AUTH_MODE": "disabled"}
     url = f"http://127.0.0.1:{port}"
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as config:
-        json.dump({"models": [describe_model(load)]}, config)  # JSON is YAML too
-        config.flush()
-        with run_server([*command, "--config", config.name], f"{url}/readyz", environment):
-            yield ask_over_http(url, max_tokens=load.max_tokens)
-
-
-def describe_model(load: Load) -> dict[str, str]:
-    """The fields of a `ModelConfig`."""
-    settings = {"path": load.model, "quantization": load.quantization}
-    return settings | ({"dtype": load.dtype} if load.dtype else {})
+    with run_server([*command, *options, "--port", str(port)], f"{url}/readyz", environment):
+        yield ask_over_http(url, max_tokens=load.max_tokens)
 
 
 @contextlib.contextmanager
@@ -67,15 +59,8 @@ def open_transformers(load: Load) -> Iterator[Ask]:
     It refuses `ignore_eos`, and takes the shortest answer in fields of its own.
     """
     port = find_port()
-    command = [
-        "transformers",
-        "serve",
-        load.model,
-        "--port",
-        str(port),
-        "--dtype",
-        load.name_dtype(),
-    ]
+    command = ["transformers", "serve", load.model, "--port", str(port)]
+    command += ["--dtype", load.name_dtype()]
     length = {"max_new_tokens": load.max_tokens, "min_new_tokens": load.max_tokens}
     options = {"generation_config": json.dumps(length | {"do_sample": False})}
     url = f"http://127.0.0.1:{port}"
@@ -173,7 +158,8 @@ def open_engine(load: Load) -> Iterator[Ask]:
     from llava_ray.engine.load import load_engine
     from llava_ray.types import Prompt, Sampling
 
-    engine = load_engine(ModelConfig.model_validate(describe_model(load)))
+    settings = {"dtype": load.dtype or "auto", "quantization": load.quantization}
+    engine = load_engine(ModelConfig.model_validate({"path": load.model} | settings))
     sampling = Sampling(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
 
     async def ask(question: Question) -> AsyncIterator[int]:

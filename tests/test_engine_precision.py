@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from spoken import say
 from tiny import picture, tiny_model
 
-from llava_ray.config import DEMO_MODEL, ModelConfig
+from llava_ray.config import DEMO_MODEL, EvaluateConfig, ModelConfig, ServeConfig
 from llava_ray.demo.evaluate import make_cases
 from llava_ray.demo.scenes import draw
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.protocol import Engine
-from llava_ray.errors import ConfigError
 from llava_ray.model.core import load_model, load_without_weights
 from llava_ray.model.export import export_model
 from llava_ray.model.pack import PackedLinear, quantize_linears
@@ -134,6 +134,9 @@ def test_the_embedded_model_answers_in_8_bits_what_it_answers_in_32():
     assert sum(map(str.__eq__, rounded, exact)) > 0.95 * len(cases)
 
 
-def test_other_engines_have_a_quantization_of_their_own():
-    with pytest.raises(ConfigError, match=r"engine='vllm'.*engine_options\.quantization"):
-        load_engine(ModelConfig(path=str(tiny_model()), engine="vllm", quantization="int8"))
+@pytest.mark.parametrize("kind", [ModelConfig, ServeConfig, EvaluateConfig])
+def test_other_engines_have_a_quantization_of_their_own(kind):
+    needed = {"data": "x", "output": "y", "tasks": ["pope"]} if kind is EvaluateConfig else {}
+    settings = {"engine": "vllm", "quantization": "int8"}
+    with pytest.raises(ValidationError, match=r"engine='vllm'.*engine_options\.quantization"):
+        kind.model_validate(needed | settings)

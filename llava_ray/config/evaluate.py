@@ -8,6 +8,7 @@ from llava_ray.config.model import (
     EngineName,
     ModelConfig,
     QuantizationName,
+    check_quantization,
 )
 from llava_ray.config.section import Section
 
@@ -71,6 +72,7 @@ class EvaluateConfig(TasksConfig):
     def _check_source(self) -> "EvaluateConfig":
         if self.endpoint and self.app:
             raise ValueError("endpoint and app are two ways to ask: give one")
+        check_quantization(self.engine, self.quantization)
         return self
 
     def describe_model(self) -> ModelConfig:

@@ -14,6 +14,16 @@ EngineName = Literal["torch", "vllm", "sglang", "echo"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 QuantizationName = Literal["none", "int8"]
 
+
+def check_quantization(engine: EngineName, quantization: QuantizationName) -> None:
+    """Raise a ValueError for an engine that has a quantization of its own."""
+    if quantization != "none" and engine in ("vllm", "sglang"):
+        raise ValueError(
+            f"quantization={quantization} is the torch engine's; engine={engine!r} has its own: "
+            "name it in engine_options.quantization"
+        )
+
+
 PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
 """The environment variables that name the Python of these engines' own environments."""
 
@@ -130,6 +140,7 @@ class ModelConfig(Section):
     def _fill_name(self) -> "ModelConfig":
         if not self.name:
             self.name = "llava-ray-demo" if self.path == DEMO_MODEL else _last_part(self.path)
+        check_quantization(self.engine, self.quantization)
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"

@@ -29,11 +29,6 @@ def load_engine(config: ModelConfig, *, note_pictures: NotePictures = ignore_pic
             f"adapters beside a model are not for engine={config.engine!r}: use torch, or serve "
             f"{', '.join(config.adapters)} as models of their own, whose path is the adapter's"
         )
-    if config.quantization != "none" and config.engine in ("vllm", "sglang"):
-        raise ConfigError(
-            f"quantization={config.quantization} is the torch engine's; engine={config.engine!r} "
-            "has its own: name it in engine_options.quantization"
-        )
     match config.engine:
         case "echo":
             from llava_ray.engine.echo import EchoEngine

@@ -23,7 +23,6 @@ from llava_ray.model.precision import has_fast_bfloat16
 _EXACT_TO = 2.0**-25
 """Half the distance of the smallest numbers in float16: what becomes of weights near 0."""
 
-
 _HIGHEST = 63
 """Of a state in whole numbers, which go from 1 to 127: two products of one and a weight, added up,
 stay below 2^15, where the CPU's instruction would cut them off."""
@@ -100,9 +99,10 @@ def _pack(linear: nn.Linear) -> Compute | None:
         return lambda states: torch.ops.mkldnn._linear_pointwise(
             states, packed, bias, "none", [], ""
         )
-    if "fbgemm" in torch.backends.quantized.supported_engines and _fits_float16(weight.float()):
+    weight = weight.float()
+    if "fbgemm" in torch.backends.quantized.supported_engines and _fits_float16(weight):
         packed = torch.ops.quantized.linear_prepack_fp16(
-            weight.float(), None if bias is None else bias.detach().float()
+            weight, None if bias is None else bias.detach().float()
         )
         return lambda states: torch.ops.quantized.linear_dynamic_fp16(states.float(), packed).to(
             states.dtype
