@@ -4,12 +4,14 @@ The application is a Gateway (HTTP and the page, no torch) in front of one deplo
 for each model, and Ray scales each of these on its own.
 """
 
+import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
+from llava_ray.priority import give_way
 from llava_ray.serve import console
 from llava_ray.serve.gateway import Gateway
 from llava_ray.serve.replica import Replica
@@ -21,6 +23,8 @@ _QUIET = LoggingConfig(enable_access_log=False)
 def build_app(config: ServeConfig) -> Application:
     """Return the bound application for a Serve config file or `serve run ... key=value`."""
     console.set_up()
+    if not ray.is_initialized():
+        give_way()  # so will the Ray that is started next
     for model in config.models:
         console.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
     console.logger.info(

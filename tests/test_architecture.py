@@ -21,7 +21,7 @@ FLOORS = [
     {"model"},
     {"template", "images"},
     {"config"},
-    {"types", "errors"},
+    {"types", "errors", "priority"},
 ]
 
 MAY_IMPORT = {

@@ -1,5 +1,6 @@
 """The command line: chatting with and without a server, errors, the embedded model's commands."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from endless import EndlessServer, run_endless_server
 from patience import PATIENCE_S, wait_until_ready
@@ -178,12 +180,15 @@ def test_serve_answers_on_its_port_until_it_is_stopped(ending: signal.Signals) -
             assert server.stderr
             told = next(line for line in server.stderr if "Ctrl-C" in line)
             ready = wait_until_ready(f"http://127.0.0.1:{port}")
+            below = psutil.Process(server.pid).children(recursive=True)
+            policies = {os.sched_getscheduler(process.pid) for process in below}
             server.send_signal(ending)
             _, rest = server.communicate(timeout=2 * PATIENCE_S)
         finally:
             server.kill()  # or leaving the block waits for ever for one that does not end
     assert port in told
     assert ready["models"] == {"echo": "ready"}
+    assert policies == {os.SCHED_BATCH}, "Ray's processes cut off an engine's threads"
     assert "Traceback" not in rest
     assert "***" not in rest
     assert server.returncode == 0

@@ -3,9 +3,11 @@
 import asyncio
 import itertools
 import logging
+import os
 import random
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 import pytest
@@ -29,6 +31,7 @@ from llava_ray.errors import ConfigError, ContextLengthError, EngineError, Reque
 from llava_ray.model.build import build_byte_tokenizer
 from llava_ray.model.core import load_model
 from llava_ray.model.pack import PackedLinear, pack_linears
+from llava_ray.priority import give_way
 from llava_ray.types import Chunk, Prompt, Sampling
 
 GREEDY = Sampling(temperature=0)
@@ -286,6 +289,21 @@ def test_replicas_that_share_a_machine_do_not_each_take_all_its_cores():
     assert torch.get_num_threads() == 3
     asyncio.run(engine.close())
     torch.set_num_threads(1)
+
+
+def test_threads_that_compute_are_not_cut_off_by_what_wakes_up():
+    async def main():
+        engine = load()
+        await answer(engine, prompt())
+        threads = [thread for thread in threading.enumerate() if thread.name == "torch-engine"]
+        policies = [os.sched_getscheduler(thread.native_id) for thread in threads]
+        await engine.close()
+        return policies
+
+    with ThreadPoolExecutor(1, initializer=give_way) as helper:  # as all does that Ray starts
+        policies = helper.submit(asyncio.run, main()).result()
+        assert helper.submit(os.sched_getscheduler, 0).result() == os.SCHED_BATCH
+    assert policies == [os.SCHED_OTHER]
 
 
 # ---- beginnings that prompts share ----

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llava_ray.errors import ConfigError, EngineError
+from llava_ray.priority import take_precedence
 
 SILENCE_S = 30.0
 """A process that has not been heard of for so long counts as stuck; it speaks once a second."""
@@ -65,6 +66,7 @@ class ChildProcess:
         self._ready = threading.Event()
         self._problem = ""
         self._heard_at = time.monotonic()
+        take_precedence()  # the program inherits it
         try:
             self._process: Any = subprocess.Popen(
                 command,

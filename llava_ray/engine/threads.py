@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from llava_ray.priority import take_precedence
+
 T = TypeVar("T")
 
 
@@ -33,6 +35,7 @@ def start_single_threaded_executor(name: str) -> ThreadPoolExecutor:
 
 
 def use_threads(number: int) -> None:
-    """Let torch compute with this many threads when it is called from this one."""
+    """Let torch compute with this many threads when it is called from this one, before Ray's."""
+    take_precedence()
     torch.get_num_threads()  # a thread takes over the global number at its first question
     torch.set_num_threads(number)
