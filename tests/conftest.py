@@ -1,9 +1,12 @@
 """One small Ray cluster and one application for all tests that talk to a server."""
 
 import os
+import re
 import socket
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,9 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 # Ray Train hears of one checkpoint at each of these checks; tests have one every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
     r"ignore::DeprecationWarning:ray\.data",  # of its own settings, whenever it copies them
@@ -26,6 +32,33 @@ ALLOWED_WARNINGS = (
     ":pytest.PytestUnraisableExceptionWarning",
     "ignore:subprocess .* is still running:ResourceWarning",  # Ray does not wait for its own
 )
+
+
+STARTS_RAY = re.compile(
+    r"\b(cluster|served)\b[,:)]|^from (ray_nodes|hosts) |COMMAND, \"serve\"|nbclient", re.MULTILINE
+)
+"""Is in the text of files whose tests use the session's Ray, or start one of their own."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `-n 2`, let one process take all that runs on Ray, the other what computes by itself.
+
+    The former for the most part waits for processes to start. Tests of a file stay together.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if starts_ray(config.rootpath / file) else file
+
+    return Scheduler(config, log)
+
+
+@cache
+def starts_ray(file: Path) -> bool:
+    return bool(STARTS_RAY.search(file.read_text()))
 
 
 def pytest_configure(config: pytest.Config) -> None:
