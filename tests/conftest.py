@@ -34,31 +34,29 @@ ALLOWED_WARNINGS = (
 )
 
 
-STARTS_RAY = re.compile(
-    r"\b(cluster|served)\b[,:)]|^from (ray_nodes|hosts) |COMMAND, \"serve\"|nbclient", re.MULTILINE
-)
-"""Is in the text of files whose tests use the session's Ray, or start one of their own."""
+ON_RAY = re.compile(r"\b(cluster|served)\b[,:)]")
+"""Is in the text of files whose tests use the session's Ray."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `-n 2`, let one process take all that runs on Ray, the other what computes by itself.
+    """Of `-n 2`, let one process take all that runs on the session's Ray, the other what does not.
 
-    The former for the most part waits for processes to start. Tests of a file stay together.
+    So there is one such Ray. Tests of a file stay together.
     """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduler(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return "ray" if starts_ray(config.rootpath / file) else file
+            return "ray" if is_on_ray(config.rootpath / file) else file
 
     return Scheduler(config, log)
 
 
 @cache
-def starts_ray(file: Path) -> bool:
-    return bool(STARTS_RAY.search(file.read_text()))
+def is_on_ray(file: Path) -> bool:
+    return bool(ON_RAY.search(file.read_text()))
 
 
 def pytest_configure(config: pytest.Config) -> None:

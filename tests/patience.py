@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import psutil
 
 PATIENCE_S = 60
 
@@ -27,3 +28,19 @@ def wait_until_ready(url: str) -> dict[str, Any]:
 
     wait_until(is_ready, f"{url}/readyz is ready")
     return replies[-1].json()
+
+
+def wait_until_ended(processes: list[psutil.Process]) -> None:
+    """Return once none of the processes runs any more."""
+
+    def have_ended() -> bool:
+        return not any(map(_is_running, processes))
+
+    wait_until(have_ended, f"the end of {', '.join(map(str, processes))}")
+
+
+def _is_running(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

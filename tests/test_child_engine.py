@@ -2,8 +2,10 @@
 and SGLang themselves, through the application, where their environments are."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from patience import wait_until_ended
 from scripted_child import MISCHIEF
 from test_engine import answer, prompt, read, read_some
 from tiny import picture, tiny_model
@@ -164,6 +168,27 @@ def test_an_engine_that_ends_fails_what_is_running_at_once_and_its_health(how: s
         assert engine._process._process.wait(30) is not None
 
     play(scene)
+
+
+@pytest.mark.parametrize("how", ["it is killed", "its replica is gone"])
+def test_what_an_engine_has_started_ends_with_it(how: str) -> None:
+    settings = json.dumps({"image_tokens": IMAGE_TOKENS, "starts": ["sleep", "3600"]})
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPTED.program), settings],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    ) as child:
+        assert child.stdin
+        assert child.stdout
+        assert b"ready" in child.stdout.readline()
+        started = psutil.Process(child.pid).children(recursive=True)
+        assert "sleep" in [process.name() for process in started]
+        if how == "it is killed":
+            child.kill()
+        else:
+            child.stdin.close()
+        wait_until_ended(started)
 
 
 @pytest.mark.parametrize(

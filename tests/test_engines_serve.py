@@ -8,25 +8,25 @@ import base64
 import io
 import json
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
-from patience import wait_until
+from patience import wait_until, wait_until_ended
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.model.build import TINY
 from llava_ray.model.export import export_model
 
-SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64)  # the least that vLLM's kernels take
+# Widths: the least that vLLM's kernels take.
+SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64, context_length=4096)
 TIMEOUT_S = 300
 NEW_TOKENS = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
-ENDLESS = NEW_TOKENS | {"max_tokens": 400, "stream": True}
+ENDLESS = NEW_TOKENS | {"max_tokens": 4000, "stream": True}
 REFUSES: dict[str, tuple[str, ...]] = {"vllm": (), "sglang": ("repetition_penalty", "seed")}
 ROUNDING = 0.05
 """Of logprobs: torchvision, which the engines use, scales pictures with other roundings."""
@@ -68,23 +68,10 @@ def say(text: str, num_pictures: int) -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def find_children(pid: int) -> list[int]:
-    """Return the process ids of those that a process has started."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, parent = file.read_text().rpartition(")")[2].split()[:2]
-        except OSError:  # it has ended
-            continue
-        if int(parent) == pid and state not in "ZX":
-            found.append(int(file.parent.name))
-    return found
-
-
-def find_worker(replica: int) -> int:
+def find_worker(replica: int) -> psutil.Process:
     """Return the process that computes: the largest of those that the engine has started."""
-    workers = [own for child in find_children(replica) for own in find_children(child)]
-    return max(workers, key=lambda pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]))
+    (engine,) = psutil.Process(replica).children()
+    return max(engine.children(), key=lambda process: process.memory_info().rss)
 
 
 @pytest.fixture(
@@ -110,7 +97,6 @@ def place(
         name="ours",
         dtype="float32",
         device="cpu",
-        context_length=512,
         num_cpus=0.1,
         num_threads=1,
         messages_per_s=10**9,
@@ -122,8 +108,13 @@ def place(
     serve.run(
         build_app(ServeConfig(models=[ours, theirs], page=False)), name=app, route_prefix=f"/{app}"
     )
-    yield Place(f"{url}/{app}", app, REFUSES[name])
+    place = Place(f"{url}/{app}", app, REFUSES[name])
+    yield place
+    replica = place.find_replica()
+    assert replica, "it runs to the end"
+    processes = psutil.Process(replica).children(recursive=True)
     serve.delete(app)
+    wait_until_ended(processes)  # and leave no memory behind
 
 
 @pytest.mark.parametrize("num_pictures", [0, 1, 2])
@@ -180,6 +171,7 @@ def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(place:
     assert before is not None
     body = {"model": "theirs", "messages": [say("Go on", 1)], **ENDLESS}
     address = f"{place.url}/v1/chat/completions"
+    worker = find_worker(before)
     events: list[dict[str, Any]] = []
     with httpx.stream("POST", address, json=body, timeout=60) as reply:
         for line in reply.iter_lines():
@@ -187,7 +179,7 @@ def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(place:
                 continue
             events.append(json.loads(line.removeprefix("data: ")))
             if len(events) == 2:
-                os.kill(find_worker(before), signal.SIGKILL)
+                worker.kill()
     assert "try again" in events[-1]["error"]["message"]
 
     wait_until(

@@ -21,7 +21,7 @@ def test_the_first_two_commands_are_one_line_each() -> None:
     install = "python3 -m venv .venv && . .venv/bin/activate && pip install -e '.[dev]' && "
     first, second = code_blocks("bash")[:2]
     assert first == install + "serve run llava_ray.app:deployment\n"
-    assert second == install + "pytest\n"
+    assert second == install + "pytest -n 2\n"
 
 
 def test_the_tree_is_the_tree() -> None:

