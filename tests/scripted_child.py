@@ -5,6 +5,7 @@ Of pictures it says their sizes and the colour of their first pixel, as token id
 """
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -20,7 +21,7 @@ MISCHIEF = {"refuse": 1, "stay silent": 2, "break": 3, "fail": 4, "miscount": 5}
 
 class Scripted:
     def __init__(self, settings: dict[str, Any]) -> None:
-        refuse_unknown(settings, {"folder", "image_tokens", "pause_s", "fails", "starts"})
+        refuse_unknown(settings, {"folder", "image_tokens", "pause_s", "fails", "starts", "hangs"})
         self._image_tokens = settings["image_tokens"]
         self._pause_s = settings.get("pause_s", 0)
         self._num_running = 0
@@ -75,4 +76,7 @@ if __name__ == "__main__":
     link = Link()
     if settings.get("starts"):
         subprocess.Popen(settings["starts"])
+    if settings.get("hangs"):
+        link.tell(ready={})
+        signal.pause()
     asyncio.run(link.run(Scripted(settings)))

@@ -170,11 +170,11 @@ def test_an_engine_that_ends_fails_what_is_running_at_once_and_its_health(how: s
     play(scene)
 
 
-@pytest.mark.parametrize("how", ["it is killed", "its replica is gone"])
+@pytest.mark.parametrize("how", ["it is killed", "its replica is gone", "and it hangs"])
 def test_what_an_engine_has_started_ends_with_it(how: str) -> None:
-    settings = json.dumps({"image_tokens": IMAGE_TOKENS, "starts": ["sleep", "3600"]})
+    settings = {"image_tokens": IMAGE_TOKENS, "starts": ["sleep", "3600"], "hangs": "hangs" in how}
     with subprocess.Popen(
-        [sys.executable, str(SCRIPTED.program), settings],
+        [sys.executable, str(SCRIPTED.program), json.dumps(settings)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

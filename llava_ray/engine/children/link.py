@@ -20,6 +20,7 @@ import base64
 import functools
 import json
 import os
+import select
 import signal
 import sys
 import traceback
@@ -27,6 +28,8 @@ from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
 PULSE_S = 1.0
+GRACE_MS = 5_000
+"""So long this process may take to end by itself when its replica is gone."""
 LONGEST_LINE = 1 << 30
 
 
@@ -95,10 +98,11 @@ class Link:
 
 
 def _end_together() -> None:
-    """See to it that what this process starts ends with it, however it ends.
+    """See to it that what this process starts ends with it, and it with its replica.
 
     Ray kills what a replica has started, but not what that has started in turn: an engine's workers
-    would keep their memory. So another process waits until the last end of a pipe is closed.
+    would keep their memory. And who loads or hangs does not notice that its replica is gone. So
+    another process waits for the other ends of pipes to be closed.
     """
     if os.getpgrp() != os.getpid():  # started by hand: others are in its group
         return
@@ -108,7 +112,12 @@ def _end_together() -> None:
         os.register_at_fork(after_in_child=functools.partial(os.close, held))
         return
     os.close(held)
-    os.read(waiting, 1)
+    ends = select.poll()
+    for pipe in (waiting, sys.stdin.fileno()):
+        ends.register(pipe, 0)  # nothing but that it is closed
+    ends.poll()
+    ends.unregister(sys.stdin.fileno())
+    ends.poll(GRACE_MS)
     os.killpg(0, signal.SIGKILL)
 
 
