@@ -34,15 +34,18 @@ ALLOWED_WARNINGS = (
 )
 
 
-ON_RAY = re.compile(r"\b(cluster|served)\b[,:)]")
-"""Is in the text of files whose tests use the session's Ray."""
+ON_RAY = re.compile(
+    r"\b(cluster|served)\b[,:)]|^from (ray_nodes|hosts) |COMMAND, \"serve\"|nbclient", re.MULTILINE
+)
+"""Is in the text of files whose tests use the session's Ray, or start one of their own."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `-n 2`, let one process take all that runs on the session's Ray, the other what does not.
+    """Of `-n 2`, let one process take all that runs on Ray, the other what computes by itself.
 
-    So there is one such Ray. Tests of a file stay together.
+    So Rays start one after the other: Ray gives up a node whose agent takes more than 15 seconds,
+    as it does where several start. Tests of a file stay together.
     """
     from xdist.scheduler import LoadScopeScheduling
 
