@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from llava_ray.engine.cpu_attention import Rows, attend_rows
+from llava_ray.engine.cpu_layers import put
 from llava_ray.engine.regions import Region
 from llava_ray.engine.scheduler import Plan
 
@@ -67,7 +68,10 @@ class KVCache:
     ) -> None:
         """Write one layer's keys and values of a step."""
         for pool, new_TKE in ((self.keys[layer], key_TKE), (self.values[layer], value_TKE)):
-            pool.index_copy_(0, rows, new_TKE.to(pool.dtype).flatten(0, 1))
+            if self.device.type == "cpu":
+                put(pool, rows, new_TKE)
+            else:
+                pool.index_copy_(0, rows, new_TKE.to(pool.dtype).flatten(0, 1))
 
     def copy(self, source: Region, target: Region, num_tokens: int) -> None:
         """Copy the first keys and values of a region to the beginning of another."""

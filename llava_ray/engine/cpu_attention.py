@@ -2,26 +2,24 @@
 
 While a batch decodes, attention reads all keys and values of all its sequences for little
 arithmetic. torch's own operation packs them first as for a large product and reaches half the rate
-at which memory could give them. This one is compiled by Numba when it is first called, and kept
-beside this file, else in the user's cache, else for the process alone.
+at which memory could give them.
 
 Shapes: T tokens of a step, B sequences, N places of the cache, H query heads, K kv heads,
 E head size.
 """
 
 import itertools
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from numba.core import types
 from numba.extending import overload
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+from llava_ray.engine.compiled import compile_kept, exp
+
 _MAX_PARTS = 8
 """Threads that share a call: they meet twelve to forty times a step."""
 _MIN_READ = 1 << 20
@@ -67,7 +65,7 @@ def attend_rows(
 
     def compute(begin: int, end: int) -> None:
         _attend(
-            query, distance, _to_numpy(keys), _to_numpy(values), *rows, num_kv_heads,
+            query, distance, to_numpy(keys), to_numpy(values), *rows, num_kv_heads,
             np.float32(scaling), output.numpy(), begin, end,
         )  # fmt: skip
 
@@ -99,7 +97,7 @@ def _flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
     return rows.as_strided(((len(rows) - 1) * distance + size,), (1,)).numpy(), distance
 
 
-def _to_numpy(pool: torch.Tensor) -> np.ndarray:
+def to_numpy(pool: torch.Tensor) -> np.ndarray:
     """Return a view of a pool; NumPy has no bfloat16, so its bits."""
     return (pool.view(torch.uint16) if pool.dtype == torch.bfloat16 else pool).numpy()
 
@@ -121,34 +119,7 @@ def _compile_widen(number):  # Numba wants no annotations
     return lambda number: number
 
 
-def _compile(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function when it is first called; kept for others where there is a place."""
-    try:
-        return numba.njit(cache=True, **_OPTIONS)(function)
-    except RuntimeError:  # neither this package's folder nor the user's cache can be written
-        return numba.njit(**_OPTIONS)(function)
-
-
-@numba.njit(inline="always", **_OPTIONS)
-def _exp(x):
-    """e^x, to float32's last two bits: 2^n times a polynomial, with Cephes' coefficients.
-
-    Unlike the C library's, a loop of it becomes vector instructions.
-    """
-    x = max(x, np.float32(-87))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    rest = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    sum_ = np.float32(1.9875691500e-4)
-    sum_ = sum_ * rest + np.float32(1.3981999507e-3)
-    sum_ = sum_ * rest + np.float32(8.3334519073e-3)
-    sum_ = sum_ * rest + np.float32(4.1665795894e-2)
-    sum_ = sum_ * rest + np.float32(1.6666665459e-1)
-    sum_ = sum_ * rest + np.float32(5.0000001201e-1)
-    sum_ = sum_ * rest * rest + rest + np.float32(1)
-    return sum_ * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-
-
-@_compile
+@compile_kept
 def _attend(
     queries, distance, key_pool, value_pool, tokens, firsts, sizes, lengths, num_kv_heads, scaling,
     output_THE, begin, end,
@@ -175,7 +146,7 @@ def _attend(
                 highest = max(highest, weights[s])
             total = np.float32(0)
             for s in range(length):
-                weights[s] = _exp(weights[s] - highest)
+                weights[s] = exp(weights[s] - highest)
                 total += weights[s]
             output[:] = 0
             fours = length // 4 * 4

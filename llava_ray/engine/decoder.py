@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llava_ray.engine.cache import Step
+from llava_ray.engine.cpu_layers import can_compute, gate, normalise
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Language models whose layers are built so, apart from biases and sliding windows."""
@@ -125,6 +126,7 @@ class _Layer:
         self._norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
         self._qkv, self._output = attention.qkv_proj, attention.o_proj
         self._gate_up, self._down, self._activate = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
+        self._has_silu = config.hidden_act == "silu"
 
     def compute(self, hidden_TD: torch.Tensor, turns_T1C: torch.Tensor, step: Step) -> None:
         """Add to the hidden states what this layer adds."""
@@ -140,11 +142,20 @@ class _Layer:
             window=self._window,
         )
         hidden_TD += self._output(output_THE.flatten(1))
-        gate_TI, up_TI = self._gate_up(_normalise(hidden_TD, self._mlp_norm)).chunk(2, -1)
-        hidden_TD += self._down(self._activate(gate_TI).mul_(up_TI))
+        gate_up_TJ = self._gate_up(_normalise(hidden_TD, self._mlp_norm))
+        hidden_TD += self._down(self._let_through(gate_up_TJ))
+
+    def _let_through(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
+        """Return the activated gates times what they let through, [T, I], of [T, 2 I]."""
+        if self._has_silu and can_compute(gate_up_TJ):
+            return gate(gate_up_TJ)
+        gate_TI, up_TI = gate_up_TJ.chunk(2, -1)
+        return self._activate(gate_TI).mul_(up_TI)
 
 
 def _normalise(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
+    if can_compute(hidden_TD):
+        return normalise(hidden_TD, norm.weight, norm.variance_epsilon)
     return F.rms_norm(hidden_TD, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
