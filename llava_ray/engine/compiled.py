@@ -12,7 +12,8 @@ OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "nump
 def compile_kept(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, and keep what came out.
 
-    It is kept beside the function's file, else in the user's cache, else for this process alone.
+    It is kept beside the function's file, else in the user's cache, else for this process alone,
+    and compiled again when that file changes. When `exp` does, remove what is kept.
     """
     try:
         return numba.njit(cache=True, **OPTIONS)(function)
