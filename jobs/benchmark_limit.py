@@ -1,27 +1,42 @@
 """What a machine could serve at most, by the rates at which it multiplies and reads."""
 
-import math
 import statistics
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from benchmark_requests import Figures, Load, make_question
 from benchmark_systems import render
 
 
-def compute_limit(name: str, load: Load) -> list[Figures]:
+class Rates(NamedTuple):
+    """What the machine does a second.
+
+    Attributes:
+        flop_per_s: in a large product of the model.
+        byte_per_s: read from memory.
+    """
+
+    flop_per_s: float
+    byte_per_s: float
+
+
+def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[Figures]:
     """Return what the machine could do if it only multiplied matrices and read memory.
 
     Of each request every weight of tower, projector and language model is multiplied once a token
-    (one for a product and one for a sum), attention included, at the fastest rate that one large
-    product of this model reached. In each step of all clients the weights are read once, in 16
-    bits, and the keys and values of each, in the precision of the cache.
+    (one for a product and one for a sum), attention included. In each step of all clients the
+    weights are read once, in 16 bits, and the keys and values of each, in the precision of the
+    cache.
+
+    Args:
+        measured: before, between and after the systems that it is compared with; their mean counts,
+            as the machine's speed changes while they run.
     """
     from llava_ray.model.core import load_model
 
+    flop_per_s, byte_per_s = (statistics.mean(each) for each in zip(*measured, strict=True))
     core = load_model(load.model, dtype=load.name_dtype())
-    flop_per_s, byte_per_s = measure_rates(core)
     text = core.model.config.text_config
     inner = core.model.model
     head = core.model.lm_head.weight.numel()
@@ -53,35 +68,41 @@ def compute_limit(name: str, load: Load) -> list[Figures]:
         wall_s = max(computing_s, prefill_s + reading_s)
         rate = clients * load.max_tokens / wall_s
         rows.append(Figures(name, clients, clients, round(clients / wall_s, 2), round(rate, 1)))
-    print(f"{flop_per_s / 1e9:.0f} GFLOP/s, {byte_per_s / 1e9:.1f} GB/s", flush=True)
+    print(f"mean: {flop_per_s / 1e9:.0f} GFLOP/s, {byte_per_s / 1e9:.1f} GB/s", flush=True)
     return rows
 
 
-def measure_rates(core: Any) -> tuple[float, float]:
-    """Return the machine's FLOP/s in products of this model, and the bytes/s that it reads."""
+def measure_rates(load: Load) -> Rates:
+    """Measure the products of a language model's largest layer, and reading of 400 MB."""
     import torch
 
+    from llava_ray.model.core import load_model
     from llava_ray.model.pack import pack_linears
     from llava_ray.model.precision import has_fast_bfloat16
 
+    core = load_model(load.model, dtype=load.name_dtype())
     linear = core.model.model.language_model.layers[0].mlp.gate_proj
     layer, weight = torch.nn.Sequential(linear), linear.weight.detach()
     dtype = weight.dtype if has_fast_bfloat16() else torch.float32
     weight = weight.to(dtype)
     states = torch.randn(512, weight.shape[1], dtype=dtype)
     flop = 2 * len(states) * weight.numel()
-    plain_s = time_best(lambda: torch.nn.functional.linear(states, weight))
+    plain_s = time_median(lambda: torch.nn.functional.linear(states, weight))
     pack_linears(layer)
     with torch.inference_mode():
-        packed_s = time_best(lambda: layer(states))
+        packed_s = time_median(lambda: layer(states))
     numbers = torch.ones(100_000_000)
-    return flop / min(plain_s, packed_s), 4 * len(numbers) / time_best(lambda: numbers.sum())
+    read_s = time_median(lambda: numbers.sum())
+    rates = Rates(flop / min(plain_s, packed_s), 4 * len(numbers) / read_s)
+    print(f"{rates.flop_per_s / 1e9:.0f} GFLOP/s, {rates.byte_per_s / 1e9:.1f} GB/s", flush=True)
+    return rates
 
 
-def time_best(run: Callable[[], Any], *, at_least_s: float = 2) -> float:
-    """Return the shortest time of a call, of so many that a busy moment spoils none."""
-    end, best = time.perf_counter() + at_least_s, math.inf
+def time_median(run: Callable[[], Any], *, for_s: float = 2) -> float:
+    """Return the median time of as many calls as there is time for."""
+    run()  # warms up
+    end, times_s = time.perf_counter() + for_s, []
     while (start := time.perf_counter()) < end:
         run()
-        best = min(best, time.perf_counter() - start)
-    return best
+        times_s.append(time.perf_counter() - start)
+    return statistics.median(times_s)

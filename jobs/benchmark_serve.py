@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from benchmark_limit import compute_limit
+from benchmark_limit import compute_limit, measure_rates
 from benchmark_requests import Figures, Load, make_question, measure
 from benchmark_run import alone, print_table, watch_memory
 from benchmark_systems import OPENERS, render
@@ -61,11 +61,18 @@ def benchmark_serve(
         counts = tuple(int(count) for count in clients.split(","))
         load = Load(folder, counts, requests_each, max_tokens, image_size, dtype, quantization)
         rows: list[Figures] = []
+        rates = [alone(measure_rates, load)] if "limit" in names else []
         for name in names:
+            if name == "limit":
+                continue
             if name == "vllm" and "LLAVA_RAY_VLLM_PYTHON" not in os.environ:
                 print("vllm is left out: LLAVA_RAY_VLLM_PYTHON names no Python", flush=True)
                 continue
-            rows += alone(compute_limit if name == "limit" else measure_system, name, load)
+            rows += alone(measure_system, name, load)
+            if rates:
+                rates.append(alone(measure_rates, load))
+        if rates:
+            rows += alone(compute_limit, "limit", load, rates)
         print_table(rows)
     if plot:
         draw(rows, plot)

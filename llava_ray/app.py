@@ -11,7 +11,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
-from llava_ray.priority import give_way
+from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import console
 from llava_ray.serve.gateway import Gateway
 from llava_ray.serve.replica import Replica
@@ -25,6 +25,7 @@ def build_app(config: ServeConfig) -> Application:
     console.set_up()
     if not ray.is_initialized():
         give_way()  # so will the Ray that is started next
+        slow_down_serve()
     for model in config.models:
         console.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
     console.logger.info(
