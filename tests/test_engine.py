@@ -17,6 +17,7 @@ from tiny import picture, tiny_model
 from llava_ray.config import ModelConfig
 from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
+from llava_ray.engine.graphs import DecodeGraphs
 from llava_ray.engine.load import load_engine
 from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.regions import Region, Regions
@@ -121,6 +122,46 @@ def test_steps_side_by_side_give_the_answers_of_generate(generate, two_threads):
 
     async def main():
         engine = load(prefill_tokens=64, max_batch_size=12)
+        answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
+        await engine.close()
+        return answers
+
+    assert asyncio.run(main()) == [generate(each) for each in prompts]
+
+
+def test_steps_of_a_fixed_number_of_tokens_give_the_answers_of_generate(generate, monkeypatch):
+    """As a GPU decodes, but for the recording: sequences come and go, and steps are filled up."""
+    prompts, sizes = mixed_prompts(12), []
+    compute = DecodeGraphs.compute
+
+    def watch(graphs, plan):
+        sizes.append(len(plan.pieces))
+        return compute(graphs, plan)
+
+    monkeypatch.setattr(DecodeGraphs, "compute", watch)
+
+    async def main():
+        core = load_model(tiny_model(), dtype="float32", device="cpu")
+        runner = LlavaRunner(core, cache_tokens=16384, graph_batch_size=7)
+        engine = TorchEngine(core, runner=runner, max_batch_size=7)
+        answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
+        await engine.check()
+        await engine.close()
+        return answers
+
+    assert asyncio.run(main()) == [generate(each) for each in prompts]
+    assert {1, 3, 7} <= set(sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_answers_of_generate(generate):
+    prompts = mixed_prompts(12)
+
+    async def main():
+        core = load_model(tiny_model(), dtype="float32", device="cuda")
+        engine = TorchEngine(core, max_batch_size=7)
+        assert engine._runner._graphs, "decoding is not played from CUDA graphs"
         answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
         await engine.close()
         return answers

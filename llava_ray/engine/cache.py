@@ -9,19 +9,21 @@ Shapes: B sequences, T tokens of the step, S tokens that a sequence attends to, 
 cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head size.
 """
 
+import importlib.util
 import itertools
 import math
 import mmap
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llava_ray.engine.cpu_attention import Rows, attend_rows
+from llava_ray.engine import cpu_attention
 from llava_ray.engine.cpu_layers import put
 from llava_ray.engine.regions import Region
+from llava_ray.engine.rows import Singles
 from llava_ray.engine.scheduler import Plan
 
 ATTENTION_NAME = "llava_ray_cache"
@@ -33,6 +35,10 @@ class KVCache:
 
     A layer's pool is [N * K, E]; a region of S places is in it as [K, S, E], all of one sequence
     close together. On a CPU it is bfloat16 or float32, the dtypes that `cpu_attention` reads.
+
+    Attributes:
+        attend_rows: attention of sequences with one new token each, wherever they are, in one call,
+            as `cpu_attention` has it; None: this device has none.
     """
 
     def __init__(
@@ -40,6 +46,7 @@ class KVCache:
         *,
         num_tokens: int,
         num_layers: int,
+        num_heads: int,
         num_kv_heads: int,
         head_size: int,
         dtype: torch.dtype,
@@ -52,6 +59,7 @@ class KVCache:
         shape = (num_tokens * num_kv_heads, head_size)
         self.keys = [_zeros(shape, self.dtype, device) for _ in range(num_layers)]
         self.values = [_zeros(shape, self.dtype, device) for _ in range(num_layers)]
+        self.attend_rows = _choose_attention(self.keys[0], num_heads, num_kv_heads)
 
     def rows(self, spans: list["Span"], positions_T: torch.Tensor) -> torch.Tensor:
         """Return the rows of the pools that belong to the tokens of a step: [T * K]."""
@@ -86,6 +94,21 @@ class KVCache:
         return pool[begin:end].view(heads, region.length, -1)
 
 
+def _choose_attention(
+    pool: torch.Tensor, num_heads: int, num_kv_heads: int
+) -> Callable[..., None] | None:
+    if pool.device.type == "cpu":
+        return cpu_attention.attend_rows
+    if pool.device.type == "cuda" and importlib.util.find_spec("triton"):
+        from llava_ray.engine import gpu_attention
+
+        if gpu_attention.is_right(
+            pool, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=pool.shape[1]
+        ):
+            return gpu_attention.attend_rows
+    return None
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU straight from the system, which gives memory only where it is written."""
     if device.type == "cpu":
@@ -111,48 +134,6 @@ class Span(NamedTuple):
     length: int
     region: Region
     past: int
-
-
-class Singles:
-    """Sequences with one new token each, on a CPU: any regions, one call for all."""
-
-    def __init__(self, spans: list[Span], cache: KVCache) -> None:
-        self._spans, self._heads = spans, cache.num_kv_heads
-        self._rows: dict[int | None, Rows] = {}
-
-    def attend(
-        self,
-        query_THE: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        output_THE: torch.Tensor,
-        *,
-        scaling: float,
-        window: int | None,
-    ) -> None:
-        """Write their part of a layer's attention, each seeing `window` tokens; None: all."""
-        if (rows := self._rows.get(window)) is None:
-            rows = self._rows[window] = self._find_rows(window)
-        attend_rows(
-            query_THE,
-            keys,
-            values,
-            rows,
-            output_THE,
-            num_kv_heads=self._heads,
-            scaling=scaling,
-        )
-
-    def _find_rows(self, window: int | None) -> Rows:
-        lengths = np.array([span.past + 1 for span in self._spans])
-        skipped = np.maximum(0, lengths - window) if window else np.zeros_like(lengths)
-        starts, sizes = np.array([span.region for span in self._spans]).T
-        return Rows(
-            tokens=np.array([span.offset for span in self._spans]),
-            firsts=starts * self._heads + skipped,
-            sizes=np.ascontiguousarray(sizes),
-            lengths=lengths - skipped,
-        )
 
 
 class Lanes:
@@ -211,6 +192,13 @@ class Lanes:
         )
 
 
+def _describe(spans: list[Span], cache: KVCache) -> Singles:
+    """Return where sequences with one new token each have theirs."""
+    numbers = [(span.offset, *span.region, span.past + 1) for span in spans]
+    columns = torch.tensor(numbers).T.contiguous().to(cache.device)
+    return Singles(*columns, num_kv_heads=cache.num_kv_heads)
+
+
 def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
     """Return what picks these tokens of a step: where they are neighbours, a view and no copy."""
     if offsets == list(range(offsets[0], offsets[0] + len(offsets))):
@@ -252,9 +240,9 @@ class Step:
         self.positions_T = torch.tensor(positions, device=cache.device)
         self._rows = cache.rows(self.spans, self.positions_T)
         singles = [span for span in self.spans if span.length == 1]
-        on_cpu = cache.device.type == "cpu"
-        self._singles = Singles(singles, cache) if singles and on_cpu else None
-        self._lanes = [] if on_cpu else [Lanes(group, cache) for group in group_lanes(singles)]
+        by_rows = cache.attend_rows is not None
+        self._singles = _describe(singles, cache) if singles and by_rows else None
+        self._lanes = [] if by_rows else [Lanes(group, cache) for group in group_lanes(singles)]
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def attend(
@@ -278,9 +266,15 @@ class Step:
         self.cache.store(layer, self._rows, key_TKE, value_TKE)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         output_THE = query_THE.new_empty(query_THE.shape)
-        if self._singles:
-            self._singles.attend(
-                query_THE, keys, values, output_THE, scaling=scaling, window=window
+        if self._singles and self.cache.attend_rows:
+            self.cache.attend_rows(
+                query_THE,
+                keys,
+                values,
+                self._singles.find_rows(window),
+                output_THE,
+                num_kv_heads=self.cache.num_kv_heads,
+                scaling=scaling,
             )
         for lanes in self._lanes if window is None else ():
             lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)

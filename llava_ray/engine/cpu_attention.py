@@ -11,7 +11,6 @@ E head size.
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,27 +18,12 @@ from numba.core import types
 from numba.extending import overload
 
 from llava_ray.engine.compiled import compile_kept, exp
+from llava_ray.engine.rows import Rows
 
 _MAX_PARTS = 8
 """Threads that share a call: they meet twelve to forty times a step."""
 _MIN_READ = 1 << 20
 """Bytes of keys and values below which a second thread costs more than it saves."""
-
-
-class Rows(NamedTuple):
-    """Where the keys and values of B sequences are in a pool of [N * K, E]; integers, [B].
-
-    Attributes:
-        tokens: which token of the step is the sequence's.
-        firsts: the row of each one's first kv head and first token to be seen.
-        sizes: rows from one of its kv heads to the next.
-        lengths: tokens to be seen.
-    """
-
-    tokens: np.ndarray
-    firsts: np.ndarray
-    sizes: np.ndarray
-    lengths: np.ndarray
 
 
 def attend_rows(
@@ -61,11 +45,12 @@ def attend_rows(
         output_THE: where the result goes; the rows of other tokens stay as they are.
     """
     query, distance = _flatten(query_THE.float())
+    places = [each.numpy() for each in rows]
     output = output_THE if _is_written_in_place(output_THE) else output_THE.float().contiguous()
 
     def compute(begin: int, end: int) -> None:
         _attend(
-            query, distance, to_numpy(keys), to_numpy(values), *rows, num_kv_heads,
+            query, distance, to_numpy(keys), to_numpy(values), *places, num_kv_heads,
             np.float32(scaling), output.numpy(), begin, end,
         )  # fmt: skip
 

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_ray.engine.cache import Step
 from llava_ray.engine.cpu_layers import can_compute, gate, normalise
+from llava_ray.engine.rows import Layout
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Language models whose layers are built so, apart from biases and sliding windows."""
@@ -97,7 +97,7 @@ class Decoder:
         self._model = language_model
         self._layers = [_Layer(layer, language_model.config) for layer in language_model.layers]
 
-    def __call__(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
+    def __call__(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
         """Return the last hidden states, [T, D]; the embeddings are overwritten."""
         cos_TE, sin_TE = (
             each[0].float()
@@ -128,7 +128,7 @@ class _Layer:
         self._gate_up, self._down, self._activate = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
         self._has_silu = config.hidden_act == "silu"
 
-    def compute(self, hidden_TD: torch.Tensor, turns_T1C: torch.Tensor, step: Step) -> None:
+    def compute(self, hidden_TD: torch.Tensor, turns_T1C: torch.Tensor, step: Layout) -> None:
         """Add to the hidden states what this layer adds."""
         qkv_TE = self._qkv(_normalise(hidden_TD, self._norm)).unflatten(-1, (-1, self._size))
         turned = self._num_heads + self._num_kv_heads

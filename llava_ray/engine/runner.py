@@ -12,9 +12,11 @@ import torch
 
 from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
 from llava_ray.engine.decoder import Decoder, can_fuse, fuse
+from llava_ray.engine.graphs import DecodeGraphs
 from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.protocol import NotePictures, ignore_pictures
 from llava_ray.engine.regions import Region
+from llava_ray.engine.rows import Layout
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan
 from llava_ray.engine.sequence import Sequence
@@ -62,6 +64,7 @@ class LlavaRunner:
         quantization: "int8": the language model's products in 8 bits; "none": as they are.
         adapters: those beside its weights, if any.
         picture_cache_mb: memory for encoded pictures, in MiB; 0: none are kept.
+        graph_batch_size: up to so many sequences decode by `DecodeGraphs`, a GPU's way; None: none.
         note_pictures: told what becomes of pictures.
 
     Raises:
@@ -78,6 +81,7 @@ class LlavaRunner:
         quantization: str = "none",
         adapters: SideAdapters | None = None,
         picture_cache_mb: int = 256,
+        graph_batch_size: int | None = None,
         note_pictures: NotePictures = ignore_pictures,
     ) -> None:
         from transformers import AttentionInterface
@@ -108,6 +112,7 @@ class LlavaRunner:
         self._cache = KVCache(
             num_tokens=cache_tokens + 1,  # the last place belongs to `check`
             num_layers=config.num_hidden_layers,
+            num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
             dtype=cache_dtype or core.model.dtype,
@@ -124,6 +129,15 @@ class LlavaRunner:
         widen(core.model)
         self.dtype: torch.dtype = core.model.dtype
         self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
+        self._graphs = self._find_graphs(graph_batch_size)
+
+    def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
+        if not max_batch_size or not self._cache.attend_rows or self._adapters.names:
+            return None
+        graphs = DecodeGraphs(
+            self._compute_logits, self._cache, self._scratch, max_batch_size=max_batch_size
+        )
+        return graphs if self.device.type == "cpu" or graphs.record() else None
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> list[int]:
@@ -144,6 +158,9 @@ class LlavaRunner:
 
     def _compute_tokens(self, plan: Plan) -> list[int]:
         """Return them, once the pictures of the plan are encoded."""
+        if self._graphs and self._graphs.can_compute(plan):
+            logits_BV = self._graphs.compute(plan)
+            return sample(logits_BV, [piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
         hidden_TD = self._compute_layers(self._embed_tokens(plan), step)
@@ -160,7 +177,11 @@ class LlavaRunner:
         sequence.region = self._scratch
         self.run(Plan([Piece(sequence, 1)]))
 
-    def _call_language_model(self, embeddings_TD: torch.Tensor, step: Step) -> torch.Tensor:
+    def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
+        """Return the logits of one token each, [B, V], none of them a picture's."""
+        return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), step))
+
+    def _call_language_model(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
         """Return the last hidden states, [T, D], as transformers computes them."""
         return self._language_model(
             inputs_embeds=embeddings_TD[None],

@@ -101,6 +101,7 @@ class TorchEngine:
                 quantization=quantization,
                 adapters=adapters,
                 picture_cache_mb=picture_cache_mb,
+                graph_batch_size=max_batch_size if on_gpu else None,
                 note_pictures=note_pictures,
             )
         )

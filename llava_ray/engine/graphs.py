@@ -1,0 +1,175 @@
+"""Steps in which every sequence computes one token, played from CUDA graphs on a GPU.
+
+While a batch decodes, a step is hundreds of small operations, and a GPU waits longer for Python to
+call them than it computes. Recorded once for each of a few batch sizes, they are one call. What
+differs from step to step is in one tensor that stays where it is, and is copied to it in one piece.
+
+Shapes: B sequences, T = B tokens, V vocabulary, H query heads, K kv heads, E head size.
+"""
+
+import bisect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llava_ray.engine.cache import KVCache
+from llava_ray.engine.regions import Region
+from llava_ray.engine.rows import Singles
+from llava_ray.engine.scheduler import Plan
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_TRIES = 2
+"""Steps before one is recorded: libraries set themselves up in the first."""
+
+
+class DecodeStep:
+    """The layout of a step of B sequences with one token each, which stays where it is.
+
+    It takes the place of `cache.Step` in the language model.
+
+    Args:
+        size: B.
+        idle: a place of the cache that belongs to no sequence: that of those that are not there.
+    """
+
+    def __init__(self, size: int, cache: KVCache, idle: Region) -> None:
+        self._cache, self._idle = cache, idle
+        self._numbers_4B = torch.zeros(4, size, dtype=torch.int64, device=cache.device)
+        self._tokens_B = torch.arange(size, device=cache.device)
+        self._heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
+        self.ids_B, self.positions_T, self._starts_B, self._sizes_B = self._numbers_4B
+        self.fill(Plan([]))
+
+    def fill(self, plan: Plan) -> None:
+        """Describe this step's tokens, all of which are known to their sequences."""
+        columns = []
+        for sequence, _ in plan.pieces:
+            assert sequence.region is not None
+            past = sequence.num_computed
+            columns.append((*sequence.ids_from(past, 1), past, *sequence.region))
+        columns += [(0, 0, *self._idle)] * (len(self._tokens_B) - len(columns))
+        numbers_4B = torch.tensor(columns).T.contiguous()
+        if self._numbers_4B.is_cuda:
+            numbers_4B = numbers_4B.pin_memory()
+        self._numbers_4B.copy_(numbers_4B, non_blocking=True)
+
+    def begin(self) -> None:
+        """Compute what all layers need; recorded, as all that follows."""
+        self._singles = Singles(
+            self._tokens_B,
+            self._starts_B,
+            self._sizes_B,
+            self.positions_T + 1,
+            num_kv_heads=self._cache.num_kv_heads,
+        )
+        firsts_B = self._starts_B * self._cache.num_kv_heads + self.positions_T
+        self._rows = (firsts_B[:, None] + self._sizes_B[:, None] * self._heads_K).flatten()
+
+    def attend(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Store the step's keys and values and attend, as `cache.Step.attend`; [T, H, E]."""
+        cache = self._cache
+        assert cache.attend_rows is not None
+        cache.store(layer, self._rows, key_TKE, value_TKE)
+        output_THE = query_THE.new_empty(query_THE.shape)
+        cache.attend_rows(
+            query_THE,
+            cache.keys[layer],
+            cache.values[layer],
+            self._singles.find_rows(window),
+            output_THE,
+            num_kv_heads=cache.num_kv_heads,
+            scaling=scaling,
+        )
+        return output_THE
+
+
+class DecodeGraphs:
+    """Computes such steps: each is played for the next larger of a few batch sizes.
+
+    Until they are recorded the same is computed without a graph, which is what a CPU can.
+
+    Args:
+        compute: token ids [B] and the layout of their step -> logits [B, V].
+        idle: a place of the cache that belongs to no sequence.
+        max_batch_size: of any step.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor, DecodeStep], torch.Tensor],
+        cache: KVCache,
+        idle: Region,
+        *,
+        max_batch_size: int,
+    ) -> None:
+        self._compute = compute
+        self._sizes = [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
+        self._steps = [DecodeStep(size, cache, idle) for size in self._sizes]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @staticmethod
+    def can_compute(plan: Plan) -> bool:
+        """Whether a plan is a step of one token each, none of them a picture's."""
+        return bool(plan.pieces) and all(
+            piece.num_tokens == 1 and piece.sequence.inputs is None for piece in plan.pieces
+        )
+
+    def compute(self, plan: Plan) -> torch.Tensor:
+        """Return the logits of a plan's tokens, [B, V]; the next call overwrites them."""
+        index = bisect.bisect_left(self._sizes, len(plan.pieces))
+        step = self._steps[index]
+        step.fill(plan)
+        if index in self._graphs:
+            graph, logits_BV = self._graphs[index]
+            graph.replay()
+        else:
+            logits_BV = self._run(step)
+        return logits_BV[: len(plan.pieces)]
+
+    def _run(self, step: DecodeStep) -> torch.Tensor:
+        step.begin()
+        return self._compute(step.ids_B, step)
+
+    @torch.inference_mode()
+    def record(self) -> bool:
+        """Record all sizes, the largest first: the smaller ones take their memory from its pool.
+
+        Returns:
+            False, and the reason is logged: this language model, or GPU, cannot be recorded.
+        """
+        try:
+            with torch.cuda.device(self._steps[0].positions_T.device):
+                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                for index in reversed(range(len(self._sizes))):
+                    self._graphs[index] = self._record_one(self._steps[index], pool, stream)
+        except RuntimeError as error:
+            logger.warning("decoding goes without CUDA graphs: %s", error)
+            return False
+        return True
+
+    def _record_one(
+        self, step: DecodeStep, pool: Any, stream: torch.cuda.Stream
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Return a graph, and where it leaves the logits."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_TRIES):
+                self._run(step)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits_BV = self._run(step)
+        return graph, logits_BV
