@@ -235,6 +235,20 @@ def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
     assert wide_scheduler(1, 300, 300).is_wide()
 
 
+@pytest.mark.parametrize(("num_image_tokens", "first"), [(0, 100), (40, 80), (240, 50)])
+def test_a_step_that_encodes_a_picture_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
+    scheduler = wide_scheduler(picture_cost=0.5)
+    sequence = _sequence(length=250)
+    sequence.inputs, sequence.num_image_tokens = {}, num_image_tokens
+    scheduler.add(sequence)
+    sizes = []
+    while sequence.num_pending > 1:
+        plan = scheduler.plan()
+        sizes.append(plan.pieces[0].num_tokens)
+        scheduler.commit(plan, [7] * len(plan.complete))
+    assert sizes == [first, 100, 150 - first]
+
+
 @pytest.mark.parametrize("prefill_tokens", [7, 64, 4096])
 def test_sixteen_requests_at_once_some_cancelled_give_the_answers_of_generate(
     generate, prefill_tokens

@@ -31,7 +31,7 @@ from llava_ray.model.core import Core, load_model, select_device, select_dtype
 from llava_ray.model.side_adapters import SideAdapters, load_side_adapters
 from llava_ray.types import Chunk, Prompt, Tokens
 
-PREFILL_TOKENS_CPU = 256
+PREFILL_TOKENS_CPU = 240
 PREFILL_TOKENS_GPU = 4096
 """Prompt tokens in one step: enough to keep the device busy, few enough not to stall streams."""
 
@@ -80,6 +80,7 @@ class TorchEngine:
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
             prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
+            picture_cost=_weigh_pictures(core),
             prefix_cache=prefix_cache,
         )
         self.template = core.template
@@ -243,3 +244,12 @@ class TorchEngine:
             picture_names=names,
             adapter=prompt.adapter,
         )
+
+
+def _weigh_pictures(core: Core) -> float:
+    """Return what encoding an image token costs, in tokens of the language model."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    return count(core.model.model.vision_tower) / count(core.model.model.language_model)
