@@ -6,8 +6,8 @@ those that compute with it wait too. Processes of Linux's batch policy (`man 7 s
 off others when they wake up; they get as much of a core as before. No privilege is needed.
 
 Serve's controller compares what is with what should be, and its handles hand on their counters,
-ten times a second each: a fiftieth of two cores while nobody asks. Three times and once, as here,
-serve as well: Ray itself gathers counters every ten seconds.
+ten times a second each. Three times and once, as here, serve as well, as Ray itself gathers
+counters every ten seconds, and leave 1 to 2 % of two cores to others.
 """
 
 import os
