@@ -82,11 +82,12 @@ def test_a_checkpoint_with_weights_of_32_bits_is_loaded_in_32():
     assert load_model(tiny_model(), dtype="stored", device="cpu").model.dtype == torch.float32
 
 
-def test_keys_and_values_in_bfloat16_change_little(stored):
+def test_bfloat16_changes_little(stored):
+    """Keys and values are in it, and where the CPU computes in it, all else."""
     exact = ask(*PROMPTS, path=str(stored), dtype="float32")
     near = ask(*PROMPTS, path=str(stored), dtype="bfloat16")
     for mine, its in zip(near, exact, strict=True):
-        assert first_logprob(mine) == pytest.approx(first_logprob(its), abs=0.05)
+        assert first_logprob(mine) == pytest.approx(first_logprob(its), abs=0.1)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -226,20 +226,70 @@ def group_lanes(spans: list[Span]) -> list[list[Span]]:
 
 
 class Step:
-    """The layout of one step, handed through the language model to its attention layers."""
+    """The layout of one step, handed through the language model to its attention layers; `Layout`.
+
+    Wanted are the last tokens of complete pieces.
+    """
 
     def __init__(self, plan: Plan, cache: KVCache) -> None:
-        self.cache = cache
-        self.spans: list[Span] = []
+        spans: list[Span] = []
         offset = 0
         for sequence, length in plan.pieces:
             assert sequence.region is not None
-            self.spans.append(Span(offset, length, sequence.region, sequence.num_computed))
+            spans.append(Span(offset, length, sequence.region, sequence.num_computed))
             offset += length
-        positions = [p for span in self.spans for p in range(span.past, span.past + span.length)]
+        positions = [p for span in spans for p in range(span.past, span.past + span.length)]
         self.positions_T = torch.tensor(positions, device=cache.device)
-        self._rows = cache.rows(self.spans, self.positions_T)
-        singles = [span for span in self.spans if span.length == 1]
+        self.wanted: torch.Tensor | None = None
+        self._cache = cache
+        self._rows = cache.rows(spans, self.positions_T)
+        self._all = self._last = _Looks(spans, cache)
+        complete = [
+            span for span, piece in zip(spans, plan.pieces, strict=True) if piece.is_complete
+        ]
+        if len(complete) < offset:
+            last = [span.offset + span.length - 1 for span in complete]
+            self.wanted = torch.tensor(last, dtype=torch.int64, device=cache.device)
+            self._last = _Looks(
+                [
+                    Span(index, 1, span.region, span.past + span.length - 1)
+                    for index, span in enumerate(complete)
+                ],
+                cache,
+            )
+
+    def attend(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        is_last: bool = False,
+    ) -> torch.Tensor:
+        """Store the step's keys and values, let each token attend to its own sequence.
+
+        Args:
+            window: each token sees this many tokens up to itself (sliding window); None: all.
+            is_last: of all layers; only the wanted tokens attend, whose queries are given.
+
+        Returns:
+            [T, H, E], or [W, H, E]
+        """
+        self._cache.store(layer, self._rows, key_TKE, value_TKE)
+        looks = self._last if is_last else self._all
+        return looks.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
+
+
+class _Looks:
+    """Attention of the spans of a step, or of other ones with queries of their own."""
+
+    def __init__(self, spans: list[Span], cache: KVCache) -> None:
+        self._cache = cache
+        self._spans = spans
+        singles = [span for span in spans if span.length == 1]
         by_rows = cache.attend_rows is not None
         self._singles = _describe(singles, cache) if singles and by_rows else None
         self._lanes = [] if by_rows else [Lanes(group, cache) for group in group_lanes(singles)]
@@ -255,45 +305,53 @@ class Step:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Store the step's keys and values, let each token attend to its own sequence.
-
-        Args:
-            window: each token sees this many tokens up to itself (sliding window); None: all.
-
-        Returns:
-            [T, H, E]
-        """
-        self.cache.store(layer, self._rows, key_TKE, value_TKE)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        """Return [T, H, E]; the step's keys and values are in the cache already."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         output_THE = query_THE.new_empty(query_THE.shape)
-        if self._singles and self.cache.attend_rows:
-            self.cache.attend_rows(
+        if self._singles and self._cache.attend_rows:
+            self._cache.attend_rows(
                 query_THE,
                 keys,
                 values,
                 self._singles.find_rows(window),
                 output_THE,
-                num_kv_heads=self.cache.num_kv_heads,
+                num_kv_heads=self._cache.num_kv_heads,
                 scaling=scaling,
             )
         for lanes in self._lanes if window is None else ():
             lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)
-        for span in self.spans:
-            offset, length, region, past = span
-            if length == 1 and (window is None or self._singles):
-                continue
-            new = slice(offset, offset + length)
-            if past == 0 and window is None:
-                key, value = key_TKE[new].transpose(0, 1), value_TKE[new].transpose(0, 1)
-                mask_TS = None
-            else:
-                first = max(0, past + 1 - window) if window else 0
-                seen = slice(first, past + length)
-                key = self.cache.view(keys, region)[:, seen]
-                value = self.cache.view(values, region)[:, seen]
-                mask_TS = self._find_mask(span, first, window, query_THE)
-            output_THE[new] = _attend_span(query_THE[new], key, value, scaling, mask_TS)
+        for span in self._spans:
+            if span.length > 1 or (window is not None and not self._singles):
+                new = slice(span.offset, span.offset + span.length)
+                output_THE[new] = self._attend_span(
+                    span, layer, query_THE[new], key_TKE[new], value_TKE[new], scaling, window
+                )
         return output_THE
+
+    def _attend_span(
+        self,
+        span: Span,
+        layer: int,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Return several tokens of one sequence, [T, H, E]."""
+        if span.past == 0 and window is None and not cpu_attention.can_attend_prompt(query_THE):
+            key, value = key_TKE.transpose(0, 1), value_TKE.transpose(0, 1)
+            return _attend_span(query_THE, key, value, scaling, None)
+        first = max(0, span.past + 1 - window) if window else 0
+        seen = slice(first, span.past + span.length)
+        key = self._cache.view(self._cache.keys[layer], span.region)[:, seen]
+        value = self._cache.view(self._cache.values[layer], span.region)[:, seen]
+        if cpu_attention.can_attend_prompt(query_THE):
+            return cpu_attention.attend_prompt(
+                query_THE, key, value, scaling=scaling, window=window
+            )
+        mask_TS = self._find_mask(span, first, window, query_THE)
+        return _attend_span(query_THE, key, value, scaling, mask_TS)
 
     def _find_mask(
         self, span: Span, first: int, window: int | None, like: torch.Tensor

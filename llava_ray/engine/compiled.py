@@ -1,10 +1,17 @@
-"""What the engine's own kernels for CPUs share; Numba compiles them."""
+"""What the engine's own kernels for CPUs share; Numba compiles them.
+
+NumPy has no bfloat16: its numbers come as their bits, which are the upper half of a float32's.
+Kernels read them by `widen` and write them by `convert`, and so are one for both precisions.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
+import torch
+from numba.core import types
+from numba.extending import overload
 
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 
@@ -13,7 +20,7 @@ def compile_kept(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, and keep what came out.
 
     It is kept beside the function's file, else in the user's cache, else for this process alone,
-    and compiled again when that file changes. When `exp` does, remove what is kept.
+    and compiled again when that file changes. When this file does, remove what is kept.
     """
     try:
         return numba.njit(cache=True, **OPTIONS)(function)
@@ -38,3 +45,56 @@ def exp(x):  # Numba wants no annotations
     sum_ = sum_ * rest + np.float32(5.0000001201e-1)
     sum_ = sum_ * rest * rest + rest + np.float32(1)
     return sum_ * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """Return a view of a tensor on a CPU; of bfloat16, its bits."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
+    """Return all that rows of tokens span as one flat array, and how far one is from the next.
+
+    So rows that are a part of wider ones need no copy; those that have gaps in themselves do.
+    """
+    if not rows[:1].is_contiguous():
+        rows = rows.contiguous()
+    distance, size = rows.stride(0), rows[0].numel()
+    return to_numpy(rows.as_strided(((len(rows) - 1) * distance + size,), (1,))), distance
+
+
+def widen(number: np.generic) -> np.float32:
+    """Return a number, or the bits of one in bfloat16, as float32."""
+    raise NotImplementedError  # compiled code only
+
+
+def convert(number: np.generic, like: np.ndarray) -> np.generic:
+    """Return a number as an array holds it: float32, or the bits of the nearest in bfloat16."""
+    raise NotImplementedError  # compiled code only
+
+
+@overload(widen, inline="always")
+def _compile_widen(number):  # Numba wants no annotations
+    if isinstance(number, types.Integer):
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
+@overload(convert, inline="always")
+def _compile_convert(number, like):
+    is_rounded = isinstance(like.dtype, types.Integer)
+    if is_rounded == isinstance(number, types.Integer):
+        return lambda number, like: number
+    return _to_bits if is_rounded else lambda number, like: widen(number)
+
+
+def _to_bits(number, like):
+    return np.uint16(np.uint32(round_bits(number) >> np.uint32(16)))
+
+
+@numba.njit(inline="always", **OPTIONS)
+def round_bits(number):
+    """Return a float32's bits, rounded to the nearest bfloat16, of two the even one: upper half."""
+    bits = np.float32(number).view(np.uint32)
+    is_odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits + np.uint32(np.uint32(0x7FFF) + is_odd))

@@ -1,11 +1,12 @@
-"""Attention of one new token a sequence on a CPU: keys and values read once, at memory's speed.
+"""Attention on a CPU, where torch's own operation is slow.
 
-While a batch decodes, attention reads all keys and values of all its sequences for little
-arithmetic. torch's own operation packs them first as for a large product and reaches half the rate
-at which memory could give them.
+- One new token a sequence: while a batch decodes, attention reads all keys and values of all its
+  sequences for little arithmetic. torch packs them first as for a large product and reaches half
+  the rate at which memory could give them. Here they are read once, at memory's speed.
+- Many tokens of one sequence in bfloat16: torch's products are small ones. Here they are large.
 
-Shapes: T tokens of a step, B sequences, N places of the cache, H query heads, K kv heads,
-E head size.
+Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N places of the cache, H query
+heads, K kv heads, G = H/K, E head size.
 """
 
 import itertools
@@ -14,10 +15,8 @@ from functools import cache
 
 import numpy as np
 import torch
-from numba.core import types
-from numba.extending import overload
 
-from llava_ray.engine.compiled import compile_kept, exp
+from llava_ray.engine.compiled import compile_kept, convert, exp, flatten, to_numpy, widen
 from llava_ray.engine.rows import Rows
 
 _MAX_PARTS = 8
@@ -44,14 +43,15 @@ def attend_rows(
         values: likewise.
         output_THE: where the result goes; the rows of other tokens stay as they are.
     """
-    query, distance = _flatten(query_THE.float())
+    query, distance = flatten(query_THE if _is_computed_in(query_THE) else query_THE.float())
     places = [each.numpy() for each in rows]
-    output = output_THE if _is_written_in_place(output_THE) else output_THE.float().contiguous()
+    is_written = _is_computed_in(output_THE) and output_THE.is_contiguous()
+    output = output_THE if is_written else output_THE.float().contiguous()
 
     def compute(begin: int, end: int) -> None:
         _attend(
             query, distance, to_numpy(keys), to_numpy(values), *places, num_kv_heads,
-            np.float32(scaling), output.numpy(), begin, end,
+            np.float32(scaling), to_numpy(output), begin, end,
         )  # fmt: skip
 
     num_tasks = len(rows.tokens) * num_kv_heads
@@ -67,41 +67,45 @@ def attend_rows(
         output_THE.copy_(output)
 
 
-def _is_written_in_place(output: torch.Tensor) -> bool:
-    return output.dtype == torch.float32 and output.is_contiguous()
+def can_attend_prompt(query_THE: torch.Tensor) -> bool:
+    """Whether `attend_prompt` is the faster for such queries: in bfloat16, on a CPU."""
+    return query_THE.device.type == "cpu" and query_THE.dtype == torch.bfloat16
 
 
-def _flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
-    """Return all that rows of tokens span as one flat array, and how far one is from the next.
+def attend_prompt(
+    query_THE: torch.Tensor,
+    key_KSE: torch.Tensor,
+    value_KSE: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Let the last T of S tokens of a sequence attend to all up to themselves; [T, H, E].
 
-    So rows that are a part of wider ones need no copy; those that have gaps in themselves do.
+    Scores are in float32, their softmax in bfloat16.
+
+    Args:
+        key_KSE: bfloat16, as are all of these.
+        window: each token sees this many tokens up to itself (sliding window); None: all.
     """
-    if not rows[:1].is_contiguous():
-        rows = rows.contiguous()
-    distance, size = rows.stride(0), rows[0].numel()
-    return rows.as_strided(((len(rows) - 1) * distance + size,), (1,)).numpy(), distance
+    tokens, heads, size = query_THE.shape
+    kv_heads, seen, _ = key_KSE.shape
+    query_KGTE = query_THE.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    query_KLE = query_KGTE.float().reshape(kv_heads, -1, size) * scaling
+    scores_KLS = torch.bmm(query_KLE, key_KSE.float().transpose(1, 2))
+    weights_KLS = torch.empty_like(scores_KLS, dtype=torch.bfloat16)
+    _soften(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
+    output_KLE = torch.bmm(weights_KLS, value_KSE)
+    return output_KLE.view(heads, tokens, size).transpose(0, 1)
 
 
-def to_numpy(pool: torch.Tensor) -> np.ndarray:
-    """Return a view of a pool; NumPy has no bfloat16, so its bits."""
-    return (pool.view(torch.uint16) if pool.dtype == torch.bfloat16 else pool).numpy()
+def _is_computed_in(states: torch.Tensor) -> bool:
+    return states.dtype in (torch.float32, torch.bfloat16)
 
 
 @cache
 def _get_helpers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MAX_PARTS - 1, thread_name_prefix="attend")
-
-
-def _widen(number: np.generic) -> np.float32:
-    """Return a number of a pool as float32; the bits of a bfloat16 are the upper half of one."""
-    raise NotImplementedError  # compiled code only
-
-
-@overload(_widen, inline="always")
-def _compile_widen(number):  # Numba wants no annotations
-    if isinstance(number, types.Integer):
-        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
-    return lambda number: number
 
 
 @compile_kept
@@ -113,6 +117,7 @@ def _attend(
     _, num_heads, head_size = output_THE.shape
     num_groups = num_heads // num_kv_heads
     weights = np.empty(lengths.max(), np.float32)
+    query, sums = np.empty(head_size, np.float32), np.empty(head_size, np.float32)
     for task in range(begin, end):
         b, kv_head = divmod(task, num_kv_heads)
         token, length = tokens[b], lengths[b]
@@ -120,31 +125,55 @@ def _attend(
         keys, values = key_pool[first : first + length], value_pool[first : first + length]
         for head in range(kv_head * num_groups, (kv_head + 1) * num_groups):
             place = token * distance + head * head_size
-            query, output = queries[place : place + head_size], output_THE[token, head]
+            for e in range(head_size):
+                query[e] = widen(queries[place + e]) * scaling
             highest = np.float32(-3e38)
             for s in range(length):
                 score = np.float32(0)
                 for e in range(head_size):
-                    score += query[e] * _widen(keys[s, e])
-                weights[s] = score * scaling
+                    score += query[e] * widen(keys[s, e])
+                weights[s] = score
             for s in range(length):
                 highest = max(highest, weights[s])
             total = np.float32(0)
             for s in range(length):
                 weights[s] = exp(weights[s] - highest)
                 total += weights[s]
-            output[:] = 0
+            sums[:] = 0
             fours = length // 4 * 4
-            for s in range(0, fours, 4):  # the output is read and written once for four
+            for s in range(0, fours, 4):  # the sums are read and written once for four
                 for e in range(head_size):
-                    output[e] += (
-                        weights[s] * _widen(values[s, e])
-                        + weights[s + 1] * _widen(values[s + 1, e])
-                        + weights[s + 2] * _widen(values[s + 2, e])
-                        + weights[s + 3] * _widen(values[s + 3, e])
+                    sums[e] += (
+                        weights[s] * widen(values[s, e])
+                        + weights[s + 1] * widen(values[s + 1, e])
+                        + weights[s + 2] * widen(values[s + 2, e])
+                        + weights[s + 3] * widen(values[s + 3, e])
                     )
             for s in range(fours, length):
                 for e in range(head_size):
-                    output[e] += weights[s] * _widen(values[s, e])
+                    sums[e] += weights[s] * widen(values[s, e])
             for e in range(head_size):
-                output[e] /= total
+                output_THE[token, head, e] = convert(sums[e] / total, output_THE)
+
+
+@compile_kept
+def _soften(scores_KLS, tokens, window, weights_KLS):
+    """Turn scores into weights; row l is a head's token l % T, the last T of S."""
+    kv_heads, rows, size = scores_KLS.shape
+    for k in range(kv_heads):
+        for row in range(rows):
+            end = size - tokens + row % tokens + 1
+            begin = max(0, end - window)
+            scores, weights = scores_KLS[k, row, begin:end], weights_KLS[k, row, begin:end]
+            weights_KLS[k, row, :begin] = 0
+            weights_KLS[k, row, end:] = 0
+            highest = np.float32(-3e38)
+            for s in range(len(scores)):
+                highest = max(highest, scores[s])
+            total = np.float32(0)
+            for s in range(len(scores)):
+                scores[s] = exp(scores[s] - highest)
+                total += scores[s]
+            factor = np.float32(1) / total
+            for s in range(len(scores)):
+                weights[s] = convert(scores[s] * factor, weights)

@@ -8,7 +8,8 @@ keys are interleaved alike, so that their products stay what they are.
 
 Only for layers that are built like Llama's; `can_fuse` says which are.
 
-Shapes: T tokens, D hidden, H query heads, K kv heads, E head size, I width of the MLP.
+Shapes: T tokens, W of them wanted, D hidden, H query heads, K kv heads, E head size, I width of the
+MLP.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_ray.engine.cpu_layers import can_compute, gate, normalise
+from llava_ray.engine.cpu_layers import can_compute, gate, normalise, turn
 from llava_ray.engine.rows import Layout
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
@@ -98,7 +99,10 @@ class Decoder:
         self._layers = [_Layer(layer, language_model.config) for layer in language_model.layers]
 
     def __call__(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
-        """Return the last hidden states, [T, D]; the embeddings are overwritten."""
+        """Return the last hidden states of the wanted tokens, [W, D].
+
+        The last layer computes only keys and values of the others. Embeddings are overwritten.
+        """
         cos_TE, sin_TE = (
             each[0].float()
             for each in self._model.rotary_emb(embeddings_TD, step.positions_T[None])
@@ -106,9 +110,11 @@ class Decoder:
         half = cos_TE.shape[-1] // 2  # the other one is the same
         turns_T1C = torch.complex(cos_TE[:, :half], sin_TE[:, :half])[:, None]
         hidden_TD = embeddings_TD
-        for layer in self._layers:
+        *others, last = self._layers
+        for layer in others:
             layer.compute(hidden_TD, turns_T1C, step)
-        return _normalise(hidden_TD, self._model.norm)
+        hidden_WD = last.compute(hidden_TD, turns_T1C, step, is_last=True)
+        return _normalise(hidden_WD, self._model.norm)
 
 
 class _Layer:
@@ -128,22 +134,36 @@ class _Layer:
         self._gate_up, self._down, self._activate = mlp.gate_up_proj, mlp.down_proj, mlp.act_fn
         self._has_silu = config.hidden_act == "silu"
 
-    def compute(self, hidden_TD: torch.Tensor, turns_T1C: torch.Tensor, step: Layout) -> None:
-        """Add to the hidden states what this layer adds."""
-        qkv_TE = self._qkv(_normalise(hidden_TD, self._norm)).unflatten(-1, (-1, self._size))
-        turned = self._num_heads + self._num_kv_heads
-        qk_TE = _turn(qkv_TE[:, :turned], turns_T1C)
+    def compute(
+        self,
+        hidden_TD: torch.Tensor,
+        turns_T1C: torch.Tensor,
+        step: Layout,
+        *,
+        is_last: bool = False,
+    ) -> torch.Tensor:
+        """Add to the hidden states what this layer adds; return them, if it is last the wanted."""
+        heads_TJE = self._qkv(_normalise(hidden_TD, self._norm)).unflatten(-1, (-1, self._size))
+        num_turned = self._num_heads + self._num_kv_heads
+        turned_TJE = _turn(heads_TJE, turns_T1C, num_turned)
+        query_THE = turned_TJE[:, : self._num_heads]
+        if is_last and step.wanted is not None:
+            hidden_TD, query_THE = hidden_TD[step.wanted], query_THE[step.wanted]
         output_THE = step.attend(
             self._index,
-            qk_TE[:, : self._num_heads],
-            qk_TE[:, self._num_heads :],
-            qkv_TE[:, turned:],
+            query_THE,
+            turned_TJE[:, self._num_heads :],
+            heads_TJE[:, num_turned:],
             scaling=self._scaling,
             window=self._window,
+            is_last=is_last,
         )
+        if not len(hidden_TD):
+            return hidden_TD
         hidden_TD += self._output(output_THE.flatten(1))
         gate_up_TJ = self._gate_up(_normalise(hidden_TD, self._mlp_norm))
         hidden_TD += self._down(self._let_through(gate_up_TJ))
+        return hidden_TD
 
     def _let_through(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
         """Return the activated gates times what they let through, [T, I], of [T, 2 I]."""
@@ -159,7 +179,14 @@ def _normalise(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
     return F.rms_norm(hidden_TD, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _turn(heads_THE: torch.Tensor, turns_T1C: torch.Tensor) -> torch.Tensor:
-    """Rotate each pair of neighbours in each head by its token's angle; in float32 in place."""
-    pairs = torch.view_as_complex(heads_THE.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs.mul_(turns_T1C)).flatten(2).to(heads_THE.dtype)
+def _turn(heads_TJE: torch.Tensor, turns_T1C: torch.Tensor, num_turned: int) -> torch.Tensor:
+    """Return the first heads, each pair of neighbours rotated by its token's angle.
+
+    What it is given may be overwritten.
+    """
+    turned_TJE = heads_TJE[:, :num_turned]
+    if can_compute(heads_TJE) and heads_TJE.dtype == torch.bfloat16:
+        turn(heads_TJE, turns_T1C, num_turned)
+        return turned_TJE
+    pairs = torch.view_as_complex(turned_TJE.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(turns_T1C)).flatten(2).to(heads_TJE.dtype)

@@ -36,6 +36,8 @@ class DecodeStep:
         idle: a place of the cache that belongs to no sequence: that of those that are not there.
     """
 
+    wanted = None  # all tokens' states are
+
     def __init__(self, size: int, cache: KVCache, idle: Region) -> None:
         self._cache, self._idle = cache, idle
         self._numbers_4B = torch.zeros(4, size, dtype=torch.int64, device=cache.device)
@@ -78,6 +80,7 @@ class DecodeStep:
         *,
         scaling: float,
         window: int | None,
+        is_last: bool = False,
     ) -> torch.Tensor:
         """Store the step's keys and values and attend, as `cache.Step.attend`; [T, H, E]."""
         cache = self._cache

@@ -1,7 +1,7 @@
 """Where attention finds what sequences with one new token each have to see: tensors, no kernels.
 
-Shapes: B sequences, N places of the cache, T tokens of a step, H query heads, K kv heads, E head
-size.
+Shapes: B sequences, N places of the cache, T tokens of a step, W of them wanted, H query heads,
+K kv heads, E head size.
 """
 
 from typing import NamedTuple, Protocol
@@ -14,9 +14,11 @@ class Layout(Protocol):
 
     Attributes:
         positions_T: of each token in its sequence.
+        wanted: the W tokens whose last hidden states are asked for; None: all.
     """
 
     positions_T: torch.Tensor  # noqa: N815
+    wanted: torch.Tensor | None
 
     def attend(
         self,
@@ -27,14 +29,16 @@ class Layout(Protocol):
         *,
         scaling: float,
         window: int | None,
+        is_last: bool = False,
     ) -> torch.Tensor:
         """Store the step's keys and values, let each token attend to its own sequence.
 
         Args:
             window: each token sees this many tokens up to itself (sliding window); None: all.
+            is_last: of all layers; only the wanted tokens attend, whose queries are given.
 
         Returns:
-            [T, H, E]
+            [T, H, E], or [W, H, E]
         """
         ...
 

@@ -163,13 +163,11 @@ class LlavaRunner:
             return sample(logits_BV, [piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
-        hidden_TD = self._compute_layers(self._embed_tokens(plan), step)
-        complete = [i for i, piece in enumerate(plan.pieces) if piece.is_complete]
-        if not complete:
+        hidden_BD = self._compute_layers(self._embed_tokens(plan), step)
+        if not (complete := plan.complete):
             return []
-        last = [step.spans[i].offset + step.spans[i].length - 1 for i in complete]
-        logits_BV = self._core.model.lm_head(hidden_TD[last])
-        return sample(logits_BV, [plan.pieces[i].sequence for i in complete])
+        logits_BV = self._core.model.lm_head(hidden_BD)
+        return sample(logits_BV, [piece.sequence for piece in complete])
 
     def check(self) -> None:
         """Send one token through the language model."""
@@ -182,13 +180,14 @@ class LlavaRunner:
         return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), step))
 
     def _call_language_model(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
-        """Return the last hidden states, [T, D], as transformers computes them."""
-        return self._language_model(
+        """Return the wanted tokens' last hidden states, [B, D], as transformers computes them."""
+        hidden_TD = self._language_model(
             inputs_embeds=embeddings_TD[None],
             position_ids=step.positions_T[None],
             use_cache=False,
             step=step,
         ).last_hidden_state[0]
+        return hidden_TD if step.wanted is None else hidden_TD[step.wanted]
 
     def _read_pictures(self, new: list[Sequence]) -> tuple[int, int]:
         """Replace the pixels of new sequences by what the language model reads.
