@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens of the step, S tokens that a sequence attends to, 
 cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head size.
 """
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -28,6 +29,9 @@ from llava_ray.engine.scheduler import Plan
 
 ATTENTION_NAME = "llava_ray_cache"
 """Under this name the attention below is known to transformers."""
+
+_POPULATE_WRITE = 23
+"""Linux's MADV_POPULATE_WRITE, which Python's mmap does not name."""
 
 
 class KVCache:
@@ -110,12 +114,18 @@ def _choose_attention(
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU straight from the system, which gives memory only where it is written."""
+    """Zeros; on a CPU in few, large pages, which it finds faster.
+
+    Linux gives them now, and not bit by bit to the first requests: there that takes a tenth of the
+    time of their prompts.
+    """
     if device.type == "cpu":
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
         pages = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, **private)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # fewer, larger pages: found faster by the CPU
+        if hasattr(mmap, "MADV_HUGEPAGE"):
             pages.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # before Linux 5.14: when they are written
+                pages.madvise(_POPULATE_WRITE)
         return torch.frombuffer(pages, dtype=dtype).view(shape)
     return torch.zeros(shape, dtype=dtype, device=device)
 
