@@ -23,7 +23,7 @@ from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.regions import Region, Regions
 from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
-from llava_ray.engine.scheduler import Plan, Scheduler
+from llava_ray.engine.scheduler import MIN_WIDE, Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
@@ -230,8 +230,8 @@ def test_what_is_aborted_in_flight_keeps_its_memory_until_its_step_is_done():
 
 
 def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
-    assert not wide_scheduler(*[1] * 6, 300).is_wide()
-    assert wide_scheduler(*[1] * 7, 300).is_wide()
+    assert not wide_scheduler(*[1] * (MIN_WIDE - 2), 300).is_wide()
+    assert wide_scheduler(*[1] * (MIN_WIDE - 1), 300).is_wide()
     assert wide_scheduler(1, 300, 300).is_wide()
 
 

@@ -103,7 +103,8 @@ class ModelConfig(Section):
         default=100,
         ge=1,
         description="Pieces of answers that a replica sends each second, over all its streams; "
-        "tokens in between are joined. Each piece costs gateway and proxy 1 to 2 ms of CPU.",
+        "and of one stream at most a third of them; tokens in between are joined. Each piece costs "
+        "gateway and proxy 1 to 2 ms of CPU.",
     )
     num_cpus: float = Field(
         default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."

@@ -9,18 +9,13 @@ Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N places o
 heads, K kv heads, G = H/K, E head size.
 """
 
-import itertools
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-
 import numpy as np
 import torch
 
 from llava_ray.engine.compiled import compile_kept, convert, exp, flatten, to_numpy, widen
 from llava_ray.engine.rows import Rows
+from llava_ray.engine.threads import run_in_team
 
-_MAX_PARTS = 8
-"""Threads that share a call: they meet twelve to forty times a step."""
 _MIN_READ = 1 << 20
 """Bytes of keys and values below which a second thread costs more than it saves."""
 
@@ -48,21 +43,18 @@ def attend_rows(
     is_written = _is_computed_in(output_THE) and output_THE.is_contiguous()
     output = output_THE if is_written else output_THE.float().contiguous()
 
-    def compute(begin: int, end: int) -> None:
-        _attend(
-            query, distance, to_numpy(keys), to_numpy(values), *places, num_kv_heads,
-            np.float32(scaling), to_numpy(output), begin, end,
-        )  # fmt: skip
-
     num_tasks = len(rows.tokens) * num_kv_heads
     num_read = 2 * int(rows.lengths.sum()) * num_kv_heads * keys.shape[1] * keys.itemsize
-    num_parts = max(1, min(torch.get_num_threads(), _MAX_PARTS, num_tasks, num_read // _MIN_READ))
-    bounds = [num_tasks * i // num_parts for i in range(num_parts + 1)]
-    first, *others = itertools.pairwise(bounds)
-    running = [_get_helpers().submit(compute, *each) for each in others]
-    compute(*first)
-    for each in running:
-        each.result()
+    num_parts = max(1, min(torch.get_num_threads(), num_tasks, num_read // _MIN_READ))
+
+    def compute(part: int) -> None:
+        _attend(
+            query, distance, to_numpy(keys), to_numpy(values), *places, num_kv_heads,
+            np.float32(scaling), to_numpy(output),
+            num_tasks * part // num_parts, num_tasks * (part + 1) // num_parts,
+        )  # fmt: skip
+
+    run_in_team(compute, num_parts)
     if output is not output_THE:
         output_THE.copy_(output)
 
@@ -101,11 +93,6 @@ def attend_prompt(
 
 def _is_computed_in(states: torch.Tensor) -> bool:
     return states.dtype in (torch.float32, torch.bfloat16)
-
-
-@cache
-def _get_helpers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_MAX_PARTS - 1, thread_name_prefix="attend")
 
 
 @compile_kept

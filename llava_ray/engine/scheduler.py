@@ -18,7 +18,7 @@ from llava_ray.engine.regions import Regions
 from llava_ray.engine.sequence import Sequence
 from llava_ray.types import Chunk
 
-MIN_WIDE = 8
+MIN_WIDE = 16
 """Sequences from which on steps side by side pay, if there are no two prompts: each reads all
 weights."""
 

@@ -5,11 +5,17 @@ computed, for as long as that thread lives. Once all teams together have more th
 are cores, none of them waits actively any more, and every small operation costs a sleep and a
 waking up: decoding becomes a third slower. So in an engine's process one thread alone may have a
 team: the model is loaded in a thread that ends, and the helper that encodes computes alone.
+
+What is not torch's, `run_in_team` lets the same team compute: threads beside it would have to wait
+until those of the team, which wait actively, have given up their cores.
 """
 
+import ctypes
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -39,3 +45,46 @@ def use_threads(number: int) -> None:
     take_precedence()
     torch.get_num_threads()  # a thread takes over the global number at its first question
     torch.set_num_threads(number)
+
+
+def run_in_team(work: Callable[[int], None], num_parts: int) -> None:
+    """Call `work` with 0, 1, ... at once, in the threads with which torch computes for this one.
+
+    Where torch computes without GCC's OpenMP, one after the other.
+
+    Args:
+        num_parts: at most the number of threads. Parts are parallel where they let go of the GIL.
+    """
+    openmp = _find_openmp() if num_parts > 1 else None
+    if openmp is None:
+        for index in range(num_parts):
+            work(index)
+        return
+    errors: list[Exception] = []
+
+    def call(_: Any) -> None:
+        try:
+            work(openmp.omp_get_thread_num())
+        except Exception as error:  # noqa: BLE001  else it would be lost in the thread
+            errors.append(error)
+
+    openmp.GOMP_parallel(_Part(call), None, num_parts, 0)
+    if errors:
+        raise errors[0]
+
+
+_Part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _find_openmp() -> Any:
+    """Return the OpenMP library that torch has loaded, by way of what depends on it."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        openmp = ctypes.CDLL(str(library))
+        openmp.GOMP_parallel.argtypes = [_Part, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        openmp.GOMP_parallel.restype = None
+        openmp.omp_get_thread_num.restype = ctypes.c_int
+    except (OSError, AttributeError):
+        return None
+    return openmp

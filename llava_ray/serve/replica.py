@@ -29,6 +29,10 @@ from llava_ray.types import (
 DECODES_AT_ONCE = 2
 """Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
 
+_SHARES = 3
+"""No stream takes more than one of so many shares of the messages, which its reader does not miss:
+each takes time of the cores that compute the answer."""
+
 FAILED_CHECKS = 3
 """Checks of health in a row after which Serve gives a replica up."""
 
@@ -113,7 +117,7 @@ class Replica:
         """Yield an answer, joined to the pieces that are sent.
 
         The first piece goes out at once. Later ones are joined while the replica as a whole would
-        send more than `messages_per_s`.
+        send more than `messages_per_s`, or this answer alone more than a share of them.
         """
         self._num_streams += num_answers
         held: dict[int, Chunk] = {}
@@ -124,7 +128,7 @@ class Replica:
                     if before := held.pop(chunk.answer, None):
                         chunk = before.join(chunk)
                     now = time.monotonic()
-                    pause_s = self._num_streams / self._messages_per_s
+                    pause_s = max(_SHARES, self._num_streams) / self._messages_per_s
                     is_due = now - sent_at.get(chunk.answer, float("-inf")) >= pause_s
                     if chunk.finish_reason or (is_due and (chunk.text or chunk.logprobs)):
                         yield chunk
