@@ -36,7 +36,7 @@ class DecodeStep:
         idle: a place of the cache that belongs to no sequence: that of those that are not there.
     """
 
-    wanted = None  # all tokens' states are
+    wanted: torch.Tensor | None = None  # all tokens' states are
 
     def __init__(self, size: int, cache: KVCache, idle: Region) -> None:
         self._cache, self._idle = cache, idle
