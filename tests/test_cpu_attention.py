@@ -26,9 +26,11 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (5, 1)])
 @pytest.mark.parametrize(("num_tokens", "past"), [(1, 0), (9, 0), (9, 30), (70, 3)])
 @pytest.mark.parametrize("window", [None, 7, 100])
+@pytest.mark.parametrize("max_scores", [1, 1 << 20])
 def test_each_token_of_a_prompt_sees_what_came_before(
-    num_heads, num_kv_heads, num_tokens, past, window
+    num_heads, num_kv_heads, num_tokens, past, window, max_scores, monkeypatch
 ):
+    monkeypatch.setattr("llava_ray.engine.cpu_attention._MAX_SCORES", max_scores)
     torch.manual_seed(0)
     size = num_tokens + past
     heads_TJE = torch.randn(num_tokens, 2 * num_heads, 16).bfloat16()

@@ -16,6 +16,8 @@ from llava_ray.engine.compiled import compile_kept, convert, exp, flatten, to_nu
 from llava_ray.engine.rows import Rows
 from llava_ray.engine.threads import run_in_team
 
+_MAX_SCORES = 1 << 21
+"""Of as many heads as give so many scores, products are computed at once: these stay in a cache."""
 _MIN_READ = 1 << 20
 """Bytes of keys and values below which a second thread costs more than it saves."""
 
@@ -39,18 +41,18 @@ def attend_rows(
         output_THE: where the result goes; the rows of other tokens stay as they are.
     """
     query, distance = flatten(query_THE if _is_computed_in(query_THE) else query_THE.float())
+    pools = to_numpy(keys), to_numpy(values)
     places = [each.numpy() for each in rows]
     is_written = _is_computed_in(output_THE) and output_THE.is_contiguous()
     output = output_THE if is_written else output_THE.float().contiguous()
-
+    written = to_numpy(output)
     num_tasks = len(rows.tokens) * num_kv_heads
     num_read = 2 * int(rows.lengths.sum()) * num_kv_heads * keys.shape[1] * keys.itemsize
     num_parts = max(1, min(torch.get_num_threads(), num_tasks, num_read // _MIN_READ))
 
     def compute(part: int) -> None:
         _attend(
-            query, distance, to_numpy(keys), to_numpy(values), *places, num_kv_heads,
-            np.float32(scaling), to_numpy(output),
+            query, distance, *pools, *places, num_kv_heads, np.float32(scaling), written,
             num_tasks * part // num_parts, num_tasks * (part + 1) // num_parts,
         )  # fmt: skip
 
@@ -84,10 +86,14 @@ def attend_prompt(
     kv_heads, seen, _ = key_KSE.shape
     query_KGTE = query_THE.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
     query_KLE = query_KGTE.float().reshape(kv_heads, -1, size) * scaling
-    scores_KLS = torch.bmm(query_KLE, key_KSE.float().transpose(1, 2))
-    weights_KLS = torch.empty_like(scores_KLS, dtype=torch.bfloat16)
-    _soften(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
-    output_KLE = torch.bmm(weights_KLS, value_KSE)
+    output_KLE = value_KSE.new_empty(query_KLE.shape)
+    at_once = max(1, _MAX_SCORES // (query_KLE.shape[1] * seen))
+    for begin in range(0, kv_heads, at_once):
+        some = slice(begin, begin + at_once)
+        scores_KLS = torch.bmm(query_KLE[some], key_KSE[some].float().transpose(1, 2))
+        weights_KLS = torch.empty_like(scores_KLS, dtype=torch.bfloat16)
+        _soften(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
+        torch.bmm(weights_KLS, value_KSE[some], out=output_KLE[some])
     return output_KLE.view(heads, tokens, size).transpose(0, 1)
 
 

@@ -48,43 +48,39 @@ def use_threads(number: int) -> None:
 
 
 def run_in_team(work: Callable[[int], None], num_parts: int) -> None:
-    """Call `work` with 0, 1, ... at once, in the threads with which torch computes for this one.
+    """Call `work` with 0, 1, ..., in the threads with which torch computes for this one.
 
-    Where torch computes without GCC's OpenMP, one after the other.
-
-    Args:
-        num_parts: at most the number of threads. Parts are parallel where they let go of the GIL.
+    Parts are parallel where they let go of the GIL. Where torch computes without GCC's OpenMP, or
+    has fewer threads than there are parts, one comes after the other.
     """
-    openmp = _find_openmp() if num_parts > 1 else None
-    if openmp is None:
-        for index in range(num_parts):
-            work(index)
-        return
+    parts = iter(range(num_parts))  # each thread takes the next
     errors: list[Exception] = []
 
     def call(_: Any) -> None:
         try:
-            work(openmp.omp_get_thread_num())
-        except Exception as error:  # noqa: BLE001  else it would be lost in the thread
+            for part in parts:
+                work(part)
+        except Exception as error:  # noqa: BLE001 - else it would be lost in the thread
             errors.append(error)
 
-    openmp.GOMP_parallel(_Part(call), None, num_parts, 0)
+    if num_parts > 1 and (run := _find_openmp()):
+        run(_Call(call), None, num_parts, 0)
+    else:
+        call(None)
     if errors:
         raise errors[0]
 
 
-_Part = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_Call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @cache
-def _find_openmp() -> Any:
-    """Return the OpenMP library that torch has loaded, by way of what depends on it."""
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+def _find_openmp() -> Callable[..., None] | None:
+    """Return what runs a team in the OpenMP library that torch has loaded."""
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"  # which needs it
     try:
-        openmp = ctypes.CDLL(str(library))
-        openmp.GOMP_parallel.argtypes = [_Part, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        openmp.GOMP_parallel.restype = None
-        openmp.omp_get_thread_num.restype = ctypes.c_int
+        run = ctypes.CDLL(str(library)).GOMP_parallel
     except (OSError, AttributeError):
         return None
-    return openmp
+    run.argtypes, run.restype = [_Call, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return run
