@@ -93,7 +93,8 @@ def cluster() -> Iterator[None]:
 def served(cluster: None) -> Iterator[str]:
     """Address of the real application, without a slash at its end.
 
-    Models: `echo` and `other` say back what they hear (`llava_ray.engine.echo`). Page at `/`.
+    Models: `echo` and `other` say back what they hear (`llava_ray.engine.echo`), `other` a word
+    each millisecond. Page at `/`.
     """
     from ray import serve
 
@@ -103,9 +104,10 @@ def served(cluster: None) -> Iterator[str]:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    names = ("echo", "other")
+    kind: dict[str, Any] = {"engine": "echo", "num_cpus": 0.1, "messages_per_s": 10**9}
     models = [
-        ModelConfig(path=name, engine="echo", num_cpus=0.1, messages_per_s=10**9) for name in names
+        ModelConfig(path="echo", **kind),
+        ModelConfig(path="other", echo_delay_s=0.001, **kind),
     ]
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build_app(ServeConfig(models=models)), name="app", route_prefix="/")
