@@ -59,7 +59,7 @@ def check_near(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("new_dtype", DTYPES)
+@pytest.mark.parametrize("new_dtype", [*DTYPES, torch.float16])
 @torch.inference_mode()
 def test_keys_arrive_in_their_rows_and_nowhere_else(
     dtype: torch.dtype, new_dtype: torch.dtype

@@ -82,10 +82,11 @@ def test_a_checkpoint_with_weights_of_32_bits_is_loaded_in_32():
     assert load_model(tiny_model(), dtype="stored", device="cpu").model.dtype == torch.float32
 
 
-def test_bfloat16_changes_little(stored):
-    """Keys and values are in it, and where the CPU computes in it, all else."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_16_bits_change_little(stored, dtype):
+    """Keys and values are in them, and where the CPU computes in them, all else."""
     exact = ask(*PROMPTS, path=str(stored), dtype="float32")
-    near = ask(*PROMPTS, path=str(stored), dtype="bfloat16")
+    near = ask(*PROMPTS, path=str(stored), dtype=dtype)
     for mine, its in zip(near, exact, strict=True):
         assert first_logprob(mine) == pytest.approx(first_logprob(its), abs=0.1)
 

@@ -47,6 +47,11 @@ def exp(x):  # Numba wants no annotations
     return sum_ * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+def is_read(tensor: torch.Tensor) -> bool:
+    """Whether kernels read a tensor: in float32 or bfloat16, on a CPU."""
+    return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Return a view of a tensor on a CPU; of bfloat16, its bits."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()

@@ -12,7 +12,7 @@ heads, K kv heads, G = H/K, E head size.
 import numpy as np
 import torch
 
-from llava_ray.engine.compiled import compile_kept, convert, exp, flatten, to_numpy, widen
+from llava_ray.engine.compiled import compile_kept, convert, exp, flatten, is_read, to_numpy, widen
 from llava_ray.engine.rows import Rows
 from llava_ray.engine.threads import run_in_team
 
@@ -40,10 +40,10 @@ def attend_rows(
         values: likewise.
         output_THE: where the result goes; the rows of other tokens stay as they are.
     """
-    query, distance = flatten(query_THE if _is_computed_in(query_THE) else query_THE.float())
+    query, distance = flatten(query_THE if is_read(query_THE) else query_THE.float())
     pools = to_numpy(keys), to_numpy(values)
     places = [each.numpy() for each in rows]
-    is_written = _is_computed_in(output_THE) and output_THE.is_contiguous()
+    is_written = is_read(output_THE) and output_THE.is_contiguous()
     output = output_THE if is_written else output_THE.float().contiguous()
     written = to_numpy(output)
     num_tasks = len(rows.tokens) * num_kv_heads
@@ -95,10 +95,6 @@ def attend_prompt(
         _soften(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
         torch.bmm(weights_KLS, value_KSE[some], out=output_KLE[some])
     return output_KLE.view(heads, tokens, size).transpose(0, 1)
-
-
-def _is_computed_in(states: torch.Tensor) -> bool:
-    return states.dtype in (torch.float32, torch.bfloat16)
 
 
 @compile_kept

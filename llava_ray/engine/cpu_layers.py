@@ -15,6 +15,7 @@ from llava_ray.engine.compiled import (
     convert,
     exp,
     flatten,
+    is_read,
     round_bits,
     to_numpy,
     widen,
@@ -23,8 +24,7 @@ from llava_ray.engine.compiled import (
 
 def can_compute(states: torch.Tensor) -> bool:
     """Whether `normalise` and `gate` are for such states."""
-    is_read = states.dtype in (torch.float32, torch.bfloat16)
-    return states.device.type == "cpu" and is_read and states.is_contiguous()
+    return is_read(states) and states.is_contiguous()
 
 
 def normalise(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -56,7 +56,7 @@ def turn(heads_TJE: torch.Tensor, turns_T1C: torch.Tensor, num_turned: int) -> N
 
 def put(pool_RE: torch.Tensor, rows: torch.Tensor, new_TKE: torch.Tensor) -> None:
     """Write keys or values into rows of a pool; rows are integers, [T * K]."""
-    new, distance = flatten(new_TKE)
+    new, distance = flatten(new_TKE if is_read(new_TKE) else new_TKE.float())
     _put(to_numpy(pool_RE), rows.numpy(), new, distance, len(new_TKE))
 
 
