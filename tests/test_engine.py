@@ -15,7 +15,6 @@ import torch
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.cache import Span, group_lanes
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.graphs import DecodeGraphs
 from llava_ray.engine.load import load_engine
@@ -25,6 +24,7 @@ from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import MIN_WIDE, Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.step import Span, group_lanes
 from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
 from llava_ray.engine.torch_engine import TorchEngine

@@ -29,7 +29,7 @@ _TRIES = 2
 class DecodeStep:
     """The layout of a step of B sequences with one token each, which stays where it is.
 
-    It takes the place of `cache.Step` in the language model.
+    It takes the place of `step.Step` in the language model.
 
     Args:
         size: B.
@@ -82,7 +82,7 @@ class DecodeStep:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values and attend, as `cache.Step.attend`; [T, H, E]."""
+        """Store the step's keys and values and attend, as `step.Step.attend`; [T, H, E]."""
         cache = self._cache
         assert cache.attend_rows is not None
         cache.store(layer, self._rows, key_TKE, value_TKE)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llava_ray.engine.cache import ATTENTION_NAME, KVCache, Step, attend
+from llava_ray.engine.cache import KVCache
 from llava_ray.engine.decoder import Decoder, can_fuse, fuse
 from llava_ray.engine.graphs import DecodeGraphs
 from llava_ray.engine.pictures import Pictures
@@ -20,6 +20,7 @@ from llava_ray.engine.rows import Layout
 from llava_ray.engine.sampling import sample
 from llava_ray.engine.scheduler import Piece, Plan
 from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.step import ATTENTION_NAME, Step, attend
 from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
 from llava_ray.errors import ConfigError
