@@ -134,9 +134,9 @@ def test_steps_of_a_fixed_number_of_tokens_give_the_answers_of_generate(generate
     prompts, sizes = mixed_prompts(12), []
     compute = DecodeGraphs.compute
 
-    def watch(graphs, plan):
+    def watch(graphs, plan, latest):
         sizes.append(len(plan.pieces))
-        return compute(graphs, plan)
+        return compute(graphs, plan, latest)
 
     monkeypatch.setattr(DecodeGraphs, "compute", watch)
 
@@ -196,11 +196,16 @@ def wide_scheduler(*lengths: int, **options) -> Scheduler:
     return scheduler
 
 
+def finish(scheduler: Scheduler, plan: Plan) -> list[tuple[Sequence, Chunk]]:
+    scheduler.advance(plan)
+    return scheduler.commit(plan, [7] * len(plan.complete))
+
+
 def test_steps_side_by_side_divide_the_work_and_have_no_sequence_in_common():
     scheduler = wide_scheduler(*[1] * 9, 90, 90)
     first, second = scheduler.plan(share=2), scheduler.plan(share=2)
-    assert [n for _, n in first.pieces] == [*[1] * 5, 50]
-    assert [n for _, n in second.pieces] == [*[1] * 4, 50]
+    assert [piece.num_tokens for piece in first.pieces] == [*[1] * 5, 50]
+    assert [piece.num_tokens for piece in second.pieces] == [*[1] * 4, 50]
     assert len({piece.sequence for piece in (*first.pieces, *second.pieces)}) == 11
     assert scheduler.plan(share=2).pieces == [], "all is in flight"
 
@@ -209,8 +214,8 @@ def test_a_step_side_by_side_takes_those_whose_last_token_is_oldest():
     scheduler = wide_scheduler(*[1] * 8)
     slow = scheduler.plan(share=2)
     fast = scheduler.plan(share=2)
-    scheduler.commit(fast, [7] * 4)
-    scheduler.commit(slow, [7] * 4)
+    finish(scheduler, fast)
+    finish(scheduler, slow)
     after = scheduler.plan(share=2)
     assert {piece.sequence for piece in after.pieces} == {piece.sequence for piece in fast.pieces}
 
@@ -222,7 +227,7 @@ def test_what_is_aborted_in_flight_keeps_its_memory_until_its_step_is_done():
     before = scheduler.regions.num_used
     scheduler.abort(gone)
     assert scheduler.regions.num_used == before
-    news = scheduler.commit(plan, [7] * 4)
+    news = finish(scheduler, plan)
     assert gone not in [sequence for sequence, _ in news]
     assert len(news) == 3
     assert scheduler.regions.num_used < before
@@ -245,7 +250,7 @@ def test_a_step_that_encodes_a_picture_computes_fewer_tokens_of_its_prompt(num_i
     while sequence.num_pending > 1:
         plan = scheduler.plan()
         sizes.append(plan.pieces[0].num_tokens)
-        scheduler.commit(plan, [7] * len(plan.complete))
+        finish(scheduler, plan)
     assert sizes == [first, 100, 150 - first]
 
 
@@ -622,7 +627,7 @@ def test_top_p_draws_from_the_nucleus_in_proportion():
 
     def draw(**sampling) -> list[float]:
         sequences = [_sequence(Sampling(seed=i, **sampling)) for i in range(4000)]
-        tokens = torch.tensor(sample(logits.expand(4000, 4), sequences))
+        tokens = sample(logits.expand(4000, 4), sequences).tokens_B
         return [round(float((tokens == i).float().mean()), 1) for i in range(4)]
 
     assert draw() == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.06)
@@ -717,7 +722,9 @@ def _run(scheduler: Scheduler, runner: ScriptedRunner) -> list[str]:
     while scheduler.has_work():
         plan = scheduler.plan()
         assert plan.pieces, "a step without work never ends"
-        for sequence, chunk in scheduler.commit(plan, runner.run(plan)):
+        tokens = runner.run(plan)
+        scheduler.advance(plan)
+        for sequence, chunk in scheduler.commit(plan, tokens):
             texts[sequence] = texts.pop(sequence, "") + chunk.text
     return list(texts.values())
 
@@ -747,6 +754,7 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
         owned = sorted(s.region for s in scheduler.running)
         assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(owned))
         assert len(scheduler.running) <= 5
+        scheduler.advance(plan)
         scheduler.commit(plan, runner.run(plan))
         if rng.random() < 0.1:
             scheduler.abort(rng.choice(sequences))

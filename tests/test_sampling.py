@@ -60,8 +60,8 @@ def draw_evenly(logits_1V: torch.Tensor, count: int = 2000, **sampling) -> torch
     for i, row in enumerate(rows):
         row.random = Even()
         row.random.at = (i + 0.5) / count
-    tokens = sample(logits_1V.expand(count, -1), rows)
-    return torch.tensor(tokens).bincount(minlength=VOCABULARY) / count
+    tokens = sample(logits_1V.expand(count, -1), rows).tokens_B
+    return tokens.bincount(minlength=VOCABULARY) / count
 
 
 # ---- against transformers ----
@@ -145,8 +145,9 @@ MIXED = [
 
 def test_a_row_comes_out_the_same_alone_and_beside_any_others() -> None:
     logits = random_logits(len(MIXED), seed=8)
-    alone = [sample(logits[i : i + 1], [sequence(**asked)])[0] for i, asked in enumerate(MIXED)]
-    assert sample(logits, [sequence(**asked) for asked in MIXED]) == alone
+    rows = [[sequence(**asked)] for asked in MIXED]
+    alone = [sample(logits[i : i + 1], row).read()[0] for i, row in enumerate(rows)]
+    assert sample(logits, [sequence(**asked) for asked in MIXED]).read() == alone
     assert (alone[0], alone[-1]) == (logits[0].argmax(), logits[-1].argmax())
 
 

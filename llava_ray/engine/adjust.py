@@ -13,6 +13,7 @@ from collections.abc import Sequence as Many
 import torch
 
 from llava_ray.engine.sequence import Sequence
+from llava_ray.engine.transfer import send
 
 
 def adjust(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
@@ -27,8 +28,8 @@ def _hold_to_format(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
     size = logits_BV.shape[1]
     for logits_V, sequence in zip(logits_BV, sequences, strict=True):
         if sequence.grammar is not None:
-            allowed_V = torch.from_numpy(sequence.grammar.list_allowed()[:size])
-            logits_V.masked_fill_(~allowed_V.to(logits_V.device), float("-inf"))
+            allowed_V = send(sequence.grammar.list_allowed()[:size], logits_V.device)
+            logits_V.masked_fill_(~allowed_V, float("-inf"))
 
 
 def _forbid_the_end(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
@@ -82,8 +83,8 @@ def _list_seen(sequences: Many[Sequence], vocabulary: int) -> Iterator[tuple[int
 
 
 def _indices(places: list[tuple[int, int]], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return torch.tensor(places, device=like.device).unbind(1)
+    return send(places, like.device).unbind(1)
 
 
 def _numbers(numbers: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(numbers, device=like.device, dtype=torch.float32)
+    return send(numbers, like.device, torch.float32)

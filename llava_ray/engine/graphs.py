@@ -17,7 +17,9 @@ import torch
 from llava_ray.engine.cache import KVCache
 from llava_ray.engine.regions import Region
 from llava_ray.engine.rows import Singles
+from llava_ray.engine.sampling import Choice
 from llava_ray.engine.scheduler import Plan
+from llava_ray.engine.transfer import send
 
 logger = logging.getLogger(__name__)
 
@@ -34,33 +36,39 @@ class DecodeStep:
     Args:
         size: B.
         idle: a place of the cache that belongs to no sequence: that of those that are not there.
+        max_batch_size: of the step before.
     """
 
     wanted: torch.Tensor | None = None  # all tokens' states are
 
-    def __init__(self, size: int, cache: KVCache, idle: Region) -> None:
+    def __init__(self, size: int, cache: KVCache, idle: Region, *, max_batch_size: int) -> None:
         self._cache, self._idle = cache, idle
-        self._numbers_4B = torch.zeros(4, size, dtype=torch.int64, device=cache.device)
+        self._numbers_5B = torch.zeros(5, size, dtype=torch.int64, device=cache.device)
+        self._latest_B = torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
         self._tokens_B = torch.arange(size, device=cache.device)
         self._heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
-        self.ids_B, self.positions_T, self._starts_B, self._sizes_B = self._numbers_4B
-        self.fill(Plan([]))
+        self._known_B, self._rows_B, *rest = self._numbers_5B
+        self.positions_T, self._starts_B, self._sizes_B = rest
+        self.fill(Plan([]), None)
 
-    def fill(self, plan: Plan) -> None:
-        """Describe this step's tokens, all of which are known to their sequences."""
+    def fill(self, plan: Plan, latest: Choice | None) -> None:
+        """Describe this step's tokens; those that are not known are among the latest choice."""
         columns = []
-        for sequence, _ in plan.pieces:
+        for sequence, start, *_ in plan.pieces:
             assert sequence.region is not None
-            past = sequence.num_computed
-            columns.append((*sequence.ids_from(past, 1), past, *sequence.region))
-        columns += [(0, 0, *self._idle)] * (len(self._tokens_B) - len(columns))
-        numbers_4B = torch.tensor(columns).T.contiguous()
-        if self._numbers_4B.is_cuda:
-            numbers_4B = numbers_4B.pin_memory()
-        self._numbers_4B.copy_(numbers_4B, non_blocking=True)
+            row = latest.rows[sequence] if latest and sequence.num_expected else -1
+            known = sequence.ids_from(start, 1) if row < 0 else [0]
+            columns.append((*known, row, start, *sequence.region))
+        columns += [(0, -1, 0, *self._idle)] * (len(self._tokens_B) - len(columns))
+        numbers_5B = send(torch.tensor(columns).T.contiguous(), self._numbers_5B.device)
+        self._numbers_5B.copy_(numbers_5B)
+        if latest:
+            self._latest_B[: len(latest.tokens_B)] = latest.tokens_B
 
     def begin(self) -> None:
         """Compute what all layers need; recorded, as all that follows."""
+        latest_B = self._latest_B[self._rows_B.clamp(min=0)]
+        self.ids_B = torch.where(self._rows_B < 0, self._known_B, latest_B)
         self._singles = Singles(
             self._tokens_B,
             self._starts_B,
@@ -120,7 +128,9 @@ class DecodeGraphs:
     ) -> None:
         self._compute = compute
         self._sizes = [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
-        self._steps = [DecodeStep(size, cache, idle) for size in self._sizes]
+        self._steps = [
+            DecodeStep(size, cache, idle, max_batch_size=max_batch_size) for size in self._sizes
+        ]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @staticmethod
@@ -130,11 +140,15 @@ class DecodeGraphs:
             piece.num_tokens == 1 and piece.sequence.inputs is None for piece in plan.pieces
         )
 
-    def compute(self, plan: Plan) -> torch.Tensor:
-        """Return the logits of a plan's tokens, [B, V]; the next call overwrites them."""
+    def compute(self, plan: Plan, latest: Choice | None) -> torch.Tensor:
+        """Return the logits of a plan's tokens, [B, V]; the next call overwrites them.
+
+        Args:
+            latest: the tokens chosen last, those of the plan that are not known among them.
+        """
         index = bisect.bisect_left(self._sizes, len(plan.pieces))
         step = self._steps[index]
-        step.fill(plan)
+        step.fill(plan, latest)
         if index in self._graphs:
             graph, logits_BV = self._graphs[index]
             graph.replay()

@@ -5,20 +5,22 @@ chunks to the event loops of those who read. On two cores, large steps are compu
 two more threads: each tells the inbox that it is done, and gets its next step at once, without
 waiting for the other. (Threads that share every operation of a step wait for each other some
 hundred times in it: when other processes use the same cores, a moment that one thread does not run
-is lost to both.) An exception in a step means that the engine is
-broken: all streams fail with an `EngineError`, and so does everything that is asked later.
+is lost to both.) A GPU is given its next step while it computes the one before, so that it never
+waits for Python. An exception in a step means that the engine is broken: all streams fail with an
+`EngineError`, and so does everything that is asked later.
 """
 
 import asyncio
 import logging
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llava_ray.engine.runner import Runner
+from llava_ray.engine.runner import Launched, Runner
 from llava_ray.engine.scheduler import Plan, Scheduler
 from llava_ray.engine.sequence import Sequence
 from llava_ray.errors import EngineError
@@ -81,6 +83,7 @@ class EngineLoop:
 
     Args:
         threads: for steps side by side; none: there are no such.
+        runs_ahead: launch a step before the tokens of the one before are read; see `Scheduler`.
         on_start: called first thing in that thread.
         name: of that thread.
     """
@@ -91,6 +94,7 @@ class EngineLoop:
         scheduler: Scheduler,
         *,
         threads: Iterable[ThreadPoolExecutor] = (),
+        runs_ahead: bool = False,
         on_start: Callable[[], None] = lambda: None,
         name: str = "engine",
     ) -> None:
@@ -102,6 +106,8 @@ class EngineLoop:
         self._inbox: queue.SimpleQueue[Add | Abort | Ping | Close | Done] = queue.SimpleQueue()
         self._threads = list(threads)
         self._idle = list(self._threads)
+        self._runs_ahead = runs_ahead
+        self._launched: deque[tuple[Plan, Launched]] = deque()
         self._is_blocked = False  # all that there is to do waits for a step in flight
         self._pings: list[tuple[Ping, set[ThreadPoolExecutor]]] = []
         self._lock = threading.Lock()  # guards `_failure` against messages that come too late
@@ -141,6 +147,9 @@ class EngineLoop:
 
     def _compute(self) -> None:
         """Start steps side by side, or compute one with all threads once none is in flight."""
+        if self._runs_ahead:
+            self._compute_ahead()
+            return
         num_busy = len(self._threads) - len(self._idle)
         if self._threads and self.scheduler.is_wide():
             plans = self._plan_side_by_side()
@@ -153,9 +162,23 @@ class EngineLoop:
         elif num_busy:
             self._is_blocked = True
         else:
-            plan = self.scheduler.plan()
-            self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
+            plan = self._plan()
             self._finish(plan, self._runner.run(plan))
+
+    def _plan(self, share: int = 1) -> Plan:
+        plan = self.scheduler.plan(share)
+        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
+        return plan
+
+    def _compute_ahead(self) -> None:
+        """Launch a step, if there is one already; then take the tokens of the one before."""
+        plan = self._plan()
+        if plan.pieces:
+            self._launched.append((plan, self._runner.launch(plan)))
+            self.scheduler.advance(plan)
+        if len(self._launched) > bool(plan.pieces):
+            before, launched = self._launched.popleft()
+            self._take_tokens(before, launched.read())
 
     def _plan_side_by_side(self) -> list[Plan]:
         """Return a step for each idle thread, or for fewer, if there is no more to compute.
@@ -164,10 +187,9 @@ class EngineLoop:
         """
         plans: list[Plan] = []
         while len(plans) < len(self._idle):
-            plan = self.scheduler.plan(share=len(self._threads))
+            plan = self._plan(share=len(self._threads))
             if not plan.pieces:
                 break
-            self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
             if plan.copies:
                 self._runner.run(Plan([], plan.copies))
             plans.append(Plan(plan.pieces))
@@ -178,10 +200,15 @@ class EngineLoop:
         running.add_done_callback(lambda tokens: self._inbox.put(Done(plan, tokens, thread)))
 
     def _finish(self, plan: Plan, tokens: list[int]) -> None:
+        self.scheduler.advance(plan)
+        self._take_tokens(plan, tokens)
+
+    def _take_tokens(self, plan: Plan, tokens: list[int]) -> None:
+        news = self.scheduler.commit(plan, tokens)
         self.figures.num_steps += 1
         self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
-        self.figures.num_new_tokens += len(tokens)
-        self._deliver(self.scheduler.commit(plan, tokens))
+        self.figures.num_new_tokens += len(news)
+        self._deliver(news)
 
     def _listen(self) -> None:
         """Read the inbox; wait for a message if there is nothing to compute."""

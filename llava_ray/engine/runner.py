@@ -6,7 +6,8 @@ attention over the cache -> logits of the last tokens -> one token for each comp
 Shapes: B sequences, T tokens, P image tokens a picture, D hidden, V vocabulary.
 """
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -17,12 +18,13 @@ from llava_ray.engine.pictures import Pictures
 from llava_ray.engine.protocol import NotePictures, ignore_pictures
 from llava_ray.engine.regions import Region
 from llava_ray.engine.rows import Layout
-from llava_ray.engine.sampling import sample
+from llava_ray.engine.sampling import Choice, sample
 from llava_ray.engine.scheduler import Piece, Plan
 from llava_ray.engine.sequence import Sequence
 from llava_ray.engine.step import ATTENTION_NAME, Step, attend
 from llava_ray.engine.stopwatch import Stopwatch
 from llava_ray.engine.text import TextStream
+from llava_ray.engine.transfer import send
 from llava_ray.errors import ConfigError
 from llava_ray.model.core import Core
 from llava_ray.model.pack import pack_linears, quantize_linears, widen
@@ -30,11 +32,26 @@ from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
 
 
+class Launched(Protocol):
+    """A plan that the device computes, or has computed."""
+
+    def read(self) -> list[int]:
+        """Wait for it; return the next token of each complete piece of the plan, in order."""
+        ...
+
+
 class Runner(Protocol):
     """Computes plans. Implementations: LlavaRunner; a scripted one in the tests."""
 
     def run(self, plan: Plan) -> list[int]:
         """Return the next token of each complete piece of the plan, in order."""
+        ...
+
+    def launch(self, plan: Plan) -> Launched:
+        """Ask the device to compute a plan after the one that was launched before.
+
+        Tokens that its sequences expect are those that it chooses in that one.
+        """
         ...
 
     def check(self) -> None:
@@ -49,6 +66,17 @@ def pass_over_unread_layers(model: Any) -> None:
     heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
     for layer in layers[max(heights) :]:
         layer.forward = lambda hidden_states, *_args, **_options: hidden_states
+
+
+class _Launched(NamedTuple):
+    choice: Choice | None = None  # None: no piece was complete
+    note: Callable[[], None] = lambda: None  # called once it is computed
+
+    def read(self) -> list[int]:
+        """See `Launched`."""
+        tokens = self.choice.read() if self.choice else []
+        self.note()
+        return tokens
 
 
 class LlavaRunner:
@@ -131,6 +159,7 @@ class LlavaRunner:
         self.dtype: torch.dtype = core.model.dtype
         self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
         self._graphs = self._find_graphs(graph_batch_size)
+        self._latest: Choice | None = None
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
         if not max_batch_size or not self._cache.attend_rows or self._adapters.names:
@@ -140,33 +169,41 @@ class LlavaRunner:
         )
         return graphs if self.device.type == "cpu" or graphs.record() else None
 
-    @torch.inference_mode()
     def run(self, plan: Plan) -> list[int]:
         """Return the next token of each complete piece of the plan, in order."""
+        return self._compute(plan).read()
+
+    def launch(self, plan: Plan) -> Launched:
+        """Ask the device to compute a plan; see `Runner.launch`."""
+        launched = self._compute(plan)
+        self._latest = launched.choice
+        return launched
+
+    @torch.inference_mode()
+    def _compute(self, plan: Plan) -> _Launched:
         for source, target, num_tokens in plan.copies:
             self._cache.copy(source, target, num_tokens)
         if not plan.pieces:
-            return []
+            return _Launched()
         new = [p.sequence for p in plan.pieces if isinstance(p.sequence.inputs, dict)]
         if not new:
-            return self._compute_tokens(plan)
+            return _Launched(self._choose_tokens(plan))
         watch = Stopwatch(self.device)
         num_encoded, num_cached = self._read_pictures(new)
         watch.stop()
-        tokens = self._compute_tokens(plan)
-        self._note_pictures(num_encoded, num_cached, watch.read())
-        return tokens
+        choice = self._choose_tokens(plan)
+        return _Launched(choice, lambda: self._note_pictures(num_encoded, num_cached, watch.read()))
 
-    def _compute_tokens(self, plan: Plan) -> list[int]:
-        """Return them, once the pictures of the plan are encoded."""
+    def _choose_tokens(self, plan: Plan) -> Choice | None:
+        """Choose them, once the pictures of the plan are encoded; None: no piece is complete."""
         if self._graphs and self._graphs.can_compute(plan):
-            logits_BV = self._graphs.compute(plan)
+            logits_BV = self._graphs.compute(plan, self._latest)
             return sample(logits_BV, [piece.sequence for piece in plan.pieces])
         step = Step(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
         hidden_BD = self._compute_layers(self._embed_tokens(plan), step)
         if not (complete := plan.complete):
-            return []
+            return None
         logits_BV = self._core.model.lm_head(hidden_BD)
         return sample(logits_BV, [piece.sequence for piece in complete])
 
@@ -174,7 +211,7 @@ class LlavaRunner:
         """Send one token through the language model."""
         sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
         sequence.region = self._scratch
-        self.run(Plan([Piece(sequence, 1)]))
+        self.run(Plan([Piece.of(sequence, 1)]))
 
     def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
         """Return the logits of one token each, [B, V], none of them a picture's."""
@@ -208,12 +245,12 @@ class LlavaRunner:
         """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
         rows: dict[str, list[int]] = {}
         offset = 0
-        for sequence, num_tokens in plan.pieces:
+        for sequence, _, num_tokens, _ in plan.pieces:
             if sequence.adapter:
                 rows.setdefault(sequence.adapter, []).extend(range(offset, offset + num_tokens))
             offset += num_tokens
         return {
-            name: None if len(each) == offset else torch.tensor(each, device=self.device)
+            name: None if len(each) == offset else send(each, self.device)
             for name, each in rows.items()
         }
 
@@ -224,7 +261,7 @@ class LlavaRunner:
         output = self._model.get_image_features(
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
-            **inputs | {"pixel_values": inputs["pixel_values"].to(self.device, self.dtype)},
+            **inputs | {"pixel_values": send(inputs["pixel_values"], self.device).to(self.dtype)},
         )
         return list(output.pooler_output)
 
@@ -233,9 +270,14 @@ class LlavaRunner:
         ids: list[int] = []
         places: list[int] = []
         features: list[torch.Tensor] = []
-        for sequence, num_tokens in plan.pieces:
-            start = sequence.num_computed
+        expected: list[tuple[int, int]] = []  # (place, row of the latest choice)
+        for sequence, start, num_tokens, _ in plan.pieces:
             piece = sequence.ids_from(start, num_tokens)
+            if sequence.num_expected:
+                assert self._latest
+                assert num_tokens == 1
+                expected.append((len(ids), self._latest.rows[sequence]))
+                piece = [0]
             if sequence.inputs is not None:
                 mine = [i for i, id_ in enumerate(piece) if id_ == self._core.image_token_id]
                 done = sequence.prompt_ids[:start].count(self._core.image_token_id)
@@ -244,7 +286,11 @@ class LlavaRunner:
                 if start + num_tokens >= len(sequence.prompt_ids):
                     sequence.inputs = None
             ids.extend(piece)
-        embeddings_TD = self._embed(torch.tensor(ids, device=self.device))
+        ids_T = send(ids, self.device)
+        if expected and self._latest:
+            expected_E, rows_E = send(expected, self.device).unbind(1)
+            ids_T[expected_E] = self._latest.tokens_B[rows_E]
+        embeddings_TD = self._embed(ids_T)
         if places:
-            embeddings_TD[torch.tensor(places, device=self.device)] = torch.cat(features)
+            embeddings_TD[send(places, self.device)] = torch.cat(features)
         return embeddings_TD

@@ -1,14 +1,17 @@
 """Decides what the next step computes: plain Python, no tensors, no threads.
 
-`plan` -> the runner -> `commit`, once a step. Requests join and leave between any two steps. Steps
-may also be computed side by side: then each has sequences of its own, and none waits for another.
+`plan` -> the runner -> `advance` -> `commit`, once a step. Requests join and leave between any two
+steps. Steps may also be computed side by side: then each has sequences of its own, and none waits
+for another. And a step may be planned while the device computes the one before it, if that was
+launched and advanced: it goes on from tokens that are not known yet. An answer that turns out to
+have ended keeps its memory until the step that came too late for it is committed.
 
 A sequence is admitted, in the order of arrival, when its whole region (prompt plus `max_tokens`)
 is free in the cache. So nothing that runs can run out of memory, nothing has to be thrown out
 again, and there is no deadlock: whatever runs ends, and what waits at the head gets its turn.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
@@ -31,16 +34,21 @@ class Piece(NamedTuple):
 
     Attributes:
         sequence: whose tokens.
-        num_tokens: how many, from its `num_computed`-th.
+        start: the first of them.
+        num_tokens: how many.
+        is_complete: after it nothing is pending: the next token is chosen.
     """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    is_complete: bool
 
-    @property
-    def is_complete(self) -> bool:
-        """After it nothing is pending: the next token is chosen."""
-        return self.num_tokens == self.sequence.num_pending
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "Piece":
+        """Return the next so many tokens of a sequence."""
+        is_complete = num_tokens == sequence.num_pending
+        return cls(sequence, sequence.num_computed, num_tokens, is_complete)
 
 
 class Plan(NamedTuple):
@@ -84,8 +92,9 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
         self._picture_cost = picture_cost
-        self._in_flight: set[Sequence] = set()
-        self._doomed: set[Sequence] = set()  # aborted while they were in flight
+        self._planned: set[Sequence] = set()  # in a step that is not advanced
+        self._in_flight: Counter[Sequence] = Counter()  # in how many steps that are not committed
+        self._doomed: set[Sequence] = set()  # ended or aborted while they were in flight
         self._num_steps = 0
 
     def has_work(self) -> bool:
@@ -102,10 +111,8 @@ class Scheduler:
 
         One that is being computed keeps its memory until that step is committed.
         """
-        if sequence in self._in_flight:
-            self._doomed.add(sequence)
-        elif sequence in self.running:
-            self._release(sequence)
+        if sequence in self.running:
+            self._end(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -122,33 +129,44 @@ class Scheduler:
             share: with how many steps side by side, of which this is one, it divides the work.
 
         Returns:
-            without pieces, if all that there is to compute is in flight.
+            without pieces, if all that there is to compute is in flight or waits for what is.
         """
         self._admit()
+        if any(sequence.num_expected and sequence.has_own_logits for sequence in self.running):
+            return Plan([])  # which logits it wants depends on the token that is expected
         copies: list[Copy] = []
         pieces = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
+        self._planned.update(piece.sequence for piece in pieces)
         self._in_flight.update(piece.sequence for piece in pieces)
         return Plan(pieces, copies)
 
+    def advance(self, plan: Plan) -> None:
+        """Count a step as computed, as it is to all that is launched from now on."""
+        for piece in plan.pieces:
+            piece.sequence.num_computed += piece.num_tokens
+            piece.sequence.num_expected += piece.is_complete
+            self._planned.remove(piece.sequence)
+
     def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
-        """Take the outcome of a step: one token for each complete piece, in order."""
+        """Take the outcome of an advanced step: one token for each complete piece, in order."""
         self._num_steps += 1
-        complete = plan.complete
-        for sequence, num_tokens in plan.pieces:
-            sequence.num_computed += num_tokens
+        sequences = [piece.sequence for piece in plan.pieces]
+        for sequence in sequences:
             sequence.last_step = self._num_steps
-            self._in_flight.discard(sequence)
+        self._in_flight -= Counter(sequences)
         news = []
-        for (sequence, _), token in zip(complete, tokens, strict=True):
-            if sequence in self._doomed:
+        for piece, token in zip(plan.complete, tokens, strict=True):
+            piece.sequence.num_expected -= 1
+            if piece.sequence in self._doomed:
                 continue
-            chunk = sequence.append(token)
+            chunk = piece.sequence.append(token)
             if chunk.finish_reason is not None:
+                self._end(piece.sequence)
+            news.append((piece.sequence, chunk))
+        for sequence in sequences:
+            if sequence in self._doomed and sequence not in self._in_flight:
+                self._doomed.remove(sequence)
                 self._release(sequence)
-            news.append((sequence, chunk))
-        for sequence in [piece.sequence for piece in plan.pieces if piece.sequence in self._doomed]:
-            self._doomed.remove(sequence)
-            self._release(sequence)
         return news
 
     def _admit(self) -> None:
@@ -163,11 +181,11 @@ class Scheduler:
     def _plan_decode(self, share: int) -> Iterator[Piece]:
         """Yield those that stream, in the order of their regions: neighbours compute together."""
         streams = [sequence for sequence in self.running if sequence.num_pending == 1]
-        free = [sequence for sequence in streams if sequence not in self._in_flight]
+        free = [sequence for sequence in streams if self._is_free(sequence)]
         free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
         mine = free[: -(-len(streams) // share)]
         for sequence in sorted(mine, key=lambda sequence: sequence.region or (0, 0)):
-            yield Piece(sequence, 1)
+            yield Piece.of(sequence, 1)
 
     def _plan_prefill(self, share: int, copies: list[Copy]) -> Iterator[Piece]:
         """Yield pieces of prompts; what they take over from others is added to `copies`."""
@@ -178,12 +196,12 @@ class Scheduler:
                 budget -= min(budget // 2, round(self._picture_cost * sequence.num_image_tokens))
             num_tokens = min(sequence.num_pending, budget)
             budget -= num_tokens
-            yield Piece(sequence, num_tokens)
+            yield Piece.of(sequence, num_tokens)
 
     def _find_prompts(self, copies: list[Copy]) -> Iterator[Sequence]:
         """Yield those whose prompts can be computed on, first come, first served."""
         for index, sequence in enumerate(self.running):
-            if sequence.num_pending == 1 or sequence in self._in_flight:
+            if sequence.num_pending == 1 or not self._is_free(sequence):
                 continue
             if not sequence.num_computed:
                 donor, num_shared = self.prefixes.find(sequence, self.running[:index])
@@ -192,6 +210,17 @@ class Scheduler:
                 if donor and (num_ready := min(num_shared, donor.num_computed)):
                     copies.append(_copy(donor, sequence, num_ready))
             yield sequence
+
+    def _is_free(self, sequence: Sequence) -> bool:
+        """Can a running sequence be computed on, as far as is known?"""
+        is_over = sequence in self._doomed or not sequence.may_go_on
+        return not (is_over or sequence in self._planned)
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence in self._in_flight:
+            self._doomed.add(sequence)
+        else:
+            self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         sequence.inputs = None

@@ -32,7 +32,10 @@ class Sequence:
         picture_names: numbers for the contents of its pictures.
         adapter: the name of the adapter that it belongs to; empty: the model itself.
         token_ids: the answer so far.
-        num_computed: tokens, from the prompt's first, whose keys and values are in the cache.
+        num_expected: tokens of the answer that the device has been asked to choose, and that have
+            not been read yet.
+        num_computed: tokens, from the prompt's first, whose keys and values are in the cache, or
+            will be before the device does what it is asked next.
         num_cached: how many of them were there before, of another sequence.
         region: its part of the cache; None while it has none.
         last_step: number of the latest step that it was part of.
@@ -59,6 +62,7 @@ class Sequence:
     picture_names: Many[int] = ()
     adapter: str = ""
     token_ids: list[int] = field(default_factory=list)
+    num_expected: int = 0
     num_computed: int = 0
     num_cached: int = 0
     region: Region | None = None
@@ -96,8 +100,13 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt and of the answer so far."""
-        return len(self.prompt_ids) + len(self.token_ids)
+        """Tokens of the prompt and of the answer so far, expected ones among them."""
+        return len(self.prompt_ids) + len(self.token_ids) + self.num_expected
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether the answer goes on after the tokens that are expected, as far as is known."""
+        return len(self.token_ids) + self.num_expected < self.max_tokens
 
     @property
     def num_pending(self) -> int:

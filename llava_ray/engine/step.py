@@ -20,6 +20,7 @@ from llava_ray.engine.cache import KVCache
 from llava_ray.engine.regions import Region
 from llava_ray.engine.rows import Singles
 from llava_ray.engine.scheduler import Plan
+from llava_ray.engine.transfer import send
 
 ATTENTION_NAME = "llava_ray_cache"
 """Under this name the attention below is known to transformers."""
@@ -57,7 +58,7 @@ class Lanes:
         self._offsets = _index([span.offset for span in spans], cache.device)
         self._mask_B11S = None
         if min(lengths) < max(lengths):
-            lengths_B1 = torch.tensor(lengths, device=cache.device)[:, None]
+            lengths_B1 = send(lengths, cache.device)[:, None]
             is_seen_BS = torch.arange(max(lengths), device=cache.device) < lengths_B1
             mask_BS = torch.zeros(self._shape_BS, dtype=cache.dtype, device=cache.device)
             self._mask_B11S = mask_BS.masked_fill_(~is_seen_BS, float("-inf"))[:, None, None]
@@ -101,7 +102,7 @@ def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> 
     """Return the rows of the pools that belong to the tokens of a step: [T * K]."""
     begins = [span.region.start * cache.num_kv_heads for span in spans for _ in range(span.length)]
     sizes = [span.region.length for span in spans for _ in range(span.length)]
-    begins_T, sizes_T = torch.tensor([begins, sizes], device=cache.device)
+    begins_T, sizes_T = send([begins, sizes], cache.device)
     heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
     return ((begins_T + positions_T)[:, None] + sizes_T[:, None] * heads_K).flatten()
 
@@ -109,7 +110,7 @@ def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> 
 def _describe(spans: list[Span], cache: KVCache) -> Singles:
     """Return where sequences with one new token each have theirs."""
     numbers = [(span.offset, *span.region, span.past + 1) for span in spans]
-    columns = torch.tensor(numbers).T.contiguous().to(cache.device)
+    columns = send(torch.tensor(numbers).T.contiguous(), cache.device)
     return Singles(*columns, num_kv_heads=cache.num_kv_heads)
 
 
@@ -117,7 +118,7 @@ def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
     """Return what picks these tokens of a step: where they are neighbours, a view and no copy."""
     if offsets == list(range(offsets[0], offsets[0] + len(offsets))):
         return slice(offsets[0], offsets[-1] + 1)
-    return torch.tensor(offsets, device=device)
+    return send(offsets, device)
 
 
 def group_lanes(spans: list[Span]) -> list[list[Span]]:
@@ -148,12 +149,12 @@ class Step:
     def __init__(self, plan: Plan, cache: KVCache) -> None:
         spans: list[Span] = []
         offset = 0
-        for sequence, length in plan.pieces:
-            assert sequence.region is not None
-            spans.append(Span(offset, length, sequence.region, sequence.num_computed))
-            offset += length
+        for piece in plan.pieces:
+            assert piece.sequence.region is not None
+            spans.append(Span(offset, piece.num_tokens, piece.sequence.region, piece.start))
+            offset += piece.num_tokens
         positions = [p for span in spans for p in range(span.past, span.past + span.length)]
-        self.positions_T = torch.tensor(positions, device=cache.device)
+        self.positions_T = send(positions, cache.device)
         self.wanted: torch.Tensor | None = None
         self._cache = cache
         self._rows = _find_rows(spans, self.positions_T, cache)
@@ -163,7 +164,7 @@ class Step:
         ]
         if len(complete) < offset:
             last = [span.offset + span.length - 1 for span in complete]
-            self.wanted = torch.tensor(last, dtype=torch.int64, device=cache.device)
+            self.wanted = send(last, cache.device, torch.int64)
             self._last = _Looks(
                 [
                     Span(index, 1, span.region, span.past + span.length - 1)

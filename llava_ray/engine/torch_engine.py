@@ -52,6 +52,8 @@ class TorchEngine:
         picture_cache_mb: memory for encoded pictures, in MiB.
         prefix_cache: keep what was computed, for prompts that begin alike.
         patience_s: a step that takes longer than this counts as stuck.
+        runs_ahead: launch a step before the tokens of the one before are read; by default on GPUs,
+            which compute while Python plans.
         note_pictures: told by the default runner what becomes of pictures.
     """
 
@@ -70,12 +72,14 @@ class TorchEngine:
         prefix_cache: bool = True,
         picture_cache_mb: int = 256,
         patience_s: float = 60.0,
+        runs_ahead: bool | None = None,
         note_pictures: NotePictures = ignore_pictures,
     ) -> None:
         num_threads = torch.get_num_threads()
         on_gpu = core.model.device.type != "cpu"
         adapters = adapters or SideAdapters()
-        is_wide = num_threads == 2 and not (on_gpu or adapters.names or runner)
+        is_ahead = on_gpu if runs_ahead is None else runs_ahead
+        is_wide = num_threads == 2 and not (is_ahead or adapters.names or runner)
         scheduler = Scheduler(
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
@@ -113,6 +117,7 @@ class TorchEngine:
             self._runner,
             scheduler,
             threads=self._threads,
+            runs_ahead=is_ahead,
             on_start=lambda: use_threads(num_threads),
             name="torch-engine",
         )
