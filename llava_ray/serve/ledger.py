@@ -59,7 +59,10 @@ class Ledger:
 
 
 def open_ledger(application: str) -> Exchange:
-    """Return how to reach the ledger of a Serve application; the first to ask opens it."""
+    """Return how to reach the ledger of a Serve application; the first gateway opens it.
+
+    It starts at once, while the models load, and not with the first request.
+    """
     remote: Any = ray.remote(Ledger)
     actor = remote.options(
         name=f"usage of {application}",
@@ -69,6 +72,7 @@ def open_ledger(application: str) -> Exchange:
         max_restarts=-1,
         num_cpus=0,
     )
+    actor.remote()
 
     async def exchange(gateway: str, counts: Counts) -> Told:
         answer = actor.remote().exchange.remote(gateway, counts)
