@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from attention import check_attention
 
 from llava_ray.engine.compiled import compile_kept
-from llava_ray.engine.cpu_attention import attend_prompt, attend_rows
+from llava_ray.engine.cpu_attention import Places, attend_prompt, attend_rows, turn_and_attend
+from llava_ray.engine.rows import Singles
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -21,6 +22,56 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
     check_attention(
         attend_rows, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("num_threads", "window"), [(1, None), (3, 7)])
+def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
+    dtype, cache_dtype, num_heads, num_kv_heads, num_threads, window, monkeypatch
+):
+    monkeypatch.setattr("llava_ray.engine.cpu_attention._MIN_READ", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    torch.manual_seed(0)
+    regions, lengths, size = [(40, 16), (0, 40), (60, 8)], [16, 33, 1], 16
+    heads_TX = torch.randn(3, (num_heads + 2 * num_kv_heads) * size).to(dtype)
+    turns_T1C = torch.polar(torch.ones(3, 1, size // 2), 3 * torch.randn(3, 1, size // 2))
+    pools = torch.randn(2, 70 * num_kv_heads, size).to(cache_dtype)
+    before = pools.clone()
+    numbers = torch.tensor([[0, 1, 2], *zip(*regions, strict=True), lengths])
+    rows = Singles(*numbers, num_kv_heads=num_kv_heads).find_rows(window)
+    places = Places.of(rows, pools[0], num_kv_heads=num_kv_heads)
+    found_TX = turn_and_attend(
+        heads_TX, turns_T1C, *pools, places, num_kv_heads=num_kv_heads, scaling=0.3
+    )
+    assert found_TX.dtype == dtype
+    exact = dtype == cache_dtype == torch.float32
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 0.02, "atol": 0.02}
+    heads_TJE = heads_TX.float().unflatten(-1, (-1, size))
+    turned_TJE = torch.view_as_real(
+        torch.view_as_complex(heads_TJE.unflatten(-1, (-1, 2))) * turns_T1C
+    ).flatten(2)
+    key_TKE = turned_TJE[:, num_heads : num_heads + num_kv_heads]
+    value_TKE = heads_TJE[:, num_heads + num_kv_heads :]
+    for t, ((start, length), seen) in enumerate(zip(regions, lengths, strict=True)):
+        mine = slice(start * num_kv_heads, (start + length) * num_kv_heads)
+        shape = (2, num_kv_heads, length, size)
+        new, old = (each[:, mine].view(shape).float() for each in (pools, before))
+        kept = torch.stack([key_TKE[t], value_TKE[t]])
+        torch.testing.assert_close(new[:, :, seen - 1], kept, **tolerance)
+        new[:, :, seen - 1] = old[:, :, seen - 1]
+        assert torch.equal(new, old), "nothing else is written"
+        old[:, :, seen - 1] = kept
+        key_KSE, value_KSE = old[:, :, max(0, seen - (window or seen)) : seen]
+        expected_HE = F.scaled_dot_product_attention(
+            turned_TJE[t, :num_heads][None, :, None],
+            key_KSE[None],
+            value_KSE[None],
+            scale=0.3,
+            enable_gqa=True,
+        )[0, :, 0]
+        torch.testing.assert_close(found_TX[t].float(), expected_HE.flatten(), **tolerance)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (5, 1)])

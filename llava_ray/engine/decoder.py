@@ -143,13 +143,33 @@ class _Layer:
         is_last: bool = False,
     ) -> torch.Tensor:
         """Add to the hidden states what this layer adds; return them, if it is last the wanted."""
-        heads_TJE = self._qkv(_normalise(hidden_TD, self._norm)).unflatten(-1, (-1, self._size))
+        heads_TX = self._qkv(_normalise(hidden_TD, self._norm))
+        if step.turn_and_attend and can_compute(heads_TX):
+            output_TX = step.turn_and_attend(
+                self._index, heads_TX, turns_T1C, scaling=self._scaling, window=self._window
+            )
+        else:
+            output_TX = self._attend(heads_TX, turns_T1C, step, is_last=is_last)
+            if is_last and step.wanted is not None:
+                hidden_TD = hidden_TD[step.wanted]
+        if not len(hidden_TD):
+            return hidden_TD
+        hidden_TD += self._output(output_TX)
+        gate_up_TJ = self._gate_up(_normalise(hidden_TD, self._mlp_norm))
+        hidden_TD += self._down(self._let_through(gate_up_TJ))
+        return hidden_TD
+
+    def _attend(
+        self, heads_TX: torch.Tensor, turns_T1C: torch.Tensor, step: Layout, *, is_last: bool
+    ) -> torch.Tensor:
+        """Return what the tokens see, [T, H * E], of the last layer the wanted ones."""
+        heads_TJE = heads_TX.unflatten(-1, (-1, self._size))
         num_turned = self._num_heads + self._num_kv_heads
         turned_TJE = _turn(heads_TJE, turns_T1C, num_turned)
         query_THE = turned_TJE[:, : self._num_heads]
         if is_last and step.wanted is not None:
-            hidden_TD, query_THE = hidden_TD[step.wanted], query_THE[step.wanted]
-        output_THE = step.attend(
+            query_THE = query_THE[step.wanted]
+        return step.attend(
             self._index,
             query_THE,
             turned_TJE[:, self._num_heads :],
@@ -157,13 +177,7 @@ class _Layer:
             scaling=self._scaling,
             window=self._window,
             is_last=is_last,
-        )
-        if not len(hidden_TD):
-            return hidden_TD
-        hidden_TD += self._output(output_THE.flatten(1))
-        gate_up_TJ = self._gate_up(_normalise(hidden_TD, self._mlp_norm))
-        hidden_TD += self._down(self._let_through(gate_up_TJ))
-        return hidden_TD
+        ).flatten(1)
 
     def _let_through(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
         """Return the activated gates times what they let through, [T, I], of [T, 2 I]."""

@@ -16,7 +16,7 @@ import torch
 
 from llava_ray.engine.cache import KVCache
 from llava_ray.engine.regions import Region
-from llava_ray.engine.rows import Singles
+from llava_ray.engine.rows import Singles, TurnAndAttend
 from llava_ray.engine.sampling import Choice
 from llava_ray.engine.scheduler import Plan
 from llava_ray.engine.transfer import send
@@ -40,6 +40,7 @@ class DecodeStep:
     """
 
     wanted: torch.Tensor | None = None  # all tokens' states are
+    turn_and_attend: TurnAndAttend | None = None  # a GPU's kernels do one thing each
 
     def __init__(self, size: int, cache: KVCache, idle: Region, *, max_batch_size: int) -> None:
         self._cache, self._idle = cache, idle

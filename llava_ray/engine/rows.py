@@ -15,10 +15,12 @@ class Layout(Protocol):
     Attributes:
         positions_T: of each token in its sequence.
         wanted: the W tokens whose last hidden states are asked for; None: all.
+        turn_and_attend: does more than `attend` in one call, where it can; see `TurnAndAttend`.
     """
 
     positions_T: torch.Tensor  # noqa: N815
     wanted: torch.Tensor | None
+    turn_and_attend: "TurnAndAttend | None"
 
     def attend(
         self,
@@ -39,6 +41,28 @@ class Layout(Protocol):
 
         Returns:
             [T, H, E], or [W, H, E]
+        """
+        ...
+
+
+class TurnAndAttend(Protocol):
+    """Rotates queries and keys, stores keys and values, lets each token attend, in one call."""
+
+    def __call__(
+        self,
+        layer: int,
+        heads_TX: torch.Tensor,
+        turns_T1C: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Return [T, H * E].
+
+        Args:
+            heads_TX: queries, keys and values, [T, (H + 2 K) * E], float32 or bfloat16.
+            turns_T1C: of each token, for pairs of neighbours; C = E/2.
+            window: see `Layout.attend`.
         """
         ...
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from llava_ray.engine import cpu_attention
 from llava_ray.engine.cache import KVCache
 from llava_ray.engine.regions import Region
-from llava_ray.engine.rows import Singles
+from llava_ray.engine.rows import Rows, Singles, TurnAndAttend
 from llava_ray.engine.scheduler import Plan
 from llava_ray.engine.transfer import send
 
@@ -159,6 +159,7 @@ class Step:
         self._cache = cache
         self._rows = _find_rows(spans, self.positions_T, cache)
         self._all = self._last = _Looks(spans, cache)
+        self._places: dict[int | None, cpu_attention.Places] = {}
         complete = [
             span for span, piece in zip(spans, plan.pieces, strict=True) if piece.is_complete
         ]
@@ -172,6 +173,33 @@ class Step:
                 ],
                 cache,
             )
+        is_decode = self.wanted is None and len(spans) == offset
+        can_turn = is_decode and cache.device.type == "cpu"
+        self.turn_and_attend: TurnAndAttend | None = self._turn_and_attend if can_turn else None
+
+    def _turn_and_attend(
+        self,
+        layer: int,
+        heads_TX: torch.Tensor,
+        turns_T1C: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """See `TurnAndAttend`."""
+        keys, heads = self._cache.keys[layer], self._cache.num_kv_heads
+        if window not in self._places:
+            rows = self._all.find_rows(window)
+            self._places[window] = cpu_attention.Places.of(rows, keys, num_kv_heads=heads)
+        return cpu_attention.turn_and_attend(
+            heads_TX,
+            turns_T1C,
+            keys,
+            self._cache.values[layer],
+            self._places[window],
+            num_kv_heads=heads,
+            scaling=scaling,
+        )
 
     def attend(
         self,
@@ -209,6 +237,11 @@ class _Looks:
         self._singles = _describe(singles, cache) if singles and by_rows else None
         self._lanes = [] if by_rows else [Lanes(group, cache) for group in group_lanes(singles)]
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
+
+    def find_rows(self, window: int | None) -> Rows:
+        """Return what single tokens see of the cache, of which there are some."""
+        assert self._singles
+        return self._singles.find_rows(window)
 
     def attend(
         self,
