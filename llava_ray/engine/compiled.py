@@ -10,10 +10,14 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from numba.core import types
-from numba.extending import overload
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, overload
 
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+
+
+_LINE_BYTES = 64  # what memory sends at once
 
 
 def compile_kept(function: Callable[..., None]) -> Callable[..., None]:
@@ -103,3 +107,34 @@ def round_bits(number):
     bits = np.float32(number).view(np.uint32)
     is_odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     return np.uint32(bits + np.uint32(np.uint32(0x7FFF) + is_odd))
+
+
+def _build_ask_for(_, rows, index):
+    """A loop of the CPU's instruction for it, over the row's lines."""
+
+    def generate(context, builder, signature, arguments):
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        array_type, index_type = signature.args
+        array = context.make_array(array_type)(context, builder, arguments[0])
+        row = context.cast(builder, arguments[1], index_type, types.intp)
+        distance = builder.extract_value(array.strides, 0)
+        start = builder.gep(builder.bitcast(array.data, pointer), [builder.mul(row, distance)])
+        num_bytes = builder.mul(builder.extract_value(array.shape, 1), array.itemsize)
+        line = distance.type(_LINE_BYTES)
+        num_lines = builder.sdiv(builder.add(num_bytes, distance.type(_LINE_BYTES - 1)), line)
+        with cgutils.for_range(builder, num_lines) as loop:
+            place = builder.gep(start, [builder.mul(loop.index, line)])
+            is_written, nearness, is_data = number(0), number(3), number(1)
+            builder.call(prefetch, [place, is_written, nearness, is_data])
+        return context.get_dummy_value()
+
+    return types.void(rows, index), generate
+
+
+ask_for: Callable[..., None] = intrinsic(_build_ask_for)
+"""ask_for(rows, index): let memory send a row of a 2-D array before it is read.
+
+It may lie beyond the array's end.
+"""

@@ -18,6 +18,7 @@ import torch
 
 from llava_ray.engine.compiled import (
     OPTIONS,
+    ask_for,
     compile_kept,
     convert,
     exp,
@@ -31,6 +32,8 @@ from llava_ray.engine.threads import run_in_team
 
 _MAX_SCORES = 1 << 21
 """Of as many heads as give so many scores, products are computed at once: these stay in a cache."""
+_AHEAD = 16
+"""So many tokens before they are read, keys and values are asked for: some CPUs see it too late."""
 _MIN_READ = 1 << 20
 """Bytes of keys and values below which a second thread costs more than it saves."""
 
@@ -226,6 +229,7 @@ def _look(query, keys, values, weights, output, sums):
     length, size = keys.shape
     highest = np.float32(-3e38)
     for s in range(length):
+        ask_for(keys, s + _AHEAD)
         score = np.float32(0)
         for e in range(size):
             score += query[e] * widen(keys[s, e])
@@ -239,6 +243,8 @@ def _look(query, keys, values, weights, output, sums):
     sums[:] = 0
     fours = length // 4 * 4
     for s in range(0, fours, 4):  # the sums are read and written once for four
+        for ahead in range(s + _AHEAD, s + _AHEAD + 4):
+            ask_for(values, ahead)
         for e in range(size):
             sums[e] += (
                 weights[s] * widen(values[s, e])

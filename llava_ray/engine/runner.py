@@ -32,6 +32,10 @@ from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
 
 
+_NUM_SCRATCH = 3
+"""The cache's last places, which belong to no request."""
+
+
 class Launched(Protocol):
     """A plan that the device computes, or has computed."""
 
@@ -139,7 +143,7 @@ class LlavaRunner:
         self._embed = core.model.get_input_embeddings()
         heads = config.num_attention_heads
         self._cache = KVCache(
-            num_tokens=cache_tokens + 1,  # the last place belongs to `check`
+            num_tokens=cache_tokens + _NUM_SCRATCH,
             num_layers=config.num_hidden_layers,
             num_heads=heads,
             num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
@@ -147,7 +151,7 @@ class LlavaRunner:
             dtype=cache_dtype or core.model.dtype,
             device=self.device,
         )
-        self._scratch = Region(cache_tokens, 1)
+        self._scratch = Region(cache_tokens, _NUM_SCRATCH)
         pass_over_unread_layers(self._model)
         is_fused = not self._adapters.names and can_fuse(language_model)
         if is_fused:
@@ -160,6 +164,8 @@ class LlavaRunner:
         self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
         self._graphs = self._find_graphs(graph_batch_size)
         self._latest: Choice | None = None
+        self.run(self._plan_scratch(2, 1))  # kernels are compiled now, not while somebody waits
+        self.run(self._plan_scratch(1))
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
         if not max_batch_size or not self._cache.attend_rows or self._adapters.names:
@@ -209,9 +215,18 @@ class LlavaRunner:
 
     def check(self) -> None:
         """Send one token through the language model."""
-        sequence = Sequence("check", [0], 0, Sampling(temperature=0), 1, TextStream(lambda ids: ""))
-        sequence.region = self._scratch
-        self.run(Plan([Piece.of(sequence, 1)]))
+        self.run(self._plan_scratch(1))
+
+    def _plan_scratch(self, *lengths: int) -> Plan:
+        """Return a step of sequences that are nobody's."""
+        pieces, start = [], self._scratch.start
+        for length in lengths:
+            text = TextStream(lambda ids: "")
+            sequence = Sequence("check", [0] * length, 0, Sampling(temperature=0), 1, text)
+            sequence.region = Region(start, length)
+            pieces.append(Piece.of(sequence, length))
+            start += length
+        return Plan(pieces)
 
     def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
         """Return the logits of one token each, [B, V], none of them a picture's."""
