@@ -31,7 +31,6 @@ from llava_ray.model.pack import pack_linears, quantize_linears, widen
 from llava_ray.model.side_adapters import SideAdapters
 from llava_ray.types import Sampling
 
-
 _NUM_SCRATCH = 3
 """The cache's last places, which belong to no request."""
 
