@@ -11,12 +11,12 @@ from test_engine import (
     ScriptedRunner,
     _sequence,
     answer,
+    ask_late,
     generate,  # noqa: F401 - a fixture
     load,
     mixed_prompts,
     prompt,
     read,
-    read_some,
 )
 from tiny import picture, tiny_model
 
@@ -46,15 +46,7 @@ def test_requests_that_come_and_go_get_the_answers_of_generate(
 
     async def main():
         engine = load_ahead(graphs=graphs, prefill_tokens=prefill_tokens)
-
-        async def late(i: int) -> str:
-            for _ in range(i):  # each joins after a different number of steps of the others
-                await engine.check()
-            if i % 5 == 2:
-                return await read_some(engine, prompts[i], 2)
-            return await answer(engine, prompts[i])
-
-        answers = await asyncio.gather(*[late(i) for i in range(16)])
+        answers = await ask_late(engine, prompts)
         for i, (got, each) in enumerate(zip(answers, prompts, strict=True)):
             want = generate(each)
             assert want.startswith(got) if i % 5 == 2 else got == want

@@ -10,6 +10,7 @@ cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head s
 """
 
 import itertools
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -156,8 +157,7 @@ class Step:
         positions = [p for span in spans for p in range(span.past, span.past + span.length)]
         self.positions_T = send(positions, cache.device)
         self.wanted: torch.Tensor | None = None
-        self._cache = cache
-        self._rows = _find_rows(spans, self.positions_T, cache)
+        self._spans, self._cache = spans, cache
         self._all = self._last = _Looks(spans, cache)
         self._places: dict[int | None, cpu_attention.Places] = {}
         complete = [
@@ -176,6 +176,10 @@ class Step:
         is_decode = self.wanted is None and len(spans) == offset
         can_turn = is_decode and cache.device.type == "cpu"
         self.turn_and_attend: TurnAndAttend | None = self._turn_and_attend if can_turn else None
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return _find_rows(self._spans, self.positions_T, self._cache)
 
     def _turn_and_attend(
         self,
