@@ -83,7 +83,7 @@ def benchmark_load(
     """
     import torch
 
-    from llava_ray.model.build import SHAPE_103M, build_random_model
+    from llava_ray.model.build.random_model import SHAPE_103M, build_random_model
 
     with tempfile.TemporaryDirectory() as scratch:
         tiny = build_random_model(Path(scratch) / "tiny")

@@ -55,8 +55,8 @@ def benchmark_data(
     """Conversion, and the training stream beside a torch DataLoader over the same files."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
     from llava_ray.config import DataConfig
-    from llava_ray.data.stream import Checkpoint
-    from llava_ray.model.build import TINY, build_random_model
+    from llava_ray.data.loader.stream import Checkpoint
+    from llava_ray.model.build.random_model import TINY, build_random_model
 
     shape = dataclasses.replace(TINY, image_size=336, patch_size=14, context_length=2048)
     with tempfile.TemporaryDirectory() as scratch:
@@ -123,7 +123,7 @@ def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files
 
 def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
     from llava_ray.config import ConvertConfig
-    from llava_ray.data.convert import convert
+    from llava_ray.data.convert.run import convert
 
     config = ConvertConfig(source="llava", input=str(raw), output=str(out), rows_per_shard=500)
     with watch_memory() as peak:
@@ -141,7 +141,7 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
 
 def _stream(config: Any, checkpoint: Any) -> Iterable[int]:
     """Yield how many samples each batch of the training stream has, as tensors."""
-    from llava_ray.data.stream import stream_batches
+    from llava_ray.data.loader.stream import stream_batches
 
     for batch in stream_batches(config, checkpoint):
         yield len(batch.to_tensors()["input_ids"])
@@ -160,7 +160,7 @@ class RawPictures:
 
     def __getitem__(self, number: int) -> Any:
         from llava_ray.config import LimitsConfig
-        from llava_ray.data.encode import load_encoder
+        from llava_ray.data.loader.encode import load_encoder
         from llava_ray.data.shards import ShardRow
         from llava_ray.data.sources import SOURCES
 
@@ -193,7 +193,7 @@ def _load_with_torch(raw: Path, model: str, processes: int) -> Iterable[int]:
 def _collate_to_tensors(examples: list[Any]) -> Any:
     import torch
 
-    from llava_ray.data.collate import collate
+    from llava_ray.data.loader.collate import collate
 
     arrays = collate(examples, pad_token_id=0)
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -217,8 +217,8 @@ def _measure_stream(
 
 def _compare_starts(config: Any, checkpoint: Any, rounds: int) -> None:
     """Print how long the first batch takes at the beginning and at nine tenths of an epoch."""
-    from llava_ray.data.pool import make_plan, open_pool
-    from llava_ray.data.stream import stream_batches
+    from llava_ray.data.loader.dataset import make_plan, open_pool
+    from llava_ray.data.loader.stream import stream_batches
 
     plan = make_plan(config, open_pool(config.datasets))
     deep = plan.start()._replace(batch=plan.num_batches * 9 // 10)

@@ -81,7 +81,7 @@ def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]
     from PIL import Image
 
     from llava_ray.evaluate.tasks import TASKS
-    from llava_ray.model.core import load_model
+    from llava_ray.model.loading import load_model
     from llava_ray.types import ImagePart, Message, TextPart
 
     started = time.perf_counter()

@@ -33,7 +33,7 @@ def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[Figu
         measured: before, between and after the systems that it is compared with; their mean counts,
             as the machine's speed changes while they run.
     """
-    from llava_ray.model.core import load_model
+    from llava_ray.model.loading import load_model
 
     flop_per_s, byte_per_s = (statistics.mean(each) for each in zip(*measured, strict=True))
     core = load_model(load.model, dtype=load.name_dtype())
@@ -76,9 +76,9 @@ def measure_rates(load: Load) -> Rates:
     """Measure the products of a language model's largest layer, and reading of 400 MB."""
     import torch
 
-    from llava_ray.model.core import load_model
-    from llava_ray.model.pack import pack_linears
-    from llava_ray.model.precision import has_fast_bfloat16
+    from llava_ray.engine.torch_engine.execution.packed_linear import pack_linears
+    from llava_ray.model.loading import load_model
+    from llava_ray.model.quiet import has_fast_bfloat16
 
     core = load_model(load.model, dtype=load.name_dtype())
     linear = core.model.model.language_model.layers[0].mlp.gate_proj

@@ -82,8 +82,8 @@ def build_model(folder: str) -> str:
     """Write a model of 103 million random weights; return its folder, which vLLM reads too."""
     import torch
 
-    from llava_ray.model.build import SHAPE_103M, build_random_model
-    from llava_ray.model.export import export_model
+    from llava_ray.model.build.random_model import SHAPE_103M, build_random_model
+    from llava_ray.model.export.export import export_model
 
     path = build_random_model(Path(folder) / "built", SHAPE_103M, dtype=torch.bfloat16)
     return str(export_model(str(path), Path(folder) / "model", to="hf"))
@@ -117,7 +117,7 @@ def measure_batch(load: Load, clients: int) -> Figures:
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    from llava_ray.model.core import load_model
+    from llava_ray.model.loading import load_model
 
     with watch_memory() as peak:
         core = load_model(load.model, dtype=load.name_dtype())

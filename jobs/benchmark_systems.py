@@ -155,7 +155,7 @@ def ask_over_http(
 def open_engine(load: Load) -> Iterator[Ask]:
     """The engine of a replica, without HTTP, gateway and Serve; prompts as the application's."""
     from llava_ray.config import ModelConfig
-    from llava_ray.engine.load import load_engine
+    from llava_ray.engine.factory import load_engine
     from llava_ray.types import Prompt, Sampling
 
     settings = {"dtype": load.dtype or "auto", "quantization": load.quantization}
@@ -202,7 +202,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
     import torch
     from transformers.generation.streamers import BaseStreamer
 
-    from llava_ray.model.core import load_model
+    from llava_ray.model.loading import load_model
 
     core = load_model(path, dtype=dtype)
     free = asyncio.Semaphore(at_once)

@@ -79,7 +79,7 @@ def benchmark_train(
 ) -> None:
     """Step times of a bare loop, this project, Trainer with DeepSpeed, and Ray's part in them."""
     os.environ.update(RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
-    from llava_ray.model.build import TINY, build_random_model
+    from llava_ray.model.build.random_model import TINY, build_random_model
 
     shape = dataclasses.replace(
         TINY,
@@ -141,7 +141,7 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
     import ray
 
     from llava_ray.config import ConvertConfig
-    from llava_ray.data.convert import convert
+    from llava_ray.data.convert.run import convert
 
     rows = []
     for number in range(num_samples):
@@ -188,7 +188,7 @@ def make_config(work: Work, **settings: Any) -> Any:
 
 def read_batches(work: Work) -> list[Any]:
     """Return a run's batches, all of them ready in memory."""
-    from llava_ray.data.stream import Checkpoint, stream_batches
+    from llava_ray.data.loader.stream import Checkpoint, stream_batches
 
     config = make_config(work).data.model_copy(update={"num_readers": 0})
     return list(stream_batches(config, Checkpoint(work.model)))
@@ -266,8 +266,8 @@ def run_trainer(work: Work, clock: Clock) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from llava_ray.model import load_model
-    from llava_ray.train.engine import import_deepspeed
-    from llava_ray.train.zero import describe_engine
+    from llava_ray.train.deepspeed_config import describe_engine
+    from llava_ray.train.deepspeed_engine import import_deepspeed
 
     batches = read_batches(work)
     begin(work)

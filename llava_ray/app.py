@@ -12,23 +12,23 @@ from ray.serve.schema import LoggingConfig
 
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.priority import give_way, slow_down_serve
-from llava_ray.serve import console
-from llava_ray.serve.gateway import Gateway
-from llava_ray.serve.replica import Replica
-from llava_ray.serve.workers import Workers
+from llava_ray.serve import log
+from llava_ray.serve.gateway.deployment import Gateway
+from llava_ray.serve.llava.worker_registry import Workers
+from llava_ray.serve.replica.deployment import Replica
 
 _QUIET = LoggingConfig(enable_access_log=False)
 
 
 def build_app(config: ServeConfig) -> Application:
     """Return the bound application for a Serve config file or `serve run ... key=value`."""
-    console.set_up()
+    log.set_up()
     if not ray.is_initialized():
         give_way()  # so will the Ray that is started next
         slow_down_serve()
     for model in config.models:
-        console.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
-    console.logger.info(
+        log.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
+    log.logger.info(
         f"once Ray has started (a quarter of a minute): {'the page and ' * config.page}"
         "the API are at http://localhost:8000, unless another port is set"
     )

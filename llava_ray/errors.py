@@ -28,7 +28,7 @@
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
 one positional argument, so that an instance survives pickling on its way between processes.
-`status` and `code` are those of the OpenAI API's error bodies (see `serve/openai.py`).
+`status` and `code` are those of the OpenAI API's error bodies (see `serve/openai/chat.py`).
 """
 
 

@@ -4,6 +4,7 @@ request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed);
 batch (tensors). They are plain, frozen and picklable, and know neither HTTP nor tensors.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -356,3 +357,32 @@ class Score(NamedTuple):
     answer: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+
+
+class Usage(NamedTuple):
+    """Tokens of one request, over all its prompts and answers; each prompt counts once."""
+
+    num_prompt_tokens: int = 0
+    num_image_tokens: int = 0
+    num_tokens: int = 0
+    num_cached_tokens: int = 0
+
+
+def count_usage(latest: Iterable[Chunk], *, answers_each: int = 1) -> Usage:
+    """Return the sums over the latest chunk of each answer.
+
+    Args:
+        latest: one chunk for each answer that has begun.
+        answers_each: answers to each prompt; their numbers are neighbours.
+    """
+    prompts: dict[int, Chunk] = {}
+    num_tokens = 0
+    for chunk in latest:
+        num_tokens += chunk.num_tokens
+        prompts[chunk.answer // answers_each] = chunk
+    return Usage(
+        sum(chunk.num_prompt_tokens for chunk in prompts.values()),
+        sum(chunk.num_image_tokens for chunk in prompts.values()),
+        num_tokens,
+        sum(chunk.num_cached_tokens for chunk in prompts.values()),
+    )

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from llava_ray.engine.rows import Singles
+from llava_ray.engine.torch_engine.execution.attention_metadata import Singles
 
 HEAD_SIZE = 24
 

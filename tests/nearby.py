@@ -14,9 +14,9 @@ import httpx
 import uvicorn
 
 from llava_ray.config import ModelConfig, ServeConfig
-from llava_ray.serve import console
-from llava_ray.serve.gateway import build_api
-from llava_ray.serve.ledger import Exchange
+from llava_ray.serve import log
+from llava_ray.serve.gateway.deployment import build_api
+from llava_ray.serve.gateway.usage_ledger import Exchange
 from llava_ray.types import Chunk, ImagePart, PromptRequest, Request, TextPart
 
 PATH = "/v1/chat/completions"
@@ -185,8 +185,8 @@ async def run_nearby(
     api = build_api(described, handles, exchange=exchange)
     options: dict[str, Any] = {"port": 0, "log_level": "error", "lifespan": "off", "ws": "none"}
     server = uvicorn.Server(uvicorn.Config(api, **options))
-    console.logger.addHandler(lines)
-    level, console.logger.level = console.logger.level, logging.INFO
+    log.logger.addHandler(lines)
+    level, log.logger.level = log.logger.level, logging.INFO
     running = asyncio.create_task(server.serve())
     try:
         while not server.started:
@@ -200,5 +200,5 @@ async def run_nearby(
         talker.go.set()
         server.should_exit = True
         await running
-        console.logger.level = level
-        console.logger.removeHandler(lines)
+        log.logger.level = level
+        log.logger.removeHandler(lines)

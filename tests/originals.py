@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.auto import CONFIG_MAPPING, AutoModel
 
-from llava_ray.model.build import build_byte_tokenizer
+from llava_ray.model.build.random_model import build_byte_tokenizer
 
 TILE, PATCH = 28, 7
 SIDE = TILE // PATCH

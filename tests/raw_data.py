@@ -15,10 +15,10 @@ from PIL import Image
 from tiny import picture
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.parts import Draft, Reject, cut_parts
+from llava_ray.data.convert.output import begin, describe_settings, finish
+from llava_ray.data.convert.partition import Draft, Reject, cut_parts
+from llava_ray.data.convert.write_shard import PartWriter
 from llava_ray.data.shards import write_text
-from llava_ray.data.target import begin, describe_settings, finish
-from llava_ray.data.write import PartWriter
 
 
 def save(path: Path, seed: int = 0, **size: int) -> bytes:

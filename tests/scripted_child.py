@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "llava_ray" / "engine" / "children"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "llava_ray" / "engine" / "external" / "worker"))
 
 from link import Link, read_images, read_settings, refuse_unknown
 

@@ -9,7 +9,7 @@ import functools
 import string
 from typing import Any
 
-from llava_ray.model.build import build_byte_tokenizer
+from llava_ray.model.build.random_model import build_byte_tokenizer
 from llava_ray.types import ImagePart, Message, TextPart
 
 CHATML = ("<|im_start|>", "<|im_end|>")

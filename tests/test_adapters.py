@@ -12,12 +12,12 @@ from test_model_base import make_lora, write_adapter, write_lora
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
-from llava_ray.engine.load import load_engine
-from llava_ray.engine.torch_engine import TorchEngine
+from llava_ray.engine.factory import load_engine
+from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError, ModelNotFoundError
-from llava_ray.model.core import load_model
-from llava_ray.model.export import export_model
-from llava_ray.model.precision import has_fast_bfloat16
+from llava_ray.model.export.export import export_model
+from llava_ray.model.loading import load_model
+from llava_ray.model.quiet import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
 PICTURE, OTHER = picture(1), picture(2)

@@ -18,7 +18,7 @@ from llava_ray.demo.questions import make_conversation
 from llava_ray.demo.scenes import draw, make_scene
 from llava_ray.errors import EngineError
 from llava_ray.images import to_data_url
-from llava_ray.serve.replica import FAILED_CHECKS, Replica
+from llava_ray.serve.replica.deployment import FAILED_CHECKS, Replica
 from llava_ray.types import ChatRequest, Message, TextPart
 
 CONFIG = Path(__file__).parent.parent / "jobs" / "configs" / "serve.yaml"

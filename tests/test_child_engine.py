@@ -22,10 +22,10 @@ from test_engine import answer, prompt, read, read_some
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.child_engine import ChildEngine
-from llava_ray.engine.child_settings import Kind
-from llava_ray.engine.load import load_engine
-from llava_ray.engine.sglang_engine import SGLANG
+from llava_ray.engine.external.engine import ChildEngine
+from llava_ray.engine.external.settings import Kind
+from llava_ray.engine.external.sglang_engine import SGLANG
+from llava_ray.engine.factory import load_engine
 from llava_ray.errors import (
     ConfigError,
     ContextLengthError,
@@ -33,7 +33,7 @@ from llava_ray.errors import (
     RequestError,
     UnsupportedError,
 )
-from llava_ray.model.build import TINY
+from llava_ray.model.build.random_model import TINY
 from llava_ray.types import TokenLogprob
 
 IMAGE_TOKENS = (TINY.image_size // TINY.patch_size) ** 2

@@ -9,10 +9,10 @@ from test_engine import answer, load, prompt
 from tiny import picture
 
 from llava_ray.config import LimitsConfig
-from llava_ray.engine.complete import complete, tokenize
+from llava_ray.engine.chat import complete, tokenize
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.errors import ContextLengthError, RequestError, UnsupportedError
-from llava_ray.serve.openai_prompts import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.types import (
     ChatRequest,
     CompletionRequest,

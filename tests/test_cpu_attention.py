@@ -6,9 +6,16 @@ import torch
 import torch.nn.functional as F
 from attention import check_attention
 
-from llava_ray.engine.compiled import compile_kept
-from llava_ray.engine.cpu_attention import Places, attend_prompt, attend_rows, turn_and_attend
-from llava_ray.engine.rows import Singles
+from llava_ray.engine.torch_engine.execution.attention_metadata import Singles
+from llava_ray.engine.torch_engine.execution.cpu_attention import (
+    Places,
+    attend_prompt,
+    attend_rows,
+    turn_and_attend,
+)
+from llava_ray.engine.torch_engine.execution.numba_ops import compile_kept
+
+CPU_ATTENTION = "llava_ray.engine.torch_engine.execution.cpu_attention"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -17,7 +24,7 @@ from llava_ray.engine.rows import Singles
 def test_each_sequence_sees_its_own_keys_and_no_others(
     dtype, num_heads, num_kv_heads, num_threads, window, monkeypatch
 ):
-    monkeypatch.setattr("llava_ray.engine.cpu_attention._MIN_READ", 1)
+    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_READ", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     check_attention(
         attend_rows, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window
@@ -31,7 +38,7 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
 def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
     dtype, cache_dtype, num_heads, num_kv_heads, num_threads, window, monkeypatch
 ):
-    monkeypatch.setattr("llava_ray.engine.cpu_attention._MIN_READ", 1)
+    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_READ", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     torch.manual_seed(0)
     regions, lengths, size = [(40, 16), (0, 40), (60, 8)], [16, 33, 1], 16
@@ -81,7 +88,7 @@ def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
 def test_each_token_of_a_prompt_sees_what_came_before(
     num_heads, num_kv_heads, num_tokens, past, window, max_scores, monkeypatch
 ):
-    monkeypatch.setattr("llava_ray.engine.cpu_attention._MAX_SCORES", max_scores)
+    monkeypatch.setattr(f"{CPU_ATTENTION}._MAX_SCORES", max_scores)
     torch.manual_seed(0)
     size = num_tokens + past
     heads_TJE = torch.randn(num_tokens, 2 * num_heads, 16).bfloat16()

@@ -4,7 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llava_ray.engine.cpu_layers import can_compute, gate, normalise, put, turn
+from llava_ray.engine.torch_engine.execution.cpu_layers import (
+    can_compute,
+    gate,
+    normalise,
+    put,
+    turn,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 

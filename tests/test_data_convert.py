@@ -24,17 +24,17 @@ from raw_data import (
 from tiny import tiny_model
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert import convert
-from llava_ray.data.encode import load_encoder
-from llava_ray.data.files import check_name, open_folder
+from llava_ray.data.convert.output import begin, describe_settings
+from llava_ray.data.convert.partition import cut_parts
+from llava_ray.data.convert.run import convert
+from llava_ray.data.convert.write_shard import PartWriter
+from llava_ray.data.loader.encode import load_encoder
 from llava_ray.data.manifest import load_index, load_manifest
-from llava_ray.data.parts import cut_parts
 from llava_ray.data.shards import ShardReader
 from llava_ray.data.sources import SOURCES
-from llava_ray.data.target import begin, describe_settings
-from llava_ray.data.write import PartWriter
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode
+from llava_ray.storage import check_name, open_folder
 
 JOB = [sys.executable, Path(__file__).parent.parent / "jobs" / "convert.py", "llava"]
 
@@ -278,12 +278,12 @@ def test_rows_that_come_with_their_pictures_end_a_part_before_it_grows_large(
 ) -> None:
     from raw_data import write_table
 
-    from llava_ray.data import parts
+    from llava_ray.data.convert import partition
 
     held = {"bytes": save(tmp_path / "x.png"), "path": None}
     rows = [{"id": f"{i}", "image": held, "caption": f"number {i}"} for i in range(6)]
     write_table(tmp_path / "hub" / "x.parquet", rows)
-    monkeypatch.setattr(parts, "MAX_PART_BYTES", 2 * len(held["bytes"]))
+    monkeypatch.setattr(partition, "MAX_PART_BYTES", 2 * len(held["bytes"]))
     config = settings(tmp_path / "hub", tmp_path / "out", source="hf")
     assert [len(part.rows) for part in cut_parts(config)] == [2, 2, 2]
     assert len(read("hf", tmp_path / "hub")) == 6

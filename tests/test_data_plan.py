@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from llava_ray.data.plan import Plan, Share, draw_members, shuffle
+from llava_ray.data.loader.order import Plan, Share, draw_members, shuffle
 from llava_ray.errors import ConfigError
 
 

@@ -7,8 +7,8 @@ import pytest
 from raw_data import read, save, say, write_json, write_pickle, write_table, write_tar
 
 from llava_ray.data.sources import SOURCES, find_source
+from llava_ray.data.sources.building import write_box
 from llava_ray.data.sources.coco import REQUESTS
-from llava_ray.data.sources.parts import write_box
 from llava_ray.data.sources.scienceqa import INPUTS, OUTPUTS
 from llava_ray.errors import ConfigError
 from llava_ray.types import PICTURE, Message, Sample, TextPart

@@ -15,15 +15,15 @@ from test_model_published import write_published
 from tiny import tiny_model
 
 from llava_ray.config import ConvertConfig, DataConfig
-from llava_ray.data.collate import Batch
-from llava_ray.data.encode import load_encoder
-from llava_ray.data.files import open_folder
+from llava_ray.data.loader.collate import Batch
+from llava_ray.data.loader.encode import load_encoder
+from llava_ray.data.loader.stream import Checkpoint, Worker, stream_batches
 from llava_ray.data.manifest import load_manifest
 from llava_ray.data.shards import ShardReader
-from llava_ray.data.stream import Checkpoint, Worker, stream_batches
 from llava_ray.errors import ConfigError
 from llava_ray.images import decode
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
+from llava_ray.storage import open_folder
 from llava_ray.template import IGNORED
 
 NUM_ROWS = 30

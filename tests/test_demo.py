@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from jobs.embedded_model import symbols
 from llava_ray import demo
-from llava_ray.demo import questions, scenes, sprites, symbols
+from llava_ray.demo import questions, scenes, sprites
 
 SCENES = [scenes.make_scene(random.Random(seed)) for seed in range(150)]
 PLACES = {name: cell for cell, name in enumerate(questions.CELLS)}
@@ -324,13 +325,13 @@ def test_without_a_picture_every_question_about_one_is_answered_by_saying_so():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from llava_ray.demo import language
+    from jobs.embedded_model import language
 
     return language.train_tokenizer(num_conversations=1500)
 
 
 def test_training_writes_conversations_as_the_chat_template_does(tokenizer):
-    from llava_ray.demo import language
+    from jobs.embedded_model import language
 
     encoder = language.Encoder(tokenizer, random.Random(0))
     rng = random.Random(1)
@@ -359,8 +360,8 @@ def test_any_text_survives_the_tokenizer(tokenizer):
 
 
 def test_seconds_of_training_lowers_every_stage_s_loss(tokenizer, tmp_path, capsys):
-    from llava_ray.demo import joined, reader, tower
-    from llava_ray.demo.pace import Pace
+    from jobs.embedded_model import joined, reader, tower
+    from jobs.embedded_model.pace import Pace
 
     pace = Pace(minutes=0.05, log_every_s=0)
     tower.train_tower(tmp_path / "tower.pt", pace)
@@ -410,7 +411,7 @@ def test_the_shipped_folder_is_small_and_holds_published_tensor_names():
 def test_training_goes_on_from_the_shipped_folder_with_the_same_weights(tmp_path):
     import torch
 
-    from llava_ray.demo import joined, pace, recipe
+    from jobs.embedded_model import joined, pace, recipe
 
     recipe.unpack(demo.MODEL_DIR, tmp_path)
     tokenizer = recipe.load_tokenizer(tmp_path / "tokenizer")
@@ -425,7 +426,7 @@ def test_training_goes_on_from_the_shipped_folder_with_the_same_weights(tmp_path
 
 
 def test_a_folder_without_what_it_was_taught_with_cannot_be_trained_on(tmp_path):
-    from llava_ray.demo import recipe
+    from jobs.embedded_model import recipe
     from llava_ray.errors import ConfigError
 
     with pytest.raises(ConfigError, match=r"has no teachers\.pt: give the folder of a model"):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs.embedded_model.raw import NUM_TURNS, write_raw
 from llava_ray.demo import MODEL_DIR
-from llava_ray.demo.raw import NUM_TURNS, write_raw
 from llava_ray.demo.scenes import PIXELS
 from llava_ray.model import load_model
-from llava_ray.model.compose import build_llava
+from llava_ray.model.build.build import build_llava
 
 
 @pytest.fixture(scope="module")

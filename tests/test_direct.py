@@ -9,8 +9,8 @@ import pytest
 
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.errors import EngineError
-from llava_ray.serve.direct import Lines, Mail, Post, Postbox
-from llava_ray.serve.replica import Replica
+from llava_ray.serve.backends.stream_transport import Lines, Mail, Post, Postbox
+from llava_ray.serve.replica.deployment import Replica
 from llava_ray.types import ChatRequest, Chunk, Message, TextPart
 
 

@@ -15,10 +15,10 @@ from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
 from llava_ray.errors import AuthError, OverloadedError, RateLimitError
-from llava_ray.serve import front
-from llava_ray.serve.accounts import Account
-from llava_ray.serve.usage import Usage
-from llava_ray.serve.waiting_room import WaitingRoom
+from llava_ray.serve.backends.admission_queue import WaitingRoom
+from llava_ray.serve.gateway import openai_routes
+from llava_ray.serve.gateway.rate_limit import Account
+from llava_ray.types import Usage
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 
@@ -255,7 +255,7 @@ def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
         rooms.append(WaitingRoom(*args, **options))
         return rooms[0]
 
-    monkeypatch.setattr(front, "WaitingRoom", build_room)
+    monkeypatch.setattr(openai_routes, "WaitingRoom", build_room)
 
     async def scene(there: Nearby) -> None:
         log, talker = there.log, there.talker

@@ -15,23 +15,26 @@ import torch
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig
+from llava_ray.engine.detokenizer import TextStream
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.graphs import DecodeGraphs
-from llava_ray.engine.load import load_engine
-from llava_ray.engine.pictures import Pictures
-from llava_ray.engine.regions import Region, Regions
-from llava_ray.engine.runner import LlavaRunner, pass_over_unread_layers
-from llava_ray.engine.sampling import sample
-from llava_ray.engine.scheduler import MIN_WIDE, Plan, Scheduler
-from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.step import Span, group_lanes
-from llava_ray.engine.stopwatch import Stopwatch
-from llava_ray.engine.text import TextStream
-from llava_ray.engine.torch_engine import TorchEngine
+from llava_ray.engine.factory import load_engine
+from llava_ray.engine.torch_engine.engine import TorchEngine
+from llava_ray.engine.torch_engine.execution.attention import Span, group_lanes
+from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
+from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch
+from llava_ray.engine.torch_engine.execution.encoder_cache import Pictures
+from llava_ray.engine.torch_engine.execution.model_runner import (
+    LlavaRunner,
+    pass_over_unread_layers,
+)
+from llava_ray.engine.torch_engine.execution.packed_linear import PackedLinear, pack_linears
+from llava_ray.engine.torch_engine.execution.sampler import sample
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region, Regions
+from llava_ray.engine.torch_engine.scheduling.scheduler import MIN_WIDE, Plan, Scheduler
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
-from llava_ray.model.build import build_byte_tokenizer
-from llava_ray.model.core import load_model
-from llava_ray.model.pack import PackedLinear, pack_linears
+from llava_ray.model.build.random_model import build_byte_tokenizer
+from llava_ray.model.loading import load_model
 from llava_ray.priority import give_way
 from llava_ray.types import Chunk, Prompt, Sampling
 
@@ -802,7 +805,7 @@ def test_a_broken_runner_fails_every_stream_and_the_check(caplog):
         runner = ScriptedRunner()
         runner.breaks_at = 4
         engine = load(runner=runner)
-        with caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.loop"):
+        with caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.torch_engine.engine_loop"):
             results = await asyncio.gather(
                 *[answer(engine, prompt("abc", max_tokens=9)) for _ in range(3)],
                 return_exceptions=True,
@@ -834,7 +837,7 @@ def test_the_check_asks_the_runner_and_notices_a_step_that_hangs(caplog):
         await task
         runner.breaks_at = 0
         with (
-            caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.loop"),
+            caplog.at_level(logging.CRITICAL, logger="llava_ray.engine.torch_engine.engine_loop"),
             pytest.raises(EngineError, match="check failed: out of luck"),
         ):
             await engine.check()

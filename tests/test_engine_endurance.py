@@ -18,11 +18,11 @@ import pytest
 import torch
 from tiny import picture, tiny_model
 
-from llava_ray.engine.loop import Reader
-from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.torch_engine import TorchEngine
-from llava_ray.model.build import TINY
-from llava_ray.model.core import load_model
+from llava_ray.engine.torch_engine.engine import TorchEngine
+from llava_ray.engine.torch_engine.engine_loop import Reader
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.model.build.random_model import TINY
+from llava_ray.model.loading import load_model
 from llava_ray.types import Prompt, Sampling
 
 CACHE_TOKENS = 4096

@@ -12,12 +12,12 @@ from tiny import picture, tiny_model
 from llava_ray.config import DEMO_MODEL, EvaluateConfig, ModelConfig, ServeConfig
 from llava_ray.demo.evaluate import make_cases
 from llava_ray.demo.scenes import draw
-from llava_ray.engine.load import load_engine
+from llava_ray.engine.factory import load_engine
 from llava_ray.engine.protocol import Engine
-from llava_ray.model.core import load_model, load_without_weights
-from llava_ray.model.export import export_model
-from llava_ray.model.pack import PackedLinear, quantize_linears
-from llava_ray.model.precision import has_fast_bfloat16
+from llava_ray.engine.torch_engine.execution.packed_linear import PackedLinear, quantize_linears
+from llava_ray.model.export.export import export_model
+from llava_ray.model.loading import load_model, load_without_weights
+from llava_ray.model.quiet import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
 slow_in_bfloat16 = pytest.mark.skipif(has_fast_bfloat16(), reason="auto is bfloat16 on this CPU")

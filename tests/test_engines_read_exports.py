@@ -34,9 +34,9 @@ from tiny import picture
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_ray.demo import scenes
-from llava_ray.model.build import TINY, build_random_model
-from llava_ray.model.core import load_model
-from llava_ray.model.export import export_model
+from llava_ray.model.build.random_model import TINY, build_random_model
+from llava_ray.model.export.export import export_model
+from llava_ray.model.loading import load_model
 
 PYTHONS = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden"

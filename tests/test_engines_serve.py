@@ -19,8 +19,8 @@ from patience import wait_until, wait_until_ended
 from tiny import picture, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
-from llava_ray.model.build import TINY
-from llava_ray.model.export import export_model
+from llava_ray.model.build.random_model import TINY
+from llava_ray.model.export.export import export_model
 
 # Widths: the least that vLLM's kernels take.
 SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64, context_length=4096)

@@ -8,8 +8,8 @@ from benchmarks import write_lines
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate import judge, scorers
-from llava_ray.evaluate.answers import normalize_answer
+from llava_ray.evaluate.scoring import judge, scorers
+from llava_ray.evaluate.scoring.vqa_normalize import normalize_answer
 from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.types import Question
 

@@ -13,9 +13,9 @@ from scripted_openai import Script, ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError, UserError
-from llava_ray.evaluate import asking, run
-from llava_ray.evaluate.attempts import Attempts
-from llava_ray.evaluate.predict import Predictor, describe_settings, make_cache_key
+from llava_ray.evaluate import run
+from llava_ray.evaluate.predict import ask as asking
+from llava_ray.evaluate.predict.actor import Attempts, Predictor, describe_settings, make_cache_key
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
 

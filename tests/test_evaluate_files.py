@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from llava_ray.cli import app
 from llava_ray.errors import ConfigError, SampleError, UserError
 from llava_ray.evaluate.rescore import score_file
-from llava_ray.evaluate.results import TaskResult
+from llava_ray.evaluate.results.results import TaskResult
 from llava_ray.evaluate.tasks import TASKS
 
 

@@ -12,9 +12,9 @@ from scripted_openai import Script, ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate import asking
-from llava_ray.evaluate.grade import grade_replies
-from llava_ray.evaluate.results import TaskResult, summarize_task
+from llava_ray.evaluate.predict import ask
+from llava_ray.evaluate.results.results import TaskResult, summarize_task
+from llava_ray.evaluate.scoring.judge_run import grade_replies
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction
 
@@ -26,7 +26,7 @@ RULES = {
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(ask, "FIRST_PAUSE_S", 0.001)
 
 
 def grade(name: str, folder: Path, script: Script | None, **settings: Any) -> tuple[Any, Any, Any]:

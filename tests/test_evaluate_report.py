@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from llava_ray.cli import app
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate.compare import compare_runs
 from llava_ray.evaluate.rescore import score_file
+from llava_ray.evaluate.results.compare import compare_runs
 from llava_ray.evaluate.tasks import TASKS
 
 

@@ -15,7 +15,7 @@ from scripted_openai import ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.evaluate import run
-from llava_ray.evaluate.results import TaskResult
+from llava_ray.evaluate.results.results import TaskResult
 
 NUM_QUESTIONS = 40
 NUM_BEFORE = 16  # asked before the kill

@@ -8,12 +8,12 @@ from benchmarks import LETTER, MME_SUBTASKS, SHORT, UNANSWERABLE, write_all, wri
 from raw_data import save
 from tiny import picture
 
-from llava_ray.data.check import CheckedImage
 from llava_ray.data.shards import ShardWriter
-from llava_ray.data.sources.parts import assistant, sample_of, user
+from llava_ray.data.sources.building import assistant, sample_of, user
+from llava_ray.data.validate import CheckedImage
 from llava_ray.errors import ConfigError, ImageError, SampleError
-from llava_ray.evaluate.pictures import hash_picture, load_picture
-from llava_ray.evaluate.results import score_replies, summarize_task
+from llava_ray.evaluate.datasets.images import hash_picture, load_picture
+from llava_ray.evaluate.results.results import score_replies, summarize_task
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
 
@@ -154,7 +154,7 @@ def test_captions_numbers_are_pycocoevalcaps(data: Path) -> None:
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.rouge.rouge import Rouge
 
-    from llava_ray.evaluate.captions import split_words
+    from llava_ray.evaluate.scoring.captions import split_words
 
     task, questions = TASKS["coco2017_cap_val"], find(data, "coco2017_cap_val")
     texts = {"9": "A black dog runs over grass", "11": "Two cars."}

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from llava_ray.errors import ConfigError
-from llava_ray.serve.feedback import FeedbackLog, build_record, read_feedback
+from llava_ray.serve.page.feedback import FeedbackLog, build_record, read_feedback
 from llava_ray.types import Chunk, ImagePart, Message, Sampling, TextPart
 
 

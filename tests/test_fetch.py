@@ -15,9 +15,9 @@ from web import PRIVATE, PUBLIC, BadWeb, png, run_bad_web
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import FetchError, ImageError, LinkError, LlavaRayError
-from llava_ray.serve.addresses import is_public
-from llava_ray.serve.fetch import Fetcher
-from llava_ray.serve.links import check_link, read_image_url
+from llava_ray.serve.fetch.client import Fetcher
+from llava_ray.serve.fetch.ip_policy import is_public
+from llava_ray.serve.fetch.url_policy import check_link, read_image_url
 from llava_ray.types import ChatRequest, ImagePart, Message, TextPart
 
 OPEN = FetchConfig(hosts=["*"])

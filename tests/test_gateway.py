@@ -21,8 +21,8 @@ from patience import PATIENCE_S, wait_until, wait_until_ready
 from PIL import Image
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
-from llava_ray.serve.direct import Lines, Post
-from llava_ray.serve.gateway import build_api
+from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.types import ChatRequest, Chunk
 
 PATH = "/v1/chat/completions"
@@ -196,7 +196,7 @@ def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """
     from ray import serve
 
-    from llava_ray.serve.gateway import Gateway
+    from llava_ray.serve.gateway.deployment import Gateway
 
     folder = tmp_path_factory.mktemp("troubled")
 
@@ -471,7 +471,8 @@ def test_limits_are_those_of_the_configuration(troubled: str) -> None:
 
 def test_the_gateway_holds_no_torch() -> None:
     absent = {"torch", "transformers", "gradio"}
-    code = f"import sys, llava_ray.serve.gateway; print(*sorted({absent!r} & set(sys.modules)))"
+    module = "llava_ray.serve.gateway.deployment"
+    code = f"import sys, {module}; print(*sorted({absent!r} & set(sys.modules)))"
     loaded = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )

@@ -13,7 +13,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where kernels are defined
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
-from llava_ray.engine import gpu_attention  # noqa: E402 - see above
+from llava_ray.engine.torch_engine.execution import triton_attention  # noqa: E402 - see above
 
 
 @pytest.mark.parametrize("num_processors", [1, 20, 132])
@@ -22,9 +22,9 @@ from llava_ray.engine import gpu_attention  # noqa: E402 - see above
 def test_each_sequence_sees_its_own_keys_and_no_others(
     num_processors, num_heads, num_kv_heads, window, monkeypatch
 ):
-    monkeypatch.setattr(gpu_attention, "_count_processors", lambda device: num_processors)
+    monkeypatch.setattr(triton_attention, "_count_processors", lambda device: num_processors)
     check_attention(
-        gpu_attention.attend_rows,
+        triton_attention.attend_rows,
         dtype=torch.float32,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -39,7 +39,7 @@ def test_keys_and_values_may_have_16_bits(dtype, num_heads, num_kv_heads):
     if DEVICE == "cpu" and dtype == torch.bfloat16 and num_heads > num_kv_heads:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices")
     check_attention(
-        gpu_attention.attend_rows,
+        triton_attention.attend_rows,
         dtype=dtype,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -51,20 +51,20 @@ def test_keys_and_values_may_have_16_bits(dtype, num_heads, num_kv_heads):
 def test_it_is_tried_before_it_is_used(monkeypatch, caplog):
     pool = torch.zeros(1, HEAD_SIZE, device=DEVICE)
     shape = {"num_heads": 6, "num_kv_heads": 2, "head_size": HEAD_SIZE}
-    assert gpu_attention.is_right(pool, **shape)
+    assert triton_attention.is_right(pool, **shape)
 
     def write_zeros(query, keys, values, rows, output, **_):
         output.zero_()
 
-    monkeypatch.setattr(gpu_attention, "attend_rows", write_zeros)
-    assert not gpu_attention.is_right(pool, **shape)
+    monkeypatch.setattr(triton_attention, "attend_rows", write_zeros)
+    assert not triton_attention.is_right(pool, **shape)
     assert "is wrong on this machine" in caplog.text
 
     def fail(*_, **__):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(gpu_attention, "attend_rows", fail)
-    assert not gpu_attention.is_right(pool, **shape)
+    monkeypatch.setattr(triton_attention, "attend_rows", fail)
+    assert not triton_attention.is_right(pool, **shape)
     assert "no such instruction" in caplog.text
 
 
@@ -73,7 +73,7 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from llava_ray.engine import gpu_attention
+from llava_ray.engine.torch_engine.execution import triton_attention
 
 capability, number, groups = int(sys.argv[1]), "*" + sys.argv[2], int(sys.argv[3])
 
@@ -90,14 +90,14 @@ parts = dict.fromkeys(["sums", "highests", "totals"], "*fp32")
 counts = dict.fromkeys(["query_stride", "num_kv_heads", "num_groups", "head_size"], "i32")
 constants = {"HEAD": 128, "PARTS": 4}
 assert compile(
-    gpu_attention._attend_part,
+    triton_attention._attend_part,
     constants | {"GROUPS": groups, "STEP": 32},
     scaling="fp32",
     **numbers | places | parts | counts,
 )
 counts = dict.fromkeys(["token_stride", "head_stride", "num_heads", "head_size"], "i32")
 assert compile(
-    gpu_attention._join_parts, constants, tokens="*i64", output=number, **parts | counts
+    triton_attention._join_parts, constants, tokens="*i64", output=number, **parts | counts
 )
 """
 

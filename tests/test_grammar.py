@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import render
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.vocabulary import Vocabulary
+from llava_ray.engine.structured_output import Vocabulary
 from llava_ray.errors import RequestError, UnsupportedError
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
 
 OBJECT = {

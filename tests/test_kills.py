@@ -22,7 +22,7 @@ from pages import PARAMETERS, Visitor, said, texts
 from patience import PATIENCE_S, wait_until
 
 from llava_ray.config import ModelConfig, PageConfig, ServeConfig
-from llava_ray.serve.direct import Lines, Post
+from llava_ray.serve.backends.stream_transport import Lines, Post
 from llava_ray.types import ChatRequest, Chunk
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,7 @@ class Place:
 def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     from ray import serve
 
-    from llava_ray.serve.gateway import Gateway
+    from llava_ray.serve.gateway.deployment import Gateway
     from llava_ray.serve.page import build_app
 
     end = tmp_path_factory.mktemp("kills") / "end"

@@ -8,7 +8,7 @@ from typing import Any
 from nearby import KEYS, Nearby, run_nearby
 
 from llava_ray.config import KeyConfig, hash_key
-from llava_ray.serve.ledger import Counts, Exchange, Ledger, Told
+from llava_ray.serve.gateway.usage_ledger import Counts, Exchange, Ledger, Told
 
 Scene = Callable[[Nearby, Nearby, Callable[[], Awaitable[Nearby]]], Awaitable[None]]
 

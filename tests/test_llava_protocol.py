@@ -20,8 +20,8 @@ from llava_ray.errors import (
     ModelNotFoundError,
     OverloadedError,
 )
-from llava_ray.serve import llava_protocol as protocol
-from llava_ray.serve.llava_routes import PATHS
+from llava_ray.serve.gateway.llava_routes import PATHS
+from llava_ray.serve.llava import protocol
 from llava_ray.types import Chunk, PromptRequest
 
 GENERATE = "/worker_generate_stream"
@@ -305,7 +305,7 @@ def slow(served: str) -> Iterator[str]:
     """Address of an application whose one model does what the prompt asks for."""
     from ray import serve
 
-    from llava_ray.serve.gateway import Gateway
+    from llava_ray.serve.gateway.deployment import Gateway
 
     class Slow:  # in here, so that Ray sends it to its workers by value
         num_running = 0

@@ -15,9 +15,9 @@ from pydantic import ValidationError
 
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.errors import NotAllowedError
-from llava_ray.serve.llava_protocol import StatusBody
-from llava_ray.serve.worker_call import build_call, name_template
-from llava_ray.serve.workers import MAX_WORKERS, Workers, check_address
+from llava_ray.serve.llava.protocol import StatusBody
+from llava_ray.serve.llava.worker_registry import MAX_WORKERS, Workers, check_address
+from llava_ray.serve.llava.worker_request import build_call, name_template
 from llava_ray.template import TEMPLATES
 from llava_ray.types import PromptRequest, Sampling
 

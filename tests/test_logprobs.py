@@ -8,11 +8,10 @@ import torch
 from test_engine import load, prompt, read
 from tiny import picture, tiny_model
 
+from llava_ray.engine.detokenizer import LogprobStream, TextStream
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.logprobs import LogprobStream
-from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.text import TextStream
-from llava_ray.model.core import load_model
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Sampling, TokenLogprob
 
 PICTURED = ("USER: <image> what is it? ASSISTANT:", picture(3))

@@ -152,7 +152,7 @@ class Run:
     """Says what the first worker of a training run says."""
 
     def write(self) -> None:
-        from llava_ray.train.ray_metrics import RayMetrics
+        from llava_ray.train.trackers import RayMetrics
 
         self.metrics = RayMetrics("tiny-run")
         figures = {"loss": 2.5, "mfu": 0.25, "tokens_per_s": 900.0, "wait_s": 0.125}

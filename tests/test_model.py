@@ -12,8 +12,8 @@ import torch
 from tiny import picture, tiny_model
 
 from llava_ray.errors import ConfigError, RequestError
-from llava_ray.model.build import TINY, build_random_model
-from llava_ray.model.core import load_model
+from llava_ray.model.build.random_model import TINY, build_random_model
+from llava_ray.model.loading import load_model
 from llava_ray.types import ImagePart, Message, TextPart
 
 
@@ -130,7 +130,8 @@ def test_devices_and_precisions_that_do_not_exist_are_refused():
 
 def test_a_hub_name_is_looked_for_in_the_hub_and_its_absence_is_told(tmp_path: Path) -> None:
     # In a process of its own: the hub's library reads the environment when it is imported.
-    code = "from llava_ray.model.folder import find_folder; print(find_folder('some/model'))"
+    module = "llava_ray.model.checkpoint.locate"
+    code = f"from {module} import find_folder; print(find_folder('some/model'))"
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path)}
 
     def find() -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,7 @@ from test_model_original import assert_same_logits, load
 from tiny import picture, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
 
 RANK, ALPHA = 4, 12
 TARGETS = ("self_attn.q_proj", "mlp.down_proj")

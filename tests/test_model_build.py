@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import CONFIG_MAPPING
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.build import build_byte_tokenizer
-from llava_ray.model.compose import build_llava
-from llava_ray.model.export import export_model
+from llava_ray.model.build.build import build_llava
+from llava_ray.model.build.random_model import build_byte_tokenizer
+from llava_ray.model.export.export import export_model
 from llava_ray.types import ImagePart, Message, TextPart
 
 CHAT = (

@@ -10,9 +10,9 @@ from PIL import Image
 from test_model_published import write_published
 from tiny import picture
 
-from llava_ray.engine.torch_engine import TorchEngine
+from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError
-from llava_ray.model.core import Core, load_model
+from llava_ray.model.loading import Core, load_model
 from llava_ray.types import Prompt, Sampling
 
 PROMPTS = [

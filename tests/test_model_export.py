@@ -17,8 +17,8 @@ from tiny import picture, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.core import Core
-from llava_ray.model.export import export_model
+from llava_ray.model.export.export import export_model
+from llava_ray.model.loading import Core
 from llava_ray.types import ImagePart, Message, TextPart
 
 NOT_IN_HF = {

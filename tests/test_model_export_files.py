@@ -16,11 +16,11 @@ from test_model_published import write_published
 from tiny import tiny_model
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.compose import build_llava
-from llava_ray.model.delta import make_delta
-from llava_ray.model.export import export_model
-from llava_ray.model.pieces import agrees, join_pieces
-from llava_ray.model.staging import parse_size, write_folder
+from llava_ray.model.build.build import build_llava
+from llava_ray.model.export.atomic_folder import parse_size, write_folder
+from llava_ray.model.export.delta import make_delta
+from llava_ray.model.export.export import export_model
+from llava_ray.model.export.piecewise_tokenizer import agrees, join_pieces
 from llava_ray.template import IMAGE_TOKEN
 
 

@@ -14,8 +14,8 @@ from test_model_original import assert_same_logits, load
 from tiny import picture, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError
-from llava_ray.model.core import load_model
 from llava_ray.model.doctor import diagnose
+from llava_ray.model.loading import load_model
 
 
 class Harm:
@@ -149,7 +149,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 
 
 def test_loading_takes_little_more_memory_than_the_weights(tmp_path):
-    from llava_ray.model.build import Shape, build_random_model
+    from llava_ray.model.build.random_model import Shape, build_random_model
 
     shape = Shape(
         hidden_size=512,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llava_ray.model.names import (
+from llava_ray.model.checkpoint.tensor_names import (
     count_projector_layers,
     detect_layout,
     from_memory,

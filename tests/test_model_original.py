@@ -10,7 +10,7 @@ from originals import Original
 from PIL import Image
 from tiny import picture
 
-from llava_ray.model.core import Core, load_model
+from llava_ray.model.loading import Core, load_model
 
 GOLDEN = Path(__file__).parent.parent.parent / "shared" / "golden"
 PROMPT = "look: <image>\nand this <image> what is it?"

@@ -26,9 +26,9 @@ from transformers import (
 )
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.build import build_byte_tokenizer
-from llava_ray.model.core import load_model
-from llava_ray.model.names import from_memory
+from llava_ray.model.build.random_model import build_byte_tokenizer
+from llava_ray.model.checkpoint.tensor_names import from_memory
+from llava_ray.model.loading import load_model
 
 TOWER = {
     "hidden_size": 16,

@@ -13,12 +13,12 @@ from tiny import picture, tiny_model
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.load import load_engine
-from llava_ray.engine.torch_engine import TorchEngine
+from llava_ray.engine.factory import load_engine
+from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError
-from llava_ray.model.core import Core, load_model
+from llava_ray.model.choose_template import guess_template
 from llava_ray.model.doctor import diagnose
-from llava_ray.model.templates import guess_template
+from llava_ray.model.loading import Core, load_model
 from llava_ray.types import ChatRequest, Message, Sampling
 
 

@@ -14,9 +14,9 @@ from originals import Original
 from test_model_original import GOLDEN, load
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.checkpoint import inspect_checkpoint
+from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.doctor import diagnose
-from llava_ray.model.processing import load_original_tokenizer
+from llava_ray.model.processor import load_original_tokenizer
 from llava_ray.template import tokenize_pieces
 from llava_ray.template.tokens import Notation, Piece, encode_pieces
 

@@ -23,12 +23,26 @@ from llava_ray.errors import (
     RequestTooLargeError,
     UnsupportedError,
 )
-from llava_ray.serve import openai_answers as answers
-from llava_ray.serve.openai import parse
-from llava_ray.serve.openai_calls import Call
-from llava_ray.serve.openai_choices import ChatForm, ChunkEncoder, Head, TextForm, build_completion
-from llava_ray.serve.usage import count_usage
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart, TokenLogprob
+from llava_ray.serve.openai import errors as answers
+from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.chat import parse
+from llava_ray.serve.openai.streaming import (
+    ChatForm,
+    ChunkEncoder,
+    Head,
+    TextForm,
+    build_completion,
+)
+from llava_ray.types import (
+    ChatRequest,
+    Chunk,
+    ImagePart,
+    Message,
+    Sampling,
+    TextPart,
+    TokenLogprob,
+    count_usage,
+)
 
 LIMITS = LimitsConfig(max_images=3, max_messages=6)
 _BUFFER = io.BytesIO()

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from test_openai import IMAGE, LIMITS
 
 from llava_ray.errors import RequestError
-from llava_ray.serve.openai import parse
-from llava_ray.serve.openai_prompts import parse_completion, parse_detokenize, parse_tokenize
-from llava_ray.serve.openapi import describe_api
+from llava_ray.serve.openai.chat import parse
+from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openai.openapi import describe_api
 
 API = describe_api(["m"])
 HELLO = [{"role": "user", "content": "Hello"}]

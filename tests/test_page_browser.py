@@ -13,7 +13,7 @@ import pytest
 from pages import ScriptedGateway, red_png, run_page
 from patience import wait_until
 
-from llava_ray.serve.feedback import read_feedback
+from llava_ray.serve.page.feedback import read_feedback
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

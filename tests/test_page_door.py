@@ -15,7 +15,7 @@ import pytest
 from pages import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said, texts
 from patience import PATIENCE_S
 
-from llava_ray.serve.page import door
+from llava_ray.serve.page import upload_guard
 from llava_ray.serve.page.store import make_store
 
 META = {"_type": "gradio.FileData"}
@@ -186,8 +186,8 @@ def test_files_of_the_server_are_not_given_out(page: str, path: str) -> None:
 
 
 def test_too_much_at_once_is_refused(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "MAX_UPLOAD_BYTES", 1000)
-    monkeypatch.setattr(door, "MAX_EVENT_BYTES", 1000)
+    monkeypatch.setattr(upload_guard, "MAX_UPLOAD_BYTES", 1000)
+    monkeypatch.setattr(upload_guard, "MAX_EVENT_BYTES", 1000)
     files = [("files", (f"{number}.png", b"x" * 400)) for number in range(3)]
     assert post(f"{page}/gradio_api/upload", files=files).status_code == 413
     body = b'{"data": ["' + b"x" * 1000
@@ -198,7 +198,7 @@ def test_too_much_at_once_is_refused(page: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_full_store_takes_no_more_pictures(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "MAX_STORE_BYTES", 10)
+    monkeypatch.setattr(upload_guard, "MAX_STORE_BYTES", 10)
     answer = post(f"{page}/gradio_api/upload", files={"files": ("a.png", red_png())})
     assert (answer.status_code, "try again later" in answer.text) == (507, True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pages import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said, texts
 
-from llava_ray.serve.feedback import read_feedback
+from llava_ray.serve.page.feedback import read_feedback
 
 REFUSED = "the moderation service does not answer"
 

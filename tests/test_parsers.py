@@ -16,12 +16,12 @@ from starlette.datastructures import Headers
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import ImageError, LinkError, NotAllowedError, RequestError
-from llava_ray.serve import llava_protocol as protocol
-from llava_ray.serve.addresses import is_public, read_address
-from llava_ray.serve.links import check_link
-from llava_ray.serve.login import Login, read_key, read_login
-from llava_ray.serve.worker_call import build_call
-from llava_ray.serve.workers import check_address
+from llava_ray.serve.fetch.ip_policy import is_public, read_address
+from llava_ray.serve.fetch.url_policy import check_link
+from llava_ray.serve.gateway.auth import Login, read_key, read_login
+from llava_ray.serve.llava import protocol
+from llava_ray.serve.llava.worker_registry import check_address
+from llava_ray.serve.llava.worker_request import build_call
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 LIMITS = LimitsConfig(max_images=2)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from llava_ray.demo.muon import Muon
-from llava_ray.model.core import select_dtype
-from llava_ray.model.precision import choose_dtype
+from jobs.embedded_model.muon import Muon
+from llava_ray.model.loading import select_dtype
+from llava_ray.model.quiet import choose_dtype
 
 CPUINFO = Path("/proc/cpuinfo")
 

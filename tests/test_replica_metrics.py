@@ -11,10 +11,10 @@ import pytest
 from ray.util.metrics import Counter, Histogram, Metric
 
 from llava_ray.config import LimitsConfig, ModelConfig
-from llava_ray.serve.metrics import Metrics
-from llava_ray.serve.replica import Replica
-from llava_ray.serve.replica_metrics import ReplicaMetrics
-from llava_ray.train.ray_metrics import RayMetrics
+from llava_ray.serve.gateway.metrics import Metrics
+from llava_ray.serve.replica.deployment import Replica
+from llava_ray.serve.replica.metrics import ReplicaMetrics
+from llava_ray.train.trackers import RayMetrics
 from llava_ray.types import ChatRequest, Message, Sampling, TextPart
 
 DASHBOARD = Path(__file__).parent.parent / "jobs" / "configs" / "grafana.json"

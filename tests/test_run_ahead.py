@@ -20,11 +20,11 @@ from test_engine import (
 )
 from tiny import picture, tiny_model
 
-from llava_ray.engine.runner import LlavaRunner
-from llava_ray.engine.scheduler import Plan, Scheduler
-from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.torch_engine import TorchEngine
-from llava_ray.model.core import load_model
+from llava_ray.engine.torch_engine.engine import TorchEngine
+from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner
+from llava_ray.engine.torch_engine.scheduling.scheduler import Plan, Scheduler
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Sampling
 
 

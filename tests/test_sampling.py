@@ -16,12 +16,12 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from llava_ray.engine.adjust import adjust
-from llava_ray.engine.sampling import sample
-from llava_ray.engine.sequence import Sequence
-from llava_ray.engine.text import TextStream
+from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.torch_engine.execution.logits_processors import adjust
+from llava_ray.engine.torch_engine.execution.sampler import sample
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import RequestError
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
 from llava_ray.types import Sampling
 
 VOCABULARY = 50

@@ -14,7 +14,7 @@ from patience import PATIENCE_S
 from schemathesis import GenerationMode, checks
 from test_bad_requests import data_url, png
 
-from llava_ray.serve.openapi import describe_api
+from llava_ray.serve.openai.openapi import describe_api
 
 API = schemathesis.openapi.from_dict(describe_api(["echo", "other"]))
 OPERATIONS = [

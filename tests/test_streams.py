@@ -10,7 +10,7 @@ from tiny import picture
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.streams import spread, stream_all
+from llava_ray.engine.fanout import spread, stream_all
 from llava_ray.errors import ContextLengthError
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
 

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from llava_ray.engine import threads
-from llava_ray.engine.threads import run_in_team
+from llava_ray.engine.torch_engine.execution import threads
+from llava_ray.engine.torch_engine.execution.threads import run_in_team
 
 
 @pytest.mark.parametrize("num_parts", [1, 2, 5])

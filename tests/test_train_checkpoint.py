@@ -9,7 +9,7 @@ from tiny import picture, tiny_model
 from train_gang import Scenario, read_losses, run_gang, run_gangs
 
 from llava_ray.model import load_model
-from llava_ray.model.export import export_model
+from llava_ray.model.export.export import export_model
 
 LORA: dict[str, Any] = {"method": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}
 METHODS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from llava_ray.cli import app
 from llava_ray.config import ConvertConfig, TrainConfig
-from llava_ray.data.stream import Checkpoint, stream_batches
+from llava_ray.data.loader.stream import Checkpoint, stream_batches
 from llava_ray.errors import ConfigError, DivergedError
 from llava_ray.model import load_model
 from llava_ray.train.log import read_log
@@ -28,7 +28,7 @@ NUM_SAMPLES = 24
 @pytest.fixture(scope="module")
 def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards that `convert` wrote."""
-    from llava_ray.data.convert import convert
+    from llava_ray.data.convert.run import convert
 
     folder = tmp_path_factory.mktemp("raw")
     out = folder / "shards"

@@ -23,10 +23,10 @@ from train_gang import (
 
 from llava_ray.errors import TrainingError
 from llava_ray.model import load_model
-from llava_ray.train.engine import Trainee
+from llava_ray.train.deepspeed_engine import Trainee
 from llava_ray.train.flops import count_flops
-from llava_ray.train.parts import describe_parts, select_parts
-from llava_ray.train.step import take_step
+from llava_ray.train.param_groups import describe_parts, select_parts
+from llava_ray.train.train_step import take_step
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 NUM_STEPS = 20

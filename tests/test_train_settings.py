@@ -12,10 +12,10 @@ from transformers import get_scheduler
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model import load_model
-from llava_ray.train.parts import find_part, group_parameters, select_parts
+from llava_ray.train.deepspeed_config import describe_engine
+from llava_ray.train.param_groups import find_part, group_parameters, select_parts
 from llava_ray.train.schedule import compute_rate, count_warmup
 from llava_ray.train.settings import load_train_config
-from llava_ray.train.zero import describe_engine
 
 CONFIGS = Path(__file__).parent.parent / "jobs" / "configs"
 RECIPES = [p for p in sorted(CONFIGS.glob("*.yaml")) if "method:" in p.read_text()]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_ray.model.build import TINY, Shape, build_random_model
+from llava_ray.model.build.random_model import TINY, Shape, build_random_model
 
 
 @functools.cache

@@ -18,9 +18,9 @@ from PIL import Image
 from tiny import picture, tiny_model
 
 from llava_ray.config import LimitsConfig, TrainConfig
-from llava_ray.data.collate import Batch, collate
-from llava_ray.data.encode import Encoder, Example, load_encoder
-from llava_ray.data.plan import Plan, Position, Share
+from llava_ray.data.loader.collate import Batch, collate
+from llava_ray.data.loader.encode import Encoder, Example, load_encoder
+from llava_ray.data.loader.order import Plan, Position, Share
 from llava_ray.data.shards import ShardRow
 from llava_ray.types import PICTURE, Message, Sample, TextPart
 

@@ -41,7 +41,7 @@ def build(
 
     The projector between the two is new, so it knows nothing of pictures yet.
     """
-    from llava_ray.model.compose import build_llava
+    from llava_ray.model.build.build import build_llava
 
     with notes.status(f"building {target}"):
         folder = build_llava(

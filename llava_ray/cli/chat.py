@@ -81,7 +81,7 @@ async def _load(
 ) -> tuple[str, Answerer, Callable[[], Coroutine[Any, Any, None]]]:
     """Load a model in this process."""
     from llava_ray.engine.chat import chat
-    from llava_ray.engine.load import load_engine
+    from llava_ray.engine.factory import load_engine
 
     with notes.status(f"loading {config.path} with the {config.engine} engine"):
         engine = load_engine(config)

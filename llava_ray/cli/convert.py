@@ -63,7 +63,7 @@ def convert(
     except ValueError as error:
         raise ConfigError(explain_settings(error)) from error
 
-    from llava_ray.data import convert as conversion
+    from llava_ray.data.convert import run as conversion
 
     with Progress(
         SpinnerColumn(),

@@ -41,8 +41,8 @@ def inspect(
         out.print(line, markup=False)
     if page is None:
         return
-    from llava_ray.data.encode import load_encoder
-    from llava_ray.data.page import write_page
+    from llava_ray.data.inspect_html import write_page
+    from llava_ray.data.loader.encode import load_encoder
 
     encoder = load_encoder(model, template=template) if model else None
     rows = draw_samples(path, num_samples=num_samples, seed=seed)

@@ -28,7 +28,7 @@ def make(
     overwrite: Overwrite = False,
 ) -> None:
     """Subtract the language model from a checkpoint that was trained from it."""
-    from llava_ray.model.delta import make_delta
+    from llava_ray.model.export.delta import make_delta
 
     with notes.status(f"subtracting {base}"):
         folder = make_delta(
@@ -52,7 +52,7 @@ def apply(
     overwrite: Overwrite = False,
 ) -> None:
     """Add the language model to a delta: a whole checkpoint in LLaVA's own layout."""
-    from llava_ray.model.export import export_model
+    from llava_ray.model.export.export import export_model
 
     with notes.status(f"adding {base}"):
         folder = export_model(

@@ -1,4 +1,4 @@
-"""`llava-ray demo scene | raw | train | evaluate`: the embedded model."""
+"""`llava-ray demo scene | evaluate`: the embedded model. Its recipe is in jobs/embedded_model."""
 
 import random
 from pathlib import Path
@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from llava_ray.cli.console import notes, out
+from llava_ray.cli.console import out
 from llava_ray.errors import UserError
 
-app = typer.Typer(help="The embedded model: its scenes, training and scores.")
+app = typer.Typer(help="The embedded model: its scenes and scores.")
 
 
 @app.command()
@@ -28,45 +28,6 @@ def scene(
             f"cannot write {str(path)!r} ({error.strerror}): give a new file"
         ) from error
     out.print(*questions, sep="\n", markup=False)
-
-
-@app.command()
-def train(
-    output_dir: Annotated[Path, typer.Argument(help="Folder to write the weights to.")],
-    minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="About how long; by default as it was shipped.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="CPU cores to use.")] = 2,
-    start: Annotated[
-        Path | None,
-        typer.Option(help="Train the model of this folder on; 'demo' is the embedded one."),
-    ] = None,
-) -> None:
-    """Train the embedded model on the CPU, from nothing or further."""
-    from llava_ray.demo import MODEL_DIR, recipe
-
-    recipe.train(
-        output_dir,
-        budget_minutes=recipe.BUDGET_MINUTES if minutes is None else minutes,
-        seed=seed,
-        threads=threads,
-        start=MODEL_DIR if start == Path("demo") else start,
-    )
-
-
-@app.command()
-def raw(
-    output_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
-    scenes: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 8000,
-    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
-) -> None:
-    """Write raw data and the parts of a LLaVA, to train one in minutes (jobs/configs/tiny_*)."""
-    from llava_ray.demo.raw import write_raw
-
-    with notes.status(f"painting {scenes:,} scenes"):
-        write_raw(output_dir, num_scenes=scenes, seed=seed)
-    out.print(str(output_dir), markup=False)
 
 
 @app.command()

@@ -20,8 +20,8 @@ from llava_ray.config import (
 from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from llava_ray.evaluate.compare import Comparison
-    from llava_ray.evaluate.results import TaskResult
+    from llava_ray.evaluate.results.compare import Comparison
+    from llava_ray.evaluate.results.results import TaskResult
 
 NUM_FLIPPED = 10
 app = typer.Typer()
@@ -109,7 +109,7 @@ def compare(
     after: Annotated[Path, typer.Argument(help="Another one, of the same tasks.")],
 ) -> None:
     """Compare two runs: paired differences with 95 % intervals, and the samples that flipped."""
-    from llava_ray.evaluate.compare import compare_runs
+    from llava_ray.evaluate.results.compare import compare_runs
 
     for comparison in compare_runs(before, after):
         _print_comparison(comparison)

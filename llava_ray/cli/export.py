@@ -7,7 +7,7 @@ import typer
 from llava_ray.cli.console import notes, out
 
 if TYPE_CHECKING:
-    from llava_ray.model.export import Form
+    from llava_ray.model.export.export import Form
 else:
     Form = Literal["hf", "vllm", "original", "projector"]
 
@@ -49,7 +49,7 @@ def export(
 
     Without --to it is written anew in the layout that it has, under today's names.
     """
-    from llava_ray.model.export import export_model
+    from llava_ray.model.export.export import export_model
 
     with notes.status(f"exporting {path}"):
         folder = export_model(

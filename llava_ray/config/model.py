@@ -1,5 +1,6 @@
 """One served model: what is loaded, by which engine, on what, and how it scales."""
 
+import os
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -151,3 +152,15 @@ class ModelConfig(Section):
 
 def _last_part(path: str) -> str:
     return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path
+
+
+def count_threads(config: ModelConfig) -> int:
+    """All cores for one replica; only its own where several may share a machine.
+
+    Threads that outnumber the cores wait for one another, which costs most of the speed.
+    """
+    if config.num_threads:
+        return config.num_threads
+    if config.max_replicas > 1:
+        return max(1, int(config.num_cpus))
+    return len(os.sched_getaffinity(0))

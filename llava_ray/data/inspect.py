@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow.parquet as pq
 
-from llava_ray.data.files import Folder, open_folder
+from llava_ray.data.loader.dataset import Pool, PoolReader
+from llava_ray.data.loader.order import Grouping, Plan, Share, shuffle
 from llava_ray.data.manifest import Manifest, load_index, load_manifest
-from llava_ray.data.plan import Grouping, Plan, Share, shuffle
-from llava_ray.data.pool import Pool, PoolReader
 from llava_ray.data.shards import ShardRow
+from llava_ray.storage import Folder, open_folder
 
 _MAX_SHARDS_FOR_SIZES = 20
 _NUM_BARS = 12

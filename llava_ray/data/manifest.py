@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from llava_ray.data.files import Folder, open_folder
 from llava_ray.data.shards import COUNTS
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder, open_folder
 
 MANIFEST = "_manifest.json"
 INDEX = "_index.parquet"

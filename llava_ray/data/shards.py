@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llava_ray.data.check import CheckedImage
-from llava_ray.data.files import Folder, hash_file
+from llava_ray.data.validate import CheckedImage
+from llava_ray.storage import Folder, hash_file
 from llava_ray.template import IMAGE_TOKEN
 from llava_ray.types import PICTURE, ImagePart, Message, Sample, TextPart
 

@@ -9,8 +9,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
-from llava_ray.engine.logprobs import LogprobStream
-from llava_ray.engine.text import TextStream
+from llava_ray.engine.detokenizer import LogprobStream, TextStream
 from llava_ray.errors import ContextLengthError, EngineError, RequestError, UnsupportedError
 from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, check_pictures, find_template
 from llava_ray.types import Chunk, Prompt, Tokens

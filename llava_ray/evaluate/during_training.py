@@ -4,13 +4,13 @@ prepare_benchmarks -> launch -> evaluate_checkpoint (a task of Ray's each) -> ru
 """
 
 from llava_ray.config import EvaluateConfig, TrainConfig
-from llava_ray.evaluate.results import TaskResult
+from llava_ray.evaluate.results.results import TaskResult
 from llava_ray.evaluate.run import evaluate, read_questions
 from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.train.checkpoint import MODEL
 from llava_ray.train.launch import EvaluateCheckpoint
 from llava_ray.train.log import say_line
-from llava_ray.train.storage import open_home
+from llava_ray.train.run_folder import open_home
 
 EVALUATIONS = "evaluations"
 

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate.predictions import Replies, ask_anew, match_rows, read_rows
-from llava_ray.evaluate.reading.yes_no import read_mme_results
-from llava_ray.evaluate.report import write_report
-from llava_ray.evaluate.results import (
+from llava_ray.evaluate.datasets.yes_no import read_mme_results
+from llava_ray.evaluate.results.llava_answer_files import Replies, ask_anew, match_rows, read_rows
+from llava_ray.evaluate.results.report import write_report
+from llava_ray.evaluate.results.results import (
     TaskResult,
     score_replies,
     summarize_task,

@@ -14,20 +14,24 @@ from typing import NamedTuple
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
-from llava_ray.evaluate.attempts import SharedAttempts
-from llava_ray.evaluate.digest import digest_model
-from llava_ray.evaluate.grade import grade_replies
-from llava_ray.evaluate.log import append_log, read_log
-from llava_ray.evaluate.pictures import hash_picture
-from llava_ray.evaluate.predict import Predictor, describe_settings, make_cache_key
-from llava_ray.evaluate.report import write_report
-from llava_ray.evaluate.results import (
+from llava_ray.evaluate.datasets.images import hash_picture
+from llava_ray.evaluate.predict.actor import (
+    Predictor,
+    SharedAttempts,
+    describe_settings,
+    digest_model,
+    make_cache_key,
+)
+from llava_ray.evaluate.predict.log import append_log, read_log
+from llava_ray.evaluate.results.report import write_report
+from llava_ray.evaluate.results.results import (
     TaskResult,
     score_replies,
     summarize_task,
     write_results,
     write_task_samples,
 )
+from llava_ray.evaluate.scoring.judge_run import grade_replies
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import MissingPackageError, SampleError
-from llava_ray.evaluate.answers import normalize_answer
-from llava_ray.evaluate.reading.choice import find_mmbench
-from llava_ray.evaluate.reading.files import read_jsonl
-from llava_ray.evaluate.reading.tsv import read_rows
+from llava_ray.evaluate.datasets.choice import find_mmbench
+from llava_ray.evaluate.datasets.files import read_jsonl
+from llava_ray.evaluate.datasets.tsv import read_rows
+from llava_ray.evaluate.scoring.vqa_normalize import normalize_answer
 from llava_ray.types import Question
 
 Submit = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path]

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate import judge as judges
-from llava_ray.evaluate import scorers, submission, summaries
-from llava_ray.evaluate.captions import score_captions, summarize_captions
-from llava_ray.evaluate.reading import choice, judged, open_answer, own, yes_no
-from llava_ray.evaluate.summaries import Summary
+from llava_ray.evaluate import submission
+from llava_ray.evaluate.datasets import choice, judged, open_answer, own, yes_no
+from llava_ray.evaluate.scoring import judge as judges
+from llava_ray.evaluate.scoring import metrics, scorers
+from llava_ray.evaluate.scoring.captions import score_captions, summarize_captions
+from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
@@ -43,7 +44,7 @@ class Task:
     keep: Callable[[Question], bool] | None = None
     score: Scorer | None = None
     score_together: Callable[[Sequence[Question], Sequence[str]], list[Score]] | None = None
-    summarize: Summary = summaries.summarize_accuracy
+    summarize: Summary = metrics.summarize_accuracy
     max_tokens: int = 128
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
@@ -92,15 +93,15 @@ _ALL = (
         "pope",
         yes_no.read_pope,
         score=scorers.score_pope,
-        summarize=summaries.summarize_pope,
+        summarize=metrics.summarize_pope,
     ),
-    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=summaries.summarize_mme),
+    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=metrics.summarize_mme),
     Task(
         "mmbench_en_dev",
         "mmbench",
         choice.read_mmbench_en,
         score=scorers.score_choice,
-        summarize=summaries.summarize_circular,
+        summarize=metrics.summarize_circular,
         max_tokens=1024,
         submit=submission.write_mmbench,
     ),
@@ -109,7 +110,7 @@ _ALL = (
         "mmbench_cn",
         choice.read_mmbench_cn,
         score=scorers.score_choice,
-        summarize=summaries.summarize_circular,
+        summarize=metrics.summarize_circular,
         max_tokens=1024,
         submit=submission.write_mmbench,
     ),
@@ -124,7 +125,7 @@ _ALL = (
         "llava_in_the_wild",
         "llava-bench-in-the-wild",
         judged.read_llava_bench,
-        summarize=summaries.summarize_reviews,
+        summarize=metrics.summarize_reviews,
         max_tokens=1024,
         judge=judges.REVIEW,
     ),

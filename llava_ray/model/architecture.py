@@ -14,11 +14,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers.initialization import no_init_weights
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.checkpoint import Checkpoint
-from llava_ray.model.folder import read_json
-from llava_ray.model.original import read_pinpoints
-from llava_ray.model.processing import START_END
-from llava_ray.model.weights import Stored
+from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.llava_format import read_pinpoints
+from llava_ray.model.checkpoint.locate import read_json
+from llava_ray.model.checkpoint.weights import Stored
+from llava_ray.model.processor import START_END
 
 _TOWERS = {
     "clip": "clip_vision_model",
@@ -261,7 +261,7 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
         LlavaOnevisionForConditionalGeneration,
     )
 
-    from llava_ray.model.modules import Llava, LlavaAnyres
+    from llava_ray.model.modeling import Llava, LlavaAnyres
 
     if checkpoint.model_type == "llava_onevision":
         return LlavaOnevisionForConditionalGeneration

@@ -16,11 +16,11 @@ from llava_ray.model.architecture import (
     describe_model,
     find_unmarked,
 )
-from llava_ray.model.checkpoint import Checkpoint, inspect_checkpoint
-from llava_ray.model.core import read_context_length, read_processor
-from llava_ray.model.folder import find_folder, read_json
-from llava_ray.model.templates import OWN, choose_template
-from llava_ray.model.weights import Stored, open_parts
+from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
+from llava_ray.model.checkpoint.locate import find_folder, read_json
+from llava_ray.model.checkpoint.weights import Stored, open_parts
+from llava_ray.model.choose_template import OWN, choose_template
+from llava_ray.model.loading import read_context_length, read_processor
 
 _KINDS = {
     "full": "a LLaVA with all its weights",
@@ -164,8 +164,8 @@ def _describe_sizes(architecture: Architecture, stored: dict[str, Stored]) -> di
 def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
     if not checkpoint.adapters:
         return []
-    from llava_ray.model.adapter import find_place, read_adapter
-    from llava_ray.model.names import detect_layout
+    from llava_ray.model.checkpoint.tensor_names import detect_layout
+    from llava_ray.model.lora import find_place, read_adapter
 
     problems = []
     for folder in checkpoint.adapters:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.folder import REMEDY, read_json
+from llava_ray.model.checkpoint.locate import REMEDY, read_json
 
 Rule = Literal["first", "each", "never"]
 

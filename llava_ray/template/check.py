@@ -7,8 +7,7 @@ which is stricter, since nobody would see what went wrong.
 from collections.abc import Sequence
 
 from llava_ray.errors import SampleError
-from llava_ray.template.parts import count_pictures, join_text
-from llava_ray.template.tokens import IMAGE_TOKEN
+from llava_ray.template.tokens import IMAGE_TOKEN, count_pictures, join_text
 from llava_ray.types import ImagePart, Message
 
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from llava_ray.errors import RequestError, SampleError
 from llava_ray.template.check import check_sample, name_sample
-from llava_ray.template.parts import split_parts
-from llava_ray.template.tokens import Encoded, Notation, Piece, encode_pieces
+from llava_ray.template.tokens import Encoded, Notation, Piece, encode_pieces, split_parts
 from llava_ray.types import Message
 
 VICUNA = (

@@ -19,10 +19,10 @@ import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.plan import Position
+from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
-from llava_ray.train.engine import Trainee, import_deepspeed
-from llava_ray.train.weights import write_weights
+from llava_ray.train.deepspeed_engine import Trainee, import_deepspeed
+from llava_ray.train.save_weights import write_weights
 
 PROGRESS = "progress.json"
 STATE = "state"

@@ -6,21 +6,17 @@ Behind `llava-ray train --dry-run`.
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import yaml
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.encode import Encoder, load_encoder
-from llava_ray.data.plan import Plan
-from llava_ray.data.pool import Pool, PoolReader, make_plan, open_pool
+from llava_ray.data.loader.dataset import Pool, PoolReader, make_plan, open_pool
+from llava_ray.data.loader.encode import Encoder
+from llava_ray.data.loader.order import Plan
 from llava_ray.errors import LlavaRayError
-from llava_ray.model.architecture import describe_model
-from llava_ray.model.checkpoint import inspect_checkpoint
-from llava_ray.model.core import read_processor
-from llava_ray.model.weights import open_parts
 from llava_ray.template import IGNORED
-from llava_ray.train.parts import PartState, describe_parts, select_parts
-from llava_ray.train.zero import describe_engine, read_stage
+from llava_ray.train.deepspeed_config import describe_engine, read_stage
+from llava_ray.train.param_groups import PartState, describe_parts
+from llava_ray.train.preflight import build_hollow, load_run_encoder
 
 _NUM_SHOWN = 3
 
@@ -43,24 +39,6 @@ def explain_run(config: TrainConfig) -> str:
         "samples": "\n".join(show_samples(config, pool, plan)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
-
-
-def build_hollow(config: TrainConfig) -> Any:
-    """Return the run's model with parts chosen and without any weights.
-
-    Raises:
-        ConfigError: the checkpoint does not hold together.
-    """
-    checkpoint = inspect_checkpoint(
-        config.model, base=config.base, vision_tower=config.vision_tower
-    )
-    stored = open_parts(checkpoint.parts)
-    processor = read_processor(checkpoint)
-    architecture = describe_model(checkpoint, stored, processor.image_token_id)
-    with torch.device("meta"):
-        model = architecture.model_class(architecture.config)
-        select_parts(model, config)
-    return model
 
 
 def explain_batches(config: TrainConfig, plan: Plan) -> str:
@@ -129,22 +107,6 @@ def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
             f"{len(learned)} learned\n  reads  {_decode(encoder, ids)}\n"
             f"  learns {_decode(encoder, learned)}"
         )
-
-
-def load_run_encoder(config: TrainConfig) -> Encoder:
-    """Return what encodes a run's samples.
-
-    Raises:
-        ConfigError: the template is not known or does not fit the model.
-    """
-    return load_encoder(
-        config.model,
-        base=config.base,
-        vision_tower=config.vision_tower,
-        template=config.template,
-        max_length=config.data.max_length,
-        truncates=config.data.over_long == "truncate",
-    )
 
 
 def _decode(encoder: Encoder, ids: list[int]) -> str:

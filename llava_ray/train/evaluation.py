@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from llava_ray.data.collate import Batch
+from llava_ray.data.loader.collate import Batch
 from llava_ray.template import IGNORED
-from llava_ray.train.engine import Trainee
+from llava_ray.train.deepspeed_engine import Trainee
 from llava_ray.train.inputs import count_learned, prepare_inputs
-from llava_ray.train.step import compute_loss
+from llava_ray.train.train_step import compute_loss
 
 MAX_NEW_TOKENS = 64
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from llava_ray.config import TrainConfig
-from llava_ray.train.parts import PartState
+from llava_ray.train.param_groups import PartState
 
 PEAK_TFLOPS = {
     "B200": 2250.0,

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llava_ray.data.collate import Batch
+from llava_ray.data.loader.collate import Batch
 from llava_ray.template import IGNORED
 
 Inputs = dict[str, torch.Tensor]

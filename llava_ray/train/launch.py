@@ -17,14 +17,13 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.pool import open_pool
+from llava_ray.data.loader.dataset import open_pool
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.train.best import choose_best, find_order
-from llava_ray.train.dry_run import build_hollow, load_run_encoder
-from llava_ray.train.finish import export_run, write_settings
 from llava_ray.train.log import say_line
-from llava_ray.train.storage import is_address, is_begun, open_home
-from llava_ray.train.weights import name_base
+from llava_ray.train.preflight import build_hollow, load_run_encoder
+from llava_ray.train.run_folder import export_run, is_address, is_begun, open_home, write_settings
+from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
 EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_ray.train.evaluation import Answer
-from llava_ray.train.parts import PartState
-from llava_ray.train.step import StepFigures
+from llava_ray.train.param_groups import PartState
+from llava_ray.train.train_step import StepFigures
 
 LOG = "train_log.jsonl"
 _NUMBERS = (

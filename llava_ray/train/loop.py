@@ -11,8 +11,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.collate import Batch
-from llava_ray.data.plan import Position
+from llava_ray.data.loader.collate import Batch
+from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
 from llava_ray.train.checkpoint import (
     Progress,
@@ -22,13 +22,13 @@ from llava_ray.train.checkpoint import (
     restore_state,
     save_checkpoint,
 )
-from llava_ray.train.engine import Trainee, build_trainee
+from llava_ray.train.deepspeed_config import describe_engine, read_stage
+from llava_ray.train.deepspeed_engine import Trainee, build_trainee
 from llava_ray.train.evaluation import answer_samples, evaluate_loss
 from llava_ray.train.flops import compute_mfu, count_flops, find_peak
 from llava_ray.train.log import RunLog, StepLine, StepTimes
 from llava_ray.train.schedule import compute_rate
-from llava_ray.train.step import StepFigures, group_steps, take_step
-from llava_ray.train.zero import describe_engine, read_stage
+from llava_ray.train.train_step import StepFigures, group_steps, take_step
 
 ReadBatches = Callable[[Position | None], Iterator[Batch]]
 """Gives this worker's batches from a position of the data."""

@@ -15,18 +15,17 @@ import torch
 from ray.train import Checkpoint
 
 from llava_ray.config import DataConfig, TrainConfig
-from llava_ray.data import stream
-from llava_ray.data.collate import Batch
-from llava_ray.data.plan import Position
-from llava_ray.data.pool import make_plan, open_pool
+from llava_ray.data.loader import stream
+from llava_ray.data.loader.collate import Batch
+from llava_ray.data.loader.dataset import make_plan, open_pool
+from llava_ray.data.loader.order import Position
 from llava_ray.errors import DivergedError
 from llava_ray.train.best import UNKNOWN
 from llava_ray.train.checkpoint import read_progress
 from llava_ray.train.log import RunLog
 from llava_ray.train.loop import Surroundings, train
-from llava_ray.train.ray_metrics import RayMetrics
-from llava_ray.train.storage import open_home, remove_unfinished, send_home
-from llava_ray.train.trackers import open_trackers
+from llava_ray.train.run_folder import open_home, remove_unfinished, send_home
+from llava_ray.train.trackers import RayMetrics, open_trackers
 
 
 def train_worker(settings: dict[str, Any]) -> str | None:

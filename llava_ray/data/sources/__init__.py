@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from llava_ray.data.files import Folder
+from llava_ray.data.sources.building import Raw, Row
 from llava_ray.data.sources.coco import convert_coco, read_coco
 from llava_ray.data.sources.conversations import (
     convert_llava,
@@ -18,7 +18,6 @@ from llava_ray.data.sources.conversations import (
 )
 from llava_ray.data.sources.gqa import convert_gqa, read_gqa
 from llava_ray.data.sources.pairs import convert_pair, read_pairs
-from llava_ray.data.sources.parts import Raw, Row
 from llava_ray.data.sources.regions import (
     convert_refcoco,
     convert_vg,
@@ -42,6 +41,7 @@ from llava_ray.data.sources.text_in_pictures import (
 )
 from llava_ray.data.sources.vqa import convert_vqa, read_vqa
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

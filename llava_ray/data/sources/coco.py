@@ -9,8 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import (
+from llava_ray.data.sources.building import (
     ONE_SENTENCE,
     TEXT_TO_REGION,
     Raw,
@@ -20,8 +19,9 @@ from llava_ray.data.sources.parts import (
     sample_of,
     write_box,
 )
-from llava_ray.data.sources.reading import find_one, read_json
+from llava_ray.data.sources.readers import find_one, read_json
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.config import LimitsConfig
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import Raw, Row, read_id, sample_of, write_message
-from llava_ray.data.sources.reading import read_json_lines, read_json_list
+from llava_ray.data.sources.building import Raw, Row, read_id, sample_of, write_message
+from llava_ray.data.sources.readers import read_json_lines, read_json_list
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode_data_url
+from llava_ray.storage import Folder
 from llava_ray.types import PICTURE, ImagePart, Message, Role, Sample, TextPart
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import SHORT_ANSWER, Raw, Row, ask_in_turn, sample_of
-from llava_ray.data.sources.reading import find_one, read_json_dict
+from llava_ray.data.sources.building import SHORT_ANSWER, Raw, Row, ask_in_turn, sample_of
+from llava_ray.data.sources.readers import find_one, read_json_dict
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ import posixpath
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.files import Folder
+from llava_ray.data.sources.building import Raw, Row, ask_in_turn, choose, sample_of
 from llava_ray.data.sources.coco import REQUESTS
-from llava_ray.data.sources.parts import Raw, Row, ask_in_turn, choose, sample_of
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

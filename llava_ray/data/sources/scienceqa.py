@@ -9,8 +9,7 @@ letter.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import (
+from llava_ray.data.sources.building import (
     LETTERS,
     Raw,
     Row,
@@ -19,8 +18,9 @@ from llava_ray.data.sources.parts import (
     user,
     write_options,
 )
-from llava_ray.data.sources.reading import find_one, read_json
+from llava_ray.data.sources.readers import find_one, read_json
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

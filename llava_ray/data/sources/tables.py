@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from llava_ray.data.files import Folder
+from llava_ray.data.sources.building import Raw, Row, ask_in_turn, choose, sample_of
 from llava_ray.data.sources.coco import REQUESTS
 from llava_ray.data.sources.conversations import convert_openai, convert_turns
 from llava_ray.data.sources.pairs import ENDINGS
-from llava_ray.data.sources.parts import Raw, Row, ask_in_turn, choose, sample_of
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

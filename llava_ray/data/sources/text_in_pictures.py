@@ -10,8 +10,7 @@ train, val and test.
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import (
+from llava_ray.data.sources.building import (
     ONE_SENTENCE,
     SHORT_ANSWER,
     Raw,
@@ -20,8 +19,9 @@ from llava_ray.data.sources.parts import (
     most_frequent,
     sample_of,
 )
-from llava_ray.data.sources.reading import find_one, read_json_dict, read_json_list
+from llava_ray.data.sources.readers import find_one, read_json_dict, read_json_list
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

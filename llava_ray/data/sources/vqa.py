@@ -11,8 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from llava_ray.data.files import Folder
-from llava_ray.data.sources.parts import (
+from llava_ray.data.sources.building import (
     LETTER_ANSWER,
     LETTERS,
     SHORT_ANSWER,
@@ -23,8 +22,9 @@ from llava_ray.data.sources.parts import (
     sample_of,
     write_options,
 )
-from llava_ray.data.sources.reading import read_json, read_json_list
+from llava_ray.data.sources.readers import read_json, read_json_list
 from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
 if TYPE_CHECKING:

@@ -59,9 +59,9 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
         os.environ["GRADIO_TEMP_DIR"] = make_store()
     import gradio as gr
 
-    from llava_ray.serve.page.door import MAX_UPLOAD_BYTES, Door
     from llava_ray.serve.page.handlers import Handlers
     from llava_ray.serve.page.layout import build_layout
+    from llava_ray.serve.page.upload_guard import MAX_UPLOAD_BYTES, Door
     from llava_ray.serve.page.wiring import wire
 
     handlers = Handlers(config)

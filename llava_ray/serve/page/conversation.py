@@ -19,7 +19,7 @@ from typing import Any
 
 from llava_ray.client import Client
 from llava_ray.errors import LlavaRayError
-from llava_ray.serve.page.pictures import ImageMode, prepare_picture
+from llava_ray.serve.page.image_modes import ImageMode, prepare_picture
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 Chat = list[dict[str, Any]]

@@ -8,8 +8,8 @@ from io import BytesIO
 from gradio.processing_utils import save_bytes_to_cache
 from gradio.utils import get_upload_folder
 
-from llava_ray.serve.feedback import build_record
 from llava_ray.serve.page.conversation import Chat, read_history
+from llava_ray.serve.page.feedback import build_record
 
 FILE_NAME = "conversation.zip"
 

@@ -14,14 +14,14 @@ from llava_ray import demo
 from llava_ray.client import Client
 from llava_ray.config import ModelConfig, PageConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.serve.feedback import Comparison, FeedbackLog, Vote
-from llava_ray.serve.moderation import Moderator
 from llava_ray.serve.page import conversation
 from llava_ray.serve.page.compare import stream_together
 from llava_ray.serve.page.conversation import Answer, Chat
 from llava_ray.serve.page.download import pack_conversations
+from llava_ray.serve.page.feedback import Comparison, FeedbackLog, Vote
+from llava_ray.serve.page.image_modes import ImageMode
 from llava_ray.serve.page.layout import NUM_CHIPS, draw_scene
-from llava_ray.serve.page.pictures import ImageMode
+from llava_ray.serve.page.moderation import Moderator
 from llava_ray.types import Sampling
 
 

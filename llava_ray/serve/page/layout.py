@@ -11,9 +11,9 @@ from gradio.utils import get_upload_folder
 
 from llava_ray import demo
 from llava_ray.config import PageConfig
-from llava_ray.serve.feedback import Comparison, Vote
-from llava_ray.serve.page.door import GuardedBlocks
-from llava_ray.serve.page.pictures import IMAGE_MODES
+from llava_ray.serve.page.feedback import Comparison, Vote
+from llava_ray.serve.page.image_modes import IMAGE_MODES
+from llava_ray.serve.page.upload_guard import GuardedBlocks
 
 NUM_CHIPS = 4
 EXAMPLE_SEEDS = (9, 10, 24)

@@ -1,0 +1,107 @@
+"""The recipe of the embedded model, in LLaVA's order, from nothing to a folder of weights.
+
+1. The tower by itself: what is in every patch of painted scenes (the part that CLIP plays).
+2. The language model by itself: conversations about pictures spelled in symbols (the part that
+   Vicuna plays; a language model that can look things up).
+3. The projector: tower and language model at rest.
+4. Projector and language model together on painted pictures.
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlavaForConditionalGeneration, PreTrainedTokenizerFast
+
+from jobs.embedded_model import folder, joined, language, partners, reader, tower
+from jobs.embedded_model.pace import Pace, resume, save
+from llava_ray.demo import MODEL_DIR
+from llava_ray.errors import ConfigError
+
+MINUTES = {"tower": 16.0, "reader": 41.0, "align": 3.0, "joint": 81.0}
+"""How long each stage of the shipped model was trained, on two cores."""
+
+BUDGET_MINUTES = sum(MINUTES.values())
+STAGES = tuple(MINUTES)
+
+
+def train(
+    output_dir: Path | str,
+    *,
+    budget_minutes: float = BUDGET_MINUTES,
+    seed: int = 0,
+    threads: int = 2,
+    work_dir: Path | str | None = None,
+    start: Path | None = None,
+) -> Path:
+    """Train the model on the CPU and write it to `output_dir`.
+
+    Stages stop by the CPU time that they had: all four take `budget_minutes` if `threads` cores
+    are free. Their checkpoints go to `work_dir`, and one that is there is trained on.
+
+    Args:
+        start: the folder of a model that this has written, which is trained on, with the last
+            stage alone; by default all begins from nothing.
+    """
+    stages = ("joint",) if start else STAGES
+    share = budget_minutes / sum(MINUTES[stage] for stage in stages)
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(work_dir or scratch)
+        work.mkdir(parents=True, exist_ok=True)
+        if start:
+            unpack(start, work)
+        tokenizer = load_tokenizer(work / "tokenizer")
+
+        def run(stage: str, function: Callable[..., None], *args: Any, **options: Any) -> None:
+            if stage in stages:
+                pace = Pace(MINUTES[stage] * share, seed)
+                path = work / f"{stage}.pt"
+                partners.run_together(function, path, pace, *args, partners=threads, **options)
+
+        run("tower", tower.train_tower)
+        run("reader", reader.train_reader, tokenizer)
+        neighbours = {"tower": work / "tower.pt", "reader": work / "reader.pt"}
+        run("align", joined.align_projector, tokenizer, **neighbours)
+        if not (work / "joint.pt").exists():
+            shutil.copyfile(work / "align.pt", work / "joint.pt")
+        run("joint", joined.train_joined, tokenizer)
+        write_model(work / "joint.pt", Path(output_dir), tokenizer)
+    return Path(output_dir)
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of earlier stages, or a new one, which is kept for later ones."""
+    if not path.exists():
+        language.train_tokenizer().save_pretrained(path)
+    return PreTrainedTokenizerFast.from_pretrained(path)
+
+
+def unpack(model_dir: Path, work_dir: Path) -> None:
+    """Lay a finished model out as what the last stage goes on with.
+
+    Raises:
+        ConfigError: it is not a model that `train` has written.
+    """
+    # Those of the shipped weights stay in the repository: serving does not need them.
+    parent = Path(__file__).parent if model_dir == MODEL_DIR else model_dir
+    if not (parent / folder.TEACHERS).is_file():
+        raise ConfigError(
+            f"{str(model_dir)!r} has no {folder.TEACHERS}: give the folder of a model that "
+            "`python -m jobs.embedded_model train` wrote, or train from nothing"
+        )
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.save_pretrained(work_dir / "tokenizer")
+    model = joined.Joined(tokenizer)
+    llava = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
+    model.take_over(llava, torch.load(parent / folder.TEACHERS))
+    save(model, work_dir / "joint.pt")
+
+
+def write_model(checkpoint: Path, output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the folder of a joint checkpoint."""
+    model = joined.Joined(tokenizer)
+    resume(model, checkpoint)
+    folder.write_folder(output_dir, model.to_llava(tokenizer), tokenizer, model.teachers())

@@ -1,0 +1,106 @@
+"""Stage one: the vision tower by itself, taught to say of every patch what is there.
+
+It plays the part that CLIP's own training plays for LLaVA. Linear heads read the layer that the
+projector will read, and are thrown away.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPVisionConfig, CLIPVisionModel
+
+from jobs.embedded_model import symbols
+from jobs.embedded_model.pace import Pace, Stage, autocast, resume
+from llava_ray.demo import scenes
+
+PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
+BATCH = 32
+RATE = 1e-3
+DISGUISED = 0.35  # of the shapes it is shown
+
+
+def build_tower() -> CLIPVisionModel:
+    """A CLIP tower whose last layer, as in LLaVA, is never read."""
+    config = CLIPVisionConfig(
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        image_size=scenes.PIXELS,
+        patch_size=PATCH,
+        projection_dim=256,
+    )
+    return CLIPVisionModel(config)
+
+
+def read_tower(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
+    """Features of every patch, [B, P, D]: `hidden_states[-2]` less the class token."""
+    body = getattr(tower, "vision_model", tower)
+    hidden = body.pre_layrnorm(body.embeddings(pixels))
+    for layer in body.encoder.layers[:-1]:
+        hidden = layer(hidden, attention_mask=None)
+    return hidden[:, 1:]
+
+
+class Labeller(nn.Module):
+    """A tower with a linear head for every field."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = build_tower()
+        self.heads = nn.Linear(self.tower.config.hidden_size, sum(symbols.WIDTHS))
+
+    def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
+        """Logits of every field, each [B, P, values]."""
+        return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
+
+
+def make_pictures(
+    rng: random.Random, size: int, *, disguised: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
+    counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
+    batch = [
+        scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
+        for count in counts
+    ]
+    batch = [scenes.disguise(rng, scene, disguised) for scene in batch]
+    return symbols.pixels(batch), symbols.spell_patches(batch)
+
+
+def train_tower(checkpoint: Path, pace: Pace) -> None:
+    """Train on from `checkpoint` where there is one, and save it there."""
+    rng = pace.begin("tower")
+    model = Labeller()
+    resume(model, checkpoint)
+    stage = Stage("tower", model, checkpoint, pace, rate=RATE, weight_decay=0.05)
+    while not stage.is_over:
+        pixels, values = make_pictures(rng, BATCH, disguised=DISGUISED)
+        with autocast():
+            logits = model(pixels)
+        stage.step(_label_loss(logits, values), **_error_rates(logits, values))
+
+
+def _label_loss(logits: list[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    losses = (
+        F.cross_entropy(
+            field.flatten(0, 1), values[..., index].flatten(), ignore_index=symbols.IGNORED
+        )
+        for index, field in enumerate(logits)
+    )
+    return torch.stack(list(losses)).sum()
+
+
+def _error_rates(logits: list[torch.Tensor], values: torch.Tensor) -> dict[str, float]:
+    """The share of wrong labels of every field, among patches that show something."""
+    is_item = values[..., 0] > 0
+    return {
+        name: (field.argmax(-1) != values[..., index])[is_item & (values[..., index] >= 0)]
+        .float()
+        .mean()
+        .item()
+        for index, (name, field) in enumerate(zip(symbols.FIELDS, logits, strict=True))
+    }

@@ -1,0 +1,1 @@
+"""Raw sets become shards, once, on Ray Data."""

@@ -1,0 +1,168 @@
+"""The folder that a conversion writes: what is finished in it, and how it becomes whole.
+
+    part-00000.parquet         a shard
+    rejects/part-00000.jsonl   rows that were left out, one JSON object a line
+    _progress/                 while it is being written: the settings, and a record a finished part
+    _index.parquet, _manifest.json   written last
+
+Every file appears whole or not at all, and a part's record is written after its files.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+import llava_ray
+from llava_ray.config import ConvertConfig
+from llava_ray.data.manifest import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    Manifest,
+    Shard,
+    digest_shards,
+    load_manifest,
+    write_index,
+)
+from llava_ray.data.shards import read_counts
+from llava_ray.data.sources.building import digest_content
+from llava_ray.data.sources.pairs import ENDINGS
+from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder, find_input, open_folder
+
+PROGRESS = "_progress"
+REJECTS = "rejects"
+_SETTINGS = f"{PROGRESS}/settings.json"
+_NOT_SETTINGS = {"output", "max_rejects", "num_workers", "overwrite"}
+"""Fields of a conversion that do not change what it writes."""
+_OURS = re.compile(r"part-\d+\.parquet|rejects/.*|_progress/.*|_index\.parquet|_manifest\.json")
+_SCRATCH = re.compile(r"(.*/)?\.[0-9a-f]{32}")
+
+
+class PartRecord(BaseModel):
+    """What a finished part says of itself."""
+
+    number: int
+    num_rows: int
+    num_images: int
+    num_text_only: int
+    rejects: dict[str, int]
+    shard: Shard | None
+
+
+def describe_settings(config: ConvertConfig) -> dict[str, Any]:
+    """Return all that decides what a conversion writes, with a digest of the raw files' sizes."""
+    folder, names = find_input(config.input)
+    files = [n for n in names or folder.list("") if not n.lower().endswith(ENDINGS)]
+    sizes = [(name, folder.files.size(folder.path(name))) for name in files]
+    settings = config.model_dump(exclude=_NOT_SETTINGS)
+    return settings | {"input_digest": digest_content(sizes)}
+
+
+def begin(config: ConvertConfig, settings: dict[str, Any]) -> tuple[Folder, dict[int, PartRecord]]:
+    """Make the output ready; return it with the records of the parts that it has already.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    target = open_folder(config.output)
+    if config.overwrite:
+        _clear(target)
+    if target.has(_SETTINGS):
+        if json.loads(target.read(_SETTINGS)) != settings:
+            raise ConfigError(
+                f"{config.output!r} holds an unfinished conversion with other settings or of other "
+                "files: give another folder, or --overwrite"
+            )
+    elif any(not _SCRATCH.fullmatch(name) for name in _list_all(target)):
+        raise ConfigError(
+            f"{config.output!r} is not empty: give a new folder, or --overwrite to replace shards"
+        )
+    else:
+        target.files.makedirs(target.root, exist_ok=True)
+        target.files.makedirs(target.path(PROGRESS), exist_ok=True)
+        target.write(_SETTINGS, json.dumps(settings).encode())
+    return target, {record.number: record for record in _read_records(target)}
+
+
+def find_finished(config: ConvertConfig, settings: dict[str, Any]) -> Manifest | None:
+    """Return the manifest of the same conversion, if the output holds it finished."""
+    target = open_folder(config.output)
+    if config.overwrite or not target.has(MANIFEST):
+        return None
+    manifest = load_manifest(target)
+    return manifest if manifest.settings == settings else None
+
+
+def finish(
+    target: Folder,
+    records: Sequence[PartRecord],
+    settings: dict[str, Any],
+    *,
+    template: str | None,
+) -> Manifest:
+    """Write index and manifest, by which the shards become a data set; return the manifest."""
+    records = sorted(records, key=lambda record: record.number)
+    shards = [record.shard for record in records if record.shard]
+    rejects: Counter[str] = Counter()
+    for record in records:
+        rejects.update(record.rejects)
+    write_index(target, [read_counts(target, shard.name) for shard in shards])
+    manifest = Manifest(
+        format=FORMAT,
+        version=llava_ray.__version__,
+        settings=settings,
+        model=settings["model"],
+        template=template,
+        num_samples=sum(shard.num_rows for shard in shards),
+        num_images=sum(record.num_images for record in records),
+        num_text_only=sum(record.num_text_only for record in records),
+        rejects=dict(rejects.most_common()),
+        digest=digest_shards(shards),
+        shards=tuple(shards),
+    )
+    target.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
+    target.remove(PROGRESS)
+    for name in _list_all(target):
+        if _SCRATCH.fullmatch(name):  # of a process that was killed
+            target.remove(name)
+    return manifest
+
+
+def record_part(target: Folder, record: PartRecord) -> None:
+    """Say that a part's files are all there."""
+    target.write(f"{PROGRESS}/{record.number:05d}.json", record.model_dump_json().encode())
+
+
+def _read_records(target: Folder) -> list[PartRecord]:
+    names = [name for name in target.list(".json") if name.startswith(f"{PROGRESS}/")]
+    return [PartRecord.model_validate_json(target.read(n)) for n in names if n != _SETTINGS]
+
+
+def _list_all(target: Folder) -> list[str]:
+    """Return the names of all files there are, hidden ones too."""
+    if not target.files.isdir(target.root):
+        return []
+    return [path[len(target.root) + 1 :] for path in target.files.find(target.root)]
+
+
+def _clear(target: Folder) -> None:
+    """Remove an earlier conversion, and nothing else.
+
+    Raises:
+        ConfigError: there are other files.
+    """
+    names = _list_all(target)
+    if others := [
+        name for name in names if not (_OURS.fullmatch(name) or _SCRATCH.fullmatch(name))
+    ]:
+        raise ConfigError(
+            f"{target.address!r} holds {others[0]!r}, which no conversion wrote, so --overwrite "
+            "does not remove it: give another folder"
+        )
+    for name in (MANIFEST, INDEX, PROGRESS, REJECTS, *names):
+        target.remove(name)

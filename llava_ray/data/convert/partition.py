@@ -1,0 +1,148 @@
+"""Raw rows -> parts: runs of consecutive rows, converted, each of which becomes one shard.
+
+The first half of a conversion, in one process: cheap work on text, and the place where ids that
+were there before are found. Part k is always the same rows, so that a conversion that was stopped
+goes on with the parts that are missing.
+"""
+
+import hashlib
+import pickle
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from llava_ray.config import ConvertConfig
+from llava_ray.data.sources import Source, find_source
+from llava_ray.data.sources.building import Raw
+from llava_ray.data.validate import check_messages
+from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
+from llava_ray.storage import Folder, find_input
+from llava_ray.types import Sample
+
+MAX_PART_BYTES = 64 << 20
+"""Of pictures that come inside the rows; a part ends at the row that goes beyond."""
+
+_BROKEN_ROW = (LookupError, TypeError, ValueError, AttributeError)
+"""What a converter's plain Python raises where a field is missing or of the wrong kind."""
+
+
+class Reject(NamedTuple):
+    """A row that is left out: its id (empty if it has none), why, in words, and where it stood."""
+
+    id: str
+    reason: str
+    message: str
+    where: str
+
+
+class Draft(NamedTuple):
+    """A sample whose pictures are not read yet, and where its row stood."""
+
+    sample: Sample
+    where: str
+
+
+class Part(NamedTuple):
+    """What becomes one shard."""
+
+    number: int
+    rows: list[Draft | Reject]
+
+
+def cut_parts(config: ConvertConfig, *, done: Collection[int] = ()) -> Iterator[Part]:
+    """Yield the parts of the raw data in order, but those that are done.
+
+    Raises:
+        ConfigError: the data is not there, or not what its source expects.
+    """
+    source = find_source(config.source)
+    folder, names = find_input(config.input)
+    names = names or folder.list("")
+    number, rows, num_bytes = 0, [], 0
+    for row in _convert_rows(source, folder, names, config):
+        rows.append(row)
+        if isinstance(row, Draft):
+            num_bytes += sum(len(i) for i in row.sample.images if isinstance(i, bytes))
+        if len(rows) >= config.rows_per_shard or num_bytes >= MAX_PART_BYTES:
+            if number not in done:
+                yield Part(number, rows)
+            number, rows, num_bytes = number + 1, [], 0
+    if rows and number not in done:
+        yield Part(number, rows)
+
+
+def _convert_rows(
+    source: Source, folder: Folder, names: list[str], config: ConvertConfig
+) -> Iterator[Draft | Reject]:
+    seen = _SeenSamples(renames=config.duplicate_ids == "rename")
+    for raw in source.read(folder, names, config):
+        sample_id = ""
+        try:
+            sample = _convert_row(source, raw)
+            sample_id = sample.sample_id
+            check_messages(sample, max_chars=config.max_chars, max_images=config.limits.max_images)
+            yield Draft(seen.admit(sample), raw.where)
+        except SampleError as error:
+            yield Reject(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
+
+
+def _convert_row(source: Source, raw: Raw) -> Sample:
+    if isinstance(raw.row, SampleError):
+        raise raw.row
+    try:
+        return source.convert(raw.row)
+    except SampleError:
+        raise
+    except ImageError as error:
+        is_large = isinstance(error, ImageTooLargeError)
+        reason = "image_oversized" if is_large else "image_corrupt"
+        raise SampleError(error.message, reason=reason) from error
+    except _BROKEN_ROW as error:
+        raise SampleError(
+            f"the row is not as its source writes it ({type(error).__name__}: {error}): compare it "
+            "with the others",
+            reason="bad_row",
+        ) from error
+
+
+def _guess_id(raw: Raw) -> str:
+    return str(raw.row.get("id", "")) if isinstance(raw.row, dict) else ""
+
+
+class _SeenSamples:
+    """Knows the ids and the content of the samples so far, at eight bytes each."""
+
+    def __init__(self, *, renames: bool) -> None:
+        self._renames = renames
+        self._ids: set[bytes] = set()
+        self._contents: set[bytes] = set()
+
+    def admit(self, sample: Sample) -> Sample:
+        """Return a new sample, under another id if its own was taken and others are given.
+
+        Raises:
+            SampleError: it was there before, or its id was.
+        """
+        content = _digest(pickle.dumps(sample))
+        if content in self._contents:
+            raise SampleError("the same sample was there before", reason="duplicate")
+        self._contents.add(content)
+        if (key := _digest(sample.sample_id.encode())) in self._ids:
+            if not self._renames:
+                raise SampleError(
+                    f"another sample has the id {sample.sample_id!r}: give each its own, or "
+                    "convert with --duplicate-ids rename",
+                    reason="duplicate_id",
+                )
+            sample = Sample(
+                f"{sample.sample_id}-{content.hex()}",
+                sample.messages,
+                sample.images,
+                sample.source,
+            )
+            key = _digest(sample.sample_id.encode())
+        self._ids.add(key)
+        return sample
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=8).digest()

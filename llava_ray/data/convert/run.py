@@ -1,0 +1,149 @@
+"""Converts raw data to shards on Ray Data, streaming: no more is in memory than is worked on.
+
+    one reader                                  a pool of workers
+    raw rows -> parts of converted samples  ->  pictures read and checked, tokens counted -> a shard
+
+See `parts` for the reader, `write` for the workers, and `target` for the folder that they fill and
+how a conversion goes on that was stopped.
+"""
+
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.exceptions import RayTaskError
+
+from llava_ray.config import ConvertConfig
+from llava_ray.data.convert.output import (
+    REJECTS,
+    PartRecord,
+    begin,
+    describe_settings,
+    find_finished,
+    finish,
+)
+from llava_ray.data.convert.partition import cut_parts
+from llava_ray.data.convert.write_shard import PartWriter, load_counter
+from llava_ray.data.manifest import Manifest
+from llava_ray.data.session import start_ray
+from llava_ray.errors import ConfigError, LlavaRayError
+
+_NUM_ROWS_FOR_A_SHARE = 10_000
+"""Rows before a share of rejects stops a conversion that is not at its end."""
+
+
+class Progress(NamedTuple):
+    """How far a conversion is: rows read, samples written, rows left out by reason."""
+
+    num_rows: int
+    num_samples: int
+    rejects: dict[str, int]
+
+
+def convert(
+    config: ConvertConfig, *, on_progress: Callable[[Progress], None] | None = None
+) -> Manifest:
+    """Convert raw data to shards; go on with what an earlier run of the same has left.
+
+    Args:
+        config: what becomes what.
+        on_progress: is called after each part.
+
+    Raises:
+        ConfigError: the input is not what its source expects, the output holds something else, or
+            more rows were rejected than `max_rejects`.
+    """
+    settings = describe_settings(config)
+    if manifest := find_finished(config, settings):
+        return manifest
+    encoder = load_counter(config)
+    target, records = begin(config, settings)
+    for record in _convert_parts(config, done=frozenset(records)):
+        records[record.number] = record
+        progress = _add_up(records.values())
+        if on_progress:
+            on_progress(progress)
+        _check_rejects(config, progress, is_end=False)
+    progress = _add_up(records.values())
+    _check_rejects(config, progress, is_end=True)
+    template = encoder.template.name if encoder else None
+    return finish(target, list(records.values()), settings, template=template)
+
+
+def _convert_parts(config: ConvertConfig, done: frozenset[int]) -> Iterator[PartRecord]:
+    """Yield a record of each part that was written, as soon as it is."""
+    start_ray()
+    source = _PartSource(config, done)
+    parts = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
+    parts.context.target_max_block_size = 1  # a part is a block of its own
+    parts.context.enable_progress_bars = False
+    size = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    writer: Any = PartWriter  # Ray's types know of functions only
+    written = parts.map(
+        writer,
+        fn_constructor_args=(config,),
+        compute=ActorPoolStrategy(min_size=1, max_size=size),
+        num_cpus=1,
+    )
+    try:
+        for row in written.iter_rows():
+            yield PartRecord.model_validate_json(row["record"])
+    except RayTaskError as error:
+        if isinstance(error.cause, LlavaRayError):
+            raise error.cause from None
+        raise
+
+
+class _PartSource(Datasource):
+    """Gives Ray Data the parts, from one process and in order."""
+
+    def __init__(self, config: ConvertConfig, done: frozenset[int]) -> None:
+        super().__init__()
+        self._config, self._done = config, done
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        config, done = self._config, self._done
+
+        def read() -> Iterable[pa.Table]:
+            for part in cut_parts(config, done=done):
+                yield pa.table({"part": pa.array([pickle.dumps(part)], pa.large_binary())})
+
+        unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(read, unknown)]
+
+
+def _add_up(records: Iterable[PartRecord]) -> Progress:
+    num_rows, rejects = 0, Counter[str]()
+    for record in records:
+        num_rows += record.num_rows
+        rejects.update(record.rejects)
+    return Progress(num_rows, num_rows - rejects.total(), dict(rejects.most_common()))
+
+
+def _check_rejects(config: ConvertConfig, progress: Progress, *, is_end: bool) -> None:
+    num_rejects, limit = sum(progress.rejects.values()), config.max_rejects
+    if limit.endswith("%"):
+        if not is_end and progress.num_rows < _NUM_ROWS_FOR_A_SHARE:
+            return
+        is_over = num_rejects > float(limit[:-1]) / 100 * progress.num_rows
+    else:
+        is_over = num_rejects > float(limit)
+    if is_over:
+        reasons = ", ".join(f"{num} {reason}" for reason, num in progress.rejects.items())
+        raise ConfigError(
+            f"{num_rejects} of {progress.num_rows} rows were rejected ({reasons}), more than "
+            f"max_rejects {limit}: look into {config.output}/{REJECTS}, then correct the data or "
+            "run again with a higher limit, which goes on from here"
+        )
+    if is_end and progress.num_samples == 0:
+        raise ConfigError(f"no sample came out of {config.input!r}: see {config.output}/{REJECTS}")

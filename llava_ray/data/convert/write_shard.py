@@ -1,0 +1,159 @@
+"""Writes one part as a shard: its pictures are read and checked, its tokens counted.
+
+The second half of a conversion (`parts` is the first), in as many processes as there are; it knows
+nothing of Ray.
+"""
+
+import json
+import pickle
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.config import ConvertConfig
+from llava_ray.data.convert.output import REJECTS, PartRecord, record_part
+from llava_ray.data.convert.partition import Draft, Part, Reject
+from llava_ray.data.manifest import Shard
+from llava_ray.data.shards import ShardWriter
+from llava_ray.data.sources import find_source
+from llava_ray.data.validate import CheckedImage, check_image
+from llava_ray.errors import SampleError
+from llava_ray.storage import Folder, check_name, find_input, open_folder
+from llava_ray.types import Sample
+
+if TYPE_CHECKING:
+    from llava_ray.data.loader.encode import Encoder
+
+_READS_AHEAD = 16
+"""Pictures that a worker reads at once, of which each waits for a disk or a network."""
+
+
+def load_counter(config: ConvertConfig) -> "Encoder | None":
+    """Return what counts tokens, if a model is given for it."""
+    if config.model is None:
+        return None
+    from llava_ray.data.loader.encode import (
+        load_encoder,  # loads torch, which nothing else here needs
+    )
+
+    return load_encoder(config.model, template=config.template)
+
+
+class PartWriter:
+    """Writes parts as shards, in a process of its own."""
+
+    def __init__(self, config: ConvertConfig) -> None:
+        folder, _ = find_input(config.input)
+        self._config = config
+        self._target = open_folder(config.output)
+        self._pictures = _find_pictures(config, folder)
+        self._encoder = load_counter(config)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        """Write the part in a row of Ray Data; return its record."""
+        return {"record": self.write(pickle.loads(row["part"])).model_dump_json()}
+
+    def write(self, part: Part) -> PartRecord:
+        """Write a part's rejects and its shard, then that both are there."""
+        name = f"part-{part.number:05d}"
+        rejects: list[Reject] = []
+        num_images = num_text_only = 0
+        with ExitStack() as stack:
+            path = stack.enter_context(self._target.write_beside(f"{name}.parquet"))
+            writer = ShardWriter(path)
+            for draft, images in self._read_pictures(part, rejects):
+                try:
+                    num_tokens = self._count_tokens(draft.sample, images)
+                except SampleError as error:
+                    rejects.append(_reject(draft, error))
+                    continue
+                writer.add(draft.sample, images, num_tokens=num_tokens)
+                num_images += len(images)
+                num_text_only += not images
+            shard = writer.close()
+            if rejects:
+                lines = [json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in rejects]
+                self._target.write(
+                    f"{REJECTS}/{name}.jsonl", "".join(lines).encode(errors="backslashreplace")
+                )
+        record = PartRecord(
+            number=part.number,
+            num_rows=len(part.rows),
+            num_images=num_images,
+            num_text_only=num_text_only,
+            rejects=dict(Counter(reject.reason for reject in rejects)),
+            shard=Shard(name=f"{name}.parquet", **shard._asdict()) if shard.num_rows else None,
+        )
+        if not shard.num_rows:
+            self._target.remove(f"{name}.parquet")
+        record_part(self._target, record)
+        return record
+
+    def _read_pictures(
+        self, part: Part, rejects: list[Reject]
+    ) -> Iterator[tuple[Draft, list[CheckedImage]]]:
+        """Yield the part's samples with their pictures; add those that have bad ones to rejects."""
+        with ThreadPoolExecutor(_READS_AHEAD) as pool:
+            for first in range(0, len(part.rows), _READS_AHEAD):
+                rows = part.rows[first : first + _READS_AHEAD]
+                futures = [
+                    [pool.submit(self._read_picture, image) for image in row.sample.images]
+                    if isinstance(row, Draft)
+                    else []
+                    for row in rows
+                ]
+                for row, reading in zip(rows, futures, strict=True):
+                    if isinstance(row, Reject):
+                        rejects.append(row)
+                        continue
+                    try:
+                        files = [future.result() for future in reading]
+                        yield row, [self._check(*file) for file in files]
+                    except SampleError as error:
+                        rejects.append(_reject(row, error))
+
+    def _read_picture(self, image: bytes | str) -> tuple[str, bytes]:
+        """Return a picture's name and its bytes."""
+        if isinstance(image, bytes):
+            return "the picture in the row", image
+        name = check_name(image)
+        try:
+            return name, self._pictures.read(name, limit=self._config.limits.max_image_bytes + 1)
+        except OSError as error:
+            raise SampleError(
+                f"the picture {name!r} cannot be read in {self._pictures.address!r} "
+                f"({type(error).__name__}): put it there, or give the folder with --pictures",
+                reason="image_missing",
+            ) from error
+
+    def _check(self, name: str, data: bytes) -> CheckedImage:
+        return check_image(data, self._config.limits, name=name)
+
+    def _count_tokens(self, sample: Sample, images: list[CheckedImage]) -> int | None:
+        if self._encoder is None:
+            return None
+        sizes = [(image.width, image.height) for image in images]
+        num_tokens = self._encoder.count_tokens(sample, sizes)
+        limit = self._config.max_tokens
+        if limit and num_tokens > limit:
+            raise SampleError(
+                f"it has {num_tokens} tokens, more than max_tokens {limit}: shorten it",
+                reason="too_long",
+            )
+        return num_tokens
+
+
+def _find_pictures(config: ConvertConfig, folder: Folder) -> Folder:
+    """Return the folder of the pictures: as given, or where the source usually has them."""
+    if config.pictures:
+        return open_folder(config.pictures)
+    below = find_source(config.source).pictures
+    if below and folder.has(below):
+        return Folder(folder.files, folder.path(below), f"{folder.address}/{below}")
+    return folder
+
+
+def _reject(draft: Draft, error: SampleError) -> Reject:
+    return Reject(draft.sample.sample_id, error.reason, error.message, draft.where)

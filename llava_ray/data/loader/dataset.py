@@ -1,0 +1,129 @@
+"""The data sets of a training run, opened: their manifests and indices, and where a sample lies.
+
+Between the shards and `plan`, which only knows numbers.
+"""
+
+import hashlib
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_ray.config import DataConfig, DatasetConfig
+from llava_ray.data.loader.order import Plan, Share
+from llava_ray.data.manifest import Manifest, load_index, load_manifest
+from llava_ray.data.shards import ShardReader, ShardRow
+from llava_ray.errors import ConfigError
+from llava_ray.storage import Folder, open_folder
+
+_MAX_OPEN_SHARDS = 32
+
+
+class Place(NamedTuple):
+    """Where a sample lies: in which data set, shard and row, each counted from 0."""
+
+    dataset: int
+    shard: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Data sets side by side; samples are numbered through all of them.
+
+    Attributes:
+        folders: where the data sets are.
+        manifests: what they say of themselves.
+        ends: for each data set, the number of samples in it up to the end of each shard.
+    """
+
+    folders: tuple[Folder, ...]
+    manifests: tuple[Manifest, ...]
+    ends: tuple[tuple[int, ...], ...]
+
+    def find(self, number: int) -> Place:
+        """Return where a sample lies."""
+        for dataset, ends in enumerate(self.ends):
+            if number < ends[-1]:
+                shard = bisect_right(ends, number)
+                return Place(dataset, shard, number - (ends[shard - 1] if shard else 0))
+            number -= ends[-1]
+        raise IndexError(number)
+
+
+class PoolReader:
+    """Reads samples from anywhere in a pool, with some shards kept open."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
+
+    def read(self, number: int) -> ShardRow:
+        """Return a sample."""
+        place = self._pool.find(number)
+        key = (place.dataset, place.shard)
+        if key not in self._open:
+            if len(self._open) >= _MAX_OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+            name = self._pool.manifests[place.dataset].shards[place.shard].name
+            self._open[key] = ShardReader(self._pool.folders[place.dataset], name)
+        self._open.move_to_end(key)
+        return self._open[key].read(place.row)
+
+
+def open_pool(datasets: Sequence[DatasetConfig]) -> Pool:
+    """Open data sets; only their manifests are read.
+
+    Raises:
+        ConfigError: one is not there, not finished, or empty.
+    """
+    folders = tuple(open_folder(dataset.path) for dataset in datasets)
+    manifests = tuple(load_manifest(folder) for folder in folders)
+    for dataset, manifest in zip(datasets, manifests, strict=True):
+        if not manifest.num_samples:
+            raise ConfigError(f"{dataset.path!r} has no samples: leave it out")
+    ends = tuple(tuple(accumulate(s.num_rows for s in m.shards)) for m in manifests)
+    return Pool(folders, manifests, ends)
+
+
+def make_plan(config: DataConfig, pool: Pool) -> Plan:
+    """Return the order in which training reads a pool.
+
+    Raises:
+        ConfigError: `grouping` is "length" and tokens were not counted.
+    """
+    words, tokens, images = (
+        np.concatenate([_read_column(folder, name) for folder in pool.folders])
+        for name in ("num_words", "num_tokens", "num_images")
+    )
+    if config.grouping == "length" and (tokens < 0).any():
+        raise ConfigError(
+            "grouping='length' needs the tokens of each sample, which were not counted for all of "
+            f"{[dataset.path for dataset in config.datasets]}: convert them with --model, or set "
+            "grouping='modality'"
+        )
+    said = "\n".join(manifest.digest for manifest in pool.manifests)
+    plan = Plan(
+        shares=tuple(
+            Share(manifest.num_samples, dataset.weight, dataset.max_samples, dataset.seed)
+            for dataset, manifest in zip(config.datasets, pool.manifests, strict=True)
+        ),
+        lengths=words if (tokens < 0).any() else tokens,
+        has_images=images > 0,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        grouping=config.grouping,
+        data_id=hashlib.sha256(said.encode()).hexdigest(),
+    )
+    if not plan.num_batches:
+        raise ConfigError("the weights leave no sample in an epoch: raise them")
+    return plan
+
+
+def _read_column(folder: Folder, name: str) -> np.ndarray:
+    """Return a column of the index, -1 where there is nothing."""
+    return load_index(folder).column(name).fill_null(-1).to_numpy().astype(np.int64)

@@ -1,0 +1,227 @@
+"""vLLM and SGLang as engines: each works in a process of its own, in an environment of its own.
+
+Prompt -> `PromptReader` (length, texts) -> `ChildProcess` -> token ids -> text, stop texts and
+logprobs as of the torch engine. The child gets the rendered prompt and the decoded pictures; no
+string of a client's is ever taken for an address or a path there.
+"""
+
+import asyncio
+import base64
+import os
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from llava_ray.config import ModelConfig
+from llava_ray.engine.detokenizer import LogprobStream
+from llava_ray.engine.external.process import ChildProcess, Questioner
+from llava_ray.engine.external.settings import Kind, describe_child
+from llava_ray.engine.input_processor import PromptReader
+from llava_ray.errors import ConfigError, EngineError, RequestError, UnsupportedError
+from llava_ray.model.loading import load_without_weights
+from llava_ray.types import Chunk, Prompt, Sampling, Tokens
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+_DEFAULTS = Sampling()
+
+
+class ChildEngine:
+    """Answers many prompts at once with another engine; see `Engine`.
+
+    Args:
+        config: of the model.
+        kind: what it needs to know of vLLM or SGLang.
+
+    Raises:
+        ConfigError: the model does not load, or the engine is not there.
+    """
+
+    def __init__(self, config: ModelConfig, kind: Kind) -> None:
+        child = describe_child(config, kind)
+        core = load_without_weights(child.folder, template=config.template)
+        if (config.context_length or 0) > core.context_length:
+            raise ConfigError(
+                f"context_length={config.context_length} is more than the {core.context_length} "
+                f"tokens that {config.path!r} was made for: ask for at most that"
+            )
+        self.template = core.template
+        self.context_length = config.context_length or core.context_length
+        self._kind, self._core = kind, core
+        self._unsupported = kind.unsupported(config)
+        self._cache_tokens = config.cache_tokens
+        self._reader = PromptReader(
+            core, context_length=self.context_length, room=self.context_length
+        )
+        self._encoder = ThreadPoolExecutor(2, thread_name_prefix="encode")
+        self._held: dict[str, int] = {}  # request -> its tokens
+        self._answering: set[str] = set()  # those of them whose first token has come
+        self._process = ChildProcess(
+            child.command, name=kind.label, environment=child.environment, timeout_s=child.timeout_s
+        )
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
+        """Yield the answer piece by piece; see `Engine.stream`."""
+        self._refuse(prompt)
+        here = asyncio.get_running_loop()
+        prompt_ids, message = await here.run_in_executor(self._encoder, self._describe, prompt)
+        name = f"{prompt.request_id}-{os.urandom(4).hex()}"  # names of requests may come again
+        questioner = Questioner()
+        await here.run_in_executor(self._encoder, self._process.ask, name, message, questioner)
+        answer = _Answer(self._reader, prompt, prompt_ids, self._core.eos_token_ids)
+        is_over = False
+        self._held[name] = len(prompt_ids)
+        try:
+            while not is_over:
+                told = await questioner.news.get()
+                if isinstance(told, EngineError):
+                    is_over = True
+                    raise told
+                if "error" in told:
+                    is_over = True
+                    raise RequestError(f"{self._kind.label} refuses it: {told['error']}")
+                if "failed" in told:
+                    is_over = True
+                    raise EngineError(f"{self._kind.label} failed ({told['failed']}): try again")
+                self._check_length(told["num_prompt_tokens"], len(prompt_ids))
+                chunk = answer.take(told)
+                self._held[name] = len(prompt_ids) + chunk.num_tokens
+                self._answering.add(name)
+                is_over = told["finish"] is not None
+                yield chunk
+                if chunk.finish_reason:
+                    return
+        finally:
+            del self._held[name]
+            self._answering.discard(name)
+            self._process.forget(name, is_over=is_over)
+
+    async def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return a prompt's tokens; see `Engine.tokenize`."""
+        here = asyncio.get_running_loop()
+        return await here.run_in_executor(self._encoder, self._reader.tokenize, prompt)
+
+    async def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; see `Engine.detokenize`."""
+        here = asyncio.get_running_loop()
+        return await here.run_in_executor(self._encoder, self._reader.detokenize, token_ids)
+
+    async def check(self) -> None:
+        """See that the process lives and says so; see `Engine.check`."""
+        self._process.check()
+
+    def stats(self) -> dict[str, float]:
+        """Figures of this moment; what has no token yet counts as waiting."""
+        return {
+            "num_running": len(self._answering),
+            "num_waiting": len(self._held) - len(self._answering),
+            "cache_tokens_used": sum(self._held.values()),
+            "cache_tokens_total": self._cache_tokens,
+        }
+
+    async def close(self) -> None:
+        """End the engine's process; what is running ends with an error."""
+        await asyncio.to_thread(self._process.close)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def _refuse(self, prompt: Prompt) -> None:
+        for name in self._unsupported:
+            if getattr(prompt.sampling, name) != getattr(_DEFAULTS, name):
+                raise UnsupportedError(
+                    f"{name} is not supported with engine={self._kind.name!r}: leave it out, or "
+                    "ask a model on another engine",
+                    param=name,
+                )
+
+    def _check_length(self, theirs: int, ours: int) -> None:
+        """The prompt that is answered is the one that was rendered, or nothing is."""
+        if theirs != ours:
+            raise EngineError(
+                f"{self._kind.label} reads {theirs:,} tokens in a prompt that has {ours:,}: its "
+                "tokenizer or processor differs from this model's, use engine='torch'"
+            )
+
+    def _describe(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
+        """Return a prompt's token ids, and what the child is told of it."""
+        prompt_ids, _ = self._reader.read(prompt)
+        max_tokens = self._reader.fit(prompt, prompt_ids)
+        asked = prompt.sampling
+        own_ends = () if asked.ignore_eos else self._core.eos_token_ids
+        return prompt_ids, {
+            **self._reader.write(prompt, prompt_ids),
+            "images": [_pack(image) for image in prompt.images],
+            "sampling": {
+                "max_tokens": max_tokens,
+                "temperature": 0.0 if asked.is_greedy else asked.temperature,
+                "top_p": asked.top_p,
+                "top_k": asked.top_k,
+                "min_p": asked.min_p,
+                "seed": asked.seed,
+                "ignore_eos": asked.ignore_eos,
+                "presence_penalty": asked.presence_penalty,
+                "frequency_penalty": asked.frequency_penalty,
+                "repetition_penalty": asked.repetition_penalty,
+                "logit_bias": list(asked.logit_bias),
+                "min_tokens": asked.min_tokens,
+                "stop_token_ids": sorted({*asked.stop_token_ids, *own_ends}),
+                "logprobs": asked.num_logprobs,
+                "json_schema": asked.json_schema,
+            },
+        }
+
+
+class _Answer:
+    """Makes chunks of the tokens that come."""
+
+    def __init__(
+        self, reader: PromptReader, prompt: Prompt, prompt_ids: Sequence[int], ends: frozenset[int]
+    ) -> None:
+        self._text = reader.open_text(prompt)
+        self._logprobs: LogprobStream | None = reader.open_logprobs(prompt)
+        self._min_tokens = prompt.sampling.min_tokens
+        self._ends = {*prompt.sampling.stop_token_ids}
+        self._ends |= set() if prompt.sampling.ignore_eos else ends
+        self._num_prompt_tokens = len(prompt_ids)
+        self._num_image_tokens = reader.count_image_tokens(prompt_ids)
+        self._num_tokens = 0
+
+    def take(self, told: dict[str, Any]) -> Chunk:
+        """Return the piece of what the child told; it ends the answer at a stop text."""
+        ids, reason = told["ids"], told["finish"]
+        if reason == "stop" and ids and ids[-1] in self._ends:
+            self._num_tokens += 1
+            ids = ids[:-1]
+        piece = ""
+        for place, id_ in enumerate(ids):
+            may_stop = self._num_tokens >= self._min_tokens
+            self._num_tokens += 1
+            if self._logprobs:
+                logprob, top = told["logprobs"][place]
+                self._logprobs.measure(id_, logprob, [(other, value) for other, value in top])
+                self._logprobs.push(self._text.num_decoded)
+            piece += self._text.push(id_, may_stop=may_stop)
+            if self._text.is_stopped:
+                reason = "stop"
+                break
+        if reason and not self._text.is_stopped:
+            piece += self._text.flush()
+        shown = None if reason and not self._text.is_stopped else self._text.num_returned
+        return Chunk(
+            piece,
+            "length" if reason == "length" else "stop" if reason else None,
+            self._num_tokens,
+            self._num_prompt_tokens,
+            self._num_image_tokens,
+            logprobs=self._logprobs.take(shown) if self._logprobs else (),
+            num_cached_tokens=told["cached"],
+        )
+
+
+def _pack(image: "PILImage.Image") -> dict[str, Any]:
+    rgb = image.convert("RGB")
+    return {
+        "width": rgb.width,
+        "height": rgb.height,
+        "rgb": base64.b64encode(rgb.tobytes()).decode(),
+    }

@@ -1,0 +1,49 @@
+"""SGLang: its `Engine`, as `worker/sglang_worker.py` holds it."""
+
+from pathlib import Path
+from typing import Any
+
+from llava_ray.config import ModelConfig
+from llava_ray.engine.external.settings import Kind
+
+
+def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
+    arguments = {
+        "model_path": str(folder),
+        "dtype": config.dtype,
+        "context_length": config.context_length,
+        "max_running_requests": config.max_batch_size,
+        "max_total_tokens": config.cache_tokens,
+        "disable_radix_cache": not config.prefix_cache,
+        "model_impl": "transformers",
+        "skip_server_warmup": True,
+        "log_level": "warning",
+    }
+    if on_gpu:
+        return arguments
+    return arguments | {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "disable_cuda_graph": True,
+    }
+
+
+def _describe_environment(config: ModelConfig, on_gpu: bool) -> dict[str, str]:
+    # More threads than one make it ten times slower on small CPUs.
+    return {} if on_gpu else {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def _find_unsupported(config: ModelConfig) -> tuple[str, ...]:
+    """Its repetition penalty passes over the prompt. It reads seeds in its deterministic mode only,
+    which takes no min_p."""
+    is_deterministic = config.engine_options.get("enable_deterministic_inference")
+    return ("repetition_penalty", "min_p" if is_deterministic else "seed")
+
+
+SGLANG = Kind(
+    "sglang",
+    "SGLang",
+    _describe_arguments,
+    _describe_environment,
+    unsupported=_find_unsupported,
+)

@@ -1,0 +1,154 @@
+"""What an engine does with a prompt before it computes, and with tokens after: the same for all.
+
+Prompt -> token ids, and how long the answer may become; token ids -> text and logprobs.
+"""
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from llava_ray.engine.detokenizer import LogprobStream, TextStream
+from llava_ray.engine.structured_output import Grammar, Vocabulary
+from llava_ray.errors import ContextLengthError, RequestError
+from llava_ray.model.loading import Core
+from llava_ray.model.processor import mark_pictures
+from llava_ray.template import IMAGE_PLACEHOLDER
+from llava_ray.types import Prompt, Tokens
+
+_TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class PromptReader:
+    """Reads prompts for one model.
+
+    Args:
+        core: its tokenizer and processor are used; it may be without weights.
+        context_length: longest prompt plus answer, in tokens.
+        room: the same, where a cache holds less.
+    """
+
+    def __init__(self, core: Core, *, context_length: int, room: int) -> None:
+        self._core, self._context_length, self._room = core, context_length, room
+
+    def read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
+        """Return a prompt's token ids, and its pictures as the model takes them.
+
+        Raises:
+            RequestError: it cannot be read.
+        """
+        if prompt.token_ids:
+            self.check_token_ids(prompt.token_ids, param="prompt")
+            if self._core.image_token_id in prompt.token_ids:
+                raise RequestError(
+                    f"token {self._core.image_token_id} stands for a picture, and none came with "
+                    "it: leave it out",
+                    param="prompt",
+                )
+            return list(prompt.token_ids), None
+        if not (prompt.images or prompt.add_special_tokens):
+            return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
+        inputs = self._core.encode(prompt.text, prompt.images)
+        return inputs["input_ids"][0].tolist(), select_pictures(inputs)
+
+    def write(self, prompt: Prompt, prompt_ids: Sequence[int]) -> dict[str, Any]:
+        """Return a prompt for a processor that expands pictures itself: its `token_ids` with one
+        image token for each picture, and the `text` before which that puts its own beginning."""
+        if not prompt.images:
+            return {"token_ids": list(prompt_ids), "text": ""}
+        core = self._core
+        image_id = core.image_token_id
+        ids = [image_id if i == IMAGE_PLACEHOLDER else i for i in core.tokenize(prompt.text)]
+        text = mark_pictures(prompt.text) if core.checkpoint.uses_start_end else prompt.text
+        return {"token_ids": ids, "text": text.removeprefix(core.tokenizer.bos_token or "")}
+
+    def count_image_tokens(self, prompt_ids: Sequence[int]) -> int:
+        return prompt_ids.count(self._core.image_token_id)
+
+    def fit(self, prompt: Prompt, prompt_ids: Sequence[int]) -> int:
+        """Return how long the answer may become.
+
+        Raises:
+            ContextLengthError: it has no room.
+            RequestError: `logit_bias` names tokens that there are not.
+        """
+        biased = [id_ for id_, _ in prompt.sampling.logit_bias]
+        self.check_token_ids(biased, param="logit_bias")
+        num_tokens, room = len(prompt_ids), self._room
+        num_image_tokens = self.count_image_tokens(prompt_ids)
+        pictures = f"{len(prompt.images)} picture{'s' if len(prompt.images) > 1 else ''}"
+        parts = (
+            f" ({num_image_tokens:,} for {pictures}, {num_tokens - num_image_tokens:,} of text)"
+            if prompt.images
+            else ""
+        )
+        asked = prompt.sampling.max_tokens
+        if num_tokens >= room:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens:,} tokens{parts}, the context holds {room:,} with "
+                f"the answer: shorten the conversation{' or send fewer pictures' * bool(parts)}",
+                param="messages",
+            )
+        if asked is not None and num_tokens + asked > room:
+            raise ContextLengthError(
+                f"the prompt has {num_tokens:,} tokens{parts} and max_tokens asks for {asked:,} "
+                f"more, the context holds {room:,}: ask for at most {room - num_tokens:,}",
+                param="max_tokens",
+            )
+        return room - num_tokens if asked is None else asked
+
+    def open_text(self, prompt: Prompt) -> TextStream:
+        """Return what turns the answer's tokens into text."""
+        tokenizer = self._core.tokenizer
+        return TextStream(
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop=prompt.sampling.stop
+        )
+
+    def open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
+        """Return what keeps the answer's logprobs, if any are asked for."""
+        num_top = prompt.sampling.num_logprobs
+        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
+
+    def compile_format(self, prompt: Prompt) -> Grammar | None:
+        """Return the grammar that the answer is held to, if any.
+
+        Raises:
+            RequestError: the JSON schema is wrong.
+        """
+        schema = prompt.sampling.json_schema
+        return None if schema is None else self._vocabulary.compile(schema)
+
+    def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return a prompt's tokens; see `Engine.tokenize`."""
+        ids, _ = self.read(prompt)
+        texts = self._core.tokenizer.convert_ids_to_tokens(ids)
+        return Tokens(ids, [text or "" for text in texts], self._context_length)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        """Return the text of tokens; see `Engine.detokenize`."""
+        self.check_token_ids(token_ids, param="tokens")
+        return self._core.tokenizer.decode(list(token_ids))
+
+    def check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
+        """Raise a RequestError for a token beyond the vocabulary."""
+        size = self._core.model.config.text_config.vocab_size
+        for id_ in token_ids:
+            if id_ >= size:
+                raise RequestError(
+                    f"{param} names token {id_}, the vocabulary ends at {size - 1}: leave it out",
+                    param=param,
+                )
+
+    @functools.cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(
+            self._core.tokenizer,
+            size=self._core.model.config.text_config.vocab_size,
+            eos_token_ids=self._core.eos_token_ids,
+        )
+
+
+def select_pictures(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Return those of a prompt's inputs that belong to its pictures; None if it has none."""
+    return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS} or None

@@ -1,0 +1,1 @@
+"""Our engine: `scheduling` decides what a step computes, `execution` computes it."""

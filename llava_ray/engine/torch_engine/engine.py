@@ -1,0 +1,260 @@
+"""Our own engine: continuous batching of LLaVA wherever torch runs.
+
+prompt -> encoded (one helper thread) -> the engine's loop (another thread): plan, run, commit ->
+chunks, back in the event loop of whoever reads the stream.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Many
+from concurrent.futures import Future
+
+import torch
+
+from llava_ray.config import ModelConfig
+from llava_ray.config.model import count_threads
+from llava_ray.engine.input_processor import PromptReader
+from llava_ray.engine.protocol import NotePictures, ignore_pictures
+from llava_ray.engine.torch_engine.engine_loop import Abort, Add, Close, EngineLoop, Ping, Reader
+from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner, Runner
+from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters, load_side_adapters
+from llava_ray.engine.torch_engine.execution.threads import (
+    run_in_passing_thread,
+    start_single_threaded_executor,
+    use_threads,
+)
+from llava_ray.engine.torch_engine.scheduling.content_hash import describe_content, name_pictures
+from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.errors import ConfigError, EngineError
+from llava_ray.model.loading import Core, load_model, select_device, select_dtype
+from llava_ray.types import Chunk, Prompt, Tokens
+
+PREFILL_TOKENS_CPU = 240
+PREFILL_TOKENS_GPU = 4096
+"""Prompt tokens in one step: enough to keep the device busy, few enough not to stall streams."""
+
+
+class TorchEngine:
+    """Answers many prompts at once; see `Engine`.
+
+    Args:
+        core: the loaded model; the engine takes it over, weights included.
+        adapters: those beside its weights, if any.
+        runner: computes the steps; by default the real one for `core`.
+        context_length: longest prompt plus answer; default: the model's own.
+        cache_tokens: size of the key-value cache, over all requests.
+        cache_dtype: its precision; by default that of the weights.
+        quantization: see `LlavaRunner`.
+        max_batch_size: requests computed at once.
+        prefill_tokens: prompt tokens of one step.
+        picture_cache_mb: memory for encoded pictures, in MiB.
+        prefix_cache: keep what was computed, for prompts that begin alike.
+        patience_s: a step that takes longer than this counts as stuck.
+        runs_ahead: launch a step before the tokens of the one before are read; by default on GPUs,
+            which compute while Python plans.
+        note_pictures: told by the default runner what becomes of pictures.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        adapters: SideAdapters | None = None,
+        runner: Runner | None = None,
+        context_length: int | None = None,
+        cache_tokens: int = 16384,
+        cache_dtype: torch.dtype | None = None,
+        quantization: str = "none",
+        max_batch_size: int = 32,
+        prefill_tokens: int | None = None,
+        prefix_cache: bool = True,
+        picture_cache_mb: int = 256,
+        patience_s: float = 60.0,
+        runs_ahead: bool | None = None,
+        note_pictures: NotePictures = ignore_pictures,
+    ) -> None:
+        num_threads = torch.get_num_threads()
+        on_gpu = core.model.device.type != "cpu"
+        adapters = adapters or SideAdapters()
+        is_ahead = on_gpu if runs_ahead is None else runs_ahead
+        is_wide = num_threads == 2 and not (is_ahead or adapters.names or runner)
+        scheduler = Scheduler(
+            cache_tokens=cache_tokens,
+            max_batch_size=max_batch_size,
+            prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
+            picture_cost=_weigh_pictures(core),
+            prefix_cache=prefix_cache,
+        )
+        self.template = core.template
+        self.context_length = min(context_length or core.context_length, core.context_length)
+        self._core = core
+        self._cache_tokens = scheduler.regions.num_tokens
+        self._reader = PromptReader(
+            core,
+            context_length=self.context_length,
+            room=min(self.context_length, self._cache_tokens),
+        )
+        self._patience_s = patience_s
+        self._adapters = adapters
+        self._runner = runner or run_in_passing_thread(
+            lambda: LlavaRunner(
+                core,
+                cache_tokens=self._cache_tokens,
+                cache_dtype=cache_dtype,
+                quantization=quantization,
+                adapters=adapters,
+                picture_cache_mb=picture_cache_mb,
+                graph_batch_size=max_batch_size if on_gpu else None,
+                note_pictures=note_pictures,
+            )
+        )
+        self._encoder = start_single_threaded_executor("encode")
+        names = ("step-0", "step-1") if is_wide else ()
+        self._threads = [start_single_threaded_executor(name) for name in names]
+        self._loop = EngineLoop(
+            self._runner,
+            scheduler,
+            threads=self._threads,
+            runs_ahead=is_ahead,
+            on_start=lambda: use_threads(num_threads),
+            name="torch-engine",
+        )
+
+    @classmethod
+    def load(
+        cls, config: ModelConfig, *, note_pictures: NotePictures = ignore_pictures
+    ) -> "TorchEngine":
+        """Load a model and start an engine for it.
+
+        Raises:
+            ConfigError: the model does not load, or the configuration asks more than it has.
+        """
+        torch.set_num_threads(count_threads(config))
+        dtype = select_dtype(config.dtype, select_device(config.device))
+        # Where "auto" is float32, products read weights of 16 bits as they are stored; adapters
+        # would be rounded to those.
+        is_stored = config.dtype == "auto" and dtype == torch.float32 and not config.adapters
+        core = run_in_passing_thread(
+            lambda: load_model(
+                config.path,
+                dtype="stored" if is_stored else dtype,
+                device=config.device,
+                template=config.template,
+            )
+        )
+        if (config.context_length or 0) > core.context_length:
+            raise ConfigError(
+                f"context_length={config.context_length} is more than the {core.context_length} "
+                f"tokens that {config.path!r} was made for: ask for at most that"
+            )
+        return cls(
+            core,
+            adapters=load_side_adapters(core.model, config.adapters),
+            context_length=config.context_length,
+            cache_tokens=config.cache_tokens,
+            cache_dtype=dtype,
+            quantization=config.quantization,
+            max_batch_size=config.max_batch_size,
+            prefix_cache=config.prefix_cache,
+            picture_cache_mb=config.picture_cache_mb,
+            note_pictures=note_pictures,
+        )
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
+        """Yield the answer piece by piece; see `Engine.stream`."""
+        here = asyncio.get_running_loop()
+        sequence = await here.run_in_executor(self._encoder, self._encode, prompt)
+        reader = Reader()
+        self._loop.send(Add(sequence, reader))
+        is_finished = False
+        try:
+            while not is_finished:
+                item = await reader.news.get()
+                is_finished = not isinstance(item, Chunk) or item.finish_reason is not None
+                if isinstance(item, EngineError):
+                    raise item
+                yield item
+        finally:
+            if not is_finished:
+                self._abort(sequence)
+
+    async def tokenize(self, prompt: Prompt) -> Tokens:
+        """Return a prompt's tokens; see `Engine.tokenize`."""
+        here = asyncio.get_running_loop()
+        return await here.run_in_executor(self._encoder, self._reader.tokenize, prompt)
+
+    async def detokenize(self, token_ids: Many[int]) -> str:
+        """Return the text of tokens; see `Engine.detokenize`."""
+        here = asyncio.get_running_loop()
+        return await here.run_in_executor(self._encoder, self._reader.detokenize, token_ids)
+
+    async def check(self) -> None:
+        """Send a token through the model, between two steps; see `Engine.check`."""
+        answer: Future[None] = Future()
+        self._loop.send(Ping(answer))
+        try:
+            await asyncio.wait_for(asyncio.wrap_future(answer), self._patience_s)
+        except TimeoutError as error:
+            raise EngineError(
+                f"the engine has been stuck in one step for {self._patience_s:.0f} s"
+            ) from error
+
+    def stats(self) -> dict[str, float]:
+        """Figures of this moment."""
+        scheduler, figures = self._loop.scheduler, self._loop.figures
+        return {
+            "num_running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting),
+            "cache_tokens_used": scheduler.regions.num_used - scheduler.prefixes.num_tokens,
+            "cache_tokens_total": scheduler.regions.num_tokens,
+            "num_steps": figures.num_steps,
+            "num_prompt_tokens": figures.num_prompt_tokens,
+            "num_cached_tokens": figures.num_cached_tokens,
+            "num_new_tokens": figures.num_new_tokens,
+        }
+
+    async def close(self) -> None:
+        """Abort what is running, end the threads."""
+        with contextlib.suppress(EngineError):  # it may have ended already
+            self._loop.send(Close())
+        await asyncio.to_thread(self._loop.join)
+        for thread in self._threads:
+            await asyncio.to_thread(thread.shutdown)
+        self._encoder.shutdown(wait=False, cancel_futures=True)
+
+    def _abort(self, sequence: Sequence) -> None:
+        with contextlib.suppress(EngineError):  # then nothing is left to free
+            self._loop.send(Abort(sequence))
+
+    def _encode(self, prompt: Prompt) -> Sequence:
+        self._adapters.check(prompt.adapter)
+        prompt_ids, pictures = self._reader.read(prompt)
+        names = name_pictures(prompt.images)
+        return Sequence(
+            request_id=prompt.request_id,
+            prompt_ids=prompt_ids,
+            num_image_tokens=self._reader.count_image_tokens(prompt_ids),
+            sampling=prompt.sampling,
+            max_tokens=self._reader.fit(prompt, prompt_ids),
+            text=self._reader.open_text(prompt),
+            eos_token_ids=self._core.eos_token_ids,
+            grammar=self._reader.compile_format(prompt),
+            logprobs=self._reader.open_logprobs(prompt),
+            inputs=pictures,
+            content=describe_content(
+                prompt_ids, self._core.image_token_id, names, adapter=prompt.adapter
+            ),
+            picture_names=names,
+            adapter=prompt.adapter,
+        )
+
+
+def _weigh_pictures(core: Core) -> float:
+    """Return what encoding an image token costs, in tokens of the language model."""
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(parameter.numel() for parameter in module.parameters())
+
+    return count(core.model.model.vision_tower) / count(core.model.model.language_model)

@@ -1,0 +1,1 @@
+"""How a step is computed: tensors, kernels, the key-value cache and sampling."""

@@ -1,0 +1,115 @@
+"""What a layer computes between its products, on a CPU in float32 or bfloat16: each in one pass.
+
+torch computes these from several operations, each of which reads and writes all numbers. Here sums
+are in float32, and what is written is rounded once.
+
+Shapes: T tokens, D hidden, I width of the MLP, K kv heads, E head size, C = E/2 pairs, R rows of a
+pool.
+"""
+
+import numpy as np
+import torch
+
+from llava_ray.engine.torch_engine.execution.numba_ops import (
+    compile_kept,
+    convert,
+    exp,
+    flatten,
+    is_read,
+    round_bits,
+    to_numpy,
+    widen,
+)
+
+
+def can_compute(states: torch.Tensor) -> bool:
+    """Whether `normalise` and `gate` are for such states."""
+    return is_read(states) and states.is_contiguous()
+
+
+def normalise(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """Return the root mean square norm, [T, D]."""
+    output_TD = torch.empty_like(hidden_TD)
+    hidden, weight, output = map(to_numpy, (hidden_TD, weight_D.detach(), output_TD))
+    _normalise(hidden, weight, np.float32(epsilon), output)
+    return output_TD
+
+
+def gate(gate_up_TJ: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) * up, [T, I], of [T, 2 I]: the gates, then what they let through."""
+    tokens, width = gate_up_TJ.shape
+    output_TI = gate_up_TJ.new_empty(tokens, width // 2)
+    _gate(to_numpy(gate_up_TJ), to_numpy(output_TI))
+    return output_TI
+
+
+def turn(heads_TJE: torch.Tensor, turns_T1C: torch.Tensor, num_turned: int) -> None:
+    """Rotate each pair of neighbours in the first heads by its token's angle, in place.
+
+    Args:
+        heads_TJE: bfloat16; in float32, torch multiplies complex numbers in one pass.
+        turns_T1C: complex64, of length 1.
+    """
+    turns_TE = torch.view_as_real(turns_T1C).flatten(1).numpy()
+    _turn(heads_TJE.flatten(1).view(torch.uint32).numpy(), turns_TE, num_turned)
+
+
+def put(pool_RE: torch.Tensor, rows: torch.Tensor, new_TKE: torch.Tensor) -> None:
+    """Write keys or values into rows of a pool; rows are integers, [T * K]."""
+    new, distance = flatten(new_TKE if is_read(new_TKE) else new_TKE.float())
+    _put(to_numpy(pool_RE), rows.numpy(), new, distance, len(new_TKE))
+
+
+@compile_kept
+def _normalise(hidden_TD, weight_D, epsilon, output_TD):
+    tokens, size = hidden_TD.shape
+    for t in range(tokens):
+        squares = np.float32(0)
+        for d in range(size):
+            number = widen(hidden_TD[t, d])
+            squares += number * number
+        factor = np.float32(1) / np.sqrt(squares / np.float32(size) + epsilon)
+        for d in range(size):
+            number = widen(hidden_TD[t, d]) * factor * widen(weight_D[d])
+            output_TD[t, d] = convert(number, output_TD)
+
+
+@compile_kept
+def _gate(gate_up_TJ, output_TI):
+    tokens, width = output_TI.shape
+    for t in range(tokens):
+        gates, ups, output = gate_up_TJ[t, :width], gate_up_TJ[t, width:], output_TI[t]
+        for i in range(width):
+            number = widen(gates[i])
+            divisor = np.float32(1) + exp(min(-number, np.float32(87)))
+            output[i] = convert(number / divisor * widen(ups[i]), output)
+
+
+@compile_kept
+def _turn(pairs_TP, turns_TE, num_turned):
+    tokens, size = turns_TE.shape
+    size //= 2
+    for t in range(tokens):
+        turns = turns_TE[t]
+        for j in range(num_turned):
+            pairs = pairs_TP[t, j * size : (j + 1) * size]
+            for c in range(size):
+                pair = pairs[c]
+                one = np.uint32(pair << np.uint32(16)).view(np.float32)
+                other = np.uint32(pair & np.uint32(0xFFFF0000)).view(np.float32)
+                cos, sin = turns[2 * c], turns[2 * c + 1]
+                low = round_bits(one * cos - other * sin)
+                high = round_bits(one * sin + other * cos)
+                pairs[c] = np.uint32(low >> np.uint32(16)) | np.uint32(high & np.uint32(0xFFFF0000))
+
+
+@compile_kept
+def _put(pool_RE, rows, new, distance, tokens):
+    size = pool_RE.shape[1]
+    heads = len(rows) // tokens
+    for t in range(tokens):
+        for k in range(heads):
+            place = t * distance + k * size
+            source, target = new[place : place + size], pool_RE[rows[t * heads + k]]
+            for e in range(size):
+                target[e] = convert(source[e], pool_RE)

@@ -1,0 +1,193 @@
+"""Steps in which every sequence computes one token, played from CUDA graphs on a GPU.
+
+While a batch decodes, a step is hundreds of small operations, and a GPU waits longer for Python to
+call them than it computes. Recorded once for each of a few batch sizes, they are one call. What
+differs from step to step is in one tensor that stays where it is, and is copied to it in one piece.
+
+Shapes: B sequences, T = B tokens, V vocabulary, H query heads, K kv heads, E head size.
+"""
+
+import bisect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llava_ray.engine.torch_engine.execution.attention_metadata import Singles, TurnAndAttend
+from llava_ray.engine.torch_engine.execution.device_transfer import send
+from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
+from llava_ray.engine.torch_engine.execution.sampler import Choice
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
+from llava_ray.engine.torch_engine.scheduling.scheduler import Plan
+
+logger = logging.getLogger(__name__)
+
+_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_TRIES = 2
+"""Steps before one is recorded: libraries set themselves up in the first."""
+
+
+class DecodeStep:
+    """The layout of a step of B sequences with one token each, which stays where it is.
+
+    It takes the place of `step.Step` in the language model.
+
+    Args:
+        size: B.
+        idle: a place of the cache that belongs to no sequence: that of those that are not there.
+        max_batch_size: of the step before.
+    """
+
+    wanted: torch.Tensor | None = None  # all tokens' states are
+    turn_and_attend: TurnAndAttend | None = None  # a GPU's kernels do one thing each
+
+    def __init__(self, size: int, cache: KVCache, idle: Region, *, max_batch_size: int) -> None:
+        self._cache, self._idle = cache, idle
+        self._numbers_5B = torch.zeros(5, size, dtype=torch.int64, device=cache.device)
+        self._latest_B = torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
+        self._tokens_B = torch.arange(size, device=cache.device)
+        self._heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
+        self._known_B, self._rows_B, *rest = self._numbers_5B
+        self.positions_T, self._starts_B, self._sizes_B = rest
+        self.fill(Plan([]), None)
+
+    def fill(self, plan: Plan, latest: Choice | None) -> None:
+        """Describe this step's tokens; those that are not known are among the latest choice."""
+        columns = []
+        for sequence, start, *_ in plan.pieces:
+            assert sequence.region is not None
+            row = latest.rows[sequence] if latest and sequence.num_expected else -1
+            known = sequence.ids_from(start, 1) if row < 0 else [0]
+            columns.append((*known, row, start, *sequence.region))
+        columns += [(0, -1, 0, *self._idle)] * (len(self._tokens_B) - len(columns))
+        numbers_5B = send(torch.tensor(columns).T.contiguous(), self._numbers_5B.device)
+        self._numbers_5B.copy_(numbers_5B)
+        if latest:
+            self._latest_B[: len(latest.tokens_B)] = latest.tokens_B
+
+    def begin(self) -> None:
+        """Compute what all layers need; recorded, as all that follows."""
+        latest_B = self._latest_B[self._rows_B.clamp(min=0)]
+        self.ids_B = torch.where(self._rows_B < 0, self._known_B, latest_B)
+        self._singles = Singles(
+            self._tokens_B,
+            self._starts_B,
+            self._sizes_B,
+            self.positions_T + 1,
+            num_kv_heads=self._cache.num_kv_heads,
+        )
+        firsts_B = self._starts_B * self._cache.num_kv_heads + self.positions_T
+        self._rows = (firsts_B[:, None] + self._sizes_B[:, None] * self._heads_K).flatten()
+
+    def attend(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        is_last: bool = False,
+    ) -> torch.Tensor:
+        """Store the step's keys and values and attend, as `step.Step.attend`; [T, H, E]."""
+        cache = self._cache
+        assert cache.attend_rows is not None
+        cache.store(layer, self._rows, key_TKE, value_TKE)
+        output_THE = query_THE.new_empty(query_THE.shape)
+        cache.attend_rows(
+            query_THE,
+            cache.keys[layer],
+            cache.values[layer],
+            self._singles.find_rows(window),
+            output_THE,
+            num_kv_heads=cache.num_kv_heads,
+            scaling=scaling,
+        )
+        return output_THE
+
+
+class DecodeGraphs:
+    """Computes such steps: each is played for the next larger of a few batch sizes.
+
+    Until they are recorded the same is computed without a graph, which is what a CPU can.
+
+    Args:
+        compute: token ids [B] and the layout of their step -> logits [B, V].
+        idle: a place of the cache that belongs to no sequence.
+        max_batch_size: of any step.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[torch.Tensor, DecodeStep], torch.Tensor],
+        cache: KVCache,
+        idle: Region,
+        *,
+        max_batch_size: int,
+    ) -> None:
+        self._compute = compute
+        self._sizes = [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
+        self._steps = [
+            DecodeStep(size, cache, idle, max_batch_size=max_batch_size) for size in self._sizes
+        ]
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+
+    @staticmethod
+    def can_compute(plan: Plan) -> bool:
+        """Whether a plan is a step of one token each, none of them a picture's."""
+        return bool(plan.pieces) and all(
+            piece.num_tokens == 1 and piece.sequence.inputs is None for piece in plan.pieces
+        )
+
+    def compute(self, plan: Plan, latest: Choice | None) -> torch.Tensor:
+        """Return the logits of a plan's tokens, [B, V]; the next call overwrites them.
+
+        Args:
+            latest: the tokens chosen last, those of the plan that are not known among them.
+        """
+        index = bisect.bisect_left(self._sizes, len(plan.pieces))
+        step = self._steps[index]
+        step.fill(plan, latest)
+        if index in self._graphs:
+            graph, logits_BV = self._graphs[index]
+            graph.replay()
+        else:
+            logits_BV = self._run(step)
+        return logits_BV[: len(plan.pieces)]
+
+    def _run(self, step: DecodeStep) -> torch.Tensor:
+        step.begin()
+        return self._compute(step.ids_B, step)
+
+    @torch.inference_mode()
+    def record(self) -> bool:
+        """Record all sizes, the largest first: the smaller ones take their memory from its pool.
+
+        Returns:
+            False, and the reason is logged: this language model, or GPU, cannot be recorded.
+        """
+        try:
+            with torch.cuda.device(self._steps[0].positions_T.device):
+                pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+                for index in reversed(range(len(self._sizes))):
+                    self._graphs[index] = self._record_one(self._steps[index], pool, stream)
+        except RuntimeError as error:
+            logger.warning("decoding goes without CUDA graphs: %s", error)
+            return False
+        return True
+
+    def _record_one(
+        self, step: DecodeStep, pool: Any, stream: torch.cuda.Stream
+    ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Return a graph, and where it leaves the logits."""
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_TRIES):
+                self._run(step)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            logits_BV = self._run(step)
+        return graph, logits_BV

@@ -1,0 +1,125 @@
+"""What the language model reads of pictures: encoded in batches, and kept by their content.
+
+A picture that was asked about before goes through the vision tower no more, wherever it stands in
+the new prompt and whatever became of the keys and values of the old one.
+
+Shapes: N pictures, P image tokens a picture, D hidden.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+
+PICTURES_AT_ONCE = 16
+"""Pictures that go through the vision tower together; bounds the memory that they take."""
+
+
+class Key(NamedTuple):
+    """Pictures with equal keys are read alike.
+
+    Attributes:
+        name: a number for the content; see `engine.content`.
+        adapter: with which it was encoded; empty: the model itself.
+    """
+
+    name: int
+    adapter: str
+
+
+Inputs = dict[str, torch.Tensor]
+"""A picture as the model takes it: pixels, and sizes where there are tiles; each [1, ...]."""
+
+Encode = Callable[[str, Inputs], list[torch.Tensor]]
+"""From an adapter and N pictures' inputs, [N, ...], to their features, N of [P, D]."""
+
+
+class Pictures:
+    """Encodes the pictures of sequences that are new. May be used by several threads at once.
+
+    Args:
+        encode: calls the vision tower.
+        max_bytes: memory for what is kept, the longest unused go first; 0: nothing is kept.
+    """
+
+    def __init__(self, encode: Encode, *, max_bytes: int) -> None:
+        self._encode, self._max_bytes = encode, max_bytes
+        self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._num_bytes = 0
+        self._lock = threading.Lock()
+
+    def read(self, sequences: list[Sequence]) -> tuple[int, int]:
+        """Replace the pixels in sequences' `inputs` by features, [N * P, D].
+
+        Returns:
+            How many pictures were encoded, and how many were known.
+        """
+        features: dict[Key, torch.Tensor] = {}
+        wanted: dict[Key, Inputs] = {}
+        keys = {sequence: _list_keys(sequence) for sequence in sequences}
+        for sequence, own in keys.items():
+            for index, key in enumerate(own):
+                if key in features or key in wanted:
+                    continue
+                if (kept := self._find(key)) is not None:
+                    features[key] = kept
+                else:
+                    inputs = sequence.inputs.items()
+                    wanted[key] = {name: each[index : index + 1] for name, each in inputs}
+        for batch in _group(wanted):
+            features |= self._encode_batch(batch)
+        for sequence, own in keys.items():
+            sequence.inputs = torch.cat([features[key] for key in own])
+        return len(wanted), sum(map(len, keys.values())) - len(wanted)
+
+    def _encode_batch(self, batch: dict[Key, Inputs]) -> dict[Key, torch.Tensor]:
+        adapter = next(iter(batch)).adapter
+        names = next(iter(batch.values()))
+        inputs = {name: torch.cat([each[name] for each in batch.values()]) for name in names}
+        new = dict(zip(batch, self._encode(adapter, inputs), strict=True))
+        for key, features_PD in new.items():
+            self._keep(key, features_PD)
+        return new
+
+    def _find(self, key: Key) -> torch.Tensor | None:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+            return self._kept.get(key)
+
+    def _keep(self, key: Key, features_PD: torch.Tensor) -> None:
+        size = features_PD.nbytes
+        if size > self._max_bytes:
+            return
+        with self._lock:
+            if key in self._kept:  # encoded by two threads at once
+                return
+            self._kept[key] = features_PD.clone()  # by itself, and not all of its batch
+            self._num_bytes += size
+            while self._num_bytes > self._max_bytes:
+                _, oldest = self._kept.popitem(last=False)
+                self._num_bytes -= oldest.nbytes
+
+
+def _list_keys(sequence: Sequence) -> list[Key]:
+    num_pictures = len(sequence.inputs["pixel_values"])
+    assert len(sequence.picture_names) == num_pictures
+    return [Key(name, sequence.adapter) for name in sequence.picture_names]
+
+
+def _group(wanted: dict[Key, Inputs]) -> list[dict[Key, Inputs]]:
+    """Return what goes through the tower together: one adapter's pictures, if none has tiles."""
+    groups: list[dict[Key, Inputs]] = []
+    for adapter in {key.adapter: None for key in wanted}:
+        mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
+        plain = [key for key in mine if mine[key]["pixel_values"].ndim == 4]
+        groups += [{key: mine[key]} for key in mine if key not in plain]
+        groups += [
+            {key: mine[key] for key in plain[start : start + PICTURES_AT_ONCE]}
+            for start in range(0, len(plain), PICTURES_AT_ONCE)
+        ]
+    return groups

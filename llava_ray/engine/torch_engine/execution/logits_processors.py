@@ -1,0 +1,90 @@
+"""Changes logits of sequences that ask for it, before a token is chosen: format, bias, penalties.
+
+Called by `sampling.sample`. What is done, and in which order, is as in vLLM; the repetition penalty
+is that of transformers. Every row is changed by itself, so that what else is in the batch never
+changes an outcome.
+
+Shapes: B sequences, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Many
+
+import torch
+
+from llava_ray.engine.torch_engine.execution.device_transfer import send
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+
+
+def adjust(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    """Change float32 logits in place, each row as its sequence asks."""
+    _hold_to_format(logits_BV, sequences)
+    _forbid_the_end(logits_BV, sequences)
+    _add_bias(logits_BV, sequences)
+    _penalise(logits_BV, sequences)
+
+
+def _hold_to_format(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    size = logits_BV.shape[1]
+    for logits_V, sequence in zip(logits_BV, sequences, strict=True):
+        if sequence.grammar is not None:
+            allowed_V = send(sequence.grammar.list_allowed()[:size], logits_V.device)
+            logits_V.masked_fill_(~allowed_V, float("-inf"))
+
+
+def _forbid_the_end(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    places = [
+        (row, id_)
+        for row, sequence in enumerate(sequences)
+        if not sequence.may_end
+        for id_ in sequence.end_token_ids
+        if id_ < logits_BV.shape[1]
+    ]
+    if places:
+        logits_BV[_indices(places, logits_BV)] = float("-inf")
+
+
+def _add_bias(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    biases = [
+        (row, id_, bias)
+        for row, sequence in enumerate(sequences)
+        for id_, bias in sequence.sampling.logit_bias
+    ]
+    if biases:
+        places = _indices([(row, id_) for row, id_, _ in biases], logits_BV)
+        logits_BV[places] += _numbers([bias for *_, bias in biases], logits_BV)
+
+
+def _penalise(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    seen = list(_list_seen(sequences, logits_BV.shape[1]))
+    if not seen:
+        return
+    places = _indices([(row, id_) for row, id_, _ in seen], logits_BV)
+    counts_N = _numbers([count for *_, count in seen], logits_BV)
+
+    def spread(per_row: list[float]) -> torch.Tensor:
+        return _numbers(per_row, logits_BV)[places[0]]
+
+    asked = [sequence.sampling for sequence in sequences]
+    repetition_N = spread([sampling.repetition_penalty for sampling in asked])
+    frequency_N = spread([sampling.frequency_penalty for sampling in asked])
+    presence_N = spread([sampling.presence_penalty for sampling in asked])
+    values_N = logits_BV[places]
+    values_N = torch.where(values_N > 0, values_N / repetition_N, values_N * repetition_N)
+    logits_BV[places] = values_N - frequency_N * counts_N - presence_N * (counts_N > 0)
+
+
+def _list_seen(sequences: Many[Sequence], vocabulary: int) -> Iterator[tuple[int, int, int]]:
+    """Yield (row, token id, how often it is in the answer) for each that a penalty looks at."""
+    for row, sequence in enumerate(sequences):
+        for id_, count in sequence.seen.items():
+            if id_ < vocabulary:  # the id that stands for a picture may be beyond it
+                yield row, id_, count
+
+
+def _indices(places: list[tuple[int, int]], like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return send(places, like.device).unbind(1)
+
+
+def _numbers(numbers: list[float], like: torch.Tensor) -> torch.Tensor:
+    return send(numbers, like.device, torch.float32)

@@ -1,0 +1,313 @@
+"""Computes one step: the only part of the torch engine that touches the model.
+
+plan -> embeddings of its tokens (pictures through the tower, in batches) -> language model with
+attention over the cache -> logits of the last tokens -> one token for each complete piece.
+
+Shapes: B sequences, T tokens, P image tokens a picture, D hidden, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.protocol import NotePictures, ignore_pictures
+from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, Step, attend
+from llava_ray.engine.torch_engine.execution.attention_metadata import Layout
+from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
+from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch, send
+from llava_ray.engine.torch_engine.execution.encoder_cache import Pictures
+from llava_ray.engine.torch_engine.execution.fused_decoder import Decoder, can_fuse, fuse
+from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
+from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters
+from llava_ray.engine.torch_engine.execution.packed_linear import (
+    pack_linears,
+    quantize_linears,
+    widen,
+)
+from llava_ray.engine.torch_engine.execution.sampler import Choice, sample
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
+from llava_ray.engine.torch_engine.scheduling.scheduler import Piece, Plan
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.errors import ConfigError
+from llava_ray.model.loading import Core
+from llava_ray.types import Sampling
+
+_NUM_SCRATCH = 3
+"""The cache's last places, which belong to no request."""
+
+
+class Launched(Protocol):
+    """A plan that the device computes, or has computed."""
+
+    def read(self) -> list[int]:
+        """Wait for it; return the next token of each complete piece of the plan, in order."""
+        ...
+
+
+class Runner(Protocol):
+    """Computes plans. Implementations: LlavaRunner; a scripted one in the tests."""
+
+    def run(self, plan: Plan) -> list[int]:
+        """Return the next token of each complete piece of the plan, in order."""
+        ...
+
+    def launch(self, plan: Plan) -> Launched:
+        """Ask the device to compute a plan after the one that was launched before.
+
+        Tokens that its sequences expect are those that it chooses in that one.
+        """
+        ...
+
+    def check(self) -> None:
+        """Compute something small, away from all sequences; raise if that fails."""
+        ...
+
+
+def pass_over_unread_layers(model: Any) -> None:
+    """Let the vision tower's layers above those that `model` reads hand on what they are given."""
+    read = model.config.vision_feature_layer
+    layers = getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
+    heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
+    for layer in layers[max(heights) :]:
+        layer.forward = lambda hidden_states, *_args, **_options: hidden_states
+
+
+class _Launched(NamedTuple):
+    choice: Choice | None = None  # None: no piece was complete
+    note: Callable[[], None] = lambda: None  # called once it is computed
+
+    def read(self) -> list[int]:
+        """See `Launched`."""
+        tokens = self.choice.read() if self.choice else []
+        self.note()
+        return tokens
+
+
+class LlavaRunner:
+    """Runs any LLaVA whose language model speaks transformers' attention interface.
+
+    It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed;
+    on a CPU that is slow in 16 bits it computes in float32, whatever the weights are stored in.
+    Without adapters, plans that have no sequence in common may run in several threads at once.
+
+    Args:
+        core: the loaded model.
+        cache_tokens: size of the key-value cache.
+        cache_dtype: its precision; by default that of the weights.
+        quantization: "int8": the language model's products in 8 bits; "none": as they are.
+        adapters: those beside its weights, if any.
+        picture_cache_mb: memory for encoded pictures, in MiB; 0: none are kept.
+        graph_batch_size: up to so many sequences decode by `DecodeGraphs`, a GPU's way; None: none.
+        note_pictures: told what becomes of pictures.
+
+    Raises:
+        ConfigError: this language model's attention cannot be computed here, or it cannot be
+            quantized.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        cache_tokens: int,
+        cache_dtype: torch.dtype | None = None,
+        quantization: str = "none",
+        adapters: SideAdapters | None = None,
+        picture_cache_mb: int = 256,
+        graph_batch_size: int | None = None,
+        note_pictures: NotePictures = ignore_pictures,
+    ) -> None:
+        from transformers import AttentionInterface
+
+        config = core.model.config.text_config
+        if getattr(config, "attn_logit_softcapping", None):
+            raise ConfigError(
+                f"the language model {config.model_type!r} caps its attention scores, which the "
+                "torch engine does not: use another engine"
+            )
+        language_model = core.model.model.language_model
+        if not language_model._supports_attention_backend:
+            raise ConfigError(
+                f"the language model {config.model_type!r} computes its attention in a way of its "
+                "own, which the torch engine cannot redirect: use load_model and `generate`"
+            )
+        AttentionInterface.register(ATTENTION_NAME, attend)
+        language_model.set_attn_implementation(ATTENTION_NAME)
+        self.device: torch.device = core.model.device
+        self._core = core
+        self._adapters = adapters or SideAdapters()
+        self._note_pictures = note_pictures
+        self._pictures = Pictures(self._encode_pictures, max_bytes=picture_cache_mb << 20)
+        self._model = core.model.model
+        self._language_model = language_model
+        self._embed = core.model.get_input_embeddings()
+        heads = config.num_attention_heads
+        self._cache = KVCache(
+            num_tokens=cache_tokens + _NUM_SCRATCH,
+            num_layers=config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            dtype=cache_dtype or core.model.dtype,
+            device=self.device,
+        )
+        self._scratch = Region(cache_tokens, _NUM_SCRATCH)
+        pass_over_unread_layers(self._model)
+        is_fused = not self._adapters.names and can_fuse(language_model)
+        if is_fused:
+            fuse(language_model)
+        if quantization == "int8":
+            quantize_linears(language_model)
+        pack_linears(core.model)
+        widen(core.model)
+        self.dtype: torch.dtype = core.model.dtype
+        self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
+        self._graphs = self._find_graphs(graph_batch_size)
+        self._latest: Choice | None = None
+        self.run(self._plan_scratch(2, 1))  # kernels are compiled now, not while somebody waits
+        self.run(self._plan_scratch(1))
+
+    def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
+        if not max_batch_size or not self._cache.attend_rows or self._adapters.names:
+            return None
+        graphs = DecodeGraphs(
+            self._compute_logits, self._cache, self._scratch, max_batch_size=max_batch_size
+        )
+        return graphs if self.device.type == "cpu" or graphs.record() else None
+
+    def run(self, plan: Plan) -> list[int]:
+        """Return the next token of each complete piece of the plan, in order."""
+        return self._compute(plan).read()
+
+    def launch(self, plan: Plan) -> Launched:
+        """Ask the device to compute a plan; see `Runner.launch`."""
+        launched = self._compute(plan)
+        self._latest = launched.choice
+        return launched
+
+    @torch.inference_mode()
+    def _compute(self, plan: Plan) -> _Launched:
+        for source, target, num_tokens in plan.copies:
+            self._cache.copy(source, target, num_tokens)
+        if not plan.pieces:
+            return _Launched()
+        new = [p.sequence for p in plan.pieces if isinstance(p.sequence.inputs, dict)]
+        if not new:
+            return _Launched(self._choose_tokens(plan))
+        watch = Stopwatch(self.device)
+        num_encoded, num_cached = self._read_pictures(new)
+        watch.stop()
+        choice = self._choose_tokens(plan)
+        return _Launched(choice, lambda: self._note_pictures(num_encoded, num_cached, watch.read()))
+
+    def _choose_tokens(self, plan: Plan) -> Choice | None:
+        """Choose them, once the pictures of the plan are encoded; None: no piece is complete."""
+        if self._graphs and self._graphs.can_compute(plan):
+            logits_BV = self._graphs.compute(plan, self._latest)
+            return sample(logits_BV, [piece.sequence for piece in plan.pieces])
+        step = Step(plan, self._cache)
+        self._adapters.choose(self._find_rows(plan))
+        hidden_BD = self._compute_layers(self._embed_tokens(plan), step)
+        if not (complete := plan.complete):
+            return None
+        logits_BV = self._core.model.lm_head(hidden_BD)
+        return sample(logits_BV, [piece.sequence for piece in complete])
+
+    def check(self) -> None:
+        """Send one token through the language model."""
+        self.run(self._plan_scratch(1))
+
+    def _plan_scratch(self, *lengths: int) -> Plan:
+        """Return a step of sequences that are nobody's."""
+        pieces, start = [], self._scratch.start
+        for length in lengths:
+            text = TextStream(lambda ids: "")
+            sequence = Sequence("check", [0] * length, 0, Sampling(temperature=0), 1, text)
+            sequence.region = Region(start, length)
+            pieces.append(Piece.of(sequence, length))
+            start += length
+        return Plan(pieces)
+
+    def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
+        """Return the logits of one token each, [B, V], none of them a picture's."""
+        return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), step))
+
+    def _call_language_model(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
+        """Return the wanted tokens' last hidden states, [B, D], as transformers computes them."""
+        hidden_TD = self._language_model(
+            inputs_embeds=embeddings_TD[None],
+            position_ids=step.positions_T[None],
+            use_cache=False,
+            step=step,
+        ).last_hidden_state[0]
+        return hidden_TD if step.wanted is None else hidden_TD[step.wanted]
+
+    def _read_pictures(self, new: list[Sequence]) -> tuple[int, int]:
+        """Replace the pixels of new sequences by what the language model reads.
+
+        Returns:
+            How many pictures were encoded, and how many were known or in the cache already.
+        """
+        num_cached = 0
+        for sequence in new:
+            if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
+                num_cached += len(sequence.inputs["pixel_values"])
+                sequence.inputs = None
+        num_encoded, num_known = self._pictures.read([s for s in new if s.inputs])
+        return num_encoded, num_cached + num_known
+
+    def _find_rows(self, plan: Plan) -> dict[str, torch.Tensor | None]:
+        """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
+        rows: dict[str, list[int]] = {}
+        offset = 0
+        for sequence, _, num_tokens, _ in plan.pieces:
+            if sequence.adapter:
+                rows.setdefault(sequence.adapter, []).extend(range(offset, offset + num_tokens))
+            offset += num_tokens
+        return {
+            name: None if len(each) == offset else send(each, self.device)
+            for name, each in rows.items()
+        }
+
+    def _encode_pictures(self, adapter: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return what the language model reads of each picture, [P, D]."""
+        self._adapters.choose({adapter: None})
+        config = self._core.model.config
+        output = self._model.get_image_features(
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            **inputs | {"pixel_values": send(inputs["pixel_values"], self.device).to(self.dtype)},
+        )
+        return list(output.pooler_output)
+
+    def _embed_tokens(self, plan: Plan) -> torch.Tensor:
+        """Return the embeddings [T, D] of the plan's tokens, pictures in their places."""
+        ids: list[int] = []
+        places: list[int] = []
+        features: list[torch.Tensor] = []
+        expected: list[tuple[int, int]] = []  # (place, row of the latest choice)
+        for sequence, start, num_tokens, _ in plan.pieces:
+            piece = sequence.ids_from(start, num_tokens)
+            if sequence.num_expected:
+                assert self._latest
+                assert num_tokens == 1
+                expected.append((len(ids), self._latest.rows[sequence]))
+                piece = [0]
+            if sequence.inputs is not None:
+                mine = [i for i, id_ in enumerate(piece) if id_ == self._core.image_token_id]
+                done = sequence.prompt_ids[:start].count(self._core.image_token_id)
+                places.extend(len(ids) + i for i in mine)
+                features.append(sequence.inputs[done : done + len(mine)])
+                if start + num_tokens >= len(sequence.prompt_ids):
+                    sequence.inputs = None
+            ids.extend(piece)
+        ids_T = send(ids, self.device)
+        if expected and self._latest:
+            expected_E, rows_E = send(expected, self.device).unbind(1)
+            ids_T[expected_E] = self._latest.tokens_B[rows_E]
+        embeddings_TD = self._embed(ids_T)
+        if places:
+            embeddings_TD[send(places, self.device)] = torch.cat(features)
+        return embeddings_TD

@@ -1,0 +1,73 @@
+"""Files of questions and annotations, read with errors that name the file and the row."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from llava_ray.data.sources import readers
+from llava_ray.data.sources.building import LETTER_ANSWER, SHORT_ANSWER
+from llava_ray.errors import ConfigError, SampleError
+from llava_ray.storage import open_folder
+
+SHORT = f"\n{SHORT_ANSWER}"
+LETTER = f"\n{LETTER_ANSWER}"
+
+
+def find_file(folder: Path, *names: str) -> Path:
+    """Return the first of these files that is there.
+
+    Raises:
+        ConfigError: none is.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    others = f" (or {', '.join(names[1:])})" if names[1:] else ""
+    raise ConfigError(
+        f"{folder / names[0]} is missing{others}: put the benchmark's files where LLaVA's "
+        "docs/Evaluation.md has them, and give the folder above them with --data"
+    )
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds.
+
+    Raises:
+        ConfigError: it is not JSON, or not there.
+    """
+    return readers.read_json(open_folder(str(path.parent)), path.name)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file with one on each line; empty lines are left out.
+
+    Raises:
+        SampleError: a line is not a JSON object.
+    """
+    rows = []
+    for raw in readers.read_json_lines(open_folder(str(path.parent)), path.name):
+        if isinstance(raw.row, SampleError):
+            raise raw.row
+        rows.append(raw.row)
+    return rows
+
+
+def get_field(row: Any, name: Any, where: str) -> Any:
+    """Return a field of a row, or what a table of annotations has under a name.
+
+    Raises:
+        SampleError: there is none.
+    """
+    try:
+        return row[name]
+    except (KeyError, TypeError):
+        raise SampleError(f"{where} has no {name!r}: is it a file of this task?") from None
+
+
+def number_repeats(ids: Iterable[object]) -> Iterator[str]:
+    """Yield the ids as text, the second of the same name as "name#2"."""
+    seen: Counter[str] = Counter()
+    for each in map(str, ids):
+        seen[each] += 1
+        yield each if seen[each] == 1 else f"{each}#{seen[each]}"

@@ -1,0 +1,52 @@
+"""A question's pictures -> the bytes of their files, read where the model runs."""
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+
+from llava_ray.data.shards import ShardReader
+from llava_ray.errors import ImageError
+from llava_ray.evaluate.datasets import tsv
+from llava_ray.storage import open_folder
+
+
+def load_picture(picture: str) -> bytes:
+    """Return an encoded picture.
+
+    Args:
+        picture: the path of its file; "SHARD.parquet#ROW/NUMBER" for one in a shard;
+            "TABLE.tsv#BYTE" for that of the row which begins there.
+
+    Raises:
+        ImageError: there is no such picture.
+    """
+    path, _, place = picture.rpartition("#")
+    try:
+        if path.endswith(".parquet"):
+            row, number = map(int, place.split("/"))
+            return _read_row(path, row)[number]
+        if path.endswith(".tsv"):
+            return tsv.read_picture(Path(path), int(place))
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise ImageError(
+            f"the picture {picture} cannot be read ({error.strerror or error}): put the "
+            "benchmark's pictures there, on every machine that a model runs on"
+        ) from error
+
+
+@lru_cache(maxsize=100_000)
+def hash_picture(picture: str) -> str:
+    """Return the SHA-256 of an encoded picture; that of a file is kept."""
+    return hashlib.sha256(load_picture(picture)).hexdigest()
+
+
+def _read_row(path: str, row: int) -> list[bytes]:
+    sample = _open_shard(path).read(row).sample
+    return [image for image in sample.images if isinstance(image, bytes)]
+
+
+@lru_cache(maxsize=8)
+def _open_shard(path: str) -> ShardReader:
+    folder, _, name = path.rpartition("/")
+    return ShardReader(open_folder(folder or "."), name)

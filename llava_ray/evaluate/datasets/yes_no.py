@@ -1,0 +1,133 @@
+"""Questions with yes or no for an answer: POPE and MME."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError, SampleError
+from llava_ray.evaluate.datasets.files import SHORT, find_file, read_jsonl
+from llava_ray.evaluate.datasets.open_answer import read_llava
+from llava_ray.types import Question
+
+MME_HINT = "Please answer yes or no."
+
+
+def read_pope(folder: Path) -> list[Question]:
+    """LLaVA's file of all three splits, labels from POPE's own files."""
+    questions = read_llava(find_file(folder, "llava_pope_test.jsonl"), folder / "val2014")
+    by_split: dict[str, list[Question]] = {}
+    for question in questions:
+        if not question.groups:
+            raise SampleError(f"POPE's question {question.question_id} has no category")
+        by_split.setdefault(question.groups[0], []).append(question)
+    labelled = {
+        question.question_id: question
+        for split, members in by_split.items()
+        for question in _label_pope(members, _find_pope(folder, split))
+    }
+    return [labelled[question.question_id] for question in questions]
+
+
+def _find_pope(folder: Path, split: str) -> Path:
+    name = f"coco_pope_{split}.json"
+    return find_file(folder, f"coco/{name}", name)
+
+
+def _label_pope(questions: list[Question], path: Path) -> Iterator[Question]:
+    """Pair questions and labels by their order; by picture and words where the files differ."""
+    labels = read_jsonl(path)
+    by_words = {(row["image"], row["text"]): row for row in labels}
+    in_order = len(labels) == len(questions) and all(
+        row["image"] == question.cluster for row, question in zip(labels, questions, strict=True)
+    )
+    for i, question in enumerate(questions):
+        words = question.text.removesuffix(SHORT)
+        row = labels[i] if in_order else by_words.get((question.cluster, words))
+        if row is None:
+            raise SampleError(
+                f"{path.name} has no label for POPE's question {question.question_id} "
+                f"({question.cluster}: {words!r}): use the file of the same release"
+            )
+        yield replace(question, answers=(row["label"],))
+
+
+def read_mme(folder: Path) -> list[Question]:
+    """LLaVA's file, answers from the benchmark's questions_answers_YN."""
+    release = folder / "MME_Benchmark_release_version"
+    answers = _read_mme_answers(release)
+    questions = []
+    for question in read_llava(find_file(folder, "llava_mme.jsonl"), release):
+        subtask, _, name = question.source_id.rpartition("/")
+        subtask = subtask.split("/")[0]
+        key = (subtask, Path(name).stem, clean_mme_question(question.text))
+        if key not in answers:
+            raise SampleError(
+                f"{release} has no answer for MME's question {question.question_id}: {key[2]!r}"
+            )
+        picture = release / question.cluster
+        if not picture.exists():
+            picture = release / subtask / "images" / name
+        questions.append(
+            replace(
+                question,
+                images=(str(picture),),
+                answers=(answers[key],),
+                groups=(subtask,),
+                cluster=f"{subtask}/{Path(name).stem}",
+            )
+        )
+    return questions
+
+
+def clean_mme_question(text: str) -> str:
+    """Return a question without what is said about the form of its answer."""
+    return text.replace(SHORT.strip(), "").replace(MME_HINT, "").strip()
+
+
+def _read_mme_answers(release: Path) -> dict[tuple[str, str, str], str]:
+    answers: dict[tuple[str, str, str], str] = {}
+    if not release.is_dir():
+        raise ConfigError(f"{release} is missing: put MME's release there")
+    for subtask in sorted(path for path in release.iterdir() if path.is_dir()):
+        inner = subtask / "questions_answers_YN"
+        for path in sorted((inner if inner.is_dir() else subtask).glob("*.txt")):
+            for line in path.read_text(encoding="utf-8").split("\n"):
+                if line.strip():
+                    question, _, answer = line.strip().rpartition("\t")
+                    key = (subtask.name, path.stem, clean_mme_question(question))
+                    answers[key] = answer.strip().lower()
+    return answers
+
+
+def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
+    """MME's per-task files of answers (`picture, question, right answer, reply`, tab-separated).
+
+    They hold all that their scores need: two lines after each other are of one picture.
+
+    Raises:
+        ConfigError: there is no such file.
+        SampleError: a line is not of that form.
+    """
+    files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    if not files or not path.exists():
+        raise ConfigError(f"there are no files of MME's (color.txt, ...) at {path}")
+    for file in files:
+        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
+        for number, line in enumerate(lines):
+            cells: list[Any] = line.split("\t")
+            if len(cells) != 4:
+                raise SampleError(
+                    f"{file}, line {number + 1}, has {len(cells)} columns: picture, question, "
+                    "right answer and reply are needed"
+                )
+            picture, text, answer, reply = cells
+            question = Question(
+                f"{file.stem}/{picture}/{number}",
+                text,
+                answers=(answer.lower(),),
+                groups=(file.stem,),
+                cluster=f"{file.stem}/{number // 2}",
+                source_id=f"{file.stem}/{picture}",
+            )
+            yield question, reply

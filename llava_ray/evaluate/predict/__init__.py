@@ -1,0 +1,1 @@
+"""Asking: questions go to engines in Ray actors, to an endpoint or to the live application."""

@@ -1,0 +1,1 @@
+"""What an evaluation leaves behind: samples, results, a report; and two runs compared."""

@@ -1,0 +1,184 @@
+"""Predictions -> scores -> what a task's run leaves behind: samples, numbers, Parquet."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_ray.evaluate.datasets.files import read_json
+from llava_ray.evaluate.scoring.metrics import Scored
+from llava_ray.evaluate.scoring.statistics import Estimate, estimate
+from llava_ray.evaluate.tasks import Task
+from llava_ray.types import Prediction, Question, Score
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The numbers of one task.
+
+    Attributes:
+        task: its name.
+        metrics: each number with its standard error; the first is the headline.
+        num_questions: of the task.
+        num_scored: answered and judged; only these enter the numbers.
+        statuses: questions by what became of them; "unjudged" if no verdict could be read.
+        reasons: why questions were not answered or judged, and how often.
+        is_covered: enough questions were scored for a headline.
+        note: why there is no file for the benchmark's server, where there should be one.
+    """
+
+    task: str
+    metrics: dict[str, Estimate]
+    num_questions: int
+    num_scored: int
+    statuses: dict[str, int]
+    reasons: dict[str, int] = field(default_factory=dict)
+    is_covered: bool = True
+    note: str = ""
+
+    @property
+    def coverage(self) -> float:
+        return self.num_scored / self.num_questions if self.num_questions else 0.0
+
+    @property
+    def headline(self) -> tuple[str, Estimate] | None:
+        """The task's number; None without answers, or with too few of them."""
+        return next(iter(self.metrics.items()), None) if self.is_covered else None
+
+
+def score_replies(
+    task: Task, questions: Sequence[Question], predictions: Mapping[str, Prediction]
+) -> dict[str, Score]:
+    """Score every question that was answered and has an answer; a judge's are not made here."""
+    answered = [
+        (question, said.text)
+        for question in questions
+        if question.answers
+        and (said := predictions.get(question.question_id))
+        and said.status == "answered"
+    ]
+    if task.score:
+        return {question.question_id: task.score(question, text) for question, text in answered}
+    if task.score_together and answered:
+        asked, texts = zip(*answered, strict=True)
+        scores = task.score_together(asked, texts)
+        return {q.question_id: score for q, score in zip(asked, scores, strict=True)}
+    return {}
+
+
+def summarize_task(
+    task: Task,
+    questions: Sequence[Question],
+    predictions: Mapping[str, Prediction],
+    scores: Mapping[str, Score],
+    *,
+    min_coverage: float,
+) -> TaskResult:
+    """Return the numbers of a task over what was answered and judged; nothing else counts."""
+    rows: list[Scored] = []
+    statuses: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    for question in questions:
+        prediction = predictions.get(question.question_id)
+        score = scores.get(question.question_id)
+        status = prediction.status if prediction else "missing"
+        if prediction and status == "answered" and score is not None:
+            if score.value is None:
+                status = "unjudged"
+                reasons[score.why] += 1
+            else:
+                rows.append(Scored(question, prediction.text, score))
+        elif prediction and prediction.reason:
+            reasons[prediction.reason] += 1
+        statuses[status] += 1
+    metrics = estimate(rows, task.summarize, cluster_of=name_cluster) if rows else {}
+    return TaskResult(
+        task.name,
+        metrics,
+        len(questions),
+        len(rows),
+        dict(statuses),
+        dict(reasons.most_common(20)),
+        is_covered=bool(rows) and len(rows) >= min_coverage * len(questions),
+    )
+
+
+def describe_sample(
+    question: Question, prediction: Prediction | None, score: Score | None
+) -> dict[str, Any]:
+    """Return a line of samples_{task}.jsonl: all that scoring anew or comparing needs."""
+    said = asdict(prediction) if prediction else {"status": "missing", "text": ""}
+    said.pop("question_id", None)
+    return {
+        "id": question.question_id,
+        "prompt": question.text,
+        "images": list(question.images),
+        "answers": list(question.answers),
+        "choices": list(question.choices),
+        "groups": list(question.groups),
+        "cluster": question.cluster,
+        "reply": said.pop("text"),
+        **said,
+        "score": score.value if score else None,
+        "parsed": score.answer if score else "",
+        "why": score.why if score else "",
+        "figures": list(score.figures) if score else [],
+    }
+
+
+def write_task_samples(
+    output: Path,
+    task: Task,
+    questions: Sequence[Question],
+    predictions: Mapping[str, Prediction],
+    scores: Mapping[str, Score],
+) -> None:
+    """Write samples_{task}.jsonl and .parquet into a folder."""
+    samples = [
+        describe_sample(q, predictions.get(q.question_id), scores.get(q.question_id))
+        for q in questions
+    ]
+    write_samples(output / f"samples_{task.name}.jsonl", samples)
+
+
+def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Write the samples as JSON lines, and as Parquet beside them."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    path.write_text(lines, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist([dict(s) for s in samples]), path.with_suffix(".parquet"))
+
+
+def write_results(path: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
+    """Write results.json: the numbers of all tasks, and what they were measured on.
+
+    Tasks that the file holds already stay if they were measured on the same.
+    """
+    before = read_json(path) if path.is_file() else {}
+    tasks = before["tasks"] if before.get("about") == about else {}
+    tasks |= {result.task: _describe(result) for result in results}
+    content = {"about": dict(about), "tasks": tasks}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _describe(result: TaskResult) -> dict[str, Any]:
+    headline = result.headline
+    return {
+        "headline": headline and {"name": headline[0], **headline[1]._asdict()},
+        "coverage": result.coverage,
+        "num_questions": result.num_questions,
+        "num_scored": result.num_scored,
+        "statuses": result.statuses,
+        "reasons": result.reasons,
+        "note": result.note,
+        "metrics": {name: number._asdict() for name, number in result.metrics.items()},
+    }
+
+
+def name_cluster(row: Scored) -> str:
+    """Return what a row shares with those that are not independent of it."""
+    return row.question.cluster or f"\0{row.question.question_id}"

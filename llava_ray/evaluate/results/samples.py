@@ -1,0 +1,53 @@
+"""samples_{task}.jsonl read back: what a run left behind -> scored rows, to report and compare."""
+
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError
+from llava_ray.evaluate.datasets.files import read_json, read_jsonl
+from llava_ray.evaluate.scoring.metrics import Scored
+from llava_ray.types import Question, Score
+
+Sample = dict[str, Any]
+PREFIX = "samples_"
+
+
+def find_samples(folder: Path) -> dict[str, Path]:
+    """Return the samples of each task below a folder of results.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    files = {
+        path.stem.removeprefix(PREFIX): path for path in sorted(folder.glob(f"{PREFIX}*.jsonl"))
+    }
+    if not files:
+        raise ConfigError(f"{folder} has no results: give the --output of an evaluation")
+    return files
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Return the samples of a task, as `results.describe_sample` wrote them."""
+    return read_jsonl(path)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return results.json of a run; without tasks if there is none."""
+    path = folder / "results.json"
+    return read_json(path) if path.is_file() else {"about": {}, "tasks": {}}
+
+
+def score_of(sample: Sample) -> Scored | None:
+    """Return a sample as a scored row; None if it was not answered and judged."""
+    if sample["status"] != "answered" or sample["score"] is None:
+        return None
+    question = Question(
+        sample["id"],
+        sample["prompt"],
+        answers=tuple(sample["answers"]),
+        choices=tuple(sample["choices"]),
+        groups=tuple(sample["groups"]),
+        cluster=sample["cluster"],
+    )
+    score = Score(sample["score"], sample["parsed"], sample["why"], tuple(sample["figures"]))
+    return Scored(question, sample["reply"], score)

@@ -1,0 +1,150 @@
+"""Scorers: pure functions of a question and a reply, to the letter of each benchmark's own.
+
+A scorer sees one row and gives it a `Score`; what becomes of the rows together (accuracy, F1, ...)
+is in `summaries`. Scores of replies that a judge grades are in `judge`, of captions in `captions`.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+from llava_ray.data.sources.building import LETTERS
+from llava_ray.evaluate.scoring.vqa_normalize import (
+    normalize_answer,
+    normalize_words,
+    strip_punctuation,
+)
+from llava_ray.types import Question, Score
+
+UNPARSED = "FAILED"
+
+
+def score_gqa(question: Question, text: str) -> Score:
+    """Equal to the answer, once periods at its end are gone and it is in lower case (GQA)."""
+    answer = text.rstrip(".").lower()
+    return _judge(answer in question.answers, answer, question)
+
+
+def score_exact(question: Question, text: str) -> Score:
+    """Equal to one of the answers, whatever the case and without a period at the end."""
+    answer = text.rstrip(".").lower()
+    rights = {right.rstrip(".").lower() for right in question.answers}
+    return _judge(answer in rights, answer, question)
+
+
+def score_contains(question: Question, text: str) -> Score:
+    """One of the answers stands in the reply as a word or words of its own."""
+    reply = _put_words_apart(text)
+    found = [right for right in question.answers if _put_words_apart(right) in reply]
+    return _judge(bool(found), found[0] if found else text, question)
+
+
+def score_letter(question: Question, text: str) -> Score:
+    """The reply is the right letter and nothing else (SEED-Bench)."""
+    return _judge(text in question.answers, text, question)
+
+
+def score_scienceqa(question: Question, text: str) -> Score:
+    """A letter from A to E, `A. ...`, or one `The answer is A.` in the reply (ScienceQA)."""
+    letter = _parse_scienceqa(text)
+    if letter not in LETTERS[: len(question.choices)]:
+        return Score(0.0, letter, f"none of the {len(question.choices)} options: {letter}")
+    return _judge(letter in question.answers, letter, question)
+
+
+def score_choice(question: Question, text: str) -> Score:
+    """As ScienceQA; also `(A)`, `A)`, `A: ...` and an option's own text (MMBench, Q-Bench)."""
+    letter = _parse_choice(text.strip(), question.choices)
+    if letter == UNPARSED:
+        return Score(0.0, letter, "no option can be read out of the reply")
+    return _judge(letter in question.answers, letter, question)
+
+
+def score_vqa(question: Question, text: str) -> Score:
+    """VQA accuracy, as the VQA challenge computes it (VQAv2, VizWiz).
+
+    The mean over all sets of answers but one of min(1, matches / 3). Unless all annotators agree,
+    their answers lose punctuation, articles and number words.
+    """
+    answer = normalize_answer(text)
+    rights = [_put_in_one_line(right) for right in question.answers]
+    if len(set(rights)) > 1:
+        rights = [normalize_words(strip_punctuation(right)) for right in rights]
+        answer = normalize_words(strip_punctuation(answer))
+    return _compare_with_annotators(answer, rights)
+
+
+def score_textvqa(question: Question, text: str) -> Score:
+    """VQA accuracy, as M4C computes it: all ten answers and the reply in one form (TextVQA)."""
+    rights = [normalize_answer(right) for right in question.answers]
+    return _compare_with_annotators(normalize_answer(text), rights)
+
+
+def score_pope(question: Question, text: str) -> Score:
+    """No if the first sentence has the word No, no or not, else yes (POPE)."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    answer = "no" if {"No", "not", "no"} & set(words) else "yes"
+    return _judge(answer in question.answers, answer, question)
+
+
+def score_mme(question: Question, text: str) -> Score:
+    """Yes or no within the first four characters; anything else is wrong (MME)."""
+    start = text.lower()[:4]
+    answer = "yes" if "yes" in start else "no" if "no" in start else "other"
+    return _judge(answer in question.answers, answer, question)
+
+
+def _judge(is_right: bool, answer: str, question: Question) -> Score:
+    shown = question.answers[0] if len(question.answers) == 1 else list(question.answers)
+    return Score(float(is_right), answer, "right" if is_right else f"right is {shown!r}")
+
+
+def _parse_scienceqa(text: str) -> str:
+    options = LETTERS[:5]
+    if len(text) == 1 and text in options:
+        return text
+    if len(text) >= 3 and text[0] in options and text[1:3] == ". ":
+        return text[0]
+    found = re.findall(r"The answer is ([A-Z]).", text)
+    return found[0] if len(found) == 1 else UNPARSED
+
+
+def _parse_choice(text: str, choices: Sequence[str]) -> str:
+    letters = LETTERS[: len(choices)]
+    is_article = re.match(r"A\s+\w", text)  # as in "A man walks"
+    match = re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", text)
+    if match and not is_article:
+        return match[1]
+    found = re.findall(rf"[Tt]he (?:correct )?(?:answer|option) is:? \(?([{letters}])\b", text)
+    if len(set(found)) == 1:
+        return found[0]
+    reply = text.lower().rstrip(".")
+    equal = [letters[i] for i, choice in enumerate(choices) if choice.lower().rstrip(".") == reply]
+    named = [letters[i] for i, choice in enumerate(choices) if _is_named(choice, reply)]
+    return next((found[0] for found in (equal, named) if len(found) == 1), UNPARSED)
+
+
+def _is_named(choice: str, reply: str) -> bool:
+    """Does an option stand in a reply? Only languages with spaces have words to look for."""
+    words = _put_words_apart(choice)
+    if words.isascii():
+        return bool(words.strip()) and words in _put_words_apart(reply)
+    return choice.lower() in reply
+
+
+def _put_words_apart(text: str) -> str:
+    words = re.findall(r"[^\W_]+", text.lower())
+    return f" {' '.join(words)} "
+
+
+def _put_in_one_line(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+def _compare_with_annotators(answer: str, rights: Sequence[str]) -> Score:
+    matches = Counter(rights)[answer]
+    others = [matches - (right == answer) for right in rights]
+    value = sum(min(1, number / 3) for number in others) / len(rights)
+    usual, votes = Counter(rights).most_common(1)[0]
+    why = f"{matches} of {len(rights)} said so"
+    return Score(value, answer, why if matches else f"{why}; {votes} said {usual!r}")

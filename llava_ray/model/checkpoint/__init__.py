@@ -1,0 +1,1 @@
+"""Reading checkpoints: where one is, what its files say it is, and its tensors."""

@@ -1,0 +1,166 @@
+"""The fields of the original's config.json: what they mean, and whether they are known here.
+
+Below `checkpoint`, which asks whether a folder is of the original layout and what it needs beside
+its own files. Field names and their defaults are those of LLaVA 1.2.
+"""
+
+import ast
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llava_ray.errors import ConfigError
+from llava_ray.model.checkpoint.locate import REMEDY, find_folder
+from llava_ray.model.checkpoint.tensor_names import count_projector_layers
+
+TEXT_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_mpt": "mpt",
+    "llava_qwen": "qwen2",
+    "llava_gemma": "gemma",
+}
+"""The language model of an original checkpoint, by the `model_type` of its config.json."""
+
+KINDS_OF_TEXT = {
+    "llama": ("llava", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+    "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
+}
+"""`model_type` and class of an original checkpoint, by its language model.
+
+LLaVA's code takes "llava" for "llava_llama"; SGLang knows only the first.
+"""
+
+RESERVED = re.compile(
+    r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|llava_ray_.*"
+    r"|version|_name_or_path"
+)
+"""Fields of a config.json that LLaVA's code and this package read, beside the language model's."""
+
+ASPECT_MODES = ("square", "pad", "anyres")
+MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is of LLaVA's own layout."""
+    if "text_config" in config or "vision_config" in config:
+        return False
+    return any(name.startswith("mm_") for name in config) or config.get("model_type") in TEXT_TYPES
+
+
+def read_text_type(config: Mapping[str, Any]) -> str | None:
+    """Return the kind of the language model of an original config.json, or None if it has none.
+
+    LLaVA's first checkpoints (v0) call themselves by it.
+    """
+    kind = config.get("model_type")
+    if kind == "llama" and "mm_vision_tower" in config:
+        return "llama"
+    return TEXT_TYPES.get(str(kind))
+
+
+def read_aspect(config: Mapping[str, Any]) -> str:
+    """Return how pictures are brought to the tower's size."""
+    return config.get("image_aspect_ratio") or "square"
+
+
+def is_tower_trained(config: Mapping[str, Any]) -> bool:
+    """Return whether the vision tower was trained with the rest, by LLaVA or by LLaVA-NeXT."""
+    tuned = config.get("mm_tunable_parts") or ""
+    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in tuned
+
+
+def check_original(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that everything an original configuration asks for is known here.
+
+    Raises:
+        ConfigError: it is not; the message names the field.
+    """
+    where = f"{folder / 'config.json'}: "
+    if config.get("s2"):
+        raise ConfigError(f"{where}S2 vision towers (s2=true) are not supported: train without")
+    if config.get("mm_resampler_type"):
+        raise ConfigError(f"{where}resamplers (mm_resampler_type) are not supported")
+    projector = config.get("mm_projector_type") or "linear"
+    try:
+        count_projector_layers(projector)
+    except ValueError as error:
+        raise ConfigError(f"{where}{error}") from error
+    aspect, merge = read_aspect(config), config.get("mm_patch_merge_type") or "flat"
+    if aspect not in ASPECT_MODES:
+        known = ", ".join(ASPECT_MODES)
+        raise ConfigError(f"{where}image_aspect_ratio={aspect!r} is not known: use {known}")
+    if merge not in MERGE_TYPES:
+        known = ", ".join(MERGE_TYPES)
+        raise ConfigError(f"{where}mm_patch_merge_type={merge!r} is not known: use {known}")
+    feature = config.get("mm_vision_select_feature") or "patch"
+    if feature not in ("patch", "cls_patch"):
+        raise ConfigError(f"{where}mm_vision_select_feature={feature!r}: use patch or cls_patch")
+    if aspect == "anyres":
+        read_pinpoints(folder, config)
+        if feature == "cls_patch" and merge != "flat":
+            raise ConfigError(
+                f"{where}cls_patch features have a class token in each tile, and only "
+                f"mm_patch_merge_type=flat can join them, not {merge}"
+            )
+
+
+def read_pinpoints(folder: Path, config: Mapping[str, Any]) -> list[list[int]]:
+    """Return the sizes [height, width] that anyres may choose from.
+
+    The original writes (width, height), as a list or as text.
+
+    Raises:
+        ConfigError: there are none, or they are not pairs of numbers.
+    """
+    found = config.get("image_grid_pinpoints")
+    try:
+        pairs = ast.literal_eval(found) if isinstance(found, str) else found
+        sizes = [[int(height), int(width)] for width, height in pairs or ()]
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ConfigError(
+            f"{folder / 'config.json'}: image_grid_pinpoints={found!r} is not a list of "
+            "(width, height): anyres needs one"
+        ) from error
+    if not sizes:
+        raise ConfigError(f"{folder / 'config.json'}: image_grid_pinpoints is empty")
+    return sizes
+
+
+def find_tower(
+    folder: Path, named: str, given: str | Path | None, base: Path | None = None
+) -> Path:
+    """Return the folder of an original checkpoint's vision tower.
+
+    Raises:
+        ConfigError: it is nowhere.
+    """
+    if given is not None:
+        tower = find_folder(given)
+    else:
+        if not named:
+            raise ConfigError(
+                f"{folder / 'config.json'} names no vision tower (mm_vision_tower): give its "
+                "folder or hub name as vision_tower"
+            )
+        near = [place for place in (folder, base) if place]
+        places = [p / named for place in near for p in (place, place.parent)]
+        places += [place / Path(named).name for place in near]  # a whole path that has moved
+        places += [place / "vision_tower" for place in near]
+        tower = next((place for place in places if (place / "config.json").is_file()), None)
+        try:
+            tower = tower or find_folder(named)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{folder / 'config.json'} names the vision tower {named!r}, which is not here "
+                f"({error.message}); give its folder or hub name as vision_tower"
+            ) from error
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (tower / name).is_file():
+            raise ConfigError(f"the vision tower {str(tower)!r} lacks its {name}: {REMEDY}")
+    return tower

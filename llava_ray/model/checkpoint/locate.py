@@ -1,0 +1,93 @@
+"""Where a checkpoint is: a name, an address or a path -> a folder on this machine.
+
+The first step of `load_model`; what the folder holds is `checkpoint`'s to say.
+"""
+
+import json
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from llava_ray.config import DEMO_MODEL
+from llava_ray.errors import ConfigError
+from llava_ray.storage import fetch_folder
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
+PICKLED_FILES = ("*.bin",)
+"""Fetched from a hub only where the weights are not there as safetensors."""
+
+REMEDY = "copy it from where the checkpoint came from"
+
+
+def find_folder(path: str | Path) -> Path:
+    """Return the folder that `path` stands for.
+
+    Args:
+        path: a folder, a hub name ("owner/name", fetched once into the hub's cache, see
+            `HF_HOME` and `HF_TOKEN`), the address of a folder in a cloud ("s3://...", whatever
+            fsspec knows; see `cloud`), or "demo" for the embedded model.
+
+    Raises:
+        ConfigError: there is no such folder and no such model.
+        MissingPackageError: the cloud's package is not installed.
+    """
+    if "://" in str(path):
+        return fetch_folder(str(path))
+    if str(path) == DEMO_MODEL:
+        path = Path(str(files("llava_ray"))) / "demo" / "model"
+    folder = Path(path).expanduser()
+    if not folder.is_dir() and HUB_NAME.fullmatch(str(path)):
+        return _fetch(str(path))
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model {str(path)!r}: there is no such folder; give the folder of a checkpoint, "
+            f"a hub name (owner/name), an address (s3://...), or {DEMO_MODEL!r} for the embedded "
+            "model"
+        )
+    return folder
+
+
+def _fetch(name: str) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+        if not any(folder.glob("model*.safetensors")):
+            snapshot_download(name, allow_patterns=[*HUB_FILES, *PICKLED_FILES])
+        return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model {name!r} is no folder here, and the hub does not give it ({reason}): check "
+            "the name and the network, log in with `hf auth login` if it is gated, or give the "
+            "folder of a checkpoint"
+        ) from error
+
+
+def read_processor_settings(folder: Path) -> dict[str, Any]:
+    """Return what the folder says about its processor: patch size, image token, chat template."""
+    file = folder / "processor_config.json"
+    settings = read_json(file) if file.is_file() else {}
+    template = folder / "chat_template.jinja"
+    if template.is_file():
+        settings["chat_template"] = template.read_text()
+    return settings
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON file's content.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} is not JSON ({error}): {REMEDY}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} is not a JSON object: {REMEDY}")
+    return content

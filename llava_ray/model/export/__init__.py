@@ -1,0 +1,1 @@
+"""Writing checkpoints: LLaVA's own format, transformers' (hf), projectors and deltas."""

@@ -1,0 +1,410 @@
+"""Loads a checkpoint and turns text and pictures into the inputs of its model.
+
+Below everything that computes: engines, training and evaluation all get their model from
+`load_model`, so that what a folder holds is decided here and only here, by what its files say.
+
+path -> checkpoint (what it is) -> weights (lazy tensors) -> processor -> architecture (what to
+build) -> transformers' model, adapters merged -> Core
+
+Shapes: B samples, T tokens, N images, C H W pixels.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+
+from llava_ray.errors import ConfigError, MissingPackageError
+from llava_ray.model.anyres import count_image_tokens
+from llava_ray.model.architecture import (
+    Architecture,
+    check_weights,
+    describe_model,
+    find_unmarked,
+    read_published,
+)
+from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
+from llava_ray.model.checkpoint.llava_format import read_pinpoints
+from llava_ray.model.checkpoint.weights import Stored, check_deltas, open_parts
+from llava_ray.model.choose_template import OWN, choose_template, find_stop_ids
+from llava_ray.model.processor import encode_pictures, load_processor, mark_pictures
+from llava_ray.model.quiet import choose_dtype, no_collecting, no_progress_bars
+from llava_ray.template import (
+    IMAGE_PLACEHOLDER,
+    Template,
+    check_pictures,
+    find_template,
+    tokenize_pieces,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+Quantization = Literal["4bit", "8bit"]
+
+if not torch.cuda.is_available():
+    # transformers imports DeepSpeed where it is installed, which else warns that it found no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Core:
+    """A loaded multimodal model and what is needed to speak with it.
+
+    Attributes:
+        model: transformers' module, on its device, in evaluation mode.
+        processor: transformers' processor: the tokenizer and the picture's preprocessing.
+        tokenizer: the processor's tokenizer.
+        template: renders conversations into prompts.
+        context_length: the longest prompt plus answer, in tokens.
+        image_token_id: the id that stands for one patch of a picture. In models of the original
+            layout it may be beyond the vocabulary; their embeddings let it through.
+        eos_token_ids: generation ends at any of these.
+        checkpoint: what the folder was.
+    """
+
+    model: Any
+    processor: Any
+    tokenizer: Any
+    template: Template
+    context_length: int
+    image_token_id: int
+    eos_token_ids: frozenset[int]
+    checkpoint: Checkpoint
+
+    def encode(self, text: str, images: Sequence["PILImage.Image"] = ()) -> dict[str, torch.Tensor]:
+        """Return the model's inputs for one prompt, on the CPU.
+
+        Checkpoints of the original layout get the ids and pixels of LLaVA's own code, those of
+        transformers' what its processors give.
+
+        Args:
+            text: the prompt, with one `<image>` for each picture, in order.
+            images: the pictures, RGB.
+
+        Returns:
+            `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
+            picture has tokens. With pictures `pixel_values` in float32: [N, C, H, W], or with
+            anyres [N, tiles, C, H, W] and beside it `image_sizes` [N, 2] (height, width).
+
+        Raises:
+            RequestError: the number of pictures is not the number of `<image>` in the text.
+        """
+        check_pictures(text, len(images), self.processor.image_token)
+        if self.checkpoint.layout == "original":
+            return self._encode_original(text, images)
+        if self.checkpoint.uses_start_end:
+            text = mark_pictures(text)
+        bos = self.tokenizer.bos_token
+        inputs = self.processor(
+            text=text,
+            images=list(images) or None,
+            add_special_tokens=not (bos and text.startswith(bos)),
+            return_tensors="pt",
+        )
+        return dict(inputs)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return a prompt's ids, those of LLaVA's own code in its layout; -200 for each picture."""
+        if self.checkpoint.uses_start_end:
+            text = mark_pictures(text)
+        if self.checkpoint.in_pieces:
+            return tokenize_pieces(self.tokenizer, text)
+        bos = self.tokenizer.bos_token
+        begins = not (bos and text.startswith(bos))
+        ids = self.tokenizer(text, add_special_tokens=begins).input_ids
+        return [IMAGE_PLACEHOLDER if id_ == self.image_token_id else id_ for id_ in ids]
+
+    def _encode_original(
+        self, text: str, images: Sequence["PILImage.Image"]
+    ) -> dict[str, torch.Tensor]:
+        inputs: dict[str, torch.Tensor] = {}
+        counts: Iterator[int] = iter(())
+        if images:
+            inputs = encode_pictures(self.processor, images)
+            config = self.model.config
+            sizes = [(image.height, image.width) for image in images]
+            counts = iter([count_image_tokens(config, size) for size in sizes])
+        ids: list[int] = []
+        for id_ in self.tokenize(text):
+            is_picture = id_ == IMAGE_PLACEHOLDER
+            ids += [self.image_token_id] * next(counts) if is_picture else [id_]
+        ids_1T = torch.tensor([ids])
+        return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
+
+
+@no_collecting()
+def load_model(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str = "auto",
+    quantization: Quantization | None = None,
+    attention: str = "sdpa",
+    template: str | None = None,
+) -> Core:
+    """Load any LLaVA checkpoint.
+
+    What it is, is read from its files: transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision; LLaVA's
+    own format with all its weights, a projector or LoRA over a base, a delta over a base; any PEFT
+    adapter over one of these.
+
+    Args:
+        path: a folder, a hub name, an address that fsspec knows, or "demo" for the embedded model.
+        base: the model below a projector, an adapter or a delta; an adapter usually names its own.
+        vision_tower: folder or hub name of the tower, of the original layout; by default the one
+            that config.json names.
+        dtype: precision of the weights in memory; "auto" is bfloat16 where the device computes in
+            it, float32 elsewhere (see `precision`); "stored" is that of the files where all are of
+            one in 16 bits, else float32: nothing is lost.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
+        quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
+        attention: transformers' name of the attention implementation ("sdpa", "eager",
+            "flash_attention_2").
+        template: name of a conversation template, in place of the one that the files point to; or
+            "own", the chat template that the checkpoint brings.
+
+    Raises:
+        ConfigError: the folder is missing, is no checkpoint of a known kind, or what it holds does
+            not fit together; the message names the file and what to do.
+        MissingPackageError: an optional package is needed.
+    """
+    if template not in (None, OWN):
+        find_template(template)  # a wrong name is told before gigabytes are read
+    checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+    target = select_device(device)
+    precision = torch.float32 if dtype == "stored" else select_dtype(dtype, target)
+    stored = open_parts(checkpoint.parts)
+    if dtype == "stored" and not checkpoint.adapters:  # which would be merged in 16 bits
+        precision = _find_stored_dtype(stored.values())
+    config = read_published(checkpoint) if checkpoint.layout == "published" else None
+    processor = read_processor(checkpoint, config=config)
+    architecture = describe_model(checkpoint, stored, processor.image_token_id, config=config)
+    problems = check_weights(checkpoint, architecture, stored)
+    problems += find_unmarked(checkpoint, architecture, processor.tokenizer)
+    if problems:
+        raise ConfigError(problems[0])
+    check_deltas(checkpoint.parts, checkpoint.text_model_type)
+    model = build_model(
+        checkpoint,
+        architecture,
+        stored,
+        dtype=precision,
+        device=target,
+        quantization=quantization,
+        attention=attention,
+    )
+    for folder in checkpoint.adapters:
+        from llava_ray.model.lora import apply_adapter
+
+        model = apply_adapter(model, folder, merge=quantization is None)
+    chosen = choose_template(checkpoint, processor, template)
+    stop_ids = find_stop_ids(chosen, processor.tokenizer)
+    return Core(
+        model=model.eval(),
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        template=chosen,
+        context_length=read_context_length(model.config.text_config),
+        image_token_id=model.config.image_token_id,
+        eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
+        checkpoint=checkpoint,
+    )
+
+
+def load_without_weights(path: str | Path, *, template: str | None = None) -> Core:
+    """Load what speaks with a checkpoint of transformers' layout, for an engine that has its model.
+
+    The core encodes and decodes; its model is a configuration and nothing else.
+
+    Raises:
+        ConfigError: as of `load_model`.
+    """
+    checkpoint = inspect_checkpoint(path)
+    if checkpoint.layout != "published":
+        raise ConfigError(f"{str(path)!r} is not in transformers' layout: export it to hf")
+    config = read_published(checkpoint)
+    processor = read_processor(checkpoint, config=config)
+    chosen = choose_template(checkpoint, processor, template)
+    model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
+    model.generation_config = _read_generation_config(checkpoint, model)
+    stop_ids = find_stop_ids(chosen, processor.tokenizer)
+    return Core(
+        model=model,
+        processor=processor,
+        tokenizer=processor.tokenizer,
+        template=chosen,
+        context_length=read_context_length(config.text_config),
+        image_token_id=config.image_token_id,
+        eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
+        checkpoint=checkpoint,
+    )
+
+
+def select_device(name: str) -> torch.device:
+    """Return the torch device that `name` ("auto", "cpu", "cuda:1", ...) stands for.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device={name!r} is not a device: use auto, cpu or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
+        )
+    return device
+
+
+def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the precision that a name of the configuration stands for on a device.
+
+    Raises:
+        ConfigError: no such precision.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return choose_dtype(device)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is not known: use one of auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _find_stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
+    """Return that of 16 bits which all numbers of a checkpoint have, else float32."""
+    names = {each.dtype for each in stored if each.dtype in ("F16", "BF16", "F32", "F64")}
+    if len(names) != 1:
+        return torch.float32
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(names.pop(), torch.float32)
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    stored: Mapping[str, Stored],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantization: Quantization | None,
+    attention: str,
+) -> Any:
+    """Return the model with its weights, read straight into their places.
+
+    Raises:
+        ConfigError: the weights cannot be read, or this attention is not to be had.
+        MissingPackageError: attention or quantization needs a package.
+    """
+    from safetensors import SafetensorError
+
+    tensors = {name: stored[name] for name in architecture.shapes if name in stored}
+    try:
+        with no_progress_bars():
+            loaded: Any = architecture.model_class.from_pretrained(
+                None,
+                config=architecture.config,
+                state_dict=tensors,
+                dtype=dtype,
+                device_map={"": device},
+                attn_implementation=_choose_attention(checkpoint, attention),
+                quantization_config=_describe_quantization(quantization, dtype),
+                output_loading_info=True,
+            )
+    except ImportError as error:
+        raise MissingPackageError(
+            f"attention={attention!r} or quantization={quantization!r} needs a package: {error}"
+        ) from error
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"the weights in {str(checkpoint.folder)!r} do not load: {error}; fetch them again"
+        ) from error
+    model, _ = loaded
+    model.config._name_or_path = str(checkpoint.folder)  # what peft writes into adapters as base
+    model.generation_config = _read_generation_config(checkpoint, model)
+    return model
+
+
+def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str, str]:
+    """MPT has a bias for each distance, which only the plain computation takes."""
+    if checkpoint.text_model_type != "mpt":
+        return attention
+    return {"": attention, "vision_config": attention, "text_config": "eager"}
+
+
+def read_processor(checkpoint: Checkpoint, *, config: Any = None) -> Any:
+    """Return transformers' processor for a checkpoint; see `processing.load_processor`."""
+    if checkpoint.layout == "published":
+        config = config or read_published(checkpoint)
+    pinpoints = None
+    if checkpoint.layout == "original" and checkpoint.aspect_mode == "anyres":
+        pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
+    return load_processor(checkpoint, pinpoints=pinpoints, config=config)
+
+
+def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype) -> Any:
+    if quantization is None:
+        return None
+    if quantization not in get_args(Quantization):
+        raise ConfigError(f"quantization={quantization!r} is not known: use 4bit, 8bit or none")
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise MissingPackageError(
+            f"quantization={quantization!r} needs bitsandbytes: pip install 'llava-ray[quant]'"
+        )
+    whole = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=whole,
+    )
+
+
+def _read_generation_config(checkpoint: Checkpoint, model: Any) -> Any:
+    from transformers import GenerationConfig
+
+    for folder in (checkpoint.folder, checkpoint.tokenizer_folder):
+        if (folder / "generation_config.json").is_file():
+            try:
+                return GenerationConfig.from_pretrained(folder)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"{folder / 'generation_config.json'} cannot be used: {error}; remove it"
+                ) from error
+    return model.generation_config
+
+
+def read_context_length(text_config: Any) -> int:
+    """Return how many tokens a language model was made for."""
+    length = getattr(text_config, "max_position_embeddings", None)
+    return length or text_config.max_seq_len  # MPT's name
+
+
+def _find_eos(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])

@@ -1,0 +1,139 @@
+"""The LLaVAs that transformers' own classes cannot express, as small subclasses of them.
+
+`original` and `core` choose: whatever transformers' Llava classes compute alike is loaded into
+those; what differs is here, and only that:
+
+    projectors of one, three or more linear layers, or none
+    anyres tiles joined flat, or on a grid with or without the cropping of padding (LLaVA's
+    `mm_patch_merge_type`), with LLaVA's own rounding
+    an image token beyond the vocabulary, so that original checkpoints keep their sizes
+    language models whose embeddings have another name (MPT)
+
+Shapes: N pictures, T tiles of a picture (the first is the whole picture), P patches of a tile,
+D hidden.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.models.llava_next.modeling_llava_next import (
+    LlavaNextModel,
+    LlavaNextPreTrainedModel,
+)
+
+from llava_ray.model.anyres import join_tiles
+from llava_ray.model.checkpoint.tensor_names import count_projector_layers
+
+EMBEDDINGS = {"mpt": "wte", "gpt_neox": "embed_in"}
+"""What a language model calls its token embeddings; others say `embed_tokens`."""
+
+
+class Projector(nn.Module):
+    """`linear_1`, GELU, `linear_2`, ...: as many linear layers as asked for, none included."""
+
+    def __init__(self, in_size: int, out_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.num_layers = num_layers
+        for i in range(num_layers):
+            setattr(self, f"linear_{i + 1}", nn.Linear(out_size if i else in_size, out_size))
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        for i in range(self.num_layers):
+            if i:
+                image_features = nn.functional.gelu(image_features)
+            image_features = getattr(self, f"linear_{i + 1}")(image_features)
+        return image_features
+
+
+class Llava(LlavaForConditionalGeneration):
+    """LLaVA with one tile a picture.
+
+    `config` has, beside `LlavaConfig`'s fields, `mm_projector_type`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._tied_weights_keys = _tie(config)
+        super().__init__(config)
+        _adapt(self, config)
+
+
+class AnyresModel(LlavaNextModel):
+    """LLaVA-NeXT's trunk that joins tiles as `config.mm_patch_merge_type` says."""
+
+    def pack_image_features(
+        self,
+        image_features: Sequence[torch.Tensor],
+        image_sizes: Any,
+        vision_feature_select_strategy: str,
+        image_newline: torch.Tensor | None = None,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Return what the language model reads of each picture, [tokens, D], and how many.
+
+        Args:
+            image_features: of each picture, [T, P, D].
+            image_sizes: [N, 2], height and width of the pictures as they came.
+            vision_feature_select_strategy: has been applied already.
+            image_newline: [D], after each row of the grid where the merge type says "unpad".
+        """
+        config: Any = self.config
+        packed = [
+            join_tiles(
+                features_TPD,
+                (int(height), int(width)),
+                pinpoints=config.image_grid_pinpoints,
+                tile_size=config.vision_config.image_size,
+                merge_type=config.mm_patch_merge_type,
+                newline_D=image_newline,
+            )
+            for features_TPD, (height, width) in zip(image_features, image_sizes, strict=True)
+        ]
+        counts = torch.tensor([len(features) for features in packed], device=packed[0].device)
+        return packed, counts
+
+
+class LlavaAnyres(LlavaNextForConditionalGeneration):
+    """LLaVA with pictures laid out in tiles.
+
+    `config` has, beside `LlavaNextConfig`'s fields, `mm_projector_type` and `mm_patch_merge_type`.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._tied_weights_keys = _tie(config)
+        LlavaNextPreTrainedModel.__init__(self, config)
+        self.model = AnyresModel(config)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
+        )
+        if "unpad" not in config.mm_patch_merge_type:
+            self.model.image_newline = None  # type: ignore[assignment]
+        self.post_init()
+        _adapt(self, config)
+
+
+def _tie(config: Any) -> dict[str, str]:
+    name = EMBEDDINGS.get(config.text_config.model_type, "embed_tokens")
+    return {"lm_head.weight": f"model.language_model.{name}.weight"}
+
+
+def _adapt(model: Any, config: Any) -> None:
+    """Give a new model the projector of its type and room for its image token."""
+    projector = getattr(config, "mm_projector_type", "mlp2x_gelu")
+    if projector != "mlp2x_gelu":
+        model.model.multi_modal_projector = Projector(
+            config.vision_config.hidden_size,
+            config.text_config.hidden_size,
+            count_projector_layers(projector),
+        )
+    embeddings = model.get_input_embeddings()
+    if config.image_token_id >= embeddings.num_embeddings:
+        embeddings.register_forward_pre_hook(_keep_in_vocabulary)
+
+
+def _keep_in_vocabulary(embeddings: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
+    """Let the image token's id, which has no row, through: features take its place anyway."""
+    ids, *rest = args
+    last = embeddings.num_embeddings - 1  # type: ignore[operator]
+    return (ids.clamp(max=last), *rest)

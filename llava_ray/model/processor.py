@@ -1,0 +1,256 @@
+"""Puts a checkpoint's tokenizer and picture preprocessing together, and encodes prompts with them.
+
+transformers' processors, in their PIL implementation: it needs no torchvision and gives the pixels
+of LLaVA's own code. For the original layout they are set up from what LLaVA's config.json says.
+
+Shapes: T tokens, N pictures.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llava_ray.errors import ConfigError, MissingPackageError
+from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.locate import read_json, read_processor_settings
+from llava_ray.model.llama_tokenizer import run_as_llava
+from llava_ray.template import IMAGE_PLACEHOLDER as IMAGE_PLACEHOLDER
+from llava_ray.template import IMAGE_TOKEN
+from llava_ray.template import tokenize_pieces as tokenize_pieces
+
+if TYPE_CHECKING:
+    from PIL import Image as PILImage
+
+START_END = ("<im_start>", "<im_end>")
+PATCH = "<im_patch>"
+IMAGE_SETTINGS = (
+    "do_resize",
+    "size",
+    "resample",
+    "do_center_crop",
+    "crop_size",
+    "do_rescale",
+    "rescale_factor",
+    "do_normalize",
+    "image_mean",
+    "image_std",
+    "do_convert_rgb",
+)
+
+
+def load_processor(
+    checkpoint: Checkpoint, *, pinpoints: list[list[int]] | None = None, config: Any = None
+) -> Any:
+    """Return transformers' processor for a checkpoint.
+
+    Args:
+        checkpoint: what was found.
+        pinpoints: sizes for anyres, of the original layout.
+        config: transformers' configuration, of the published layout.
+
+    Raises:
+        ConfigError: a part does not load, or the tokenizer does not fit the model.
+        MissingPackageError: the tokenizer needs a package.
+    """
+    if checkpoint.layout == "published":
+        return _load_published(checkpoint, config)
+    return _load_original(checkpoint, pinpoints)
+
+
+def mark_pictures(text: str) -> str:
+    """Put each `<image>` between `<im_start>` and `<im_end>`, unless it stands there already."""
+    start, end = START_END
+    marked = start + IMAGE_TOKEN + end
+    return text.replace(marked, IMAGE_TOKEN).replace(IMAGE_TOKEN, marked)
+
+
+def encode_pictures(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
+    """Return the model's inputs for at least one picture; pixels in float32."""
+    inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    return inputs
+
+
+def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
+    from transformers import AutoImageProcessor, LlavaNextProcessor, LlavaProcessor
+
+    folder, config = checkpoint.folder, checkpoint.config
+    if checkpoint.kind == "adapter":
+        folder = checkpoint.parts[0].files[0].parent
+    tokenizer = load_tokenizer(checkpoint, model_config)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(
+            f"the picture preprocessing in {str(folder)!r} does not load: {error}"
+        ) from error
+    settings = read_processor_settings(folder)
+    vision = config.get("vision_config", {})
+    is_siglip = vision.get("model_type", "clip_vision_model").startswith("siglip")
+    image_token = settings.get("image_token") or IMAGE_TOKEN
+    common = {
+        "image_processor": image_processor,
+        "tokenizer": tokenizer,
+        "image_token": image_token,
+        "vision_feature_select_strategy": config.get(
+            "vision_feature_select_strategy",
+            "full" if checkpoint.model_type == "llava_onevision" else "default",
+        ),
+        "chat_template": settings.get("chat_template") or tokenizer.chat_template,
+    }
+    _check_image_token(checkpoint, tokenizer, image_token)
+    if checkpoint.model_type == "llava_onevision":
+        side = vision.get("image_size", 384) // vision.get("patch_size", 14)
+        return _onevision_processor(
+            **common,
+            num_image_tokens=settings.get("num_image_tokens") or side**2,
+            vision_aspect_ratio=config.get("vision_aspect_ratio") or "anyres_max_9",
+        )
+    processor = LlavaProcessor if checkpoint.model_type == "llava" else LlavaNextProcessor
+    return processor(
+        **common,
+        patch_size=settings.get("patch_size") or vision.get("patch_size", 14),
+        num_additional_image_tokens=settings.get("num_additional_image_tokens", int(not is_siglip)),
+    )
+
+
+def _onevision_processor(**settings: Any) -> Any:
+    """Return LLaVA-OneVision's processor for pictures alone: its videos would need torchvision."""
+    from transformers import LlavaOnevisionProcessor
+    from transformers.processing_utils import ProcessorMixin
+
+    class PictureProcessor(LlavaOnevisionProcessor):
+        def __init__(
+            self, image_processor: Any, tokenizer: Any, chat_template: Any, **kwargs: Any
+        ) -> None:
+            self.num_image_tokens = kwargs["num_image_tokens"]
+            self.vision_feature_select_strategy = kwargs["vision_feature_select_strategy"]
+            self.vision_aspect_ratio = kwargs["vision_aspect_ratio"]
+            self.image_token, self.video_token = kwargs["image_token"], "<video>"
+            self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+            self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+    return PictureProcessor(**settings)
+
+
+def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) -> Any:
+    from transformers import LlavaNextProcessor, LlavaProcessor
+
+    assert checkpoint.tower_folder is not None
+    tokenizer = load_original_tokenizer(checkpoint)
+    is_siglip = _is_siglip(checkpoint.tower_folder)
+    processor = LlavaNextProcessor if pinpoints else LlavaProcessor
+    keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch" or is_siglip
+    return processor(
+        image_processor=read_preprocessing(
+            checkpoint.tower_folder, pad=checkpoint.aspect_mode == "pad", pinpoints=pinpoints
+        ),
+        tokenizer=tokenizer,
+        patch_size=_read_patch_size(checkpoint.tower_folder),
+        vision_feature_select_strategy="full" if keeps_cls else "default",
+        num_additional_image_tokens=int(not is_siglip),
+        image_token=IMAGE_TOKEN,
+        chat_template=tokenizer.chat_template,
+    )
+
+
+def read_preprocessing(
+    tower: Path, *, pad: bool = False, pinpoints: list[list[int]] | None = None
+) -> Any:
+    """Return how a vision tower wants its pictures, from its preprocessor_config.json.
+
+    Args:
+        tower: its folder.
+        pad: add borders until a picture is square.
+        pinpoints: sizes for anyres.
+    """
+    from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
+
+    found = read_json(tower / "preprocessor_config.json")
+    settings = {name: found[name] for name in IMAGE_SETTINGS if name in found}
+    for name in ("size", "crop_size"):  # old files hold one number
+        if isinstance(settings.get(name), int):
+            side = settings[name]
+            is_edge = name == "size" and settings.get("do_center_crop", True)
+            settings[name] = {"shortest_edge": side} if is_edge else {"height": side, "width": side}
+    if _is_siglip(tower):
+        settings = {"do_center_crop": False, **settings}
+    if pinpoints:
+        settings.setdefault("crop_size", settings.get("size"))  # transformers' name for a tile's
+        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
+    return LlavaImageProcessorPil(**settings, do_pad=pad)
+
+
+def _is_siglip(tower: Path) -> bool:
+    found = read_json(tower / "preprocessor_config.json")
+    return "siglip" in str(found.get("image_processor_type", "")).lower()
+
+
+def _read_patch_size(tower: Path) -> int:
+    config = read_json(tower / "config.json")
+    return config.get("vision_config", config).get("patch_size", 14)
+
+
+def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
+    """Return a checkpoint's tokenizer.
+
+    Raises:
+        ConfigError: it does not load.
+        MissingPackageError: it needs a package.
+    """
+    from transformers import CONFIG_MAPPING, AutoTokenizer
+
+    folder = checkpoint.tokenizer_folder
+    # Without it transformers looks into config.json, which of the original layout it does not know.
+    config = config or CONFIG_MAPPING[checkpoint.text_model_type]()
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config)
+    except ImportError as error:
+        raise MissingPackageError(
+            f"the tokenizer of {str(folder)!r} needs another package: {error}"
+        ) from error
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ConfigError(
+            f"the tokenizer in {str(folder)!r} does not load: {error}; copy its files again from "
+            "where the checkpoint came from"
+        ) from error
+
+
+def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer of a checkpoint in the original layout, with all tokens for pictures.
+
+    In the order of LLaVA's code, which counts those that the files lack on from the last token.
+
+    Raises:
+        ConfigError: it does not load.
+        MissingPackageError: it needs a package.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    extra = [PATCH] if checkpoint.uses_patch_token else []
+    extra += START_END if checkpoint.uses_start_end else ()
+    tokenizer.add_tokens([*extra, IMAGE_TOKEN], special_tokens=True)
+    if not checkpoint.in_pieces:
+        return tokenizer
+    return run_as_llava(tokenizer, checkpoint.tokenizer_folder, checkpoint.text_model_type)
+
+
+def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str) -> None:
+    """A tokenizer that lacks the image token would spell it out, and no picture would be seen."""
+    config = checkpoint.config
+    expected = config.get("image_token_index", config.get("image_token_id"))
+    found = tokenizer.convert_tokens_to_ids(image_token)
+    where = str(checkpoint.tokenizer_folder)
+    if found is None or found == tokenizer.unk_token_id:
+        raise ConfigError(
+            f"the tokenizer in {where!r} lacks the image token {image_token!r}, which config.json "
+            f"puts at {expected}: copy tokenizer.json and tokenizer_config.json from where the "
+            "checkpoint came from"
+        )
+    if expected is not None and found != expected:
+        raise ConfigError(
+            f"the tokenizer in {where!r} has the image token {image_token!r} at {found}, and "
+            f"config.json (image_token_index) at {expected}: they belong to different checkpoints"
+        )

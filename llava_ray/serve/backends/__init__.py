@@ -1,0 +1,1 @@
+"""What answers a request: the models' replicas, or LLaVA's own workers, behind one registry."""

@@ -1,0 +1,253 @@
+"""Fetches the pictures that a request names by web addresses, and trusts none of them.
+
+    ImagePart with a url -> check_link -> resolve, check every address, connect to a checked one
+    -> redirect: from the start | bytes, at most so many, in so many seconds
+
+A name is resolved once a connection, and the connection goes to what was checked, so a second
+answer of the name server changes nothing; TLS still verifies the name. Nothing is decompressed,
+no cookie or credential is sent, and no proxy of the environment is used.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from ssl import SSLContext
+from typing import Any
+from weakref import WeakValueDictionary
+
+import httpcore
+import httpx
+
+import llava_ray
+from llava_ray.config import FetchConfig, LimitsConfig
+from llava_ray.errors import FetchError, LinkError
+from llava_ray.serve.fetch.ip_policy import Address, parse_address, read_address
+from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_link, is_allowed
+from llava_ray.types import ChatRequest, ImagePart
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+
+_CONNECT_TIMEOUT_S = 3.0  # for one address; there may be several
+_NUM_ADDRESSES = 4  # tried, of those that a name has
+_REDIRECTS = (301, 302, 303, 307, 308)
+_MEDIA_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
+_REMEDY = "check the address, or send the picture as a data URL"
+
+
+class Fetcher:
+    """Fetches pictures for one gateway; a slow web server holds up those alone who named it.
+
+    Args:
+        limits: bytes allowed, and `limits.fetch`.
+        resolve: gives the addresses of a host and port; by default the system's resolver.
+        ssl_context: says which certificates are trusted; by default the usual authorities.
+    """
+
+    def __init__(
+        self,
+        limits: LimitsConfig,
+        *,
+        resolve: Resolve | None = None,
+        ssl_context: SSLContext | None = None,
+    ) -> None:
+        self._limits, self._config = limits, limits.fetch
+        self._places = asyncio.Semaphore(self._config.max_at_once)
+        self._places_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        if ssl_context is None and self._config.hosts:
+            ssl_context = httpx.create_ssl_context()
+        self._pool = httpcore.AsyncConnectionPool(
+            ssl_context=ssl_context,
+            max_connections=self._config.max_at_once,
+            max_keepalive_connections=0,
+            network_backend=_CheckedNetwork(self._config, resolve or _Resolver().resolve),
+        )
+
+    async def fill(self, request: ChatRequest) -> ChatRequest:
+        """Return the request with all its pictures there, each address fetched once.
+
+        Raises:
+            LinkError: an address, or one that it leads to, is refused.
+            FetchError: an address gave no picture, or too large a one, or none in time.
+        """
+        links = {part.url: part for part in _parts(request) if part.url and not part.data}
+        if not links:
+            return request
+        allowance = _Allowance(self._limits.max_body_bytes)
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = {
+                    url: group.create_task(self._fetch(part, allowance))
+                    for url, part in links.items()
+                }
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return _put_in(request, {url: task.result() for url, task in tasks.items()})
+
+    async def _fetch(self, part: ImagePart, allowance: "_Allowance") -> bytes:
+        """Return the bytes behind the address of one picture."""
+        link = httpx.URL(part.url)
+        places = self._places_by_host.setdefault(
+            link.host, asyncio.Semaphore(self._config.max_per_host)
+        )
+        try:
+            async with asyncio.timeout(self._config.timeout_s), places, self._places:
+                return await self._follow(link, part.param, allowance)
+        except TimeoutError:
+            problem = f"took longer than the {self._config.timeout_s:g} s allowed"
+        except _NotAllowedError:
+            raise LinkError(
+                f"no picture is fetched from {link.host}: it leads to an address that is not on "
+                "the public internet; send the picture as a data URL",
+                param=part.param,
+            ) from None
+        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError):
+            problem = "could not be reached, or broke off"
+        except _UnusableError as error:
+            problem = str(error)
+        raise FetchError(f"{link.host} {problem}: {_REMEDY}", param=part.param)
+
+    async def _follow(self, link: httpx.URL, param: str, allowance: "_Allowance") -> bytes:
+        for _ in range(self._config.max_redirects + 1):
+            async with self._pool.stream("GET", _target(link), headers=_headers(link)) as answer:
+                headers = {key.lower(): value.decode("latin-1") for key, value in answer.headers}
+                if answer.status not in _REDIRECTS:
+                    _check_head(answer.status, headers)
+                    return await self._read(answer, headers.get(b"content-length", ""), allowance)
+            try:
+                link = link.join(headers[b"location"])
+            except (KeyError, httpx.InvalidURL):
+                raise _UnusableError("redirects to nothing that is an address") from None
+            link = check_link(str(link), self._config, param=param)
+        raise _UnusableError(f"redirects more often than the {self._config.max_redirects} allowed")
+
+    async def _read(self, answer: httpcore.Response, length: str, allowance: "_Allowance") -> bytes:
+        max_bytes = self._limits.max_image_bytes
+        too_long = _UnusableError(f"sent more than the {max_bytes:,} bytes allowed for a picture")
+        if length.isdecimal() and int(length) > max_bytes:
+            raise too_long
+        data = bytearray()
+        async for piece in answer.aiter_stream():
+            data += piece
+            allowance.take(len(piece))
+            if len(data) > max_bytes:
+                raise too_long
+        return bytes(data)
+
+
+class _CheckedNetwork(httpcore.AsyncNetworkBackend):
+    """Connects to hosts of which every address is allowed, and to one that it has seen itself."""
+
+    def __init__(self, config: FetchConfig, resolve: Resolve) -> None:
+        self._config, self._resolve = config, resolve
+        self._network: Any = httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        addresses = await self._find_addresses(host, port)
+        if not all(is_allowed(address, self._config) for address in addresses):
+            raise _NotAllowedError
+        error: Exception = httpcore.ConnectError("no address")
+        for address in addresses[:_NUM_ADDRESSES]:
+            try:
+                return await self._network.connect_tcp(
+                    str(address), port, _CONNECT_TIMEOUT_S, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as failure:
+                error = failure
+        raise error
+
+    async def _find_addresses(self, host: str, port: int) -> list[Address]:
+        if address := read_address(host):
+            return [address]
+        return [parse_address(text) for text in await self._resolve(host, port)]
+
+
+class _Resolver:
+    """The system's resolver, in threads of its own: nobody else waits for a slow name server."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(16, thread_name_prefix="resolve")
+
+    async def resolve(self, host: str, port: int) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found = await loop.run_in_executor(
+            self._threads, lambda: socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        )
+        return [str(place[4][0]) for place in found]
+
+
+class _Allowance:
+    """Bytes that the pictures of one request may have together."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self._num_bytes = self._num_left = num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        self._num_left -= num_bytes
+        if self._num_left < 0:
+            raise _UnusableError(
+                f"and the others sent more than the {self._num_bytes:,} bytes allowed together"
+            )
+
+
+class _NotAllowedError(Exception):
+    """A host has an address to which no connection may be made."""
+
+
+class _UnusableError(Exception):
+    """What is wrong with the answer of a web server, said after the name of its host."""
+
+
+def _check_head(status: int, headers: dict[bytes, str]) -> None:
+    if status != 200:
+        raise _UnusableError(f"answered {status} instead of sending a picture")
+    media_type = headers.get(b"content-type", "").partition(";")[0].strip().lower()
+    if not media_type.startswith("image/") and media_type not in _MEDIA_TYPES:
+        raise _UnusableError(f"sent {media_type[:60]!r}, which is not a picture")
+    if headers.get(b"content-encoding", "identity").lower() not in ("identity", ""):
+        raise _UnusableError("sent a compressed answer, which nobody asked for")
+
+
+def _target(link: httpx.URL) -> httpcore.URL:
+    port = DEFAULT_PORTS[link.scheme] if link.port is None else link.port
+    return httpcore.URL(scheme=link.raw_scheme, host=link.raw_host, port=port, target=link.raw_path)
+
+
+def _headers(link: httpx.URL) -> Mapping[bytes | str, bytes | str]:
+    return {
+        "Host": link.netloc.decode("ascii"),
+        "Accept": "image/*",
+        "Accept-Encoding": "identity",
+        "User-Agent": f"llava-ray/{llava_ray.__version__}",
+    }
+
+
+def _parts(request: ChatRequest) -> Iterable[ImagePart]:
+    for message in request.messages:
+        for part in message.parts:
+            if isinstance(part, ImagePart):
+                yield part
+
+
+def _put_in(request: ChatRequest, found: dict[str, bytes]) -> ChatRequest:
+    messages = tuple(
+        replace(
+            message,
+            parts=tuple(
+                replace(part, data=found.get(part.url, part.data))
+                if isinstance(part, ImagePart)
+                else part
+                for part in message.parts
+            ),
+        )
+        for message in request.messages
+    )
+    return replace(request, messages=messages)

@@ -1,0 +1,141 @@
+"""The front door: the deployment, its applications, and the guard before them. No torch here.
+
+`front.py` has the routes of our API, `llava_routes.py` those of LLaVA's own protocol.
+"""
+
+import os
+from collections.abc import Mapping
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+
+from llava_ray.config import CLIENT_KEY_VARIABLE, PageConfig, ServeConfig
+from llava_ray.errors import LlavaRayError
+from llava_ray.serve import log
+from llava_ray.serve.backends.stream_transport import Postbox
+from llava_ray.serve.gateway.auth import Describe, Door, DoorMiddleware
+from llava_ray.serve.gateway.llava_routes import PATHS, build_llava_app
+from llava_ray.serve.gateway.metrics import Metrics
+from llava_ray.serve.gateway.openai_routes import Front
+from llava_ray.serve.gateway.request_log import VisitMiddleware
+from llava_ray.serve.gateway.responses import answer_error, answer_no_route
+from llava_ray.serve.gateway.usage_ledger import Exchange, open_ledger
+from llava_ray.serve.llava import protocol as llava_protocol
+from llava_ray.serve.openai import errors as answers
+
+
+@serve.ingress()
+class Gateway:
+    """The ingress deployment: the API, and the page if the configuration has it.
+
+    Args:
+        config: the application's.
+        models: for each model's name the handle of its deployment of `Replica`.
+        workers: the handle of the deployment of `Workers`, if any may register.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        models: Mapping[str, DeploymentHandle],
+        workers: DeploymentHandle | None = None,
+    ) -> None:
+        log.set_up(in_replica=True)
+        self._config = config
+        self._models = models
+        self._workers = workers
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve in the gateway's process, after the constructor."""
+        exchange = open_ledger(serve.get_replica_context().app_name)
+        api = build_api(self._config, self._models, self._workers, exchange, Postbox())
+        if self._config.page:
+            self._hand_over_key()
+            from llava_ray.serve.page import mount_page
+
+            page = PageConfig(
+                gateway_url=None,
+                feedback_dir=self._config.feedback_dir,
+                moderation=self._config.moderation,
+            )
+            api = mount_page(api, page)
+        return api
+
+    def _hand_over_key(self) -> None:
+        """The page is a client like any other: its key comes from the environment."""
+        os.environ.pop(CLIENT_KEY_VARIABLE, None)
+        if self._config.page_key:
+            os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
+
+
+def build_api(
+    config: ServeConfig,
+    models: Mapping[str, DeploymentHandle],
+    workers: DeploymentHandle | None = None,
+    exchange: Exchange | None = None,
+    postbox: Postbox | None = None,
+) -> FastAPI:
+    """Return the HTTP application, on which a page may be mounted.
+
+    Args:
+        config: the application's; its limits hold here.
+        models: for each model's name a handle on which `chat` and `stats` can be called.
+        workers: a handle on `Workers`, if any may register.
+        exchange: reaches the ledger of usage that several gateways share.
+        postbox: where replicas may send chunks past Ray.
+    """
+    door = Door(config, exchange)
+    metrics = Metrics()
+    front = Front(config, models, workers, door, metrics, postbox)
+    v1 = FastAPI(
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={LlavaRayError: answer_error, HTTPException: answer_no_route},
+    )
+    v1.add_api_route("/models", front.list_models)
+    v1.add_api_route("/models/{name:path}", front.get_model)
+    v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
+    v1.add_api_route("/completions", front.complete, methods=["POST"])
+    v1.add_api_route("/tokenize", front.tokenize, methods=["POST"])
+    v1.add_api_route("/detokenize", front.detokenize, methods=["POST"])
+    v1.add_api_route("/usage", front.show_usage)
+    _guard(v1, door, config, metrics)
+    api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
+    api.add_api_route("/healthz", front.say_alive)
+    api.add_api_route("/readyz", front.say_ready)
+    api.add_api_route("/openapi.json", front.describe)
+    api.mount("/v1", v1)
+    for path in ("/usage", "/tokenize", "/detokenize"):  # the last two are there in vLLM
+        api.router.routes.append(Route(path, v1))
+    if config.llava_protocol.enabled:
+        llava = build_llava_app(config, front.models, workers)
+        _guard(llava, door, config, metrics, describe=llava_protocol.describe_error)
+        api.router.routes += [Route(path, llava) for path in PATHS]
+    return api
+
+
+def _guard(
+    api: Starlette,
+    door: Door,
+    config: ServeConfig,
+    metrics: Metrics,
+    describe: Describe = answers.describe_error,
+) -> None:
+    """Let nothing come to the routes of an application but through the door."""
+    api.add_middleware(DoorMiddleware, door=door, describe=describe)
+    api.add_middleware(VisitMiddleware, metrics=metrics)
+    if config.cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )

@@ -1,0 +1,276 @@
+"""The routes of LLaVA's controller, for its own clients: its page, `test_message`, its workers.
+
+They stand at the root of the gateway, so that the gateway's address is all that a client is given
+in place of its controller's:
+body -> llava_protocol.parse_generate -> Backend.start -> Chunk -> llava_protocol.encode_text
+
+An error that LLaVA's worker or controller would report is an object with a code, and HTTP's 200;
+only a body that is no request at all has a status of its own.
+"""
+
+import asyncio
+import json
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from llava_ray.config import ServeConfig
+from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
+from llava_ray.serve.backends.registry import Directory
+from llava_ray.serve.backends.replicas import Answer
+from llava_ray.serve.gateway.auth import read_login
+from llava_ray.serve.gateway.responses import read_body
+from llava_ray.serve.llava import protocol
+from llava_ray.serve.llava.worker_registry import check_address
+from llava_ray.serve.request_context import Visit
+from llava_ray.types import Chunk, PromptRequest
+
+
+def find_address(request: Request, configured: str) -> str:
+    """Return where the client of a request reaches this gateway, as far as can be known.
+
+    That is the configured address if there is one, else the one that it asked, which a proxy in
+    front may have noted in `X-Forwarded-Host` and `X-Forwarded-Proto`. A name and password that
+    the client sent are in it, since LLaVA's clients can only send those of the address that they
+    call.
+    """
+    url = request.base_url
+    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
+    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
+    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
+    scheme, mark, rest = address.partition("://")
+    if login := read_login(request.headers):
+        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
+    return scheme + mark + rest
+
+
+REPEAT_AFTER_S = 3.0
+"""While nothing new comes, what is known is said again: LLaVA's page takes ten seconds of silence
+for a broken connection, its controller five."""
+
+_GENERATE = "/worker_generate_stream"
+
+
+PATHS = (
+    "/list_models",
+    "/refresh_all_workers",
+    "/get_worker_address",
+    "/worker_get_status",
+    "/register_worker",
+    "/receive_heart_beat",
+    _GENERATE,
+)
+
+
+def build_llava_app(
+    config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+) -> Starlette:
+    """Return the application that answers `PATHS`; it expects a `Visit` with each request.
+
+    Args:
+        config: its limits and its `llava_protocol` hold.
+        models: those that can be asked.
+        workers: the deployment of `Workers`, if any may register.
+    """
+    routes = LlavaRoutes(config, models, workers)
+    answers = (
+        routes.list_models,
+        routes.refresh_all_workers,
+        routes.get_worker_address,
+        routes.get_status,
+        routes.register_worker,
+        routes.receive_heart_beat,
+        routes.generate,
+    )
+    return Starlette(
+        routes=[
+            Route(path, answer, methods=["POST"])
+            for path, answer in zip(PATHS, answers, strict=True)
+        ],
+        exception_handlers={LlavaRayError: _answer_error, HTTPException: _answer_no_route},
+    )
+
+
+class LlavaRoutes:
+    """What is answered where."""
+
+    def __init__(
+        self, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+    ) -> None:
+        self._limits = config.limits
+        self._protocol = config.llava_protocol
+        self._models = models
+        self._workers = workers
+        self._num_running = 0
+
+    async def list_models(self, _: Request) -> Response:
+        return _json({"models": await self._models.names()})
+
+    async def refresh_all_workers(self, _: Request) -> Response:
+        if self._workers:
+            await self._workers.refresh.remote()
+        return _json(None)
+
+    async def get_worker_address(self, request: Request) -> Response:
+        """Always the gateway itself, which hands on what is for a worker, or nothing."""
+        asked = protocol.parse(protocol.ModelBody, await self._read(request)).model
+        is_here = asked in await self._models.names()
+        return _json({"address": find_address(request, self._protocol.address) if is_here else ""})
+
+    async def get_status(self, _: Request) -> Response:
+        """As a worker would answer another controller: one of speed 1 for each model."""
+        names = await self._models.names()
+        status = {"model_names": names, "speed": len(names), "queue_length": self._num_running}
+        return _json(status)
+
+    async def register_worker(self, request: Request) -> Response:
+        """Unlike a controller, says so if it comes to nothing."""
+        body = protocol.parse(protocol.RegisterBody, await self._read(request))
+        address = check_address(body.worker_name, self._protocol.workers)
+        assert self._workers is not None  # or no address is allowed
+        status = body.worker_status
+        trouble = await self._workers.register.remote(address, body.check_heart_beat, status)
+        if trouble:
+            raise RequestError(trouble, param="worker_name")
+        return _json(None)
+
+    async def receive_heart_beat(self, request: Request) -> Response:
+        body = protocol.parse(protocol.HeartBeatBody, await self._read(request))
+        address = check_address(body.worker_name, self._protocol.workers)
+        assert self._workers is not None
+        exists = await self._workers.note_heart_beat.remote(address, body.queue_length)
+        return _json({"exist": exists})
+
+    async def generate(self, request: Request) -> Response:
+        visit: Visit = request.state.visit
+        body = await self._read(request)
+        call = await asyncio.to_thread(
+            protocol.parse_generate,
+            body,
+            limits=self._limits,
+            request_id=f"llava-{uuid.uuid4().hex}",
+        )
+        visit.model, visit.completion_id = call.model, call.request_id
+        return TextResponse(self._say(call, visit))
+
+    async def _read(self, request: Request) -> bytes:
+        return await read_body(request, max_bytes=self._limits.max_body_bytes)
+
+    async def _say(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[bytes]:
+        """Yield the answer's objects; an error is the last of them."""
+        self._num_running += 1
+        is_over, said = False, call.prompt
+        try:
+            async with aclosing(_with_pauses(self._answer(call, visit))) as chunks:
+                async for chunk in chunks:
+                    said += chunk.text if chunk else ""
+                    yield protocol.encode_text(said)
+            is_over = True
+        except LlavaRayError as error:
+            visit.error = error.code
+            yield protocol.encode_error(error)
+        except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
+            message = visit.report(error).body["error"]["message"]
+            yield protocol.encode_text(message, protocol.FAILED)
+        finally:
+            self._num_running -= 1
+            if not (is_over or visit.error):
+                visit.note_gone()
+
+    async def _answer(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[Chunk]:
+        async with visit.deadline.hold():  # the door holds no longer: the status is out
+            answer = await self._start(call, visit)
+        try:
+            async for chunk in answer:
+                yield chunk
+        finally:
+            answer.close()
+
+    async def _start(self, call: PromptRequest, visit: Visit) -> Answer:
+        """Begin an answer of at most `max_new_tokens`; of fewer if the context ends before."""
+        backend = await self._models.find(call.model)
+        try:
+            return await backend.start(call, visit)
+        except ContextLengthError as error:
+            if error.param != "max_tokens":
+                raise
+        as_many_as_fit = replace(call.sampling, max_tokens=None)
+        return await backend.start(replace(call, sampling=as_many_as_fit), visit)
+
+
+class TextResponse(StreamingResponse):
+    """A stream whose source is closed at once when the client has gone."""
+
+    def __init__(self, content: AsyncGenerator[bytes]) -> None:
+        super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self._content = content
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._content):
+            await super().__call__(scope, receive, send)
+
+
+async def _with_pauses(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk | None]:
+    """Yield what comes, and None each time that nothing came for `REPEAT_AFTER_S`."""
+    news: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue(maxsize=1)
+
+    async def listen() -> None:
+        end: Exception | None = None
+        try:
+            async with aclosing(chunks):
+                async for chunk in chunks:
+                    await news.put(chunk)
+        except Exception as error:  # noqa: BLE001 - raised where the stream is read
+            end = error
+        await news.put(end)
+
+    listening = asyncio.create_task(listen())
+    try:
+        while True:
+            try:
+                async with asyncio.timeout(REPEAT_AFTER_S):
+                    item = await news.get()
+            except TimeoutError:
+                yield None
+                continue
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+    finally:
+        listening.cancel()
+
+
+def _json(body: Any, status: int = 200) -> Response:
+    return Response(json.dumps(body), status, media_type="application/json")
+
+
+async def _answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LlavaRayError)
+    request.state.visit.error = error.code
+    body = protocol.encode_error(error)
+    if request.url.path.endswith(_GENERATE):  # its clients look for the end of an object
+        return Response(body, error.status)
+    return Response(body.removesuffix(protocol.END), error.status, media_type="application/json")
+
+
+async def _answer_no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    request.state.visit.error = "method_not_allowed"
+    message = f"{request.method} is not answered here: use POST"
+    body = {"text": message, "error_code": protocol.FAILED}
+    return Response(
+        json.dumps(body), error.status_code, error.headers, media_type="application/json"
+    )

@@ -1,0 +1,71 @@
+"""Figures for Prometheus, which Ray exports on every node as `ray_llava_ray_*`."""
+
+from ray.serve.metrics import Gauge
+from ray.util.metrics import Counter, Histogram
+
+from llava_ray.serve.request_context import Visit
+
+_SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
+
+
+class Metrics:
+    """Counts what has passed through one gateway."""
+
+    def __init__(self) -> None:
+        tags = ("key", "model")
+        self._requests = Counter(
+            "llava_ray_requests",
+            "Requests that are over; status 499: the client left.",
+            tag_keys=(*tags, "status", "error"),
+        )
+        self._tokens = Counter(
+            "llava_ray_tokens",
+            "Tokens; those of pictures and cached ones are also among those of prompts.",
+            tag_keys=(*tags, "kind"),
+        )
+        self._queued = Gauge(
+            "llava_ray_queued_requests",
+            "Requests that wait in a gateway for room at the model.",
+            tag_keys=("model",),
+        )
+        self._fetch = Histogram(
+            "llava_ray_fetch_seconds",
+            "Fetching the pictures of a request from their addresses.",
+            boundaries=_SECONDS,
+            tag_keys=tags,
+        )
+        self._first = Histogram(
+            "llava_ray_first_chunk_seconds",
+            "From a request to the first piece of its answer.",
+            boundaries=_SECONDS,
+            tag_keys=tags,
+        )
+        self._total = Histogram(
+            "llava_ray_request_seconds",
+            "From a request to the end of its answer.",
+            boundaries=_SECONDS,
+            tag_keys=tags,
+        )
+
+    def note_queued(self, model: str, num_waiting: int) -> None:
+        """Take how many requests wait for a model here, of this moment."""
+        self._queued.set(num_waiting, {"model": model})
+
+    def count(self, visit: Visit) -> None:
+        """Count a request that is over."""
+        tags = {"key": visit.key, "model": visit.model if visit.is_model_known else ""}
+        self._requests.inc(1, {**tags, "status": str(visit.status), "error": visit.error})
+        used = visit.usage
+        for kind, count in (
+            ("prompt", used.num_prompt_tokens),
+            ("completion", used.num_tokens),
+            ("image", used.num_image_tokens),
+            ("cached", used.num_cached_tokens),
+        ):
+            if count:
+                self._tokens.inc(count, {**tags, "kind": kind})
+        if visit.fetch_s is not None:
+            self._fetch.observe(visit.fetch_s, tags)
+        if visit.first_after_s is not None:
+            self._first.observe(visit.first_after_s, tags)
+        self._total.observe(visit.total_s, tags)

@@ -1,0 +1,103 @@
+"""How the gateway answers: JSON, server-sent events, errors.
+
+`backend.explain` makes errors of ours of Ray's; `openai_answers.describe_error` says their status.
+"""
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from llava_ray.errors import LlavaRayError, RequestTooLargeError
+from llava_ray.serve.backends.replicas import Answer
+from llava_ray.serve.openai import errors as answers
+from llava_ray.serve.openai.streaming import ChunkEncoder
+from llava_ray.serve.request_context import Visit
+
+
+def json_response(
+    body: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a body as JSON."""
+    # Escaped to ASCII: a name that is quoted back may not be valid Unicode.
+    return Response(json.dumps(body), status, headers, media_type="application/json")
+
+
+class EventResponse(StreamingResponse):
+    """An answer as server-sent events. However it ends, the replica stops working on it."""
+
+    def __init__(self, answer: Answer, encoder: ChunkEncoder, visit: Visit) -> None:
+        self._answer, self._encoder, self._visit = answer, encoder, visit
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(self._encode(), media_type="text/event-stream", headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if not (self._answer.is_over or self._visit.error):
+                self._visit.note_gone()
+            self._answer.close()
+
+    async def _encode(self) -> AsyncIterator[bytes]:
+        try:
+            async for chunk in self._answer:
+                if events := self._encoder.encode(chunk):
+                    yield events
+        except LlavaRayError as error:
+            self._visit.error = error.code
+            yield answers.encode_error(answers.describe_error(error))
+        except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
+            yield answers.encode_error(self._visit.report(error))
+        else:
+            yield answers.DONE
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, LlavaRayError)
+    request.state.visit.error = error.code
+    reply = answers.describe_error(error)
+    return json_response(reply.body, reply.status, reply.headers)
+
+
+async def answer_no_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method} {request.url.path[:100]}"
+    if error.status_code == 405:
+        message = f"there is no {asked}: use {(error.headers or {}).get('Allow', 'POST')}"
+        reply = answers.describe_failure(405, message, code="method_not_allowed")
+    else:
+        message = (
+            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}}, "
+            "POST /v1/chat/completions, POST /v1/completions, POST /tokenize and POST /detokenize"
+        )
+        reply = answers.describe_failure(error.status_code, message, code="not_found")
+    request.state.visit.error = reply.body["error"]["code"]
+    return json_response(reply.body, reply.status, {**reply.headers, **(error.headers or {})})
+
+
+async def read_body(request: Request, *, max_bytes: int) -> bytes:
+    """Return the body of a request; reading stops where it becomes too large.
+
+    Raises:
+        RequestTooLargeError: it has, or says that it has, more than `max_bytes`.
+    """
+    declared = request.headers.get("content-length", "")
+    num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
+    pieces = []
+    if num_bytes <= max_bytes:
+        num_bytes = 0
+        async for piece in request.stream():
+            pieces.append(piece)
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                break
+        else:
+            return b"".join(pieces)
+    raise RequestTooLargeError(
+        f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller pictures"
+    )

@@ -1,0 +1,1 @@
+"""The OpenAI API as data: request bodies in, response bodies and stream events out, without Ray."""

@@ -1,0 +1,148 @@
+"""Plain completions and tokens, inwards: untrusted JSON bodies become requests or errors.
+
+Sources: https://platform.openai.com/docs/api-reference/completions, and vLLM's /tokenize and
+/detokenize.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from llava_ray.config import LimitsConfig
+from llava_ray.errors import RequestError
+from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.chat import read_messages
+from llava_ray.serve.openai.protocol import (
+    LARGEST_TOKEN_ID,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+    check_options,
+    read_num_answers,
+    read_sampling,
+    wants_usage,
+)
+from llava_ray.serve.openai.streaming import Head, TextForm
+from llava_ray.serve.openai.validation import (
+    check_unicode,
+    explain,
+    kind_of,
+    load_json,
+    refuse_unknown,
+)
+from llava_ray.types import ChatRequest, CompletionRequest, TokenizeRequest
+
+Body = TypeVar("Body", TokenizeBody, DetokenizeBody)
+
+DEFAULT_MAX_TOKENS = 16
+_PROMPT_REMEDY = "send a text, a list of texts, a list of token ids, or a list of such lists"
+
+
+def parse_completion(
+    body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str
+) -> Call:
+    """Check the JSON body of `/v1/completions` and return what it asks for.
+
+    Raises:
+        RequestError: it cannot be served; `param` names the field, the message the remedy.
+    """
+    body = dict(body) if isinstance(body, Mapping) else load_json(body)
+    options = check_options(body, CompletionBody)
+    prompts = _read_prompts(options.prompt)
+    answers_each = read_num_answers(options, limits)
+    num_answers = len(prompts) * answers_each
+    if num_answers > limits.max_answers:
+        raise RequestError(
+            f"{num_answers} answers are asked for, {answers_each} to each prompt, more than the "
+            f"{limits.max_answers} allowed: send fewer prompts",
+            param="prompt",
+        )
+    if options.echo and options.logprobs is not None:
+        raise RequestError(
+            "echo with logprobs asks for those of the prompt, which this server does not tell: "
+            "leave one of them out",
+            param="echo",
+        )
+    max_tokens = options.max_tokens or DEFAULT_MAX_TOKENS
+    sampling = read_sampling(options, max_tokens=max_tokens, num_logprobs=options.logprobs)
+    return Call(
+        CompletionRequest(
+            request_id, options.model, prompts, sampling, answers_each, bool(options.echo)
+        ),
+        TextForm(has_logprobs=options.logprobs is not None),
+        Head(request_id, options.model, int(time.time()), answers_each, num_answers),
+        stream=bool(options.stream),
+        include_usage=wants_usage(options),
+    )
+
+
+def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, TokenizeRequest]:
+    """Check the JSON body of `/tokenize`; the request, and the fields beside it.
+
+    Raises:
+        RequestError: it cannot be served.
+    """
+    options = _check(load_json(body), TokenizeBody)
+    if (options.prompt is None) == (options.messages is None):
+        raise RequestError(
+            "send either a prompt or messages, and not both",
+            param="prompt" if options.prompt is None else "messages",
+        )
+    if options.prompt is not None:
+        check_unicode(options.prompt, "prompt")
+        return options, TokenizeRequest(options.prompt, options.add_special_tokens is not False)
+    if options.add_special_tokens:
+        raise RequestError(
+            "add_special_tokens is true, but a conversation's template decides that: leave it out",
+            param="add_special_tokens",
+        )
+    messages = read_messages(options.messages or [], limits)
+    chat = ChatRequest("tokenize", options.model or "", messages)
+    is_open = options.add_generation_prompt is not False
+    return options, TokenizeRequest(chat, add_generation_prompt=is_open)
+
+
+def parse_detokenize(body: bytes) -> DetokenizeBody:
+    """Check the JSON body of `/detokenize`; raises `RequestError`."""
+    return _check(load_json(body), DetokenizeBody)
+
+
+def _check(body: dict[str, Any], kind: type[Body]) -> Body:
+    refuse_unknown(body, kind.model_fields, "")
+    try:
+        return kind(**body)
+    except ValidationError as error:
+        raise explain(error, kind) from None
+
+
+def _read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(value, str) or _is_token_ids(value):
+        value, paths = [value], ["prompt"]
+    elif isinstance(value, list):
+        paths = [f"prompt[{i}]" for i in range(len(value))]
+    else:
+        raise RequestError(f"prompt is {kind_of(value)}: {_PROMPT_REMEDY}", param="prompt")
+    if not value:
+        raise RequestError(f"prompt is empty: {_PROMPT_REMEDY}", param="prompt")
+    return tuple(_read_prompt(each, path) for each, path in zip(value, paths, strict=True))
+
+
+def _read_prompt(value: Any, path: str) -> str | tuple[int, ...]:
+    if isinstance(value, str):
+        if not value:
+            raise RequestError(f"{path} is empty: write something", param=path)
+        check_unicode(value, path)
+        return value
+    if not _is_token_ids(value):
+        raise RequestError(f"{path} is {kind_of(value)}: {_PROMPT_REMEDY}", param=path)
+    return tuple(value)
+
+
+def _is_token_ids(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(type(id_) is int and 0 <= id_ <= LARGEST_TOKEN_ID for id_ in value)
+    )

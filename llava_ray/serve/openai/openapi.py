@@ -1,0 +1,297 @@
+"""The OpenAPI document of this server, at `/openapi.json`: made from the models that check bodies.
+
+What the models leave open, messages and prompts, is described here beside them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic.json_schema import models_json_schema
+
+from llava_ray import __version__
+from llava_ray.serve.openai.chat import ASSISTANT_FIELDS
+from llava_ray.serve.openai.protocol import (
+    LARGEST_TOKEN_ID,
+    UNSUPPORTED,
+    WITHOUT_EFFECT,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
+
+_DETAIL = {"enum": ["auto", "low", "high", "original", None]}
+_TEXT_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_PICTURE_PART = {
+    "type": "object",
+    "description": "`detail` has no effect: a model has one way of looking at a picture, its own.",
+    "properties": {
+        "type": {"const": "image_url"},
+        "image_url": {
+            "anyOf": [
+                {"type": "string"},
+                {
+                    "type": "object",
+                    "properties": {"url": {"type": "string"}, "detail": _DETAIL},
+                    "required": ["url"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        "detail": _DETAIL,
+        "uuid": {"description": "no effect"},
+    },
+    "required": ["type", "image_url"],
+    "additionalProperties": False,
+}
+
+
+def _describe_message(roles: Sequence[str], *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
+    texts = {"type": "array", "items": {"anyOf": [_TEXT_PART, *parts]}, "minItems": 1}
+    return {
+        "type": "object",
+        "properties": {
+            "role": {"enum": list(roles)},
+            "content": {"anyOf": [{"type": "string"}, texts]},
+            "name": {"type": ["string", "null"]},
+            **more,
+        },
+        "required": ["role", "content"],
+        "additionalProperties": False,
+    }
+
+
+_MESSAGE = {
+    "anyOf": [
+        _describe_message(["user"], _PICTURE_PART),
+        _describe_message(["system", "developer"]),
+        _describe_message(
+            ["assistant"],
+            **{name: {"enum": [*neutral, None]} for name, neutral in ASSISTANT_FIELDS.items()},
+        ),
+    ]
+}
+_MESSAGES = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}
+_TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": LARGEST_TOKEN_ID}
+_TOKEN_IDS = {"type": "array", "items": _TOKEN_ID, "minItems": 1}
+_PROMPT = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        _TOKEN_IDS,
+        {
+            "type": "array",
+            "items": {"anyOf": [{"type": "string", "minLength": 1}, _TOKEN_IDS]},
+            "minItems": 1,
+        },
+    ]
+}
+_STOP = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+        {"type": "null"},
+    ]
+}
+_ERROR = {
+    "type": "object",
+    "properties": {
+        "error": {
+            "type": "object",
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": "string"},
+            },
+            "required": ["message", "type", "param", "code"],
+        }
+    },
+    "required": ["error"],
+}
+_MODEL = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer"},
+        "owned_by": {"type": "string"},
+        "max_model_len": {"type": ["integer", "null"]},
+        "parent": {"type": ["string", "null"]},
+    },
+    "required": ["id", "object", "created", "owned_by"],
+}
+_EVENT = {
+    "type": "object",
+    "description": "one event: a piece of the answer as JSON, an error, or [DONE]",
+    "properties": {"data": {"type": "string"}},
+    "required": ["data"],
+}
+_COUNTS = (
+    *("in_flight", "requests", "errors", "refused"),
+    *("prompt_tokens", "completion_tokens", "total_tokens", "image_tokens"),
+)
+_USAGE = {
+    "type": "object",
+    "properties": {"key": {"type": "string"}, **{name: {"type": "integer"} for name in _COUNTS}},
+    "required": ["key", *_COUNTS],
+}
+_STATES = {
+    "type": "object",
+    "properties": {"status": {"type": "string"}, "models": {"type": "object"}},
+    "required": ["status", "models"],
+}
+_COMPLETION = {
+    "type": "object",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"enum": ["chat.completion", "text_completion"]},
+        "created": {"type": "integer"},
+        "model": {"type": "string"},
+        "choices": {"type": "array", "items": {"type": "object"}, "minItems": 1},
+        "usage": {"type": "object"},
+    },
+    "required": ["id", "object", "created", "model", "choices", "usage"],
+}
+
+
+def describe_api(models: Sequence[str]) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these models."""
+    bodies = [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]
+    _, described = models_json_schema(
+        [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
+    )
+    schemas: dict[str, Any] = described["$defs"]
+    for body in (ChatBody, CompletionBody):
+        schema = schemas[body.__name__]
+        schema["properties"] = _list_refused(schema["properties"]) | schema["properties"]
+        schema["properties"]["stop"] = _STOP | {
+            "description": schema["properties"]["stop"]["description"]
+        }
+        schema["properties"]["logit_bias"]["anyOf"][0]["propertyNames"] = {
+            "pattern": "^[0-9]{1,10}$"
+        }
+    for body in bodies:
+        _fill(schemas[body.__name__], "model", {"enum": list(models)})
+        schemas[body.__name__]["additionalProperties"] = False
+    _fill(schemas["ChatBody"], "messages", _MESSAGES)
+    _fill(schemas["TokenizeBody"], "messages", _MESSAGES)
+    _fill(schemas["CompletionBody"], "prompt", _PROMPT)
+    schemas |= {"Message": _MESSAGE, "Error": _ERROR, "Model": _MODEL}
+    schemas["Completion"] = _COMPLETION
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "LLaVA Ray", "version": __version__},
+        "paths": {
+            "/v1/models": {"get": _get("The models", _object(data=_array("Model")))},
+            "/v1/models/{name}": {
+                "get": _get("One model", _ref("Model"))
+                | {
+                    "parameters": [
+                        {
+                            "name": "name",
+                            "in": "path",
+                            "required": True,
+                            "schema": {"enum": list(models)},
+                        }
+                    ]
+                }
+            },
+            "/v1/chat/completions": {"post": _post("Continue a conversation", "ChatBody")},
+            "/v1/completions": {"post": _post("Continue a text", "CompletionBody")},
+            "/tokenize": {
+                "post": _post(
+                    "Text or conversation to tokens",
+                    "TokenizeBody",
+                    _object(
+                        count={"type": "integer"},
+                        max_model_len={"type": "integer"},
+                        tokens={"type": "array", "items": {"type": "integer"}},
+                    ),
+                )
+            },
+            "/detokenize": {
+                "post": _post(
+                    "Tokens to text", "DetokenizeBody", _object(prompt={"type": "string"})
+                )
+            },
+            "/usage": {
+                "get": _get(
+                    "What the caller's key has used, or all keys for an admin's; also /v1/usage",
+                    _object(
+                        since={"type": "integer"},
+                        complete={"type": "boolean"},
+                        data={"type": "array", "items": _USAGE},
+                    ),
+                )
+            },
+            "/healthz": {"get": _get("The gateway lives", {"type": "object"})},
+            "/readyz": {"get": _get("Every model answers; 503: which do not", _STATES)},
+        },
+        "components": {"schemas": schemas},
+    }
+
+
+def _list_refused(known: dict[str, Any]) -> dict[str, Any]:
+    """Fields that are taken as long as they ask for nothing, and fields that change nothing."""
+    taken: dict[str, Any] = {name: {"description": "no effect"} for name in WITHOUT_EFFECT}
+    for name, (neutral, remedy) in UNSUPPORTED.items():
+        if name not in known:
+            taken[name] = {"enum": [*neutral, None], "description": remedy}
+    return dict(sorted(taken.items()))
+
+
+def _fill(schema: dict[str, Any], name: str, described: dict[str, Any]) -> None:
+    field = schema["properties"][name]
+    if "anyOf" in field and name not in schema.get("required", ()):
+        described = {"anyOf": [described, {"type": "null"}]}
+    schema["properties"][name] = described | {"description": field["description"]}
+
+
+def _ref(name: str) -> dict[str, Any]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _array(name: str) -> dict[str, Any]:
+    return {"type": "array", "items": _ref(name)}
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties)}
+
+
+def _get(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    found = {"description": "OK", "content": {"application/json": {"schema": schema}}}
+    responses = {"200": found} | _failures()
+    if schema is _STATES:
+        responses["503"] = found | {"description": "Not ready"}
+    return {"summary": summary, "responses": responses}
+
+
+def _post(summary: str, body: str, schema: dict[str, Any] | None = None) -> dict[str, Any]:
+    content: dict[str, Any] = {"application/json": {"schema": schema or _ref("Completion")}}
+    if schema is None:
+        content["text/event-stream"] = {"schema": _EVENT}
+    return {
+        "summary": summary,
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": _ref(body)}},
+        },
+        "responses": {"200": {"description": "OK", "content": content}} | _failures(),
+    }
+
+
+def _failures() -> dict[str, Any]:
+    content = {"application/json": {"schema": _ref("Error")}}
+    return {
+        kind: {"description": meaning, "content": content}
+        for kind, meaning in (
+            ("4XX", "What the caller can put right; the message says how"),
+            ("5XX", "Full for the moment (503, with Retry-After), or broken"),
+        )
+    }

@@ -1,0 +1,201 @@
+"""The model of a run in DeepSpeed's hands: loaded, parts chosen, divided among the workers.
+
+The one file that builds DeepSpeed's engine. torch.distributed must be up.
+"""
+
+import ctypes
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from llava_ray.config import TrainConfig
+from llava_ray.errors import ConfigError, MissingPackageError
+from llava_ray.model.checkpoint.inspect import inspect_checkpoint
+from llava_ray.model.checkpoint.tensor_names import to_memory
+from llava_ray.model.checkpoint.weights import open_file, open_parts
+from llava_ray.model.loading import Core, load_model
+from llava_ray.train.deepspeed_config import describe_engine, read_stage
+from llava_ray.train.inputs import Inputs, encode_blank
+from llava_ray.train.param_groups import PartState, describe_parts, group_parameters, select_parts
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""Of glibc's malloc.h."""
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees: each step takes as much anew as the one before.
+
+    Else glibc gives it back to the system in some processes and not in others, as the heap happens
+    to lie, and there each page is a fault again in every step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """What is trained.
+
+    Attributes:
+        core: the model as it was loaded, and its processor.
+        engine: DeepSpeed's, around the same model.
+        blank: see `inputs.encode_blank`.
+        parts: what becomes of each part.
+        stage: of ZeRO.
+        device: on which it computes.
+    """
+
+    core: Core
+    engine: Any
+    blank: Inputs
+    parts: list[PartState]
+    stage: int
+    device: torch.device
+
+
+def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
+    """Load a run's model on this worker and give it to DeepSpeed.
+
+    Args:
+        config: of the run.
+        universal: the state that will be restored is a universal checkpoint.
+
+    Raises:
+        ConfigError: the model or the configuration is not to be had.
+        MissingPackageError: DeepSpeed, peft, bitsandbytes or Liger are needed.
+    """
+    is_gpu = torch.cuda.is_available()
+    deepspeed = import_deepspeed(is_gpu=is_gpu)
+    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+    core = load_for_training(config, device)
+    model: Any = core.model
+    select_parts(model, config)
+    described = describe_engine(
+        config,
+        num_workers=dist.get_world_size(),
+        hidden_size=model.config.text_config.hidden_size,
+        is_bf16=model.dtype == torch.bfloat16,
+    )
+    if universal:
+        described["checkpoint"] = {"load_universal": True}
+    parts = describe_parts(model, config)
+    optimizer = torch.optim.AdamW(
+        group_parameters(model, config),
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=None if is_gpu else True,  # or torch goes over weights one by one on CPUs
+    )
+    blank = encode_blank(core)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
+    if not is_gpu:
+        keep_freed_memory()
+    return Trainee(core, engine, blank, parts, read_stage(described), device)
+
+
+def load_for_training(config: TrainConfig, device: torch.device) -> Core:
+    """Return a run's model, in its precision and ready for gradients.
+
+    Raises:
+        ConfigError: it is not to be had.
+        MissingPackageError: a package is needed.
+    """
+    is_bf16 = config.bf16 if config.bf16 != "auto" else device.type == "cuda"
+    if config.tf32 and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(config.seed)
+    core = load_model(
+        config.model,
+        base=config.base,
+        vision_tower=config.vision_tower,
+        dtype="bfloat16" if is_bf16 else "float32",
+        device=str(device),
+        quantization=config.quantization,
+        attention=config.attention,
+        template=config.template,
+    )
+    model: Any = core.model
+    if config.pretrain_mm_mlp_adapter:
+        take_projector(model, config.pretrain_mm_mlp_adapter)
+    if config.use_liger_kernel:
+        _apply_liger(model)
+    model.train()
+    model.config.use_cache = model.config.text_config.use_cache = False
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return core
+
+
+@torch.no_grad()
+def take_projector(model: Any, path: str) -> None:
+    """Copy a trained projector, and what ends the rows of tiles, into a model.
+
+    Args:
+        model: changed in place.
+        path: a checkpoint with all its weights, or a folder with mm_projector.bin.
+
+    Raises:
+        ConfigError: there is none, or it has other sizes.
+    """
+    from llava_ray.model.checkpoint.locate import find_folder
+
+    folder = find_folder(path)
+    if (folder / "mm_projector.bin").is_file():
+        found = open_file(folder / "mm_projector.bin")
+        stored = {to_memory(name, "original"): tensor for name, tensor in found.items()}
+    else:
+        stored = dict(open_parts(inspect_checkpoint(path).parts))
+    places = ("model.multi_modal_projector.", "model.image_newline")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(places):
+            continue
+        tensor = stored.get(name)
+        if tensor is None and name == places[1]:
+            continue  # the first stage has no tiles
+        if tensor is None or tensor.shape != tuple(parameter.shape):
+            seen = "nothing" if tensor is None else list(tensor.shape)
+            raise ConfigError(
+                f"pretrain_mm_mlp_adapter={path!r} has {seen} for {name} "
+                f"{list(parameter.shape)}: it was trained for another model"
+            )
+        parameter.copy_(tensor[...])
+
+
+def import_deepspeed(*, is_gpu: bool) -> Any:
+    """Return DeepSpeed, told where it computes.
+
+    Raises:
+        MissingPackageError: it is not installed.
+    """
+    if not is_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing else
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingPackageError(
+            f"training needs DeepSpeed ({error}): pip install 'llava-ray[train]'"
+        ) from error
+    if not is_gpu:
+        # Or it compiles a reduction that only inference uses, with a compiler, for a minute.
+        ops: Any = deepspeed.ops
+        ops.__compatible_ops__ = {}
+    # It calls torch.distributed by names that torch has begun to give up.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
+    return deepspeed
+
+
+def _apply_liger(model: Any) -> None:
+    try:
+        from liger_kernel.transformers import (  # pyright: ignore[reportMissingImports]
+            _apply_liger_kernel_to_instance,
+        )
+    except ImportError as error:
+        raise MissingPackageError(
+            "use_liger_kernel needs Liger: pip install liger-kernel"
+        ) from error
+    _apply_liger_kernel_to_instance(model=model.model.language_model)

@@ -1,0 +1,158 @@
+"""The folder of a run: its settings at the beginning, the export and the curves at the end.
+
+config.yaml         the run's settings, complete
+train_log.jsonl     a line a step, with the samples' ids
+checkpoint-<step>/  see `checkpoint`
+export/             the model as `serve` and `evaluate` take it, and llava_ray_run.json
+curves.png          loss, learning rate, throughput
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import llava_ray
+from llava_ray.config import TrainConfig
+from llava_ray.data.loader.dataset import open_pool
+from llava_ray.model.checkpoint.inspect import inspect_checkpoint
+from llava_ray.model.export.atomic_folder import write_json
+from llava_ray.model.export.export import export_model
+from llava_ray.storage import open_folder
+from llava_ray.train.checkpoint import MODEL, read_progress
+from llava_ray.train.log import LOG, read_log
+
+FILES = ("config.yaml", "train_log.jsonl")
+"""What a run goes on with, beside its checkpoints."""
+
+
+def is_address(path: str) -> bool:
+    """Whether a run is kept elsewhere than on a disk."""
+    return "://" in path
+
+
+@contextlib.contextmanager
+def open_home(address: str) -> Iterator[Path]:
+    """Give the folder to write in: the run's own, or a local one that is sent when the block ends.
+
+    The local one has what a run goes on with.
+    """
+    if not is_address(address):
+        home = Path(address)
+        home.mkdir(parents=True, exist_ok=True)
+        yield home
+        return
+    folder = open_folder(address)
+    with tempfile.TemporaryDirectory(prefix="llava-ray-run-") as scratch:
+        home = Path(scratch)
+        for name in FILES:
+            if folder.has(name):
+                (home / name).write_bytes(folder.read(name))
+        yield home
+        send_home(home, address)
+
+
+def send_home(home: Path, address: str) -> None:
+    """Send what was written so far to the run's address; nothing is to be done on a disk."""
+    if not is_address(address):
+        return
+    folder = open_folder(address)
+    for path in sorted(home.rglob("*")):
+        if path.is_file():
+            target = folder.path(path.relative_to(home).as_posix())
+            folder.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+            folder.files.put_file(str(path), target)
+
+
+def is_begun(address: str) -> bool:
+    """Whether a run has written anything there."""
+    return bool(open_folder(address).list(""))
+
+
+def remove_unfinished(address: str, step: int) -> None:
+    """Remove checkpoints behind the one to go on from: their workers died while they wrote them."""
+    folder = open_folder(address)
+    names = {name.split("/")[0] for name in folder.list("")}
+    for name in names:
+        number = name.removeprefix("checkpoint-")
+        if name != number and number.isdecimal() and int(number) > step:
+            folder.remove(name)
+
+
+EXPORT = "export"
+RUN_FILE = "llava_ray_run.json"
+
+
+def write_settings(folder: Path, config: TrainConfig) -> None:
+    """Write a run's settings into its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    (folder / "config.yaml").write_text(content)
+
+
+def export_run(checkpoint: Path, folder: Path, config: TrainConfig) -> Path:
+    """Write a checkpoint's model whole, with where it came from, and the curves; return the export.
+
+    Args:
+        checkpoint: the folder of one of the run's.
+        folder: of the run.
+        config: of the run.
+
+    Raises:
+        ConfigError: the form cannot express the model.
+    """
+    begun = inspect_checkpoint(config.model, base=config.base, vision_tower=config.vision_tower)
+    target = export_model(
+        checkpoint / MODEL,
+        folder / EXPORT,
+        to=config.export_to or ("hf" if begun.layout == "published" else "original"),
+        vision_tower=config.vision_tower if config.method == "lora" else None,
+        overwrite=True,
+    )
+    write_json(target / RUN_FILE, describe_run(checkpoint, config))
+    draw_curves(folder)
+    return target
+
+
+def describe_run(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
+    """Return what a model was made from: settings, data, code."""
+    pool = open_pool(config.data.datasets)
+    return {
+        "llava_ray": llava_ray.__version__,
+        "step": read_progress(checkpoint).step,
+        "config": config.model_dump(mode="json"),
+        "data": [
+            {"path": dataset.path, "digest": manifest.digest, "num_samples": manifest.num_samples}
+            for dataset, manifest in zip(config.data.datasets, pool.manifests, strict=True)
+        ],
+    }
+
+
+def draw_curves(folder: Path) -> None:
+    """Draw a run's curves, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    if not (folder / LOG).is_file():
+        return
+    lines = read_log(folder)
+    figure = Figure(figsize=(8, 9), layout="constrained")
+    names = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_s": "tokens/s"}
+    for axes, (name, label) in zip(figure.subplots(3, 1), names.items(), strict=True):
+        steps = [line["step"] for line in lines if name in line]
+        axes.plot(steps, [line[name] for line in lines if name in line], label=label)
+        if name == "loss" and (measured := [line for line in lines if "eval_loss" in line]):
+            axes.plot(
+                [line["step"] for line in measured],
+                [line["eval_loss"] for line in measured],
+                "o-",
+                label="held out",
+            )
+            axes.legend()
+        axes.set_ylabel(label)
+        axes.set_xlabel("step")
+    figure.savefig(folder / "curves.png", dpi=120)
