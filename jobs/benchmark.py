@@ -28,7 +28,7 @@ class LoadFigures:
 
     system: str
     weights_mb: float
-    load_s: float  # model, tokenizer and picture preprocessing, packages imported before
+    load_s: float  # model, tokenizer and image preprocessing, packages imported before
     peak_mb: float  # what the process grew by while loading
     peak_to_weights: float
 
@@ -40,7 +40,7 @@ def commands() -> None:
 
 LOADERS = {
     "llava_ray": """
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
 def load(path, dtype):
     return load_model(path, dtype=dtype, device="cpu")
 """,

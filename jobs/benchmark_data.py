@@ -1,6 +1,6 @@
 """Speed of data, measured: what `python jobs/benchmark.py data` runs.
 
-Conversion, and the training stream beside a torch DataLoader that encodes the same pictures from
+Conversion, and the training stream beside a torch DataLoader that encodes the same images from
 the same files with as many processes; how long a stream takes to its first batch, at the beginning
 and deep in an epoch; memory while 2,000 and 50,000 rows are converted.
 """
@@ -147,8 +147,8 @@ def _stream(config: Any, checkpoint: Any) -> Iterable[int]:
         yield len(batch.to_tensors()["input_ids"])
 
 
-class RawPictures:
-    """A torch dataset over LLaVA's JSON and its pictures, encoded as the stream does it."""
+class RawImages:
+    """A torch dataset over LLaVA's JSON and its images, encoded as the stream does it."""
 
     def __init__(self, raw: Path, model: str) -> None:
         self._raw, self._model = raw, model
@@ -176,7 +176,7 @@ def _load_with_torch(raw: Path, model: str, processes: int) -> Iterable[int]:
     """Yield how many samples each batch of a DataLoader has."""
     from torch.utils.data import DataLoader
 
-    dataset: Any = RawPictures(raw, model)
+    dataset: Any = RawImages(raw, model)
     loader = DataLoader(
         dataset,
         batch_size=BATCH_SIZE,

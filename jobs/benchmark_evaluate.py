@@ -149,18 +149,18 @@ def _time_job(
 
 
 def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
-    """Ask the engine that says back what it hears, with a picture in each question."""
+    """Ask the engine that says back what it hears, with an image in each question."""
     from llava_ray.config import EvaluateConfig
     from llava_ray.evaluate import run
 
     source = place / "scenes"
-    pictures = sorted(path.name for path in source.glob("*.png"))
+    images = sorted(path.name for path in source.glob("*.png"))
     lines = [
         json.dumps(
             {
                 "question_id": str(i),
-                "image": pictures[i % len(pictures)],
-                "text": f"What is in picture {i}?",
+                "image": images[i % len(images)],
+                "text": f"What is in image {i}?",
                 "answer": "nothing",
             }
         )

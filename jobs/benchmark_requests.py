@@ -1,4 +1,4 @@
-"""What serving is measured with: pictures and questions, clients that ask them, what they see."""
+"""What serving is measured with: images and questions, clients that ask them, what they see."""
 
 import asyncio
 import random
@@ -21,7 +21,7 @@ class Load:
         clients: how many ask at once, in turns.
         requests_each: of each client.
         max_tokens: of each answer, which is exactly so long.
-        image_size: side of the pictures, in pixels.
+        image_size: side of the images, in pixels.
         dtype: precision of every system; empty: what this application chooses on this machine.
         quantization: of the application and its engine.
     """
@@ -49,7 +49,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Question:
-    """One request: a picture of coloured tiles and 6 to 40 words."""
+    """One request: an image of coloured tiles and 6 to 40 words."""
 
     image: Image.Image
     text: str

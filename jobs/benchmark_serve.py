@@ -1,6 +1,6 @@
 """Speed of serving, measured: what `python jobs/benchmark.py serve` runs.
 
-The same weights and requests (a picture and a few words, greedy, answers of one length) through
+The same weights and requests (an image and a few words, greedy, answers of one length) through
 this application, its engine alone, vLLM's own server, `transformers serve`, one static batch, and
 LLaVA's way of a thread and a `generate` a request. Each system runs in a process of its own that
 also makes the load. Beside them stands what the machine could do at most, by its measured rates.
@@ -34,7 +34,7 @@ SYSTEMS = {
 """What can be measured."""
 
 NUM_PICTURED_ALIKE = 8
-"""Clients that ask about one picture in the last row of this application."""
+"""Clients that ask about one image in the last row of this application."""
 
 
 def benchmark_serve(
@@ -44,7 +44,7 @@ def benchmark_serve(
     clients: Annotated[str, typer.Option(help="Numbers of clients at once.")] = "1,8,32",
     max_tokens: Annotated[int, typer.Option(help="New tokens of each answer.")] = 64,
     requests_each: Annotated[int, typer.Option(help="Requests for each client.")] = 1,
-    image_size: Annotated[int, typer.Option(help="Side of the pictures, in pixels.")] = 224,
+    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 224,
     dtype: Annotated[
         str, typer.Option(help="Precision of all; by default what the application chooses here.")
     ] = "",
@@ -106,7 +106,7 @@ def measure_system(name: str, load: Load) -> list[Figures]:
             alike = make_question(9, size=load.image_size)
             seeds = range(load.count_requests(NUM_PICTURED_ALIKE))
             questions = [replace(make_question(9000 + s, size=1), image=alike.image) for s in seeds]
-            told = f"{name}, one picture"
+            told = f"{name}, one image"
             rows.append(runner.run(measure(told, ask, questions, clients=NUM_PICTURED_ALIKE)))
             print(rows[-1], flush=True)
     return [replace(row, peak_mb=round(peak[0] / 1e6)) for row in rows]

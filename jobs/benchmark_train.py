@@ -137,7 +137,7 @@ def compare(found_s: Sequence[float], other_s: Sequence[float]) -> str:
 
 
 def write_shards(folder: Path, target: Path, num_samples: int) -> None:
-    """Write samples of a picture, a question and an answer, all of one length."""
+    """Write samples of an image, a question and an answer, all of one length."""
     import ray
 
     from llava_ray.config import ConvertConfig
@@ -145,9 +145,9 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
 
     rows = []
     for number in range(num_samples):
-        picture = Image.new("RGB", (112, 112), (number % 256, 90, 160))
+        image = Image.new("RGB", (112, 112), (number % 256, 90, 160))
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         (folder / f"{number}.png").write_bytes(buffer.getvalue())
         asked = {"from": "human", "value": "<image>\nWhich number is it, and why so?"}
         said = {"from": "gpt", "value": f"It is number {number:06}, as it always was."}
@@ -159,7 +159,7 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
             source="llava",
             input=str(folder / "rows.json"),
             output=str(target),
-            pictures=str(folder),
+            images=str(folder),
         )
     )
     ray.shutdown()

@@ -36,24 +36,24 @@ _SEND_AS_IS_BYTES = 4 << 20
 _PHOTOS = LimitsConfig(max_image_bytes=64 << 20, max_image_pixels=120_000_000)
 
 
-def shrink_picture(data: bytes, *, name: str) -> bytes:
-    """Return an encoded picture that is small enough to send.
+def shrink_image(data: bytes, *, name: str) -> bytes:
+    """Return an encoded image that is small enough to send.
 
     A file of at most `LONGEST_SIDE` pixels and 4 MiB is returned as it is; anything else is scaled
     down, its aspect kept, and encoded as JPEG.
 
     Raises:
-        ImageError: it is not a picture that can be read; the message begins with `name`.
+        ImageError: it is not an image that can be read; the message begins with `name`.
     """
     try:
-        picture = images.decode(data, limits=_PHOTOS)
+        image = images.decode(data, limits=_PHOTOS)
     except ImageError as error:
         raise ImageError(f"{name}: {error.message}") from error
-    if max(picture.size) <= LONGEST_SIDE and len(data) <= _SEND_AS_IS_BYTES:
+    if max(image.size) <= LONGEST_SIDE and len(data) <= _SEND_AS_IS_BYTES:
         return data
-    picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
+    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     encoded = BytesIO()
-    picture.save(encoded, format="JPEG", quality=92)
+    image.save(encoded, format="JPEG", quality=92)
     return encoded.getvalue()
 
 

@@ -4,10 +4,10 @@
     ├── UserError                     what a caller can put right; 400
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
-    │   │   ├── ImageError            a picture that cannot be used
+    │   │   ├── ImageError            an image that cannot be used
     │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
-    │   │   │   ├── LinkError         an address from which no picture is fetched
-    │   │   │   └── FetchError        an address that gave no usable picture; 422
+    │   │   │   ├── LinkError         an address from which no image is fetched
+    │   │   │   └── FetchError        an address that gave no usable image; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   ├── RequestTooLargeError  a body over the limit; 413
@@ -73,23 +73,23 @@ class RequestError(UserError):
 
 
 class ImageError(RequestError):
-    """A picture that cannot be fetched, decoded or accepted."""
+    """An image that cannot be fetched, decoded or accepted."""
 
     code = "invalid_image"
 
 
 class ImageTooLargeError(ImageError):
-    """A picture with more bytes or pixels than the limits allow."""
+    """An image with more bytes or pixels than the limits allow."""
 
 
 class LinkError(ImageError):
-    """The address of a picture from which this server fetches none."""
+    """The address of an image from which this server fetches none."""
 
     code = "image_url_refused"
 
 
 class FetchError(ImageError):
-    """The address of a picture gave nothing, or nothing that is a picture."""
+    """The address of an image gave nothing, or nothing that is an image."""
 
     status = 422
     code = "image_fetch_failed"

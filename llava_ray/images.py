@@ -1,7 +1,7 @@
-"""Pictures on their way in: nothing else in the package opens an image.
+"""Images on their way in: nothing else in the package opens an image.
 
-bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB picture without alpha.
-Of an animation or a file of several pages the first picture is taken. The EXIF orientation is
+bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB image without alpha.
+Of an animation or a file of several pages the first image is taken. The EXIF orientation is
 applied. A colour profile is not: these models were trained on the numbers as the files have them.
 """
 
@@ -20,7 +20,7 @@ from llava_ray.errors import FetchError, ImageError, ImageTooLargeError
 from llava_ray.types import ImagePart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is accepted, by Pillow's names; of animations and multi-page files the first picture."""
+"""What is accepted, by Pillow's names; of animations and multi-page files the first image."""
 
 MAX_ASPECT_RATIO = 200
 """Longer side to shorter side: a model scales the shorter one up, so a thread becomes a bomb."""
@@ -41,9 +41,9 @@ _OTHER_KINDS = (
     (b"<?xml", 0, "an XML file (an SVG drawing?)"),
     (b"<!DOC", 0, "an HTML page"),
     (b"<html", 0, "an HTML page"),
-    (b"ftypavif", 4, "an AVIF picture"),
-    (b"ftyphei", 4, "an HEIC picture"),
-    (b"ftypmif1", 4, "an HEIC picture"),
+    (b"ftypavif", 4, "an AVIF image"),
+    (b"ftyphei", 4, "an HEIC image"),
+    (b"ftypmif1", 4, "an HEIC image"),
     (b"ftyp", 4, "a video"),
 )
 # What Pillow's readers are known to raise on damaged files. `Warning` is there because Pillow
@@ -66,42 +66,42 @@ _DAMAGE = (
 
 
 def decode(
-    picture: ImagePart | bytes, *, limits: LimitsConfig, param: str | None = None
+    image: ImagePart | bytes, *, limits: LimitsConfig, param: str | None = None
 ) -> Image.Image:
-    """Return the picture as an upright RGB image; transparency becomes white.
+    """Return the image as an upright RGB image; transparency becomes white.
 
     Args:
-        picture: an encoded file, as it came from a stranger.
+        image: an encoded file, as it came from a stranger.
         limits: bytes and pixels allowed. The pixels are checked before anything is decoded.
         param: the field of the request that the error names; by default the part's own.
 
     Raises:
-        ImageError: not a picture, not in one of `FORMATS`, damaged, or over a limit. It is a
+        ImageError: not an image, not in one of `FORMATS`, damaged, or over a limit. It is a
             `FetchError` for one that was fetched.
     """
-    if isinstance(picture, bytes):
-        return _decode(picture, limits, param)
+    if isinstance(image, bytes):
+        return _decode(image, limits, param)
     try:
-        return _decode(picture.data, limits, param or picture.param)
+        return _decode(image.data, limits, param or image.param)
     except ImageError as error:
-        if not picture.url:
+        if not image.url:
             raise
-        message = f"the file from {urlsplit(picture.url).hostname}: {error.message}"
+        message = f"the file from {urlsplit(image.url).hostname}: {error.message}"
         raise FetchError(message, param=error.param) from error
 
 
-def _decode(picture: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
-    _check_bytes(len(picture), limits, param)
+def _decode(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
+    _check_bytes(len(data), limits, param)
     try:
-        image = Image.open(io.BytesIO(picture), formats=FORMATS)
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image.width, image.height, limits, param)
         image.load()
         return _convert_to_rgb(_turn_upright(image))
     except UnidentifiedImageError:
-        raise ImageError(_explain_unknown(picture), param=param) from None
+        raise ImageError(_explain_unknown(data), param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageTooLargeError(
-            f"the picture has too many pixels ({error}); the limit here is "
+            f"the image has too many pixels ({error}); the limit here is "
             f"{limits.max_image_pixels:,}: scale it down",
             param=param,
         ) from None
@@ -109,14 +109,14 @@ def _decode(picture: bytes, limits: LimitsConfig, param: str | None) -> Image.Im
         raise
     except _DAMAGE as error:
         raise ImageError(
-            f"the picture is damaged or incomplete ({_first_line(error)}): send the whole file, "
+            f"the image is damaged or incomplete ({_first_line(error)}): send the whole file, "
             "or save it again as PNG or JPEG",
             param=param,
         ) from error
 
 
 def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
-    """Return the bytes in a `data:image/...;base64,` URL (RFC 2397); the picture is not opened.
+    """Return the bytes in a `data:image/...;base64,` URL (RFC 2397); the image is not opened.
 
     White space, missing padding, the URL-safe alphabet and percent escapes are put right.
 
@@ -135,7 +135,7 @@ def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
         )
     if media_type not in _MEDIA_TYPES:
         raise ImageError(
-            f"the data URL says {media_type[:60]!r}: send a picture as {_FORMAT_NAMES}",
+            f"the data URL says {media_type[:60]!r}: send an image as {_FORMAT_NAMES}",
             param=param,
         )
     return decode_base64(payload, limits=limits, param=param)
@@ -154,32 +154,32 @@ def decode_base64(payload: str, *, limits: LimitsConfig, param: str) -> bytes:
     return data
 
 
-def to_data_url(picture: Image.Image | bytes) -> str:
-    """Return the data URL of a picture, for clients. Bytes go as they are; an image as PNG.
+def to_data_url(image: Image.Image | bytes) -> str:
+    """Return the data URL of an image, for clients. Bytes go as they are; an image as PNG.
 
     Raises:
-        ImageError: the bytes are not a picture in one of `FORMATS`.
+        ImageError: the bytes are not an image in one of `FORMATS`.
     """
-    if isinstance(picture, Image.Image):
-        if picture.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
-            picture = picture.convert("RGB")
+    if isinstance(image, Image.Image):
+        if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA"):
+            image = image.convert("RGB")
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG")
+        image.save(buffer, "PNG")
         data, media_type = buffer.getvalue(), "image/png"
     else:
-        data, media_type = picture, f"image/{name_format(picture)}"
+        data, media_type = image, f"image/{name_format(image)}"
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def name_format(data: bytes) -> str:
-    """Return the format of an encoded picture as media types call it: png, jpeg, ...
+    """Return the format of an encoded image as media types call it: png, jpeg, ...
 
     Raises:
-        ImageError: it is not a picture in one of `FORMATS`.
+        ImageError: it is not an image in one of `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Pillow's name for a JPEG with a second picture in it, as telephones make them
+            # Pillow's name for a JPEG with a second image in it, as telephones make them
             return "jpeg" if image.format == "MPO" else str(image.format).lower()
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise ImageError(_explain_unknown(data)) from error
@@ -188,24 +188,24 @@ def name_format(data: bytes) -> str:
 def _check_bytes(num_bytes: int, limits: LimitsConfig, param: str | None) -> None:
     if num_bytes > limits.max_image_bytes:
         raise ImageTooLargeError(
-            f"the picture has {num_bytes:,} bytes, more than the {limits.max_image_bytes:,} "
+            f"the image has {num_bytes:,} bytes, more than the {limits.max_image_bytes:,} "
             "allowed: scale it down, or save it as JPEG",
             param=param,
         )
     if num_bytes == 0:
-        raise ImageError("the picture is empty: send the bytes of a picture file", param=param)
+        raise ImageError("the image is empty: send the bytes of an image file", param=param)
 
 
 def _check_size(width: int, height: int, limits: LimitsConfig, param: str | None) -> None:
     if width * height > limits.max_image_pixels:
         raise ImageTooLargeError(
-            f"the picture is {width} x {height} = {width * height:,} pixels, more than the "
+            f"the image is {width} x {height} = {width * height:,} pixels, more than the "
             f"{limits.max_image_pixels:,} allowed: scale it down",
             param=param,
         )
     if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
         raise ImageTooLargeError(
-            f"the picture is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times "
+            f"the image is {width} x {height}: one side is more than {MAX_ASPECT_RATIO} times "
             "the other; crop it",
             param=param,
         )
@@ -221,14 +221,14 @@ def _decode_base64(payload: str, param: str) -> bytes:
         return binascii.a2b_base64(raw + b"=" * (-len(raw) % 4), strict_mode=True)
     except ValueError as error:
         raise ImageError(
-            f"the base64 of the picture is broken ({_first_line(error)}): encode the whole file "
+            f"the base64 of the image is broken ({_first_line(error)}): encode the whole file "
             "once, with the standard alphabet",
             param=param,
         ) from None
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a broken EXIF block does not cost the picture."""
+    """Apply the EXIF orientation; a broken EXIF block does not cost the image."""
     try:
         return ImageOps.exif_transpose(image)
     except _DAMAGE:
@@ -248,7 +248,7 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Map the range of a floating-point picture, which has no fixed white, to 0-255."""
+    """Map the range of a floating-point image, which has no fixed white, to 0-255."""
     low, high = image.getextrema()
     assert isinstance(low, float)
     assert isinstance(high, float)
@@ -262,9 +262,9 @@ def _explain_unknown(data: bytes) -> str:
     head = data[:64].lstrip()
     for mark, start, name in _OTHER_KINDS:
         if head[start:].lower().startswith(mark.lower()):
-            return f"this is {name}, not a picture that can be read here: convert it to PNG or JPEG"
+            return f"this is {name}, not an image that can be read here: convert it to PNG or JPEG"
     return (
-        f"this is not a picture, or a damaged one (it begins with {data[:8]!r}): "
+        f"this is not an image, or a damaged one (it begins with {data[:8]!r}): "
         f"send {_FORMAT_NAMES}"
     )
 
@@ -273,11 +273,11 @@ def _explain_scheme(url: str) -> str:
     scheme = url.strip().partition(":")[0].lower()
     if scheme in ("http", "https"):
         return (
-            "pictures are not fetched from the web by this server: download the picture and send "
+            "images are not fetched from the web by this server: download the image and send "
             "it as a data URL, data:image/png;base64,..."
         )
     return (
-        f"not a URL of a picture (it begins with {url.strip()[:16]!r}): send the picture as a "
+        f"not a URL of an image (it begins with {url.strip()[:16]!r}): send the image as a "
         "data URL, data:image/png;base64,..."
     )
 

@@ -120,7 +120,7 @@ def find_input(address: str) -> tuple[Folder, list[str]]:
 
 
 def check_name(name: str) -> str:
-    """Return the name of a picture in its folder, `./` and doubled slashes removed.
+    """Return the name of an image in its folder, `./` and doubled slashes removed.
 
     Raises:
         SampleError: it leads out of the folder.
@@ -130,7 +130,7 @@ def check_name(name: str) -> str:
     leads_out = ".." in parts or clean.startswith(("/", "~")) or ":" in parts[0] or "\0" in name
     if leads_out or clean == ".":
         raise SampleError(
-            f"the picture {name!r} is not inside the folder of pictures: name it relative to it",
+            f"the image {name!r} is not inside the folder of images: name it relative to it",
             reason="image_path",
         )
     return clean

@@ -24,12 +24,12 @@ class TextPart:
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
-    """An encoded picture (PNG, JPEG, ...) in a message, as it came from the client.
+    """An encoded image (PNG, JPEG, ...) in a message, as it came from the client.
 
     Attributes:
         data: the file's bytes; empty until the gateway has fetched them from `url`.
         param: where in the request it stood, for error messages ("messages[0].content[1]").
-        url: where it comes from; empty for a picture that came with the request.
+        url: where it comes from; empty for an image that came with the request.
     """
 
     data: bytes
@@ -115,8 +115,8 @@ class PromptRequest:
     """A prompt that its sender has rendered already and wants continued as it is.
 
     Attributes:
-        prompt: the whole text, with one `<image>` for each picture, in order.
-        images: the encoded pictures.
+        prompt: the whole text, with one `<image>` for each image, in order.
+        images: the encoded images.
         num_answers: how many different answers are wanted.
         adapter: as of `ChatRequest`.
     """
@@ -177,7 +177,7 @@ class Tokens(NamedTuple):
     """The tokens of a prompt.
 
     Attributes:
-        ids: a picture is as many image tokens as it has features.
+        ids: an image is as many image tokens as it has features.
         texts: how the tokenizer writes each.
         context_length: longest prompt plus answer of the model.
     """
@@ -193,10 +193,10 @@ class Prompt:
 
     Attributes:
         request_id: names the request in logs and errors.
-        text: the whole prompt, with one `<image>` for each picture, in order.
-        images: the decoded pictures, RGB.
+        text: the whole prompt, with one `<image>` for each image, in order.
+        images: the decoded images, RGB.
         sampling: how to continue it.
-        token_ids: the prompt's tokens, in place of text and pictures.
+        token_ids: the prompt's tokens, in place of text and images.
         add_special_tokens: the tokenizer may put a beginning of sequence before the text.
         adapter: which of the model's adapters continues it; empty: the model itself.
     """
@@ -224,8 +224,8 @@ class TokenLogprob(NamedTuple):
     top: tuple[tuple[bytes, float], ...] = ()
 
 
-PICTURE = ImagePart(b"", param="images")
-"""Stands in the messages of a `Sample` for the next of its pictures."""
+IMAGE = ImagePart(b"", param="images")
+"""Stands in the messages of a `Sample` for the next of its images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +234,9 @@ class Sample:
 
     Attributes:
         sample_id: names it within its data set, in every run.
-        messages: the conversation, with `PICTURE` for each picture.
-        images: the pictures, in order: encoded files as they came or, before these are read, their
-            names in the folder of pictures.
+        messages: the conversation, with `IMAGE` for each image.
+        images: the images, in order: encoded files as they came or, before these are read, their
+            names in the folder of images.
         source: the kind of data that it came from ("llava", "scienceqa").
     """
 
@@ -255,7 +255,7 @@ class Chunk(NamedTuple):
             "length" (`max_tokens` or the end of the context).
         num_tokens: tokens generated so far, this chunk's included.
         num_prompt_tokens: tokens of the prompt, image tokens included.
-        num_image_tokens: tokens of the prompt that stand for pictures.
+        num_image_tokens: tokens of the prompt that stand for images.
         answer: which of the answers to a request this is a piece of, from 0.
         logprobs: of the tokens that begin in this piece, where they were asked for.
         num_cached_tokens: tokens of the prompt that did not have to be computed, because the
@@ -282,13 +282,13 @@ class Question:
 
     Attributes:
         question_id: names it within its task, in every run.
-        text: the whole question, as the model reads it after the pictures.
-        images: where the pictures are (see `evaluate.pictures`).
+        text: the whole question, as the model reads it after the images.
+        images: where the images are (see `evaluate.images`).
         answers: what is right: one text, ten annotators' answers, five captions, ...
         choices: the options' texts, where there are options; the first is A.
         groups: what the score is broken down by ("split/adversarial", "grade/1-6").
-        cluster: rows that share it are not independent (two questions about one picture).
-        context: what only a judge reads: the picture, described in words.
+        cluster: rows that share it are not independent (two questions about one image).
+        context: what only a judge reads: the image, described in words.
         source_id: its id in the benchmark's files, which need not be unique.
     """
 
@@ -312,7 +312,7 @@ class Prediction:
 
     Attributes:
         question_id: of the question.
-        status: "refused": it cannot be asked as it is (no such picture, too long); "failed": it
+        status: "refused": it cannot be asked as it is (no such image, too long); "failed": it
             could be, but the model or the way to it broke.
         text: the reply, if it was answered.
         reason: why not, otherwise.
@@ -320,11 +320,11 @@ class Prediction:
         latency_s: from the question to the end of the reply.
         num_tokens: of the reply.
         num_prompt_tokens: of the prompt, image tokens included.
-        num_image_tokens: of the prompt's pictures.
+        num_image_tokens: of the prompt's images.
         confidence: geometric mean of the probabilities that the model gave its own tokens; None
             where it was not told.
-        image_sha256: of each picture's file.
-        cache_key: digest of model, question, pictures and settings; "" if it came from elsewhere.
+        image_sha256: of each image's file.
+        cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
         model_digest: of the model's files, or of the address that was asked.
     """
 

@@ -1,4 +1,4 @@
-"""LLaVA's benchmarks in the layout of its docs/Evaluation.md, a few questions each, with pictures.
+"""LLaVA's benchmarks in the layout of its docs/Evaluation.md, a few questions each, with images.
 
 `WRITERS[folder](root)` writes one; `write_all` writes them all, as `playground/data/eval`.
 """
@@ -164,15 +164,15 @@ def write_pope(root: Path) -> None:
 
 
 def write_mme(root: Path) -> None:
-    """Two questions about one picture in each subtask; half of these have folders of their own."""
+    """Two questions about one image in each subtask; half of these have folders of their own."""
     folder = root / "MME"
     release = folder / "MME_Benchmark_release_version"
     rows = []
     for number, subtask in enumerate(MME_SUBTASKS):
         has_folders = number % 2 == 0
-        pictures = release / subtask / ("images" if has_folders else "")
+        images = release / subtask / ("images" if has_folders else "")
         notes = release / subtask / ("questions_answers_YN" if has_folders else "")
-        save(pictures / "0001.png", number)
+        save(images / "0001.png", number)
         notes.mkdir(parents=True, exist_ok=True)
         gap = " " * (1 + number % 3 % 2)
         asked = [(f"Is it {subtask}?", "Yes"), (f"Is it not {subtask}?", "No")]

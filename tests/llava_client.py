@@ -77,8 +77,8 @@ def render(question: str, *, num_images: int = 0) -> str:
     return f"{SYSTEM} USER: {'<image>' * num_images}\n{question} ASSISTANT:"
 
 
-def picture(color: str = "red") -> str:
-    """Return a picture as the page sends it: PNG in base64, without the head of a data URL."""
+def make_image(color: str = "red") -> str:
+    """Return an image as the page sends it: PNG in base64, without the head of a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

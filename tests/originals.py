@@ -1,7 +1,7 @@
 """Tiny checkpoints in LLaVA's own format, and a slow reference that computes them by hand.
 
 `Original.write` writes the files as LLaVA's trainer names them. `Original.logits` never touches
-llava_ray: it takes transformers' plain tower and language model, prepares pictures with Pillow and
+llava_ray: it takes transformers' plain tower and language model, prepares images with Pillow and
 splices features between embeddings, as LLaVA's code does it.
 """
 
@@ -207,7 +207,7 @@ class Original:
     # The reference
 
     def ids(self, prompt: str) -> list[list[int]]:
-        """Ids of each piece between pictures; only the first keeps its beginning of sequence."""
+        """Ids of each piece between images; only the first keeps its beginning of sequence."""
         if self.start_end:
             prompt = prompt.replace("<image>", "<im_start><image><im_end>")
         pieces = [self.tokenizer(piece).input_ids for piece in prompt.split("<image>")]
@@ -280,7 +280,7 @@ def normalize(tile: Image.Image) -> torch.Tensor:
 
 
 def choose(size: tuple[int, int]) -> tuple[int, int]:
-    """The (width, height) that shows most of the picture and then wastes least."""
+    """The (width, height) that shows most of the image and then wastes least."""
 
     def rank(candidate: tuple[int, int]) -> tuple[int, int]:
         scale = min(candidate[0] / size[0], candidate[1] / size[1])

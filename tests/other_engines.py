@@ -2,7 +2,7 @@
 
     python other_engines.py vllm|sglang FOLDER QUESTIONS ANSWERS [TOKENIZER]
 
-QUESTIONS is a JSON file: a list of {"prompt": text with one <image> a picture, "images": [file]}.
+QUESTIONS is a JSON file: a list of {"prompt": text with one <image> an image, "images": [file]}.
 ANSWERS is written: a list of {"prompt_length", "ids"} of greedy decoding. With TOKENIZER, a folder,
 SGLang uses its own LLaVA class, which reads the original layout, in place of transformers' class.
 Only the engine and what it brings is imported: this package is not in its environment.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 NUM_NEW_TOKENS = 16
 MAX_LENGTH = 512
-MAX_PICTURES = 4
+MAX_IMAGES = 4
 
 
 def ask_vllm(folder: str, questions: list[dict]) -> list[dict]:
@@ -27,10 +27,10 @@ def ask_vllm(folder: str, questions: list[dict]) -> list[dict]:
         max_model_len=MAX_LENGTH,
         max_num_seqs=4,
         enforce_eager=True,  # compiling takes longer than all answers
-        limit_mm_per_prompt={"image": MAX_PICTURES},
+        limit_mm_per_prompt={"image": MAX_IMAGES},
     )
     prompts = [
-        {"prompt": question["prompt"], "multi_modal_data": {"image": read_pictures(question)}}
+        {"prompt": question["prompt"], "multi_modal_data": {"image": read_images(question)}}
         if question["images"]
         else {"prompt": question["prompt"]}
         for question in questions
@@ -63,9 +63,9 @@ def ask_sglang(folder: str, questions: list[dict], tokenizer: str | None) -> lis
         **settings,
     )
     try:
-        answers = engine.generate(  # as one batch, in which it counts a question's pictures itself
+        answers = engine.generate(  # as one batch, in which it counts a question's images itself
             prompt=[question["prompt"] for question in questions],
-            image_data=[read_pictures(question) or None for question in questions],
+            image_data=[read_images(question) or None for question in questions],
             sampling_params={"temperature": 0, "max_new_tokens": NUM_NEW_TOKENS},
         )
     finally:
@@ -76,7 +76,7 @@ def ask_sglang(folder: str, questions: list[dict], tokenizer: str | None) -> lis
     ]
 
 
-def read_pictures(question: dict) -> list:
+def read_images(question: dict) -> list:
     from PIL import Image
 
     return [Image.open(file).convert("RGB") for file in question["images"]]

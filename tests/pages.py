@@ -86,8 +86,8 @@ class ScriptedGateway:
     async def _stream(self, body: dict[str, Any]) -> AsyncIterator[str]:
         parts = [part for message in body["messages"] for part in _parts(message)]
         asked = "".join(part.get("text", "") for part in _parts(body["messages"][-1]))
-        num_pictures = sum(part["type"] == "image_url" for part in parts)
-        answer = f"{body['model']} heard: {asked} ({num_pictures} pictures)"
+        num_images = sum(part["type"] == "image_url" for part in parts)
+        answer = f"{body['model']} heard: {asked} ({num_images} images)"
         words = (MARKDOWN if "markdown" in asked else answer).split(" ")
         for word in words:
             yield _event([{"delta": {"content": word + " "}, "finish_reason": None}])
@@ -195,9 +195,9 @@ class Visitor:
         return [texts(view[0]) for view in views]
 
 
-def said(text: str, *pictures: dict[str, Any], role: str = "user") -> dict[str, Any]:
+def said(text: str, *images: dict[str, Any], role: str = "user") -> dict[str, Any]:
     """A message of the chat, as the browser holds it."""
-    files = [{"type": "file", "file": picture} for picture in pictures]
+    files = [{"type": "file", "file": image} for image in images]
     return {"role": role, "content": [*files, {"type": "text", "text": text}]}
 
 

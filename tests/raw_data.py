@@ -1,4 +1,4 @@
-"""Small raw data in the true layout of each source, and pictures of every odd kind."""
+"""Small raw data in the true layout of each source, and images of every odd kind."""
 
 import io
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import begin, describe_settings, finish
@@ -22,9 +22,9 @@ from llava_ray.data.shards import write_text
 
 
 def save(path: Path, seed: int = 0, **size: int) -> bytes:
-    """Write a picture of noise in the format that its name says; return its bytes."""
+    """Write an image of noise in the format that its name says; return its bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, **size).save(path)
+    make_image(seed, **size).save(path)
     return path.read_bytes()
 
 
@@ -44,7 +44,7 @@ def llava_row(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def write_llava(folder: Path, num_rows: int = 8) -> Path:
-    """Write rows with one picture, but each fifth of text alone and each seventh with two."""
+    """Write rows with one image, but each fifth of text alone and each seventh with two."""
     rows = []
     for number in range(num_rows):
         row = llava_row(number)
@@ -61,7 +61,7 @@ def write_llava(folder: Path, num_rows: int = 8) -> Path:
 
 
 def read(source: str, folder: Path, **settings: Any) -> list[Any]:
-    """Return what a source makes of a folder: (id, texts, pictures), or (id, reason)."""
+    """Return what a source makes of a folder: (id, texts, images), or (id, reason)."""
     config = ConvertConfig(source=source, input=str(folder), output="unused", **settings)
     found: list[Any] = []
     for part in cut_parts(config):
@@ -84,13 +84,13 @@ def convert_here(config: ConvertConfig) -> None:
     finish(target, list(records.values()), described, template=None)
 
 
-def odd_pictures() -> dict[str, bytes]:
-    """Return good pictures that careless readers stumble over, by name."""
-    image = picture(3, width=37, height=23)
+def odd_images() -> dict[str, bytes]:
+    """Return good images that careless readers stumble over, by name."""
+    image = make_image(3, width=37, height=23)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     deep = Image.new("I;16", (31, 17), 40_000)
-    frames = [picture(seed, width=20, height=30).convert("P") for seed in range(3)]
+    frames = [make_image(seed, width=20, height=30).convert("P") for seed in range(3)]
     return {
         "plain.png": _encode(image, "PNG"),
         "plain.jpg": _encode(image, "JPEG"),
@@ -100,20 +100,20 @@ def odd_pictures() -> dict[str, bytes]:
         "deep.png": _encode(deep, "PNG"),
         "moving.gif": _encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),
         "misnamed.jpg": _encode(image, "PNG"),
-        "single.png": _encode(picture(1, width=1, height=1), "PNG"),
+        "single.png": _encode(make_image(1, width=1, height=1), "PNG"),
     }
 
 
-def bad_pictures() -> dict[str, tuple[bytes, str]]:
+def bad_images() -> dict[str, tuple[bytes, str]]:
     """Return files that are no good, by name, with the reason for which they are rejected."""
-    good = _encode(picture(0, width=200, height=200), "PNG")
+    good = _encode(make_image(0, width=200, height=200), "PNG")
     return {
         "cut.png": (good[: len(good) // 2], "image_corrupt"),
-        "cut.jpg": (_encode(picture(0, width=300, height=300), "JPEG")[:2000], "image_corrupt"),
+        "cut.jpg": (_encode(make_image(0, width=300, height=300), "JPEG")[:2000], "image_corrupt"),
         "empty.png": (b"", "image_empty"),
-        "text.png": (b"not a picture", "image_corrupt"),
+        "text.png": (b"not an image", "image_corrupt"),
         "bomb.png": (_bomb(60_000, 60_000), "image_oversized"),
-        "thread.png": (_encode(picture(0, width=1000, height=1), "PNG"), "image_oversized"),
+        "thread.png": (_encode(make_image(0, width=1000, height=1), "PNG"), "image_oversized"),
     }
 
 

@@ -9,7 +9,7 @@ from llava_ray.demo.evaluate import LATER_TURNS, make_cases
 
 
 def write_scenes(folder: Path, *, num_scenes: int) -> Path:
-    """Write questions.jsonl and its pictures, about ten questions a scene; return the folder."""
+    """Write questions.jsonl and its images, about ten questions a scene; return the folder."""
     rows = []
     for number, case in enumerate(make_cases(num_scenes)):
         if case.kind in (LATER_TURNS, "description"):

@@ -1,6 +1,6 @@
 """An engine in a process of its own, for tests: it says a prompt's tokens back, one at a time.
 
-Of pictures it says their sizes and the colour of their first pixel, as token ids. Seeds of
+Of images it says their sizes and the colour of their first pixel, as token ids. Seeds of
 `MISCHIEF` make it misbehave.
 """
 

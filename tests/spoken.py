@@ -16,7 +16,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 
 
 def say(role: Any, text: str) -> Message:
-    """Return a message; `<image>` in the text becomes a picture."""
+    """Return a message; `<image>` in the text becomes an image."""
     parts: list[TextPart | ImagePart] = []
     for i, piece in enumerate(text.split("<image>")):
         parts += [ImagePart(b"")] * bool(i) + [TextPart(piece)] * bool(piece)
@@ -64,7 +64,7 @@ def byte_tokenizer(*, begins: bool, chatml: bool = False) -> Any:
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """Ids as LLaVA makes them: each piece between pictures alone, one beginning of sequence."""
+    """Ids as LLaVA makes them: each piece between images alone, one beginning of sequence."""
     pieces = [tokenizer(piece).input_ids for piece in text.split("<image>")]
     num_begin = int(pieces[0][:1] == [tokenizer.bos_token_id])
     ids = pieces[0]

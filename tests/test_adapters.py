@@ -9,7 +9,7 @@ import pytest
 import torch
 from originals import Original
 from test_model_base import make_lora, write_adapter, write_lora
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.engine.factory import load_engine
@@ -20,7 +20,7 @@ from llava_ray.model.loading import load_model
 from llava_ray.model.quiet import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
-PICTURE, OTHER = picture(1), picture(2)
+IMAGE, OTHER = make_image(1), make_image(2)
 SHAPES = {
     "text": {"target_modules": ["down_proj", "o_proj"], "exclude_modules": ".*vision_tower.*"},
     "tower": {"target_modules": ["q_proj", "v_proj"], "use_rslora": True, "r": 2},
@@ -60,8 +60,8 @@ def ask(adapter: str, text: str, *images, **sampling) -> Prompt:
 def list_prompts(adapter: str) -> list[Prompt]:
     return [
         ask(adapter, "USER: what is this? ASSISTANT:"),
-        ask(adapter, "USER: <image> what is this? ASSISTANT:", PICTURE),
-        ask(adapter, "USER: <image> and <image> are alike? ASSISTANT:", OTHER, PICTURE),
+        ask(adapter, "USER: <image> what is this? ASSISTANT:", IMAGE),
+        ask(adapter, "USER: <image> and <image> are alike? ASSISTANT:", OTHER, IMAGE),
     ]
 
 
@@ -240,13 +240,13 @@ def test_a_request_names_an_adapter_behind_its_model(url: str) -> None:
         assert answer["model"] == name
         said[name] = answer["choices"][0]["message"]["content"]
     assert said == {
-        "pet": "Hello (0 pictures)",
-        "pet:cat": "Hello (0 pictures, cat)",
-        "pet:dog": "Hello (0 pictures, dog)",
+        "pet": "Hello (0 images)",
+        "pet:cat": "Hello (0 images, cat)",
+        "pet:dog": "Hello (0 images, dog)",
     }
     body = {"model": "pet:dog", "prompt": "Once"}
     answer = httpx.post(f"{url}/v1/completions", json=body, trust_env=False).json()
-    assert answer["choices"][0]["text"] == "Once (0 pictures, dog)"
+    assert answer["choices"][0]["text"] == "Once (0 images, dog)"
 
 
 def test_adapters_are_listed_with_the_model_that_they_belong_to(url: str) -> None:

@@ -73,7 +73,7 @@ def test_every_sampling_field_is_taken(client: openai.OpenAI) -> None:
             "stop_token_ids": [3],
         },
     )
-    assert answer.choices[0].message.content == "Hello (0 pictures)"
+    assert answer.choices[0].message.content == "Hello (0 images)"
 
 
 def test_a_format_that_the_engine_cannot_hold_to_is_refused_by_name(
@@ -88,14 +88,14 @@ def test_plain_completions_whole_and_streamed(client: openai.OpenAI) -> None:
     whole = client.completions.create(model="echo", prompt=["a b", "c"], n=2, logprobs=1, seed=1)
     assert whole.id.startswith("cmpl-")
     texts = [choice.text for choice in whole.choices]
-    assert texts == ["a b (0 pictures)"] * 2 + ["c (0 pictures)"] * 2
+    assert texts == ["a b (0 images)"] * 2 + ["c (0 images)"] * 2
     assert whole.choices[0].logprobs is not None
     assert whole.choices[0].logprobs.text_offset == [0, 1, 3, 6]
     assert whole.usage is not None
     assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (3, 14)
     stream = client.completions.create(model="echo", prompt="a b", stream=True, echo=True)
-    assert "".join(event.choices[0].text for event in stream) == "a ba b (0 pictures)"
-    with pytest.raises(openai.BadRequestError, match="names 1 pictures") as caught:
+    assert "".join(event.choices[0].text for event in stream) == "a ba b (0 images)"
+    with pytest.raises(openai.BadRequestError, match="names 1 images") as caught:
         client.completions.create(model="echo", prompt="<image>")
     assert caught.value.param == "prompt"
 

@@ -34,8 +34,8 @@ def client(served: str) -> Iterator[OpenAI]:
     serve.delete("demo")
 
 
-def ask(client: OpenAI, picture_url: str, question: str) -> str:
-    image = {"type": "image_url", "image_url": {"url": picture_url}}
+def ask(client: OpenAI, image_url: str, question: str) -> str:
+    image = {"type": "image_url", "image_url": {"url": image_url}}
     answer = client.chat.completions.create(
         model="llava-ray-demo",
         messages=[{"role": "user", "content": [image, {"type": "text", "text": question}]}],
@@ -45,29 +45,29 @@ def ask(client: OpenAI, picture_url: str, question: str) -> str:
     return answer.choices[0].message.content or ""
 
 
-def test_the_embedded_model_talks_about_pictures_through_the_api(client: OpenAI) -> None:
+def test_the_embedded_model_talks_about_images_through_the_api(client: OpenAI) -> None:
     asked = right = 0
     for seed in range(6):
         rng = random.Random(f"app {seed}")
         scene = make_scene(rng, num_items=2)
-        picture = to_data_url(draw(scene))
+        image = to_data_url(draw(scene))
         for turn in make_conversation(rng, [scene], num_turns=4):
             asked += 1
-            right += ask(client, picture, turn.question) == turn.answer
+            right += ask(client, image, turn.question) == turn.answer
     assert right > asked / 2, f"{right} of {asked} answers are right"
 
 
-def test_the_embedded_model_says_so_when_it_has_no_picture(client: OpenAI) -> None:
+def test_the_embedded_model_says_so_when_it_has_no_image(client: OpenAI) -> None:
     question = {"role": "user", "content": "How many objects are there?"}
     answer = client.chat.completions.create(
         model="llava-ray-demo", messages=[question], temperature=0, max_tokens=40
     )
-    assert "no picture" in (answer.choices[0].message.content or "")
+    assert "no image" in (answer.choices[0].message.content or "")
 
 
 def test_an_example_comes_with_questions() -> None:
-    picture, questions = demo.make_example(1)
-    assert picture.size[0] >= 144
+    image, questions = demo.make_example(1)
+    assert image.size[0] >= 144
     assert len(questions) >= 3
 
 
@@ -129,6 +129,6 @@ def test_a_replica_joins_the_pieces_that_would_be_too_many(
         return [chunk.text async for chunk in Replica(model, LimitsConfig()).chat(request)]
 
     pieces = asyncio.run(listen())
-    assert "".join(pieces) == "one two three four five (0 pictures)"
+    assert "".join(pieces) == "one two three four five (0 images)"
     assert len(pieces) == num_pieces
     assert pieces[0].strip() == "one"

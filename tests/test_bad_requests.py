@@ -40,7 +40,7 @@ def png(width: int = 8, height: int = 8) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small file that says it is a large picture."""
+    """A small file that says it is a large image."""
     pieces = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(bytes(1000))),
@@ -125,8 +125,8 @@ BODIES: dict[str, tuple[Any, int, str, str]] = {
     ),
     "too many messages": (chat(messages=[USER] * 257), 400, INVALID, "more than the 256"),
     "too long a conversation": (say("word " * 5000), 400, TOO_LONG, "shorten"),
-    "a picture from the web": (show("http://example.org/a.png"), 400, IMAGE, "data URL"),
-    "a picture from inside": (show("http://169.254.169.254/"), 400, IMAGE, "data URL"),
+    "an image from the web": (show("http://example.org/a.png"), 400, IMAGE, "data URL"),
+    "an image from inside": (show("http://169.254.169.254/"), 400, IMAGE, "data URL"),
     "a file": (show("file:///etc/passwd"), 400, IMAGE, "data URL"),
     "a path": (show("/etc/passwd"), 400, IMAGE, "data URL"),
     "an ftp address": (show("ftp://example.org/a.png"), 400, IMAGE, "data URL"),
@@ -134,36 +134,36 @@ BODIES: dict[str, tuple[Any, int, str, str]] = {
     "no address": (show(""), 400, IMAGE, "data URL"),
     "an address of null": (show(None), 400, INVALID, "data:image/png"),
     "an address in a list": (show(["a"]), 400, INVALID, "data:image/png"),
-    "a picture that is a number": (
+    "an image that is a number": (
         say([{"type": "image_url", "image_url": 5}]),
         400,
         INVALID,
         "data:image/png",
     ),
-    "a picture of nothing": (show("data:image/png;base64,"), 400, IMAGE, "send the bytes"),
+    "an image of nothing": (show("data:image/png;base64,"), 400, IMAGE, "send the bytes"),
     "not base64": (show("data:image/png;base64,@@@@"), 400, IMAGE, "encode the whole file"),
     "percent signs instead": (show("data:image/png,%89PNG"), 400, IMAGE, "the file in base64"),
-    "a page for a picture": (show(data_url(b"<p>", "text/html")), 400, IMAGE, "PNG, JPEG"),
-    "words for a picture": (show(data_url(b"Hello there")), 400, IMAGE, "not a picture"),
+    "a page for an image": (show(data_url(b"<p>", "text/html")), 400, IMAGE, "PNG, JPEG"),
+    "words for an image": (show(data_url(b"Hello there")), 400, IMAGE, "not an image"),
     "a PDF": (show(data_url(b"%PDF-1.7")), 400, IMAGE, "convert it to PNG"),
     "an SVG": (show(data_url(b"<svg xmlns=''/>")), 400, IMAGE, "convert it to PNG"),
-    "half a picture": (show(data_url(png(64, 64)[:2000])), 400, IMAGE, "send the whole file"),
+    "half an image": (show(data_url(png(64, 64)[:2000])), 400, IMAGE, "send the whole file"),
     "a bomb": (show(data_url(bomb(50_000, 50_000))), 400, IMAGE, "scale it down"),
     "a small bomb": (show(data_url(bomb(6400, 6400))), 400, IMAGE, "scale it down"),
     "a thread": (show(data_url(png(2000, 2))), 400, IMAGE, "crop it"),
-    "a heavy picture": (
+    "a heavy image": (
         show(data_url(bytes((16 << 20) + 1))),
         400,
         IMAGE,
         "more than the 16,777,216",
     ),
-    "too many pictures": (
+    "too many images": (
         say([{"type": "image_url", "image_url": data_url(png())}] * 17),
         400,
         INVALID,
         "the 16",
     ),
-    "a picture said by the model": (
+    "an image said by the model": (
         chat(messages=[USER, {**show(data_url(png()))["messages"][0], "role": "assistant"}, USER]),
         400,
         INVALID,
@@ -268,7 +268,7 @@ def test_after_all_of_them_the_same_replica_answers(served: str) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
         assert httpx.post(served + CHAT, content=content, timeout=PATIENCE_S).status_code < 500
     reply = httpx.post(served + CHAT, json=say("Still here?"), timeout=PATIENCE_S)
-    assert reply.json()["choices"][0]["message"]["content"] == "Still here? (0 pictures)"
+    assert reply.json()["choices"][0]["message"]["content"] == "Still here? (0 images)"
     assert find_pids("echo") == before
     assert len(before) == 1
 

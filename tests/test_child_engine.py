@@ -19,7 +19,7 @@ import pytest
 from patience import wait_until_ended
 from scripted_child import MISCHIEF
 from test_engine import answer, prompt, read, read_some
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.external.engine import ChildEngine
@@ -100,9 +100,9 @@ def test_tokens_become_text_with_stop_texts_limits_and_logprobs() -> None:
     play(scene)
 
 
-def test_pictures_arrive_as_they_are() -> None:
+def test_images_arrive_as_they_are() -> None:
     async def scene(engine: ChildEngine) -> None:
-        image = picture(3, width=48, height=40)
+        image = make_image(3, width=48, height=40)
         ids = [48, 40, *image.getpixel((0, 0))]
         said = await answer(engine, prompt("<image> what?", image, max_tokens=99))
         assert said == await engine.detokenize(ids)
@@ -251,7 +251,7 @@ def test_real_engines_give_the_tokens_of_ours_and_die_loudly(name: str) -> None:
 
     async def scene() -> None:
         asked = [
-            prompt(text, *[picture(i) for i in range(count)], max_tokens=12, ignore_eos=True)
+            prompt(text, *[make_image(i) for i in range(count)], max_tokens=12, ignore_eos=True)
             for text, count in QUESTIONS
         ]
         for each in asked:

@@ -38,7 +38,7 @@ def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> str:
+def make_image(tmp_path: Path) -> str:
     path = tmp_path / "red.png"
     Image.new("RGB", (48, 48), "red").save(path)
     return str(path)
@@ -54,29 +54,29 @@ def test_the_version_is_printed() -> None:
     assert run("--version").stdout == "llava-ray 0.1.0\n"
 
 
-def test_one_question_about_two_pictures_prints_the_answer_alone(served: str, picture: str) -> None:
-    asked = run("chat", picture, picture, "--url", served, "--prompt", "What is this?")
+def test_one_question_about_two_images_prints_the_answer_alone(served: str, image: str) -> None:
+    asked = run("chat", image, image, "--url", served, "--prompt", "What is this?")
     assert (asked.returncode, asked.stderr) == (0, "")
-    assert asked.stdout == "What is this? (2 pictures)\n"
+    assert asked.stdout == "What is this? (2 images)\n"
 
 
-def test_a_conversation_takes_pictures_between_its_turns_and_can_be_cleared(
-    served: str, picture: str
+def test_a_conversation_takes_images_between_its_turns_and_can_be_cleared(
+    served: str, image: str
 ) -> None:
-    typed = f"hello\n/image {picture}\nand now?\nstill there?\n/clear\ngone?\n/quit\nnever read\n"
+    typed = f"hello\n/image {image}\nand now?\nstill there?\n/clear\ngone?\n/quit\nnever read\n"
     talk = run("chat", "--url", served, "--model", "other", typed=typed)
     assert talk.stdout.splitlines() == [
-        "hello (0 pictures)",
-        "and now? (1 pictures)",
-        "still there? (1 pictures)",
-        "gone? (0 pictures)",
+        "hello (0 images)",
+        "and now? (1 images)",
+        "still there? (1 images)",
+        "gone? (0 images)",
     ]
     assert talk.returncode == 0
 
 
-def test_without_a_server_the_engine_runs_in_the_process(picture: str) -> None:
-    asked = run("chat", picture, "--local", "--engine", "echo", "-p", "What is this?")
-    assert asked.stdout == "What is this? (1 pictures)\n"
+def test_without_a_server_the_engine_runs_in_the_process(image: str) -> None:
+    asked = run("chat", image, "--local", "--engine", "echo", "-p", "What is this?")
+    assert asked.stdout == "What is this? (1 images)\n"
     assert asked.returncode == 0
 
 
@@ -84,7 +84,7 @@ def test_a_mistake_in_a_conversation_does_not_end_it(served: str) -> None:
     talk = run("chat", "--url", served, typed="/image nowhere.png\n/imagine\nhello\n")
     assert "cannot read 'nowhere.png'" in talk.stderr
     assert "no such command: /imagine" in talk.stderr
-    assert talk.stdout == "hello (0 pictures)\n"
+    assert talk.stdout == "hello (0 images)\n"
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> None:
@@ -112,7 +112,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> 
         (["chat", "--url", "ftp://here", "-p", "x"], "not the address of a server"),
         (["chat", "--url", "SERVED", "--model", "nope", "-p", "x"], "there is echo, other"),
         (["chat", "nowhere.png", "-p", "x"], "cannot read 'nowhere.png'"),
-        (["chat", __file__, "-p", "x"], "not a picture"),
+        (["chat", __file__, "-p", "x"], "not an image"),
         (["chat", "--local", "--url", "http://x", "-p", "x"], "give one of them"),
         (["chat", "--local", "--engine", "vllm", "-p", "x"], "needs vLLM, which is not installed"),
         (["serve", "--config", "nowhere.yaml"], "cannot read 'nowhere.yaml'"),

@@ -122,7 +122,7 @@ def test_an_evaluation_whose_machine_dies_has_every_reply_once_and_the_same_scor
 def shards(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Path:
     nodes.add_worker(num_cpus=1)
     raw = tmp_path_factory.mktemp("raw")
-    words = ("--input", write_rows(raw), "--pictures", raw, "--output", raw / "shards")
+    words = ("--input", write_rows(raw), "--images", raw, "--output", raw / "shards")
     submit(nodes, "convert.py", "llava", *map(str, words))
     return raw / "shards"
 

@@ -305,15 +305,15 @@ def tell_overload(crowd: Crowd, memory: list[dict[int, int]], recovered_s: float
 
 
 def test_a_job_ends_with_what_it_says_and_its_exit_code(nodes: RayNodes, tmp_path: Path) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "images"
+    images.mkdir()
     for name in ("one", "two"):
-        Image.new("RGB", (32, 32)).save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text(name)
+        Image.new("RGB", (32, 32)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(name)
     submit = ("job", "submit", "--address", nodes.dashboard, "--working-dir", str(ROOT), "--")
     convert = (*submit, "python", "jobs/convert.py")
     shards = tmp_path / "shards"
-    files = ("--input", str(pictures), "--output", str(shards))
+    files = ("--input", str(images), "--output", str(shards))
     converted = nodes.run_ray(*convert, "pairs", *files)
     assert converted.returncode == 0, converted.stdout
     assert "succeeded" in converted.stdout

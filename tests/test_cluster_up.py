@@ -14,7 +14,7 @@ import hosts
 import pytest
 import yaml
 from benchmarks import write_lines
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 ROOT = Path(__file__).parent.parent
 CLUSTER = ROOT / "jobs" / "configs" / "cluster_local.yaml"
@@ -76,11 +76,11 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
     question = {"role": "user", "content": "How many objects are there?"}
     body = json.dumps({"model": "llava-ray-demo", "messages": [question], "temperature": 0})
     answer = json.loads(do(f"curl -sS {url}/v1/chat/completions -d '{body}'"))
-    assert "no picture" in answer["choices"][0]["message"]["content"]
+    assert "no image" in answer["choices"][0]["message"]["content"]
     wait_for(lambda: "gradio" in laptop.run(f"curl -sSL {url}/ui/").stdout, 60)
 
     submit = "ray job submit --working-dir . -- python"
-    shards = write_pictures(tmp_path)
+    shards = write_images(tmp_path)
     execute(f"{submit} jobs/convert.py pairs --input {tmp_path} --output {shards}")
     run = describe_training(tmp_path, shards)
     said = execute(f"{submit} jobs/train.py {run} max_steps=2")
@@ -109,10 +109,10 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
     wait_for(lambda: not head.list_processes() and not worker.list_processes(), 150)
 
 
-def write_pictures(folder: Path) -> Path:
-    """Write pictures with captions; return where their shards may go."""
+def write_images(folder: Path) -> Path:
+    """Write images with captions; return where their shards may go."""
     for number in range(8):
-        picture(number).save(folder / f"{number}.png")
+        make_image(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"number {number}")
     return folder / "shards"
 

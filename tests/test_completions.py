@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from test_engine import answer, load, prompt
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import complete, tokenize
@@ -145,20 +145,20 @@ def test_prompts_go_to_the_model_as_they_are_each_answered_as_if_alone() -> None
 def test_each_prompt_has_its_answers_side_by_side_and_echo_puts_it_before_them() -> None:
     async def main() -> None:
         engine = EchoEngine()
-        a, b = "a (0 pictures)", "b c (0 pictures)"
+        a, b = "a (0 images)", "b c (0 images)"
         assert await say(engine, "a", "b c", answers_each=2) == {0: a, 1: a, 2: b, 3: b}
         assert await say(engine, "a", (98, 32, 99), echo=True) == {0: "a" + a, 1: "b c" + b}
 
     asyncio.run(main())
 
 
-def test_a_picture_that_is_not_there_and_a_token_that_is_not_there_are_refused() -> None:
+def test_a_image_that_is_not_there_and_a_token_that_is_not_there_are_refused() -> None:
     async def main() -> None:
         engine = load()
         image = engine._core.image_token_id
         for each, words in (
-            ("what is <image>?", "names 1 pictures and 0 came"),
-            ((5, image), "stands for a picture"),
+            ("what is <image>?", "names 1 images and 0 came"),
+            ((5, image), "stands for an image"),
             ((5, 10**6), "the vocabulary ends at"),
         ):
             for one in (engine, EchoEngine()) if isinstance(each, str) else (engine,):
@@ -195,7 +195,7 @@ def test_tokens_are_those_that_the_model_reads_and_lead_back_to_the_text() -> No
 def test_a_conversation_has_as_many_tokens_as_its_answer_says(tmp_path) -> None:
     async def main() -> None:
         engine = load()
-        picture().save(tmp_path / "a.png")
+        make_image().save(tmp_path / "a.png")
         image = ImagePart((tmp_path / "a.png").read_bytes())
         chat = ChatRequest("id", "m", (Message("user", (image, TextPart("What?"))),))
         limits = LimitsConfig()

@@ -3,7 +3,9 @@
 import pytest
 from pydantic import ValidationError
 
-from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
+from llava_ray.config import ConvertConfig, LimitsConfig, ModelConfig, ServeConfig
+
+CONVERSION = {"source": "llava", "input": "a", "output": "b"}
 
 
 def test_without_anything_the_embedded_model_is_served() -> None:
@@ -63,3 +65,26 @@ def test_models_side_by_side_have_names_of_their_own() -> None:
 def test_every_field_says_what_it_is() -> None:
     for section in (ServeConfig, ModelConfig, LimitsConfig):
         assert all(field.description for field in section.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    ("section", "required", "old", "new", "value"),
+    [
+        (ModelConfig, {}, "picture_cache_mb", "image_cache_mb", 7),
+        (
+            ConvertConfig,
+            {"source": "llava", "input": "a", "output": "b"},
+            "pictures",
+            "images",
+            "c",
+        ),
+    ],
+)
+def test_an_older_name_of_a_setting_works_and_says_what_it_is_called_now(
+    section, required, old, new, value
+) -> None:
+    with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
+        described = section(**required, **{old: value})
+    assert getattr(described, new) == value
+    with pytest.raises(ValueError, match=f"give {new} alone"):
+        section(**required, **{old: value, new: value})

@@ -12,10 +12,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from raw_data import (
-    bad_pictures,
+    bad_images,
     convert_here,
     llava_row,
-    odd_pictures,
+    odd_images,
     read,
     save,
     write_json,
@@ -89,33 +89,33 @@ def test_raw_data_becomes_shards_on_ray(cluster: None, tmp_path: Path) -> None:
     assert load_manifest(str(tmp_path / "again")).digest == manifest.digest
 
 
-def test_pictures_are_stored_as_they_came_with_their_upright_size(tmp_path: Path) -> None:
+def test_images_are_stored_as_they_came_with_their_upright_size(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
-    pictures = odd_pictures()
-    for name, data in pictures.items():
+    images = odd_images()
+    for name, data in images.items():
         (raw / name).write_bytes(data)
-    write_json(raw / "rows.json", [llava_row(i, image=name) for i, name in enumerate(pictures)])
+    write_json(raw / "rows.json", [llava_row(i, image=name) for i, name in enumerate(images)])
     convert_here(settings(raw, tmp_path / "out"))
     rows = read_rows(tmp_path / "out")
     assert read_rejects(tmp_path / "out") == []
-    stored = dict(zip(pictures, [row.sample.images[0] for row in rows], strict=True))
-    assert stored == pictures
-    sizes = dict(zip(pictures, [row.image_sizes[0] for row in rows], strict=True))
+    stored = dict(zip(images, [row.sample.images[0] for row in rows], strict=True))
+    assert stored == images
+    sizes = dict(zip(images, [row.image_sizes[0] for row in rows], strict=True))
     assert sizes["plain.jpg"] == (37, 23)
     assert sizes["turned.jpg"] == (23, 37)
     assert sizes["moving.gif"] == (20, 30)
-    for name, data in pictures.items():
+    for name, data in images.items():
         assert decode(data, limits=settings(raw, raw).limits).size == sizes[name]
 
 
-def test_bad_pictures_are_rejected_with_the_reason_and_nothing_else_is(tmp_path: Path) -> None:
+def test_bad_images_are_rejected_with_the_reason_and_nothing_else_is(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     save(raw / "0.png")
     rows = [llava_row(0)]
     reasons = {"row-1": "image_path", "row-2": "image_missing"}
     rows += [llava_row(1, image="../raw/0.png"), llava_row(2, image="nowhere.png")]
-    for name, (data, reason) in bad_pictures().items():
+    for name, (data, reason) in bad_images().items():
         (raw / name).write_bytes(data)
         rows.append(llava_row(len(rows), image=name))
         reasons[rows[-1]["id"]] = reason
@@ -134,13 +134,13 @@ def test_bad_pictures_are_rejected_with_the_reason_and_nothing_else_is(tmp_path:
 @pytest.mark.parametrize(
     "name", ["../x.png", "/etc/x.png", "a/../../x", "..\\x", "C:/x", "~/x", ""]
 )
-def test_the_name_of_a_picture_stays_inside_its_folder(name: str) -> None:
+def test_the_name_of_a_image_stays_inside_its_folder(name: str) -> None:
     with pytest.raises(SampleError, match="is not inside the folder") as raised:
         check_name(name)
     assert raised.value.reason == "image_path"
 
 
-def test_harmless_names_of_pictures_are_tidied() -> None:
+def test_harmless_names_of_images_are_tidied() -> None:
     assert check_name("./a//b/../c.png") == "a/c.png"
     assert check_name("coco/train2017/0.jpg") == "coco/train2017/0.jpg"
 
@@ -269,11 +269,11 @@ def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
     words = ["--input", raw, "--output", tmp_path / "out", "--num-workers", "1"]
     done = run_job(*words, "--max-rejects", "20%")
     assert done.returncode == 0, done.stderr
-    assert "5 samples with 4 pictures in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
+    assert "5 samples with 4 images in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
     assert "1  image_empty" in done.stdout
 
 
-def test_rows_that_come_with_their_pictures_end_a_part_before_it_grows_large(
+def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from raw_data import write_table

@@ -1,4 +1,4 @@
-"""Looking into shards: the numbers, and the page with pictures and loss mask."""
+"""Looking into shards: the numbers, and the page with images and loss mask."""
 
 import re
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_the_command_prints_counts_lengths_sizes_and_rejects(
     for said in (
         "20 samples from 'llava' in 1 shards",
         f"tokens counted for {tiny_model()}",
-        "pictures: 4 with none, 13 with one, 3 with 2",
+        "images: 4 with none, 13 with one, 3 with 2",
         "length in tokens:",
         "grouping=length",
         "from 40 x 44 to 48 x 50 (of 19)",
@@ -48,7 +48,7 @@ def test_without_a_model_lengths_are_in_words(
     assert "tokens" not in told
 
 
-def test_the_page_shows_pictures_and_marks_what_is_learned(
+def test_the_page_shows_images_and_marks_what_is_learned(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, page = make(tmp_path), tmp_path / "page.html"
@@ -57,7 +57,7 @@ def test_the_page_shows_pictures_and_marks_what_is_learned(
     assert (code, noted) == (0, f"20 samples: {page}\n")
     written = page.read_text()
     assert written.count("<img src='data:image/png;base64,") == 19
-    assert written.count("picture, 16 tokens</b>") == 19
+    assert written.count("image, 16 tokens</b>") == 19
     marked = re.findall(r"<mark>(.*?)</mark>", written)
     assert any("It is 2." in text for text in marked)
     assert not any("What is number" in text for text in marked)

@@ -11,14 +11,14 @@ from llava_ray.data.sources.building import write_box
 from llava_ray.data.sources.coco import REQUESTS
 from llava_ray.data.sources.scienceqa import INPUTS, OUTPUTS
 from llava_ray.errors import ConfigError
-from llava_ray.types import PICTURE, Message, Sample, TextPart
+from llava_ray.types import IMAGE, Message, Sample, TextPart
 
 SHORT = "Answer the question using a single word or phrase."
 BOX_OF = "Please provide the bounding box coordinate of the region this sentence describes: "
 WORDS_OF = "Please provide a short description for this region: "
 
 
-def test_llava_json_becomes_messages_with_a_picture_where_the_text_has_it(tmp_path: Path) -> None:
+def test_llava_json_becomes_messages_with_a_image_where_the_text_has_it(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "image": "x/1.jpg", "conversations": say("<image>\nWhat?", "A cat.")},
         {"id": "b", "image": "1.jpg", "conversations": say("What?\n<image>", "A dog.")},
@@ -47,7 +47,7 @@ def test_one_function_makes_the_sample_of_a_row() -> None:
     assert SOURCES["llava"].convert(row) == Sample(
         sample_id="7",
         messages=(
-            Message("user", (PICTURE, TextPart("How many?"))),
+            Message("user", (IMAGE, TextPart("How many?"))),
             Message("assistant", (TextPart("Two."),)),
         ),
         images=("7.png",),
@@ -62,7 +62,7 @@ def test_rows_that_are_no_conversation_are_rejected_with_the_reason(tmp_path: Pa
         {"id": "twice", "conversations": [say("a", "b")[0], say("a", "b")[0]]},
         {"id": "no answer", "conversations": say("a", "b")[:1]},
         {"id": "no place", "image": "1.png", "conversations": say("What?", "That.")},
-        {"id": "no picture", "conversations": say("<image>\nWhat?", "That.")},
+        {"id": "no image", "conversations": say("<image>\nWhat?", "That.")},
         {"id": "said by the answer", "conversations": say("What?", "<image>")},
         {"id": "silent", "conversations": say("What?", "")},
         {"id": "long", "conversations": say("What?", "a" * 1001)},
@@ -145,7 +145,7 @@ def test_sharegpt_and_openai_rows_become_the_same_samples(tmp_path: Path) -> Non
     ]
 
 
-def test_a_folder_of_pictures_and_texts_becomes_captions(tmp_path: Path) -> None:
+def test_a_folder_of_images_and_texts_becomes_captions(tmp_path: Path) -> None:
     save(tmp_path / "a" / "cat.PNG")
     (tmp_path / "a" / "cat.txt").write_text(" A cat. \n")
     save(tmp_path / "dog.png")
@@ -214,7 +214,7 @@ def test_scienceqa_has_the_original_strings_in_every_format(
     assert read("scienceqa", folder, prompt_format=form) == [expected]
 
 
-def test_scienceqa_without_hint_lecture_or_picture(tmp_path: Path) -> None:
+def test_scienceqa_without_hint_lecture_or_image(tmp_path: Path) -> None:
     bare = {**PROBLEM, "hint": "", "lecture": "", "solution": "", "image": None}
     folder = write_scienceqa(tmp_path, **{"8": bare})
 
@@ -239,7 +239,7 @@ def test_scienceqa_splits_and_formats_that_do_not_exist_are_refused(tmp_path: Pa
 
 
 def test_coco_gives_captions_and_conversations_with_boxes(tmp_path: Path) -> None:
-    pictures = [{"id": 5, "file_name": "000000000005.jpg", "width": 100, "height": 50}]
+    images = [{"id": 5, "file_name": "000000000005.jpg", "width": 100, "height": 50}]
     captions = [
         {"id": 12, "image_id": 5, "caption": "A cat and two cups.\n"},
         {"id": 11, "image_id": 5, "caption": "A cat."},
@@ -252,10 +252,10 @@ def test_coco_gives_captions_and_conversations_with_boxes(tmp_path: Path) -> Non
     ]
     kinds = [{"id": i, "name": name} for i, name in ((1, "cat"), (2, "cup"), (3, "grass"))]
     folder = tmp_path / "annotations"
-    write_json(folder / "captions_train2017.json", {"images": pictures, "annotations": captions})
+    write_json(folder / "captions_train2017.json", {"images": images, "annotations": captions})
     write_json(
         folder / "instances_train2017.json",
-        {"images": pictures, "annotations": boxes, "categories": kinds},
+        {"images": images, "annotations": boxes, "categories": kinds},
     )
     image = "train2017/000000000005.jpg"
     found = read("coco", tmp_path)
@@ -278,13 +278,13 @@ def test_coco_gives_captions_and_conversations_with_boxes(tmp_path: Path) -> Non
     ]
 
 
-def test_a_box_is_written_in_the_picture_padded_to_a_square() -> None:
+def test_a_box_is_written_in_the_image_padded_to_a_square() -> None:
     assert write_box(0, 0, 100, 50, size=(100, 50)) == "[0.0, 0.25, 1.0, 0.75]"
     assert write_box(0, 0, 50, 100, size=(50, 100)) == "[0.25, 0.0, 0.75, 1.0]"
     assert write_box(-3, 7, 500, 3, size=(100, 100)) == "[0.0, 0.07, 1.0, 0.1]"
 
 
-def test_vqa_merges_the_questions_about_a_picture_and_takes_the_common_answer(
+def test_vqa_merges_the_questions_about_a_image_and_takes_the_common_answer(
     tmp_path: Path,
 ) -> None:
     asked = [
@@ -348,7 +348,7 @@ def test_vizwiz_may_be_unanswerable(tmp_path: Path) -> None:
     ]
 
 
-def test_gqa_merges_the_questions_about_a_picture(tmp_path: Path) -> None:
+def test_gqa_merges_the_questions_about_a_image(tmp_path: Path) -> None:
     asked = {
         "1": {"imageId": "77", "question": "Is it day?", "answer": "yes"},
         "2": {"imageId": "78", "question": "Who?", "answer": "man"},
@@ -361,7 +361,7 @@ def test_gqa_merges_the_questions_about_a_picture(tmp_path: Path) -> None:
     ]
 
 
-def test_textvqa_and_textcaps_name_what_was_read_in_the_picture(tmp_path: Path) -> None:
+def test_textvqa_and_textcaps_name_what_was_read_in_the_image(tmp_path: Path) -> None:
     asked = {"image_id": "p", "question_id": 3, "question": "What brand?", "answers": list("xyy")}
     write_json(tmp_path / "TextVQA_0.5.1_train.json", {"data": [asked]})
     captions = [{"image_id": "p", "caption_str": "A box."}, {"image_id": "p", "caption_str": "No."}]
@@ -394,9 +394,9 @@ def test_refcoco_and_visual_genome_go_from_boxes_to_words_and_back(tmp_path: Pat
         for key, split in [*((i, "train") for i in range(12)), (12, "val")]
     ]
     write_pickle(tmp_path / "refcoco" / "refs(unc).p", refs)
-    pictures = [{"id": 6, "file_name": "COCO_train2014_6.jpg", "width": 100, "height": 100}]
+    entries = [{"id": 6, "file_name": "COCO_train2014_6.jpg", "width": 100, "height": 100}]
     boxes = [{"id": key, "bbox": [key, 0, 10, 100]} for key in range(13)]
-    write_json(tmp_path / "refcoco" / "instances.json", {"images": pictures, "annotations": boxes})
+    write_json(tmp_path / "refcoco" / "instances.json", {"images": entries, "annotations": boxes})
     found = read("refcoco", tmp_path)
     assert [(row[0], len(row[1]), row[2]) for row in found] == [
         ("6-0", 20, ["train2014/COCO_train2014_6.jpg"]),
@@ -458,7 +458,7 @@ def test_hugging_face_tables_are_read_in_their_usual_columns(tmp_path: Path) -> 
     assert (found[1][0], found[1][1][1], found[1][2]) == ("c", "C", [data])
 
 
-def test_a_tar_of_pictures_and_texts_is_read_in_groups(tmp_path: Path) -> None:
+def test_a_tar_of_images_and_texts_is_read_in_groups(tmp_path: Path) -> None:
     data = save(tmp_path / "x.png")
     turns = json.dumps({"conversations": say("<image>\nWhat?", "A cat.")}).encode()
     files = {

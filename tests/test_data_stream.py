@@ -220,7 +220,7 @@ def test_samples_that_are_too_long_are_dropped_and_recorded(shards: Path) -> Non
     )
 
 
-def test_truncation_cuts_text_and_never_a_picture(shards: Path) -> None:
+def test_truncation_cuts_text_and_never_a_image(shards: Path) -> None:
     encoder = load_encoder(str(tiny_model()))
     whole = {batch.sample_ids[0]: batch.arrays for batch in single_rows(shards)}
     num_cut = 0
@@ -235,9 +235,9 @@ def test_truncation_cuts_text_and_never_a_picture(shards: Path) -> None:
             assert len(ids) <= max_length
             assert ids.tolist() == whole[sample_id]["input_ids"][0, : len(ids)].tolist()
             num_cut += len(ids) < whole[sample_id]["input_ids"].shape[1]
-            num_pictures = len(batch.arrays.get("pixel_values", ()))
-            per_picture = encoder.count_image_tokens([(9, 9)])[0]
-            assert (ids == encoder.image_token_id).sum() == num_pictures * per_picture
+            num_images = len(batch.arrays.get("pixel_values", ()))
+            per_image = encoder.count_image_tokens([(9, 9)])[0]
+            assert (ids == encoder.image_token_id).sum() == num_images * per_image
             assert (batch.arrays["labels"] != IGNORED).any()
         for drop in batch.dropped:
             assert "nothing that is learned is left" in drop.message

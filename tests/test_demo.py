@@ -26,7 +26,7 @@ def test_importing_the_demo_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_a_scene_and_its_picture_are_exactly_repeatable():
+def test_a_scene_and_its_image_are_exactly_repeatable():
     first, again = (scenes.make_scene(random.Random(3), num_items=9) for _ in range(2))
     assert first == again
     assert scenes.draw(first).tobytes() == scenes.draw(again).tobytes()
@@ -73,17 +73,17 @@ def test_training_scenes_hold_no_held_out_combination_and_test_scenes_do():
         assert any(held_out(scenes.make_scene(random.Random(seed), held_out=True)))
 
 
-def test_every_thing_has_its_own_picture():
-    pictures = {sprites.thing(name, 40).tobytes() for name in scenes.THINGS}
-    assert len(pictures) == len(scenes.THINGS) == 60
+def test_every_thing_has_its_own_image():
+    images = {sprites.thing(name, 40).tobytes() for name in scenes.THINGS}
+    assert len(images) == len(scenes.THINGS) == 60
 
 
 def test_examples_are_repeatable_and_fit_their_scene():
-    (picture, asked), (same, asked_again) = demo.make_example(7), demo.make_example(7)
-    assert picture.tobytes() == same.tobytes()
+    (image, asked), (same, asked_again) = demo.make_example(7), demo.make_example(7)
+    assert image.tobytes() == same.tobytes()
     assert asked == asked_again
     assert len(asked) == len(set(asked)) == 4
-    assert demo.make_example(8)[0].tobytes() != picture.tobytes()
+    assert demo.make_example(8)[0].tobytes() != image.tobytes()
 
 
 # ---- every answer, checked by reading the question ---------------------------------------------
@@ -131,14 +131,14 @@ def yes(truth: object) -> str:
 
 
 IS_THERE = r"(?:Is there|Do you see|Can you see|Does the picture show|Is) (?:an?|the|any) (.+?)"
-END = r"(?: in the picture| in this image)?\?"
+END = r"(?: in the image| in this image)?\?"
 
 
 def check_existence(question: str, scene: scenes.Scene) -> str:
     if match := re.fullmatch(r"(?:Is there|Do you see) (?:any|some)thing in the (.+)\?", question):
         return yes(at(match[1], scene))
     match = re.fullmatch(r"Is there (an?|the) (.+) in the (.+)\?", question)
-    if match and match[3] != "picture":
+    if match and match[3] != "image":
         return yes(at(match[3], scene) in meant(match[2], scene))
     if match := re.fullmatch(
         r"(?:Is|Are|Do|Can) (?:there|you see)(?: any| an?)? (\w+)\?", question
@@ -193,7 +193,7 @@ def check_position(question: str, scene: scenes.Scene) -> str:
                 return yes(one.y < other.y)
             case _:
                 return yes(one.y > other.y)
-    name = re.search(r"(?:is|see|find|Where's) the (.+?)(?: in the picture)?\?", question)[1]
+    name = re.search(r"(?:is|see|find|Where's) the (.+?)(?: in the image)?\?", question)[1]
     return f"In the {questions.CELLS[only(name, scene).cell]}."
 
 
@@ -219,7 +219,7 @@ def check_number(question: str, scene: scenes.Scene) -> str:
 
 
 def check_things(question: str, scene: scenes.Scene) -> str:
-    if match := re.search(r"in the (?!picture)(.+?)(?: of the picture)?[?.]", question):
+    if match := re.search(r"in the (?!image)(.+?)(?: of the image)?[?.]", question):
         found = [item] if (item := at(match[1], scene)) else []
     else:
         (category,) = [c for c in scenes.CATEGORIES if c in question]
@@ -291,7 +291,7 @@ def test_a_description_names_every_item_in_one_or_two_sentences():
         assert all(questions.where(item.cell) in text for item in scene.items)
 
 
-def test_of_an_empty_picture_every_answer_says_that_nothing_is_there():
+def test_of_an_empty_image_every_answer_says_that_nothing_is_there():
     for seed in range(100):
         rng = random.Random(seed)
         turns = questions.make_conversation(rng, [scenes.make_empty_scene(rng)], num_turns=8)
@@ -300,20 +300,20 @@ def test_of_an_empty_picture_every_answer_says_that_nothing_is_there():
                 assert re.match(r"(No|None|Nothing|There is (no .+|nothing in .+))\.$", turn.answer)
 
 
-def test_questions_after_a_new_picture_are_about_the_new_picture():
+def test_questions_after_a_new_image_are_about_the_new_image():
     for seed in range(60):
         rng = random.Random(seed)
         shown = [scenes.make_scene(rng) for _ in range(2)]
         turns = questions.make_conversation(rng, shown, num_turns=6)
-        assert [turn.picture for turn in turns if turn.picture] == shown
+        assert [turn.image for turn in turns if turn.image] == shown
         latest = None
         for turn in turns:
-            latest = turn.picture or latest
+            latest = turn.image or latest
             if turn.kind == "description":
                 assert turn.answer == questions.describe(latest)
 
 
-def test_without_a_picture_every_question_about_one_is_answered_by_saying_so():
+def test_without_a_image_every_question_about_one_is_answered_by_saying_so():
     turns = questions.make_conversation(random.Random(0), [], num_turns=40)
     assert {turn.answer for turn in turns if turn.kind != "talk"} == {
         "I see no picture yet. Please add one."
@@ -340,7 +340,7 @@ def test_training_writes_conversations_as_the_chat_template_does(tokenizer):
     )
     messages = []
     for turn in turns:
-        image = [{"type": "image"}] if turn.picture else []
+        image = [{"type": "image"}] if turn.image else []
         content = [*image, {"type": "text", "text": turn.question}]
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": turn.answer})
@@ -441,7 +441,7 @@ def test_the_shipped_model_answers_held_out_questions(answerer, cases):
     assert sum(right) / len(right) > prior(cases) + 0.15
 
 
-def test_the_shipped_model_falls_to_the_prior_without_the_picture(answerer, cases):
+def test_the_shipped_model_falls_to_the_prior_without_the_image(answerer, cases):
     from llava_ray.demo.evaluate import prior
 
     answers = answerer.answer(cases, is_blind=True)
@@ -449,11 +449,11 @@ def test_the_shipped_model_falls_to_the_prior_without_the_picture(answerer, case
     assert sum(right) / len(right) < prior(cases) + 0.1
 
 
-def test_the_shipped_model_says_so_when_there_is_no_picture_or_no_question_about_one(answerer):
+def test_the_shipped_model_says_so_when_there_is_no_image_or_no_question_about_one(answerer):
     from llava_ray.demo import talk
 
     said = answerer.chat(["What colour is the circle?", "Write a poem."])
-    assert said == [talk.NO_PICTURE, talk.KNOWS]
+    assert said == [talk.NO_IMAGE, talk.KNOWS]
 
 
 def test_the_shipped_scores_are_of_a_model_that_looks():

@@ -411,8 +411,8 @@ def test_a_retry_takes_the_place_of_the_first_try() -> None:
 
 def test_usage_is_ones_own_and_an_admins_is_everybodys() -> None:
     async def scene(there: Nearby) -> None:
-        picture = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-        await there.say([picture, {"type": "text", "text": "Look"}], "alice")
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+        await there.say([image, {"type": "text", "text": "Look"}], "alice")
         await there.say("", "alice")
         await there.say("Hello", "bob")
         own = (await there.get("/v1/usage", "alice")).json()

@@ -12,7 +12,7 @@ from contextlib import aclosing
 
 import pytest
 import torch
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.detokenizer import TextStream
@@ -22,7 +22,7 @@ from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.engine.torch_engine.execution.attention import Span, group_lanes
 from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch
-from llava_ray.engine.torch_engine.execution.encoder_cache import Pictures
+from llava_ray.engine.torch_engine.execution.encoder_cache import Images
 from llava_ray.engine.torch_engine.execution.model_runner import (
     LlavaRunner,
     pass_over_unread_layers,
@@ -85,11 +85,11 @@ async def ask_late(engine, prompts: list[Prompt]) -> list[str]:
 
 
 def mixed_prompts(count: int) -> list[Prompt]:
-    """Prompts of many lengths, with no, one, two or three pictures."""
+    """Prompts of many lengths, with no, one, two or three images."""
     rng = random.Random(5)
     prompts = []
     for i in range(count):
-        images = [picture(10 * i + j) for j in range(i % 4)]
+        images = [make_image(10 * i + j) for j in range(i % 4)]
         words = " ".join(rng.choice(["red", "a", "where", "big", "dög"]) for _ in range(3 + 7 * i))
         text = f"USER: {'<image> ' * len(images)}{words} ASSISTANT:"
         prompts.append(prompt(text, *images, max_tokens=rng.randint(5, 40)))
@@ -257,8 +257,8 @@ def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
 
 
 @pytest.mark.parametrize(("num_image_tokens", "first"), [(0, 100), (40, 80), (240, 50)])
-def test_a_step_that_encodes_a_picture_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
-    scheduler = wide_scheduler(picture_cost=0.5)
+def test_a_step_that_encodes_a_image_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
+    scheduler = wide_scheduler(image_cost=0.5)
     sequence = _sequence(length=250)
     sequence.inputs, sequence.num_image_tokens = {}, num_image_tokens
     scheduler.add(sequence)
@@ -305,7 +305,7 @@ def test_a_full_cache_makes_requests_wait_and_all_finish(generate):
 
 
 def last_logits(core) -> torch.Tensor:
-    inputs = core.encode("USER: <image> hello ASSISTANT:", [picture()])
+    inputs = core.encode("USER: <image> hello ASSISTANT:", [make_image()])
     inputs["pixel_values"] = inputs["pixel_values"].to(core.model.dtype)
     with torch.inference_mode():
         return core.model(**inputs).logits[0, -1].float()
@@ -331,7 +331,7 @@ def test_layers_of_the_tower_that_are_not_read_are_not_computed(read, num_comput
     for layer in layers:
         layer.mlp.register_forward_hook(lambda *_, layer=layer: computed.append(layer))
     read_layer = read if isinstance(read, int) else max(read)
-    pixels = core.encode("<image>", [picture()])["pixel_values"]
+    pixels = core.encode("<image>", [make_image()])["pixel_values"]
 
     def look():
         output = core.model.model.vision_tower(pixels, output_hidden_states=True)
@@ -391,20 +391,20 @@ def test_the_next_turn_of_a_conversation_computes_only_what_is_new(generate):
             assert "".join(chunk.text for chunk in chunks) == generate(each)
             return chunks[-1].num_cached_tokens, chunks[-1].num_prompt_tokens
 
-        num_cached, num_first = await count_cached(FIRST, picture())
+        num_cached, num_first = await count_cached(FIRST, make_image())
         assert num_cached == 0
-        num_cached, num_second = await count_cached(SECOND, picture())
+        num_cached, num_second = await count_cached(SECOND, make_image())
         assert num_first - 2 <= num_cached < num_second
-        assert (await count_cached(SECOND, picture()))[0] == num_second - 1
-        assert (await count_cached(SECOND, picture(1)))[0] == 0
+        assert (await count_cached(SECOND, make_image()))[0] == num_second - 1
+        assert (await count_cached(SECOND, make_image(1)))[0] == 0
         assert engine.stats()["cache_tokens_used"] == 0
         await engine.close()
 
     asyncio.run(main())
 
 
-def test_questions_about_one_picture_that_come_together_compute_it_once(generate):
-    prompts = [prompt(f"{FIRST[:-11]} {'x' * i} ASSISTANT:", picture()) for i in range(8)]
+def test_questions_about_one_image_that_come_together_compute_it_once(generate):
+    prompts = [prompt(f"{FIRST[:-11]} {'x' * i} ASSISTANT:", make_image()) for i in range(8)]
 
     async def main():
         engine = load(prefill_tokens=16)
@@ -417,18 +417,18 @@ def test_questions_about_one_picture_that_come_together_compute_it_once(generate
     asyncio.run(main())
 
 
-def test_pictures_are_counted_as_encoded_or_as_found_in_the_cache():
+def test_images_are_counted_as_encoded_or_as_found_in_the_cache():
     told: list[tuple[int, int, float]] = []
 
     async def main():
-        engine = load(note_pictures=lambda *figures: told.append(figures))
-        await answer(engine, prompt(FIRST, picture()))
-        await answer(engine, prompt("no picture here"))
-        await answer(engine, prompt(SECOND, picture()))
+        engine = load(note_images=lambda *figures: told.append(figures))
+        await answer(engine, prompt(FIRST, make_image()))
+        await answer(engine, prompt("no image here"))
+        await answer(engine, prompt(SECOND, make_image()))
         two = "USER: <image> and <image> ASSISTANT:"
-        await answer(engine, prompt(two, picture(1), picture(2)))
-        await answer(engine, prompt(two, picture(1), picture(3)))  # one of them is known
-        await answer(engine, prompt(two, picture(1), picture(2)))
+        await answer(engine, prompt(two, make_image(1), make_image(2)))
+        await answer(engine, prompt(two, make_image(1), make_image(3)))  # one of them is known
+        await answer(engine, prompt(two, make_image(1), make_image(2)))
         await engine.close()
 
     started = time.perf_counter()
@@ -438,42 +438,42 @@ def test_pictures_are_counted_as_encoded_or_as_found_in_the_cache():
     assert sum(seconds for *_, seconds in told) < time.perf_counter() - started
 
 
-def test_a_picture_that_is_known_is_encoded_no_more_wherever_it_stands(generate):
+def test_a_image_that_is_known_is_encoded_no_more_wherever_it_stands(generate):
     told: list[tuple[int, ...]] = []
     prompts = [
-        prompt(FIRST, picture(1)),
-        prompt("USER: first <image> and then <image> ASSISTANT:", picture(2), picture(1)),
-        prompt("USER: the other way, <image> and <image> ASSISTANT:", picture(1), picture(2)),
+        prompt(FIRST, make_image(1)),
+        prompt("USER: first <image> and then <image> ASSISTANT:", make_image(2), make_image(1)),
+        prompt("USER: the other way, <image> and <image> ASSISTANT:", make_image(1), make_image(2)),
     ]
 
     async def main(**options):
         told.clear()
-        engine = load(note_pictures=lambda *figures: told.append(figures[:2]), **options)
+        engine = load(note_images=lambda *figures: told.append(figures[:2]), **options)
         answers = [await answer(engine, each) for each in prompts]
         assert answers == [generate(each) for each in prompts]
         await engine.close()
 
     asyncio.run(main())
     assert told == [(1, 0), (1, 1), (0, 2)]
-    asyncio.run(main(picture_cache_mb=0))
+    asyncio.run(main(image_cache_mb=0))
     assert told == [(1, 0), (2, 0), (2, 0)]
 
 
-def test_pictures_are_kept_until_others_need_the_memory_the_longest_unused_go_first():
+def test_images_are_kept_until_others_need_the_memory_the_longest_unused_go_first():
     encoded: list[float] = []
 
     def encode(_, inputs):
         encoded.extend(inputs["pixel_values"][:, 0, 0, 0].tolist())
         return [torch.full((4, 8), value) for value in inputs["pixel_values"][:, 0, 0, 0]]
 
-    pictures = Pictures(encode, max_bytes=2 * 4 * 8 * 4)  # two of them
+    images = Images(encode, max_bytes=2 * 4 * 8 * 4)  # two of them
 
     def read(*names: int) -> list[float]:
         pixels = torch.tensor(names, dtype=torch.float32)[:, None, None, None]
         sequence = Sequence("a", [1], 0, Sampling(), 1, TextStream(lambda ids: ""))
-        sequence.inputs, sequence.picture_names = {"pixel_values": pixels}, names
+        sequence.inputs, sequence.image_names = {"pixel_values": pixels}, names
         encoded.clear()
-        pictures.read([sequence])
+        images.read([sequence])
         assert sequence.inputs[::4, 0].tolist() == list(names)
         return list(encoded)
 
@@ -499,7 +499,7 @@ def test_shared_beginnings_never_change_an_answer(generate, prefix_cache):
     rng = random.Random(3)
     prompts = []
     for _ in range(40):
-        images = [picture(rng.randrange(3)) for _ in range(rng.randrange(3))]
+        images = [make_image(rng.randrange(3)) for _ in range(rng.randrange(3))]
         text = f"USER: {'see <image> ' * len(images)}{SECOND[14 : rng.randrange(20, len(SECOND))]}"
         prompts.append(prompt(text, *images, max_tokens=rng.randint(2, 12)))
     is_read_whole = [rng.random() < 0.7 for _ in prompts]
@@ -534,7 +534,7 @@ def test_shared_beginnings_never_change_an_answer(generate, prefix_cache):
 def test_chunks_count_tokens_and_the_last_alone_says_why_it_ended():
     async def main():
         engine = load()
-        chunks = await read(engine, prompt("a <image>", picture(), max_tokens=9))
+        chunks = await read(engine, prompt("a <image>", make_image(), max_tokens=9))
         assert [chunk.num_tokens for chunk in chunks] == list(range(1, 10))
         assert [chunk.finish_reason for chunk in chunks] == [None] * 8 + ["length"]
         assert {(c.num_prompt_tokens, c.num_image_tokens) for c in chunks} == {(19, 16)}
@@ -619,11 +619,13 @@ def test_text_streams_hold_back_what_may_become_a_stop_text():
 def test_a_seed_makes_the_answer_repeatable_whatever_runs_beside_it():
     async def main():
         engine = load()
-        seeded = prompt("a <image>", picture(), temperature=1.0, top_p=0.9, seed=3)
+        seeded = prompt("a <image>", make_image(), temperature=1.0, top_p=0.9, seed=3)
         alone = await answer(engine, seeded)
         others = [prompt("x" * i, temperature=1.5, seed=i) for i in range(1, 6)]
         beside, *_ = await asyncio.gather(*[answer(engine, each) for each in [seeded, *others]])
-        other_seed = await answer(engine, prompt("a <image>", picture(), temperature=1.0, seed=4))
+        other_seed = await answer(
+            engine, prompt("a <image>", make_image(), temperature=1.0, seed=4)
+        )
         assert alone == beside != other_seed
         await engine.close()
 
@@ -651,12 +653,12 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes():
     async def main():
         engine = load()
         with pytest.raises(ContextLengthError) as too_long:
-            await answer(engine, prompt("<image>" * 2 + "A" * 600, picture(), picture(1)))
-        assert str(too_long.value).startswith("the prompt has 633 tokens (32 for 2 pictures, 601 ")
+            await answer(engine, prompt("<image>" * 2 + "A" * 600, make_image(), make_image(1)))
+        assert str(too_long.value).startswith("the prompt has 633 tokens (32 for 2 images, 601 ")
         with pytest.raises(ContextLengthError, match="ask for at most 510") as too_much:
             await answer(engine, prompt("ab", max_tokens=600))
         assert too_much.value.param == "max_tokens"
-        with pytest.raises(RequestError, match="names 1 pictures and 0 came"):
+        with pytest.raises(RequestError, match="names 1 images and 0 came"):
             await answer(engine, prompt("<image>"))
         assert await answer(engine, prompt())
         await engine.close()
@@ -675,7 +677,7 @@ def test_a_context_that_the_model_was_not_made_for_is_refused():
 def test_leaving_a_stream_frees_its_cache_within_a_step():
     async def main():
         engine = load()
-        endless = prompt("a <image>", picture(), max_tokens=None, ignore_eos=True)
+        endless = prompt("a <image>", make_image(), max_tokens=None, ignore_eos=True)
         tasks = [asyncio.create_task(answer(engine, endless)) for _ in range(3)]
         await read_some(engine, endless, 5)
         await engine.check()
@@ -874,14 +876,14 @@ def test_the_runner_checks_itself_without_touching_the_cache_of_others():
 # ---- the fake that ships ----
 
 
-def test_echo_says_the_last_words_back_and_counts_pictures():
+def test_echo_says_the_last_words_back_and_counts_images():
     async def main():
         engine = EchoEngine()
         said = prompt(
-            "USER: one ASSISTANT: two</s>USER: <image>\nwhat is it? ASSISTANT:", picture()
+            "USER: one ASSISTANT: two</s>USER: <image>\nwhat is it? ASSISTANT:", make_image()
         )
         chunks = await read(engine, said)
-        assert "".join(chunk.text for chunk in chunks) == "what is it? (1 pictures)"
+        assert "".join(chunk.text for chunk in chunks) == "what is it? (1 images)"
         assert chunks[-1].finish_reason == "stop"
         assert (await read(engine, prompt("a b c", max_tokens=2)))[-1].finish_reason == "length"
         assert await answer(engine, prompt("a b c", stop=("c",))) == "a b "

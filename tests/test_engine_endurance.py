@@ -16,7 +16,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.engine.torch_engine.engine_loop import Reader
@@ -28,9 +28,9 @@ from llava_ray.types import Prompt, Sampling
 CACHE_TOKENS = 4096
 """Of the cache, and of the model's context: one request can ask for all of it."""
 NUM_KEPT = 256
-"""Pictures that the smallest cache for them holds, 1 MiB: each is 16 tokens of 64 numbers."""
+"""Images that the smallest cache for them holds, 1 MiB: each is 16 tokens of 64 numbers."""
 NUM_KNOWN = 20
-"""Pictures that come again and again."""
+"""Images that come again and again."""
 MORE_OBJECTS = 500
 """Python objects that may be new, of all types: one for three requests. Measured: 2 at most."""
 STORY = " ".join(random.Random(1).choices("a big red dög sees where the old cat is".split(), k=200))
@@ -60,7 +60,7 @@ class Visit(NamedTuple):
 def draw_visit(rng: random.Random, number: int) -> Visit:
     """Return one of any size; half of the readers stay to the end."""
     new = range(NUM_KNOWN + 2 * number, NUM_KNOWN + 2 * number + rng.randrange(3))
-    images = [picture(rng.choice([rng.randrange(NUM_KNOWN), seed, seed])) for seed in new]
+    images = [make_image(rng.choice([rng.randrange(NUM_KNOWN), seed, seed])) for seed in new]
     start = rng.choice([0, rng.randrange(400)])
     text = "see <image> " * len(images) + STORY[start : start + rng.randint(1, 160)]
     sampling = Sampling(
@@ -165,10 +165,10 @@ LONG = [
 def test_many_requests_of_all_sizes_some_cancelled_leave_nothing_behind(
     two_threads, num_first, num_more, more_mib
 ):
-    pictures: Counter[str] = Counter()
+    images: Counter[str] = Counter()
 
-    def note_pictures(num_encoded: int, num_cached: int, seconds: float) -> None:
-        pictures.update(encoded=num_encoded, cached=num_cached)
+    def note_images(num_encoded: int, num_cached: int, seconds: float) -> None:
+        images.update(encoded=num_encoded, cached=num_cached)
 
     async def main():
         model = tiny_model(dataclasses.replace(TINY, context_length=CACHE_TOKENS))
@@ -176,8 +176,8 @@ def test_many_requests_of_all_sizes_some_cancelled_leave_nothing_behind(
             load_model(model, dtype="float32", device="cpu"),
             cache_tokens=CACHE_TOKENS,
             prefix_cache=True,
-            picture_cache_mb=1,
-            note_pictures=note_pictures,
+            image_cache_mb=1,
+            note_images=note_images,
         )
         rng = random.Random(7)
 
@@ -190,14 +190,14 @@ def test_many_requests_of_all_sizes_some_cancelled_leave_nothing_behind(
             return ends, count_objects(), psutil.Process().memory_info().rss
 
         _, before, memory_before = await measure(range(num_first))
-        assert pictures["encoded"] > NUM_KEPT + NUM_KNOWN, "the cache of pictures is full by now"
+        assert images["encoded"] > NUM_KEPT + NUM_KNOWN, "the cache of images is full by now"
         ends, after, memory_after = await measure(range(num_first, num_first + num_more))
-        print(f"ends: {dict(ends)}, pictures: {dict(pictures)}")
+        print(f"ends: {dict(ends)}, images: {dict(images)}")
         print(f"objects: {dict(before)}, then {dict(after)}")
         print(f"memory: {memory_before / 2**20:.1f} MiB, then {memory_after / 2**20:.1f} MiB")
         assert num_more / 2 < ends["whole"] < num_more * 0.8
         assert min(ends.values()) > num_more / 200, "each way to end has its share"
-        assert pictures["cached"] > 0
+        assert images["cached"] > 0
         for name in ("sequences", "readers", "tasks", "tensors"):
             assert after[name] <= before[name], name
         assert after["tasks"] == 1, "this test"

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from spoken import say
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import DEMO_MODEL, EvaluateConfig, ModelConfig, ServeConfig
 from llava_ray.demo.evaluate import make_cases
@@ -23,7 +23,7 @@ from llava_ray.types import Chunk, Prompt, Sampling
 slow_in_bfloat16 = pytest.mark.skipif(has_fast_bfloat16(), reason="auto is bfloat16 on this CPU")
 
 PROMPTS = [
-    Prompt("test", f"USER: <image> {words} ASSISTANT:", (picture(i),), Sampling(
+    Prompt("test", f"USER: <image> {words} ASSISTANT:", (make_image(i),), Sampling(
         max_tokens=12, temperature=0, ignore_eos=True, num_logprobs=1
     ))
     for i, words in enumerate(["what is it?", "where are the red and the blue one? " * 4, "a"])

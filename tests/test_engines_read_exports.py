@@ -30,7 +30,7 @@ import test_model_published
 import torch
 from originals import Original
 from PIL import Image
-from tiny import picture
+from tiny import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_ray.demo import scenes
@@ -45,7 +45,7 @@ TIMEOUT_S = 600
 NUM_NEW_TOKENS = 16
 NEAR_TIE = 0.05
 """Two best logits this close may change places: torchvision, which the engines use and this package
-does not need, scales pictures with other roundings (1 of 255 in a few pixels of a thousand)."""
+does not need, scales images with other roundings (1 of 255 in a few pixels of a thousand)."""
 NEAR_TIE_16 = 0.1
 """The same where the engine computes in float16."""
 SETTINGS = {
@@ -63,7 +63,7 @@ QUESTIONS = [
     ("USER: <image>\nWhat is it? ASSISTANT:", [0]),
     ("USER: <image>\nWhat is it? ASSISTANT:", [1]),
     ("USER: see <image>\nand <image> what differs? ASSISTANT:", [1, 2]),
-    ("USER: no picture. ASSISTANT:", []),
+    ("USER: no image. ASSISTANT:", []),
 ]
 
 
@@ -152,8 +152,11 @@ def folder_of(kind: str) -> Path:
 
 
 def questions_for(kind: str, folder: Path) -> list[dict[str, Any]]:
-    """Write pictures into the folder; return the questions as `other_engines` takes them."""
-    asked, shown = QUESTIONS, [picture(), picture(1, width=31, height=97), picture(2, width=90)]
+    """Write images into the folder; return the questions as `other_engines` takes them."""
+    asked, shown = (
+        QUESTIONS,
+        [make_image(), make_image(1, width=31, height=97), make_image(2, width=90)],
+    )
     if kind == "golden":
         case = GOLDEN / "llava-v1.5-pad"
         return [
@@ -164,8 +167,8 @@ def questions_for(kind: str, folder: Path) -> list[dict[str, Any]]:
         rng = random.Random(0)
         shown = [scenes.draw(scenes.make_scene(rng)) for _ in range(3)]
         asked = [
-            (f"<s>USER: {text} ASSISTANT:", pictures)
-            for text, pictures in [
+            (f"<s>USER: {text} ASSISTANT:", images)
+            for text, images in [
                 ("<image>\nWhat is in the picture?", [0]),
                 ("<image>\nWhat is in the picture?", [1]),
                 ("<image>\n<image>\nHow many things are there?", [1, 2]),
@@ -302,5 +305,5 @@ def compare(engine: str, kind: str, scratch: Path) -> None:
     folder = folder_of(kind)
     questions = questions_for(kind, scratch)
     expected = ask_transformers(folder, questions)
-    assert expected[0].ids != expected[1].ids, "the picture must make a difference"
+    assert expected[0].ids != expected[1].ids, "the image must make a difference"
     assert_same_tokens(ask_engine(engine, folder, questions, scratch), expected)

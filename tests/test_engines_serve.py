@@ -1,4 +1,4 @@
-"""vLLM and SGLang behind the application: pictures over HTTP, and kill -9 of what computes.
+"""vLLM and SGLang behind the application: images over HTTP, and kill -9 of what computes.
 
     LLAVA_RAY_VLLM_PYTHON=.../bin/python LLAVA_RAY_SGLANG_PYTHON=.../bin/python \\
         pytest -m "vllm or sglang" tests/test_engines_serve.py
@@ -16,7 +16,7 @@ import httpx
 import psutil
 import pytest
 from patience import wait_until, wait_until_ended
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.model.build.random_model import TINY
@@ -29,7 +29,7 @@ NEW_TOKENS = {"temperature": 0, "ignore_eos": True, "max_tokens": 12}
 ENDLESS = NEW_TOKENS | {"max_tokens": 4000, "stream": True}
 REFUSES: dict[str, tuple[str, ...]] = {"vllm": (), "sglang": ("repetition_penalty", "seed")}
 ROUNDING = 0.05
-"""Of logprobs: torchvision, which the engines use, scales pictures with other roundings."""
+"""Of logprobs: torchvision, which the engines use, scales images with other roundings."""
 OPTIONS: dict[str, dict[str, Any]] = {"vllm": {"enforce_eager": True}, "sglang": {}}
 
 pytestmark = pytest.mark.slow
@@ -43,8 +43,8 @@ class Place:
     app: str
     refuses: tuple[str, ...]
 
-    def ask(self, model: str, text: str, *, num_pictures: int = 0, **fields: Any) -> dict[str, Any]:
-        body = {"model": model, "messages": [say(text, num_pictures)], **NEW_TOKENS, **fields}
+    def ask(self, model: str, text: str, *, num_images: int = 0, **fields: Any) -> dict[str, Any]:
+        body = {"model": model, "messages": [say(text, num_images)], **NEW_TOKENS, **fields}
         reply = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=TIMEOUT_S)
         return reply.json() | {"status": reply.status_code}
 
@@ -58,11 +58,11 @@ class Place:
         return running[0] if running else None
 
 
-def say(text: str, num_pictures: int) -> dict[str, Any]:
+def say(text: str, num_images: int) -> dict[str, Any]:
     parts: list[dict[str, Any]] = []
-    for seed in range(num_pictures):
+    for seed in range(num_images):
         file = io.BytesIO()
-        picture(seed).save(file, "PNG")
+        make_image(seed).save(file, "PNG")
         address = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
         parts.append({"type": "image_url", "image_url": {"url": address}})
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
@@ -117,10 +117,10 @@ def place(
     wait_until_ended(processes)  # and leave no memory behind
 
 
-@pytest.mark.parametrize("num_pictures", [0, 1, 2])
-def test_it_says_about_pictures_what_our_own_engine_says(place: Place, num_pictures: int) -> None:
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_it_says_about_images_what_our_own_engine_says(place: Place, num_images: int) -> None:
     ours, theirs = (
-        place.ask(model, "What is it?", num_pictures=num_pictures, logprobs=True, top_logprobs=2)
+        place.ask(model, "What is it?", num_images=num_images, logprobs=True, top_logprobs=2)
         for model in ("ours", "theirs")
     )
     assert ours["status"] == theirs["status"] == 200, theirs
@@ -152,7 +152,7 @@ def test_every_field_of_sampling_is_taken_or_refused_by_name(place: Place) -> No
     for name in place.refuses:
         refused = place.ask("theirs", "Who?", **{name: fields.pop(name)})
         assert (refused["status"], refused["error"]["param"]) == (400, name)
-    first, again = (place.ask("theirs", "Who?", num_pictures=1, **fields) for _ in range(2))
+    first, again = (place.ask("theirs", "Who?", num_images=1, **fields) for _ in range(2))
     assert first["status"] == 200, first
     assert len(first["choices"]) == 2
     if "seed" in fields:
@@ -185,4 +185,4 @@ def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(place:
     wait_until(
         lambda: place.find_replica() not in (None, before), "another runs", patience_s=TIMEOUT_S
     )
-    assert place.ask("theirs", "Are you there?", num_pictures=1)["status"] == 200
+    assert place.ask("theirs", "Are you there?", num_images=1)["status"] == 200

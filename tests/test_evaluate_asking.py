@@ -61,7 +61,7 @@ def test_what_cannot_be_asked_is_refused_and_what_breaks_is_failed(tmp_path: Pat
     absent = (str(tmp_path / "absent.png"),)
     questions = [
         Question("1", "fine"), Question("2", "bad"), Question("3", "broken"), Question("4", "down"),
-        Question("5", "no picture", absent),
+        Question("5", "no image", absent),
     ]  # fmt: skip
     said = {"fine": "yes", "bad": 400, "broken": None, "down": 503}
     told = ask(lambda text: said[text], *questions)
@@ -96,7 +96,7 @@ def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
         run.evaluate(configure(**folders | {"data": str(tmp_path / "nowhere")}))
 
 
-def test_a_reply_holds_for_its_model_prompt_pictures_and_settings(tmp_path: Path) -> None:
+def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     question = Question("1", "What?", (str(path),))
     sha = hashlib.sha256(save(path)).hexdigest()

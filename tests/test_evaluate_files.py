@@ -66,8 +66,8 @@ def test_scienceqas_files_give_its_two_numbers(tmp_path: Path) -> None:
     for path in (lines, tmp_path / "result.json", tmp_path / "output.json"):
         whole = score("scienceqa", path, tmp_path)
         assert (value(whole, "accuracy"), value(whole, "subject/LAN/accuracy")) == (50, 0)
-        with_pictures = score("scienceqa_img", path, tmp_path)
-        assert (value(with_pictures, "accuracy"), with_pictures.num_questions) == (100, 1)
+        with_images = score("scienceqa_img", path, tmp_path)
+        assert (value(with_images, "accuracy"), with_images.num_questions) == (100, 1)
 
 
 def test_textvqas_replies_find_their_question_by_its_prompt(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def grade(name: str, folder: Path, script: Script | None, **settings: Any) -> tu
     return server, scores, summarize_task(task, questions, said, scores, min_coverage=0.99)
 
 
-def test_a_judge_reads_the_picture_in_words_and_both_answers(
+def test_a_judge_reads_the_image_in_words_and_both_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")

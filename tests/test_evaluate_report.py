@@ -27,7 +27,7 @@ def make_run(folder: Path, name: str, replies: list[str]) -> Path:
 RIGHT = ["yes", "no"] * 4
 
 
-def test_the_report_is_one_file_with_pictures_of_the_worst_samples(tmp_path: Path) -> None:
+def test_the_report_is_one_file_with_images_of_the_worst_samples(tmp_path: Path) -> None:
     run = make_run(tmp_path, "run", ["<b>yes</b>", "yes", *RIGHT[2:]])
     samples = [json.loads(line) for line in (run / "samples_pope.jsonl").read_text().splitlines()]
     page = (run / "report.html").read_text()

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from benchmarks import LETTER, MME_SUBTASKS, SHORT, UNANSWERABLE, write_all, write_lines
 from raw_data import save
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.data.shards import ShardWriter
 from llava_ray.data.sources.building import assistant, sample_of, user
 from llava_ray.data.validate import CheckedImage
 from llava_ray.errors import ConfigError, ImageError, SampleError
-from llava_ray.evaluate.datasets.images import hash_picture, load_picture
+from llava_ray.evaluate.datasets.images import hash_image, load_image
 from llava_ray.evaluate.results.results import score_replies, summarize_task
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
@@ -63,7 +63,7 @@ def test_a_benchmark_is_asked_as_llava_asks_it(data: Path, name: str) -> None:
     assert len({question.question_id for question in questions}) == number
     for question in questions:
         for each in question.images:
-            assert load_picture(each)[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")
+            assert load_image(each)[:4] in (b"\x89PNG", b"\xff\xd8\xff\xe0")
     assert sum(bool(question.images) for question in questions) >= number - 1
     assert task.sampling.is_greedy
     # the folder of one benchmark alone will do as well
@@ -113,7 +113,7 @@ def test_mmbenchs_options_end_where_pandas_sees_nothing_and_quoted_cells_are_who
     assert first.choices == ("x",)
     assert second.text == f'two\nlines\na "quoted"\tone?\nA. x\nB. y\nC. z{LETTER}'
     assert second.cluster == turned.cluster != first.cluster
-    assert len({hash_picture(q.images[0]) for q in (first, second, turned)}) == 1
+    assert len({hash_image(q.images[0]) for q in (first, second, turned)}) == 1
 
 
 @pytest.mark.parametrize("name", [name for name in ASKED if TASKS[name].score])
@@ -176,21 +176,21 @@ def write_shard(folder: Path) -> Path:
     writer = ShardWriter(folder / "part-00000.parquet")
     for i in range(3):
         data = save(folder / "raw" / f"{i}.png", i)
-        sha = CheckedImage(data, *picture(i).size)
+        sha = CheckedImage(data, *make_image(i).size)
         turns = (user(f"<image>\nWhich is {i}?\nA. cat\nB. dog"), assistant("B"))
         writer.add(sample_of("mine", f"s{i}", turns, data), [sha], num_tokens=None)
     writer.close()
     return folder
 
 
-def test_ones_own_shards_are_asked_with_their_pictures(tmp_path: Path) -> None:
+def test_ones_own_shards_are_asked_with_their_images(tmp_path: Path) -> None:
     folder = write_shard(tmp_path / "shards")
     questions = find(folder, "own_choice")
     assert questions[1].text == f"Which is 1?\nA. cat\nB. dog{LETTER}"
     assert (questions[1].choices, questions[1].answers) == (("cat", "dog"), ("B",))
     for i, question in enumerate(questions):
         raw = (folder / "raw" / f"{i}.png").read_bytes()
-        assert hash_picture(question.images[0]) == hashlib.sha256(raw).hexdigest()
+        assert hash_image(question.images[0]) == hashlib.sha256(raw).hexdigest()
     score = TASKS["own_choice"].score
     assert score is not None
     assert [score(questions[0], text).value for text in ("B", "(B) dog", "dog", "A")] == [
@@ -248,10 +248,10 @@ def test_a_file_that_is_missing_or_of_another_task_is_named(
         path.write_text(before)
 
 
-def test_a_picture_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"absent\.png cannot be read \(No such file"):
-        load_picture(str(tmp_path / "absent.png"))
+        load_image(str(tmp_path / "absent.png"))
     table = tmp_path / "table.tsv"
     table.write_text("index\timage\n1\tnot base64!\n")
-    with pytest.raises(ImageError, match="index 1: there is no picture in base64"):
-        load_picture(f"{table}#12")
+    with pytest.raises(ImageError, match="index 1: there is no image in base64"):
+        load_image(f"{table}#12")

@@ -32,7 +32,7 @@ def test_a_conversation_is_a_sample_in_llavas_format() -> None:
         Message("assistant", (TextPart("One."),)),
         Message("user", (red, blue, TextPart("And now?"))),
     )
-    row, pictures = build_record("7", asked, "Three.")
+    row, images = build_record("7", asked, "Three.")
     assert row["conversations"] == [
         {"from": "human", "value": "<image>\nOne < image >?"},
         {"from": "gpt", "value": "One."},
@@ -41,7 +41,7 @@ def test_a_conversation_is_a_sample_in_llavas_format() -> None:
     ]
     assert len(row["image"]) == 3
     assert row["image"][0] == row["image"][1]
-    assert set(pictures) == set(row["image"])
+    assert set(images) == set(row["image"])
 
 
 def test_votes_flags_and_corrections_join_their_answer(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_votes_flags_and_corrections_join_their_answer(tmp_path: Path) -> None:
     assert "image" not in second
 
 
-def test_a_picture_is_stored_once_under_its_hash(tmp_path: Path) -> None:
+def test_a_image_is_stored_once_under_its_hash(tmp_path: Path) -> None:
     folder = tmp_path / "all" / "log"
     log = FeedbackLog(folder)
     for name in ("a", "b", "../../c"):

@@ -1,4 +1,4 @@
-"""Pictures from the web: what is fetched, and the ways to another place that are all refused."""
+"""Images from the web: what is fetched, and the ways to another place that are all refused."""
 
 import asyncio
 import ssl
@@ -114,11 +114,11 @@ def test_names_that_are_fine_are_fine() -> None:
 
 
 def test_with_a_list_of_hosts_there_are_no_others() -> None:
-    config = FetchConfig(hosts=["Pictures.example", "*.trusted.example"])
-    for host in ("pictures.example", "a.trusted.example", "a.b.trusted.example"):
+    config = FetchConfig(hosts=["Images.example", "*.trusted.example"])
+    for host in ("images.example", "a.trusted.example", "a.b.trusted.example"):
         assert check_link(f"http://{host}/", config, param=PARAM).host == host
-    for host in ("example.org", "trusted.example", "untrusted.example", "x.pictures.example"):
-        with pytest.raises(LinkError, match=r"not among those allowed; use Pictures\.example"):
+    for host in ("example.org", "trusted.example", "untrusted.example", "x.images.example"):
+        with pytest.raises(LinkError, match=r"not among those allowed; use Images\.example"):
             check_link(f"http://{host}/", config, param=PARAM)
 
 
@@ -168,7 +168,7 @@ class World:
 
     async def get(self, *paths: str) -> list[bytes]:
         parts = [
-            read_image_url(self.url(path), limits=self.limits, param=f"picture {number}")
+            read_image_url(self.url(path), limits=self.limits, param=f"image {number}")
             for number, path in enumerate(paths)
         ]
         request = ChatRequest("1", "m", (Message("user", (TextPart("Look"), *parts)),))
@@ -195,7 +195,7 @@ def run(
     return asyncio.run(go())
 
 
-def test_pictures_are_fetched_by_name_each_address_once() -> None:
+def test_images_are_fetched_by_name_each_address_once() -> None:
     async def play(there: World) -> None:
         found = await there.get("/a.png", "/b.png", "/a.png", "/to//d.png")
         assert found == [png()] * 4
@@ -226,7 +226,7 @@ def test_no_name_leads_into_the_inner_network(host: str, words: str, is_redirect
         url = there.url("/a.png", host)
         with pytest.raises(LinkError, match=words) as caught:
             await there.get(f"/to/{url}" if is_redirect else url)
-        assert caught.value.param == "picture 0"
+        assert caught.value.param == "image 0"
 
     run(play)
 
@@ -261,7 +261,7 @@ def test_a_name_that_changes_its_mind_is_asked_once_for_each_connection() -> Non
         with pytest.raises(LinkError):
             await there.get(turning)
         there.names.answers["turning"] = [[PUBLIC], [PRIVATE]]
-        with pytest.raises(LinkError):  # the second time on the way of one picture
+        with pytest.raises(LinkError):  # the second time on the way of one image
             await there.get(there.url(f"/to/{turning}", "turning.example"))
 
     run(play)
@@ -279,7 +279,7 @@ def test_a_name_that_changes_its_mind_is_asked_once_for_each_connection() -> Non
         ("/short", "broke off"),
         ("/garbage", "broke off"),
         ("/hang-up", "broke off"),
-        ("/type/text/html", "'text/html', which is not a picture"),
+        ("/type/text/html", "'text/html', which is not an image"),
         ("/type/application/json", "'application/json', which"),
         ("/status/404", "answered 404"),
         ("/status/500", "answered 500"),
@@ -304,11 +304,11 @@ def test_a_bad_web_server_is_named_and_what_it_did(path: str, words: str) -> Non
 
 
 @pytest.mark.parametrize("media_type", ["image/webp", "application/octet-stream", ""])
-def test_a_media_type_that_may_be_a_picture_is_taken(media_type: str) -> None:
+def test_a_media_type_that_may_be_a_image_is_taken(media_type: str) -> None:
     assert run(lambda there: there.get(f"/type/{media_type}")) == [png()]
 
 
-def test_the_pictures_of_a_request_are_limited_together() -> None:
+def test_the_images_of_a_request_are_limited_together() -> None:
     async def play(there: World) -> None:
         assert len((await there.get("/kilobytes/30"))[0]) == 30 * 1024
         with pytest.raises(FetchError, match="allowed together"):
@@ -332,7 +332,7 @@ def test_a_slow_server_holds_up_only_those_who_named_it() -> None:
     run(play, {"max_per_host": 2, "timeout_s": 25})
 
 
-def test_one_bad_picture_stops_the_others() -> None:
+def test_one_bad_image_stops_the_others() -> None:
     async def play(there: World) -> None:
         with pytest.raises(LlavaRayError, match="answered 404"):
             await there.get("/drip-body", "/status/404", "/silent")
@@ -384,7 +384,7 @@ def make_certificate(folder: Path, host: str) -> Path:
     return path
 
 
-def test_a_file_that_was_fetched_and_is_no_picture_is_the_web_servers_fault() -> None:
+def test_a_file_that_was_fetched_and_is_no_image_is_the_web_servers_fault() -> None:
     part = ImagePart(b"<html>", PARAM, "https://good.example/secret-path")
     with pytest.raises(FetchError, match=r"good\.example: this is an HTML page") as caught:
         images.decode(part, limits=LimitsConfig())

@@ -28,7 +28,7 @@ from llava_ray.types import ChatRequest, Chunk
 PATH = "/v1/chat/completions"
 
 
-def picture(color: str = "red") -> dict[str, Any]:
+def make_image(color: str = "red") -> dict[str, Any]:
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(buffer, "PNG")
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -60,12 +60,12 @@ def test_a_completion_through_the_openai_client(client: openai.OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 2
 
 
-def test_a_stream_through_the_openai_client_with_several_pictures(client: openai.OpenAI) -> None:
-    content = [text("Compare"), picture(), text("with"), picture("blue"), picture("green")]
+def test_a_stream_through_the_openai_client_with_several_images(client: openai.OpenAI) -> None:
+    content = [text("Compare"), make_image(), text("with"), make_image("blue"), make_image("green")]
     options: Any = {"stream_options": {"include_usage": True}}
     *chunks, last = client.chat.completions.create(**say(content), stream=True, **options)
     words = [chunk.choices[0].delta.content or "" for chunk in chunks]
-    assert "".join(words).endswith("(3 pictures)")
+    assert "".join(words).endswith("(3 images)")
     assert len([word for word in words if word]) > 3
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
@@ -80,12 +80,12 @@ def test_a_stream_through_the_openai_client_with_several_pictures(client: openai
 def test_an_answer_of_the_client_can_be_sent_back_as_a_turn(client: openai.OpenAI) -> None:
     messages: list[Any] = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [picture(), text("What is this?")]},
+        {"role": "user", "content": [make_image(), text("What is this?")]},
     ]
     first = client.chat.completions.create(model="echo", messages=messages)
     messages += [first.choices[0].message, {"role": "user", "content": "And why?"}]
     second = client.chat.completions.create(model="echo", messages=messages)
-    assert second.choices[0].message.content == "And why? (1 pictures)"
+    assert second.choices[0].message.content == "And why? (1 images)"
     assert second.usage is not None
     assert first.usage is not None
     assert second.usage.prompt_tokens > first.usage.prompt_tokens
@@ -106,14 +106,14 @@ def test_the_models_are_listed_and_found(client: openai.OpenAI) -> None:
 def test_bad_requests_have_a_status_and_a_remedy_and_harm_nobody(
     client: openai.OpenAI, stream: bool
 ) -> None:
-    broken: Any = picture()
+    broken: Any = make_image()
     broken["image_url"]["url"] = broken["image_url"]["url"][:80]
     create: Any = client.chat.completions.create
     for content, code, param, words in (
         ([broken], "invalid_image", "messages[0].content[0].image_url.url", "damaged"),
         ("word " * 5000, "context_length_exceeded", "messages", "5,00. tokens"),
         ("", "invalid_request", "messages[0].content", "is empty"),
-        ([picture()] * 17, "invalid_request", "messages[0].content", "more than the 16"),
+        ([make_image()] * 17, "invalid_request", "messages[0].content", "more than the 16"),
     ):
         with pytest.raises(openai.BadRequestError, match=words) as caught:
             create(**say(content), stream=stream)
@@ -121,7 +121,7 @@ def test_bad_requests_have_a_status_and_a_remedy_and_harm_nobody(
         assert caught.value.response.headers["x-should-retry"] == "false"
     with pytest.raises(openai.BadRequestError, match="says back what it hears"):
         create(**say("Hello"), stream=stream, response_format={"type": "json_object"})
-    assert create(**say("Still here?")).choices[0].message.content == "Still here? (0 pictures)"
+    assert create(**say("Still here?")).choices[0].message.content == "Still here? (0 images)"
 
 
 def test_health_and_unknown_routes(served: str) -> None:

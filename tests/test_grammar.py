@@ -7,7 +7,7 @@ from typing import Any
 import jsonschema
 import pytest
 from test_engine import load, prompt, read
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ OPEN = [{"type": "object"}, NESTED, {"type": "array", "items": {"type": "number"
 
 async def ask(engine, schema: Any, **sampling) -> tuple[str, Chunk]:
     sampling = {"max_tokens": 200, "json_schema": json.dumps(schema)} | sampling
-    chunks = await read(engine, prompt("a <image>", picture(), **sampling))
+    chunks = await read(engine, prompt("a <image>", make_image(), **sampling))
     return "".join(chunk.text for chunk in chunks), chunks[-1]
 
 

@@ -1,4 +1,4 @@
-"""`images`: every kind of picture that strangers send, and every way in which it can be wrong."""
+"""`images`: every kind of image that strangers send, and every way in which it can be wrong."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> b
     return buffer.getvalue()
 
 
-def picture(color: tuple[int, ...] = RED, mode: str = "RGB") -> Image.Image:
+def make_image(color: tuple[int, ...] = RED, mode: str = "RGB") -> Image.Image:
     return Image.new(mode, (8, 6), color)
 
 
@@ -54,7 +54,7 @@ def header_png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("file_format", images.FORMATS)
 def test_every_format_that_is_named_is_read(file_format: str) -> None:
-    decoded = decode(encode(picture(BLUE), file_format))
+    decoded = decode(encode(make_image(BLUE), file_format))
     assert (decoded.mode, decoded.size) == ("RGB", (8, 6))
     assert max(abs(a - b) for a, b in zip(decoded.getpixel((3, 3)), BLUE, strict=True)) < 4
 
@@ -70,8 +70,8 @@ def test_every_format_that_is_named_is_read(file_format: str) -> None:
         (Image.new("I;16", (8, 6), 65535), WHITE),
         (Image.new("I;16", (8, 6), 0), BLACK),
         (Image.new("I;16", (8, 6), 32896), (128, 128, 128)),
-        (picture(RED).convert("P"), RED),
-        (picture(RED).quantize(4), RED),
+        (make_image(RED).convert("P"), RED),
+        (make_image(RED).quantize(4), RED),
     ],
     ids=lambda value: value.mode if isinstance(value, Image.Image) else "",
 )
@@ -80,14 +80,14 @@ def test_every_mode_becomes_rgb_on_white(image: Image.Image, expected: tuple[int
 
 
 def test_transparent_palettes_and_colours_become_white() -> None:
-    palette = picture(RED).quantize(4)
+    palette = make_image(RED).quantize(4)
     assert decode(encode(palette, transparency=palette.getpixel((0, 0)))).getpixel((3, 3)) == WHITE
-    assert decode(encode(picture(RED), transparency=RED)).getpixel((3, 3)) == WHITE
+    assert decode(encode(make_image(RED), transparency=RED)).getpixel((3, 3)) == WHITE
     grey = Image.new("L", (8, 6), 7)
     assert decode(encode(grey, transparency=7)).getpixel((3, 3)) == WHITE
 
 
-def test_cmyk_and_floating_point_pictures_are_converted() -> None:
+def test_cmyk_and_floating_point_images_are_converted() -> None:
     cmyk = decode(encode(Image.new("CMYK", (8, 6), (0, 255, 255, 0)), "JPEG"))
     assert cmyk.getpixel((3, 3))[0] > 200
     assert max(cmyk.getpixel((3, 3))[1:]) < 60
@@ -101,7 +101,7 @@ def test_cmyk_and_floating_point_pictures_are_converted() -> None:
 
 @pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_several_frames_the_first_is_taken(file_format: str) -> None:
-    data = encode(picture(RED), file_format, save_all=True, append_images=[picture(BLUE)])
+    data = encode(make_image(RED), file_format, save_all=True, append_images=[make_image(BLUE)])
     red, _, blue = decode(data).getpixel((3, 3))
     assert red > 200
     assert blue < 60
@@ -121,8 +121,8 @@ def test_the_exif_orientation_is_applied(orientation: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_a_broken_exif_block_does_not_cost_the_picture() -> None:
-    data = encode(picture(RED), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
+def test_a_broken_exif_block_does_not_cost_the_image() -> None:
+    data = encode(make_image(RED), "JPEG", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xff")
     assert decode(data).size == (8, 6)
 
 
@@ -138,7 +138,7 @@ def test_a_bomb_is_refused_from_its_header() -> None:
 
 
 def test_limits_are_the_configured_ones() -> None:
-    data = encode(picture())
+    data = encode(make_image())
     assert "8 x 6 = 48 pixels, more than the 47" in refusal(data, max_image_pixels=47)
     assert decode(data, max_image_pixels=48).size == (8, 6)
     noise = encode(Image.effect_noise((64, 64), 90))
@@ -155,25 +155,25 @@ def test_a_truncated_file_is_refused(file_format: str) -> None:
     ("data", "words"),
     [
         (b"", "empty"),
-        (b"hello", "not a picture"),
+        (b"hello", "not an image"),
         (b"%PDF-1.7", "a PDF document"),
         (b"  <svg xmlns=", "an SVG drawing"),
         (b"<!doctype html>", "an HTML page"),
-        (b"\0\0\0\x20ftypheic", "an HEIC picture"),
-        (b"\0\0\0\x20ftypavif", "an AVIF picture"),
+        (b"\0\0\0\x20ftypheic", "an HEIC image"),
+        (b"\0\0\0\x20ftypavif", "an AVIF image"),
         (b"\0\0\0\x20ftypisom", "a video"),
-        (encode(picture(), "ICO"), "not a picture"),
-        (encode(picture(), "PPM"), "not a picture"),
-        (encode(picture(), "EPS"), "not a picture"),
+        (encode(make_image(), "ICO"), "not an image"),
+        (encode(make_image(), "PPM"), "not an image"),
+        (encode(make_image(), "EPS"), "not an image"),
     ],
 )
-def test_what_is_no_picture_is_named_with_the_remedy(data: bytes, words: str) -> None:
+def test_what_is_no_image_is_named_with_the_remedy(data: bytes, words: str) -> None:
     message = refusal(data)
     assert words in message
     assert "send" in message or "convert" in message
 
 
-def test_damaged_files_give_pictures_or_image_errors_and_nothing_else() -> None:
+def test_damaged_files_give_images_or_image_errors_and_nothing_else() -> None:
     dice = random.Random(0)
     files = [
         encode(Image.effect_noise((24, 18), 60).convert("RGB"), name) for name in images.FORMATS
@@ -195,25 +195,25 @@ def test_a_part_carries_its_own_place() -> None:
     with pytest.raises(ImageError) as caught:
         images.decode(part, limits=LIMITS)
     assert caught.value.param == "messages[3].content[0]"
-    part = ImagePart(encode(picture()), "here")
+    part = ImagePart(encode(make_image()), "here")
     assert images.decode(part, limits=LIMITS).size == (8, 6)
 
 
 def test_a_data_url_makes_the_way_there_and_back() -> None:
-    data = encode(picture(), "WEBP")
+    data = encode(make_image(), "WEBP")
     url = images.to_data_url(data)
     assert url.startswith("data:image/webp;base64,")
     assert images.decode_data_url(url, limits=LIMITS, param="url") == data
-    for image in (picture(), picture(mode="CMYK", color=(0, 0, 0, 0)), picture(mode="P")):
+    for image in (make_image(), make_image(mode="CMYK", color=(0, 0, 0, 0)), make_image(mode="P")):
         url = images.to_data_url(image)
         assert url.startswith("data:image/png;base64,")
         assert decode(images.decode_data_url(url, limits=LIMITS, param="url")).size == (8, 6)
-    with pytest.raises(ImageError, match="not a picture"):
+    with pytest.raises(ImageError, match="not an image"):
         images.to_data_url(b"hello")
 
 
-def test_a_telephones_jpeg_with_a_second_picture_is_a_jpeg() -> None:
-    data = encode(picture(RED), "MPO", save_all=True, append_images=[picture(BLUE)])
+def test_a_telephones_jpeg_with_a_second_image_is_a_jpeg() -> None:
+    data = encode(make_image(RED), "MPO", save_all=True, append_images=[make_image(BLUE)])
     assert decode(data).getpixel((3, 3))[0] > 200
     assert images.to_data_url(data).startswith("data:image/jpeg;base64,")
 
@@ -238,10 +238,10 @@ def test_sloppy_data_urls_are_put_right() -> None:
     [
         ("https://example.com/cat.png", "not fetched from the web"),
         ("HTTP://127.0.0.1/", "not fetched from the web"),
-        ("file:///etc/passwd", "not a URL of a picture"),
-        ("", "not a URL of a picture"),
-        ("cat.png", "not a URL of a picture"),
-        ("data", "not a URL of a picture"),
+        ("file:///etc/passwd", "not a URL of an image"),
+        ("", "not a URL of an image"),
+        ("cat.png", "not a URL of an image"),
+        ("data", "not a URL of an image"),
         ("data:image/png;base64", "not base64"),
         ("data:image/png,abc", "not base64"),
         ("data:image/png;base64,", "empty"),
@@ -277,7 +277,7 @@ def test_a_colour_profile_is_neither_applied_nor_in_the_way() -> None:
     for icc in (profile, b"broken", b"x" * (1 << 20)):
         for file_format in ("PNG", "WEBP", "TIFF"):
             options = {"lossless": True} if file_format == "WEBP" else {}
-            data = encode(picture(RED), file_format, icc_profile=icc, **options)
+            data = encode(make_image(RED), file_format, icc_profile=icc, **options)
             assert decode(data).getpixel((3, 3)) == RED
 
 
@@ -287,13 +287,13 @@ def test_a_chunk_that_unpacks_to_very_much_is_refused(name: bytes) -> None:
     head = {b"zTXt": b"a\0\0", b"iCCP": b"a\0\0", b"iTXt": b"a\0\1\0\0\0"}[name]
     body = name + head + packed
     chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    data = encode(picture(RED))
+    data = encode(make_image(RED))
     data = data[:33] + chunk + data[33:]  # after the header
     assert "too large" in refusal(data)
 
 
-def test_an_animation_costs_no_more_than_its_first_picture() -> None:
-    frames = [picture((number, 0, 0)) for number in range(200)]
+def test_an_animation_costs_no_more_than_its_first_image() -> None:
+    frames = [make_image((number, 0, 0)) for number in range(200)]
     for file_format in ("GIF", "WEBP", "PNG"):
         data = encode(frames[0], file_format, save_all=True, append_images=frames[1:])
         decoded = decode(data, max_image_pixels=48)

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import psutil
 import pytest
 from ray_nodes import ROOT, RayNodes, start_nodes, wait_for
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.model import load_model
 from llava_ray.train.checkpoint import read_progress
@@ -28,11 +28,11 @@ def nodes() -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures, conversations about them and a recipe."""
+    """A folder of images, conversations about them and a recipe."""
     place = tmp_path_factory.mktemp("jobs")
     rows = []
     for number in range(NUM_SAMPLES):
-        picture(number).save(place / f"{number}.png")
+        make_image(number).save(place / f"{number}.png")
         asked = {"from": "human", "value": "<image>\nWhich number?"}
         said = {"from": "gpt", "value": f"It is {number}."}
         rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": [asked, said]})
@@ -79,7 +79,7 @@ def find_last_step(run: Path) -> int:
 def test_convert_train_and_evaluate_run_as_jobs_and_a_stopped_training_goes_on(
     nodes: RayNodes, place: Path
 ) -> None:
-    raw = ("--input", f"{place}/rows.json", "--pictures", str(place))
+    raw = ("--input", f"{place}/rows.json", "--images", str(place))
     done = submit(nodes, "jobs/convert.py", "llava", *raw, "--output", f"{place}/shards")
     assert done.returncode == 0, done.stdout
     assert f"{NUM_SAMPLES} samples" in " ".join(done.stdout.split())

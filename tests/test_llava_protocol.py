@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from llava_client import PATIENCE_S, ask, generate, picture, post, read, render, stream
+from llava_client import PATIENCE_S, ask, generate, make_image, post, read, render, stream
 from nearby import KEYS, Nearby, run_nearby
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
@@ -27,7 +27,7 @@ from llava_ray.types import Chunk, PromptRequest
 GENERATE = "/worker_generate_stream"
 
 
-def test_a_client_finds_its_model_and_chats_about_a_picture(served: str) -> None:
+def test_a_client_finds_its_model_and_chats_about_a_image(served: str) -> None:
     assert post(served, "/refresh_all_workers").body == b"null"
     assert ask(served, "/list_models") == {"models": ["echo", "other"]}
     address = ask(served, "/get_worker_address", {"model": "echo"})["address"]
@@ -40,12 +40,12 @@ def test_a_client_finds_its_model_and_chats_about_a_picture(served: str) -> None
         "top_p": 0.7,
         "max_new_tokens": 512,
         "stop": "</s>",
-        "images": [picture()],
+        "images": [make_image()],
     }
     objects = list(stream(address, body))
     texts = [read(item)[0] for item in objects]
     assert [read(item)[1] for item in objects] == [0] * len(objects)
-    assert texts[-1] == prompt + "What is this? (1 pictures)"
+    assert texts[-1] == prompt + "What is this? (1 images)"
     assert len(texts) > 3
     for before, after in zip([prompt, *texts], texts, strict=False):
         assert after.startswith(before)
@@ -59,7 +59,7 @@ def test_the_prompt_is_asked_as_it_is_and_only_the_stop_texts_sent_end_the_answe
 ) -> None:
     prompt = "no roles, é and 猫 ### </s>"
     said = generate(served, "echo", prompt, max_new_tokens=100)
-    assert said == (prompt + prompt + " (0 pictures)", 0)
+    assert said == (prompt + prompt + " (0 images)", 0)
     assert generate(served, "echo", prompt, stop="###") == (prompt + "no roles, é and 猫 ", 0)
     assert generate(served, "echo", prompt, stop=["###", "roles"]) == (prompt + "no ", 0)
     assert generate(served, "echo", prompt, max_new_tokens=2) == (prompt + "no roles,", 0)
@@ -69,7 +69,7 @@ def test_the_separator_that_test_message_sends_as_a_stop_text_does_not_end_the_a
     served: str,
 ) -> None:
     said, code = generate(served, "echo", "one two three", stop=" ", temperature=0.7)
-    assert (said, code) == ("one two three" + "one two three (0 pictures)", 0)
+    assert (said, code) == ("one two three" + "one two three (0 images)", 0)
 
 
 def test_an_answer_is_cut_to_what_the_context_holds(served: str) -> None:
@@ -83,10 +83,13 @@ def test_an_answer_is_cut_to_what_the_context_holds(served: str) -> None:
     ("body", "words"),
     [
         ({"model": "echo", "prompt": "word " * 5000}, "5,000 tokens"),
-        ({"model": "echo", "prompt": "<image>", "images": []}, "names 1 pictures and 0 came"),
-        ({"model": "echo", "prompt": "none", "images": [picture()]}, "names 0 pictures and 1 came"),
-        ({"model": "echo", "prompt": "<image>", "images": ["aGVsbG8="]}, "not a picture"),
-        ({"model": "echo", "prompt": "<image>", "images": [picture()[:64]]}, "damaged"),
+        ({"model": "echo", "prompt": "<image>", "images": []}, "names 1 images and 0 came"),
+        (
+            {"model": "echo", "prompt": "none", "images": [make_image()]},
+            "names 0 images and 1 came",
+        ),
+        ({"model": "echo", "prompt": "<image>", "images": ["aGVsbG8="]}, "not an image"),
+        ({"model": "echo", "prompt": "<image>", "images": [make_image()[:64]]}, "damaged"),
     ],
 )
 def test_what_a_worker_cannot_do_is_error_1_with_the_cause(
@@ -166,7 +169,7 @@ def test_a_body_that_is_no_request_is_refused_with_a_code_and_the_remedy(
     text, code = read(reply.body)
     assert (reply.status, code) == (400, 1)
     assert words in text
-    assert generate(served, "echo", "well?") == ("well?well? (0 pictures)", 0)
+    assert generate(served, "echo", "well?") == ("well?well? (0 images)", 0)
 
 
 @pytest.mark.parametrize("body", [b"{", [], {}, {"model": 7}, {"model": "a" * 1000}])

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from llava_client import PATIENCE_S, ask, generate, picture, post, read, render, stream
+from llava_client import PATIENCE_S, ask, generate, make_image, post, read, render, stream
 from llava_worker import LlavaWorker
 from pydantic import ValidationError
 
@@ -74,7 +74,7 @@ def test_a_registered_worker_is_listed_and_asked(gateway: str, worker: LlavaWork
         "top_p": 0.7,
         "max_new_tokens": 512,
         "stop": "</s>",
-        "images": [picture()],
+        "images": [make_image()],
     }
     texts = [read(item) for item in stream(gateway, body)]
     assert texts[-1] == (body["prompt"] + " one two three", 0)
@@ -85,7 +85,7 @@ def test_a_registered_worker_is_listed_and_asked(gateway: str, worker: LlavaWork
 def test_the_openai_client_reaches_a_worker_through_its_models_template(
     gateway: str, worker: LlavaWorker
 ) -> None:
-    image = {"url": f"data:image/png;base64,{picture()}"}
+    image = {"url": f"data:image/png;base64,{make_image()}"}
     content = [{"type": "image_url", "image_url": image}, {"type": "text", "text": "one two"}]
     messages: Any = [{"role": "user", "content": content}]
     with openai.OpenAI(base_url=f"{gateway}/v1", api_key="none", max_retries=0) as client:
@@ -105,7 +105,7 @@ def test_the_openai_client_reaches_a_worker_through_its_models_template(
         "top_p": 1,
         "max_new_tokens": 9,
         "stop": "</s>",
-        "images": [picture()],
+        "images": [make_image()],
     }
 
 
@@ -122,7 +122,7 @@ def test_a_model_that_is_served_here_is_not_asked_of_a_worker(gateway: str) -> N
     with LlavaWorker("echo") as worker:
         register(gateway, worker)
         assert ask(gateway, "/list_models") == {"models": ["echo"]}
-        assert generate(gateway, "echo", "hello") == ("hellohello (0 pictures)", 0)
+        assert generate(gateway, "echo", "hello") == ("hellohello (0 images)", 0)
         assert worker.asked == []
     post(gateway, "/refresh_all_workers")
 
@@ -137,9 +137,9 @@ def test_an_error_of_a_worker_is_told_with_its_address(gateway: str, worker: Lla
 
 
 def test_a_worker_is_not_asked_what_it_could_only_refuse(gateway: str, worker: LlavaWorker) -> None:
-    text, code = generate(gateway, MODEL, render("none"), images=[picture()])
+    text, code = generate(gateway, MODEL, render("none"), images=[make_image()])
     assert code == 1
-    assert "names 0 pictures and 1 came" in text
+    assert "names 0 images and 1 came" in text
     assert worker.asked == []
 
 

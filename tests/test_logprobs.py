@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from test_engine import load, prompt, read
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.engine.detokenizer import LogprobStream, TextStream
 from llava_ray.engine.echo import EchoEngine
@@ -14,7 +14,7 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Sampling, TokenLogprob
 
-PICTURED = ("USER: <image> what is it? ASSISTANT:", picture(3))
+PICTURED = ("USER: <image> what is it? ASSISTANT:", make_image(3))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 import ray
 from patience import PATIENCE_S, wait_until
 from prometheus_client.parser import text_string_to_metric_families
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 BODY = {"model": "measured", "messages": [{"role": "user", "content": "one two three"}]}
 KEYS = {name: f"lr-{name}-0123456789abcdef" for name in ("ann", "ben")}  # of this test alone
@@ -123,9 +123,9 @@ def seeing(served: str) -> Iterator[str]:
     serve.delete("seeing")
 
 
-def test_a_picture_that_is_asked_about_twice_is_encoded_once(seeing: str) -> None:
+def test_a_image_that_is_asked_about_twice_is_encoded_once(seeing: str) -> None:
     file = io.BytesIO()
-    picture().save(file, "png")
+    make_image().save(file, "png")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": content}]
@@ -134,8 +134,8 @@ def test_a_picture_that_is_asked_about_twice_is_encoded_once(seeing: str) -> Non
         reply = httpx.post(f"{seeing}/v1/chat/completions", json=body, timeout=PATIENCE_S)
         assert reply.status_code == 200, reply.text
     for name, kind, value in (
-        ("pictures_total", {"kind": "encoded"}, 1),
-        ("pictures_total", {"kind": "cached"}, 1),
+        ("images_total", {"kind": "encoded"}, 1),
+        ("images_total", {"kind": "cached"}, 1),
         ("encode_seconds_count", {}, 1),
         ("decode_seconds_count", {}, 2),
         ("render_seconds_count", {}, 2),

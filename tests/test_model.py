@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, RequestError
 from llava_ray.model.build.random_model import TINY, build_random_model
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_prompt_becomes_ids_with_as_many_image_tokens_as_the_model_makes():
     core = load_model(tiny_model(), dtype="float32", device="cpu")
-    inputs = core.encode("<image> and <image>?", [picture(), picture(1, width=90)])
+    inputs = core.encode("<image> and <image>?", [make_image(), make_image(1, width=90)])
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(core.image_token_id) == 2 * TINY.num_image_tokens
     assert ids[0] == core.tokenizer.bos_token_id
@@ -43,15 +43,15 @@ def test_a_beginning_that_the_template_wrote_is_not_doubled():
 
 def test_the_template_of_the_checkpoint_renders_conversations():
     core = load_model(tiny_model(), dtype="float32", device="cpu")
-    picture_and_text = (ImagePart(b""), TextPart("what is <image>?"))
-    text = core.template.render([Message("user", picture_and_text)])
+    image_and_text = (ImagePart(b""), TextPart("what is <image>?"))
+    text = core.template.render([Message("user", image_and_text)])
     assert text == "USER: <image>\nwhat is < image>?\nASSISTANT:"
 
 
-def test_the_number_of_pictures_must_be_the_number_of_places_for_them():
+def test_the_number_of_images_must_be_the_number_of_places_for_them():
     core = load_model(tiny_model(), dtype="float32", device="cpu")
-    with pytest.raises(RequestError, match="names 2 pictures and 1 came with it"):
-        core.encode("<image><image>", [picture()])
+    with pytest.raises(RequestError, match="names 2 images and 1 came with it"):
+        core.encode("<image><image>", [make_image()])
 
 
 def test_what_is_loaded_has_the_precision_and_the_limits_asked_for():
@@ -79,7 +79,7 @@ def test_the_same_seed_builds_the_same_weights(tmp_path):
         ("config.json", "is no checkpoint, it has no config.json: give the folder"),
         ("model.safetensors", "lacks its weights"),
         ("tokenizer.json", "lacks its tokenizer"),
-        ("processor_config.json", "lacks its picture preprocessing"),
+        ("processor_config.json", "lacks its image preprocessing"),
     ],
 )
 def test_a_missing_file_is_named(folder, lost, message):

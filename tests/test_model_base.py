@@ -9,7 +9,7 @@ import torch
 from originals import Original, write_tensors
 from safetensors.torch import load_file, save_file
 from test_model_original import assert_same_logits, load
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.loading import load_model
@@ -135,7 +135,7 @@ def test_an_adapter_that_peft_trained_over_transformers_own_llava_is_loaded(tmp_
     import peft
 
     plain = load(tiny_model())
-    inputs = plain.encode("<image> what?", [picture()])
+    inputs = plain.encode("<image> what?", [make_image()])
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     trained = peft.get_peft_model(plain.model, config).eval()  # the tower has such modules too
     with torch.inference_mode():

@@ -12,7 +12,7 @@ from originals import Original
 from safetensors.torch import load_file
 from test_model_engine import assert_served_as_generated
 from test_model_original import load
-from tiny import picture
+from tiny import make_image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -70,7 +70,7 @@ SIZES = {
 def write_language_model(
     folder: Path, kind: str = "llama", *, rows: int = 0, chat: str | None = None, **settings: Any
 ) -> Any:
-    """Write a causal language model that has never heard of pictures; return the model."""
+    """Write a causal language model that has never heard of images; return the model."""
     tokenizer = build_byte_tokenizer(context_length=512)
     tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
     more: dict[str, Any] = {name: getattr(tokenizer, name) for name in tokens}
@@ -120,13 +120,13 @@ def clip(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_text_is_read_as_the_language_model_reads_it_and_pictures_too(
-    pair: str, built: Any
-) -> None:
+def test_text_is_read_as_the_language_model_reads_it_and_images_too(pair: str, built: Any) -> None:
     model, folder = built(PAIRS[pair])
     core = load(folder)
     text = core.encode("what is it?")
-    both = core.encode("see <image>\nand <image>?", [picture(), picture(1, width=90, height=30)])
+    both = core.encode(
+        "see <image>\nand <image>?", [make_image(), make_image(1, width=90, height=30)]
+    )
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(**text).logits
@@ -145,7 +145,7 @@ def test_what_is_built_learns(pair: str, built: Any) -> None:
     core = load(built(PAIRS[pair])[1])
     core.model.train().requires_grad_(False)
     projector = core.model.model.multi_modal_projector.requires_grad_(True)
-    inputs = core.encode("<image> a red square", [picture()])
+    inputs = core.encode("<image> a red square", [make_image()])
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == core.image_token_id, -100)
     optimizer = torch.optim.Adam(projector.parameters(), lr=0.01)
     losses = []
@@ -192,9 +192,7 @@ def test_the_same_seed_builds_the_same_projector_and_another_another(
     assert files[0] == files[1] != files[2]
 
 
-def test_the_language_models_own_chat_template_learns_of_pictures(
-    tmp_path: Path, clip: Path
-) -> None:
+def test_the_language_models_own_chat_template_learns_of_images(tmp_path: Path, clip: Path) -> None:
     write_language_model(tmp_path / "lm", chat=CHAT)
     parts = {"llm": tmp_path / "lm", "vision_tower": clip}
     core = load(build_llava(tmp_path / "own", **parts))
@@ -227,11 +225,11 @@ def test_answers_end_as_the_language_models_do(tmp_path: Path, clip: Path) -> No
 def test_a_built_model_is_exported_like_any_other(built: Any, tmp_path: Path) -> None:
     _, folder = built(PAIRS["mistral, anyres"])
     core = load(export_model(folder, tmp_path / "out", to="original"))
-    inputs = core.encode("see <image>", [picture()])
+    inputs = core.encode("see <image>", [make_image()])
     with torch.inference_mode():
         assert torch.equal(
             core.model(**inputs).logits,
-            load(folder).model(**load(folder).encode("see <image>", [picture()])).logits,
+            load(folder).model(**load(folder).encode("see <image>", [make_image()])).logits,
         )
     with pytest.raises(ConfigError, match="no language model of the kind 'qwen3'"):
         export_model(built(PAIRS["qwen3, class token"])[1], tmp_path / "qwen3", to="original")

@@ -8,7 +8,7 @@ import torch
 from originals import Original
 from PIL import Image
 from test_model_published import write_published
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError
@@ -16,9 +16,9 @@ from llava_ray.model.loading import Core, load_model
 from llava_ray.types import Prompt, Sampling
 
 PROMPTS = [
-    ("look: <image>\nand <image> what?", [picture(), picture(1, width=31, height=97)]),
-    ("<image> a", [picture(2, width=90, height=30)]),
-    ("no picture", []),
+    ("look: <image>\nand <image> what?", [make_image(), make_image(1, width=31, height=97)]),
+    ("<image> a", [make_image(2, width=90, height=30)]),
+    ("no image", []),
 ]
 KINDS = {
     "anyres": Original(text="mistral", aspect="anyres", merge="spatial_unpad"),

@@ -11,9 +11,9 @@ from originals import Original, write_tensors
 from PIL import Image
 from safetensors.torch import load_file
 from test_model_base import add_lora, write_lora, write_projector_only
-from test_model_original import GOLDEN, KINDS, PROMPT, assert_same_logits, load, pictures
+from test_model_original import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
 from test_model_published import write_published
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 from llava_ray.errors import ConfigError
@@ -51,7 +51,7 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @torch.inference_mode()
 def compute(core: Core, text: str = PROMPT) -> tuple[list[int], torch.Tensor]:
-    inputs = core.encode(text, pictures()[: text.count("<image>")])
+    inputs = core.encode(text, images()[: text.count("<image>")])
     return inputs["input_ids"][0].tolist(), core.model(**inputs).logits[0]
 
 
@@ -79,7 +79,7 @@ def test_hf_is_whole_to_transformers_and_has_the_published_names(
     )
     assert not any(report.values())
     core = load(folder)
-    inputs = core.encode(PROMPT, pictures())
+    inputs = core.encode(PROMPT, images())
     with torch.inference_mode():
         assert torch.equal(model(**inputs).logits, core.model(**inputs).logits)
     names = read_weights(folder)
@@ -174,7 +174,7 @@ def test_a_projector_without_activation_is_written_in_vllms_words(
 def test_onevision_is_written_anew_and_told_that_llava_has_no_such_thing(tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", "llava_onevision")
     core = load(export_model(folder, tmp_path / "out"))
-    inputs = core.encode("<s>see <image>", [picture()])
+    inputs = core.encode("<s>see <image>", [make_image()])
     with torch.inference_mode():
         assert torch.equal(core.model(**inputs).logits, model(**inputs).logits)
     with pytest.raises(ConfigError, match="no LLaVA-OneVision: use --to hf"):
@@ -187,7 +187,7 @@ def test_a_lora_is_merged_into_what_is_written(form: Any, tmp_path: Path) -> Non
     base = Original().write_lm(tmp_path / "base")
     adapter = write_lora(Original(), tmp_path / "adapter")
     folder = export_model(adapter, tmp_path / "out", to=form, base=base)
-    expected = add_lora(Original()).logits(PROMPT, pictures())
+    expected = add_lora(Original()).logits(PROMPT, images())
     logits = compute(load(folder))[1][:, : expected.shape[1]]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
     assert not [name for name in read_weights(folder) if "lora" in name]
@@ -277,7 +277,7 @@ def test_a_tower_that_is_kept_in_more_precision_than_the_rest_loses_none(
 def test_answers_are_the_same_before_and_after(sources: Any, tmp_path: Path) -> None:
     def answer(folder: Path) -> list[int]:
         core = load(folder)
-        inputs = core.encode(PROMPT, pictures())
+        inputs = core.encode(PROMPT, images())
         length = inputs["input_ids"].shape[1]
         settings = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
         return core.model.generate(**inputs, **settings)[0, length:].tolist()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_model_base import write_lora
 from test_model_original import assert_same_logits, load
 from test_model_published import write_published
-from tiny import tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.build.build import build_llava
@@ -64,7 +64,7 @@ def test_whole_prompts_get_the_ids_of_their_pieces(prepend: str, tmp_path: Path)
     before = load(original.write(tmp_path / "model"))
     core = load(export_model(tmp_path / "model", tmp_path / "out", to="hf"))
     for text in ("USER: <image>\nWhat?", "a</s>a<image>What<image> a", "<s>What"):
-        images = [picture_of(text)] * text.count("<image>")
+        images = [image_of(text)] * text.count("<image>")
         found, expected = (c.encode(text, images)["input_ids"].tolist() for c in (core, before))
         assert found == expected
     assert agrees(core.tokenizer, before.tokenizer)  # also as it was read again
@@ -81,7 +81,7 @@ def test_prompts_that_were_read_whole_stay_whole_there_and_back(tmp_path: Path) 
     original = export_model(folder, tmp_path / "original", to="original")
     again = export_model(original, tmp_path / "again", to="hf")
     text = "USER: <image>\nWhat?"
-    ids = [load(f).encode(text, [picture_of(text)])["input_ids"] for f in (folder, original, again)]
+    ids = [load(f).encode(text, [image_of(text)])["input_ids"] for f in (folder, original, again)]
     assert ids[0].tolist() == ids[1].tolist() == ids[2].tolist()
 
 
@@ -93,17 +93,15 @@ def test_what_is_built_reads_the_same_in_every_form(tmp_path: Path) -> None:
     folder = build_llava(tmp_path / "built", **parts)
     core, other = load(folder), load(export_model(folder, tmp_path / "out", to="original"))
     text = "USER: <image>\nWhat? <image> a"
-    images = [picture_of(text)] * 2
+    images = [image_of(text)] * 2
     assert core.encode(text, images)["input_ids"].tolist() == (
         other.encode(text, images)["input_ids"].tolist()
     )
     assert other.checkpoint.in_pieces
 
 
-def picture_of(text: str) -> Any:
-    from tiny import picture
-
-    return picture(len(text))
+def image_of(text: str) -> Any:
+    return make_image(len(text))
 
 
 def write_pair(tmp_path: Path) -> tuple[Path, Path, Original]:
@@ -232,7 +230,7 @@ def test_wrong_words_are_told(tmp_path: Path) -> None:
 LIMITED = """
 import resource, sys
 from llava_ray.errors import UserError
-from llava_ray.model.export import export_model
+from llava_ray.model.export.export import export_model
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:
     export_model(sys.argv[1], sys.argv[2])

@@ -11,7 +11,7 @@ import torch
 from originals import Original
 from safetensors.torch import load_file
 from test_model_original import assert_same_logits, load
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.doctor import diagnose
@@ -116,7 +116,7 @@ def test_a_checkpoint_in_a_cloud_is_copied_once_and_again_when_it_changes(tmp_pa
     cloud = fsspec.filesystem("memory")
     cloud.put(f"{tiny_model()}/", "/bucket/model/", recursive=True)
     core = load_model("memory://bucket/model", device="cpu")
-    assert core.encode("<image>", [picture()])["pixel_values"].shape[0] == 1
+    assert core.encode("<image>", [make_image()])["pixel_values"].shape[0] == 1
     copies = tmp_path / "cache" / "llava_ray" / "checkpoints"
     assert [core.checkpoint.folder] == list(copies.iterdir())
     load_model("memory://bucket/model", device="cpu")
@@ -138,7 +138,7 @@ def test_a_cloud_folder_that_is_not_there_and_an_unknown_cloud_are_told():
 
 PEAK = """
 import resource, sys
-from llava_ray.model.core import load_model
+from llava_ray.model.loading import load_model
 import transformers.models.llava.modeling_llava, transformers.models.clip.modeling_clip
 from transformers import LlavaProcessor, CLIPImageProcessorPil, PreTrainedTokenizerFast
 load_model(sys.argv[1], dtype="float32", device="cpu")
@@ -183,7 +183,7 @@ def test_quantized_weights_take_less_memory_and_give_similar_logits(quantization
     kinds = {type(module).__name__ for module in core.model.model.language_model.modules()}
     assert kinds & {"Linear8bitLt", "Linear4bit"}
     assert type(core.model.lm_head) is torch.nn.Linear
-    inputs = core.encode("<image> what", [picture()])
+    inputs = core.encode("<image> what", [make_image()])
     with torch.inference_mode():
         found, expected = (model(**inputs).logits[0] for model in (core.model, plain.model))
     similarity = torch.nn.functional.cosine_similarity(found.float(), expected.float(), dim=-1)

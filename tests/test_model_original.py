@@ -8,7 +8,7 @@ import pytest
 import torch
 from originals import Original
 from PIL import Image
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.model.loading import Core, load_model
 
@@ -20,15 +20,15 @@ def load(folder: Path, **options) -> Core:
     return load_model(folder, dtype="float32", device="cpu", **options)
 
 
-def pictures() -> list[Image.Image]:
-    return [picture(), picture(1, width=31, height=97)]
+def images() -> list[Image.Image]:
+    return [make_image(), make_image(1, width=31, height=97)]
 
 
 def assert_same_logits(core: Core, original: Original) -> None:
-    inputs = core.encode(PROMPT, pictures())
+    inputs = core.encode(PROMPT, images())
     with torch.inference_mode():
         found = core.model(**inputs).logits[0]
-    expected = original.logits(PROMPT, pictures())
+    expected = original.logits(PROMPT, images())
     assert found.shape == expected.shape
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
@@ -57,7 +57,7 @@ KINDS = {
 }
 
 OF_THE_ORIGINAL = json.loads((Path(__file__).parent / "original_logits.json").read_text())
-"""What LLaVA's code at its last commit gave for these files, prompt and pictures in float32 (MPT's
+"""What LLaVA's code at its last commit gave for these files, prompt and images in float32 (MPT's
 forward mended): the first eight logits of the last position."""
 
 
@@ -72,7 +72,7 @@ def test_logits_are_those_of_the_reference(kind: str, tmp_path: Path) -> None:
 def test_logits_are_those_of_the_original_code(kind: str, tmp_path: Path) -> None:
     core = load(KINDS[kind].write(tmp_path / "model"))
     with torch.inference_mode():
-        found = core.model(**core.encode(PROMPT, pictures())).logits[0, -1, :8]
+        found = core.model(**core.encode(PROMPT, images())).logits[0, -1, :8]
     torch.testing.assert_close(found, torch.tensor(OF_THE_ORIGINAL[kind]), rtol=0, atol=1e-3)
 
 
@@ -82,14 +82,14 @@ def test_generation_continues_with_the_best_tokens_of_the_reference(
 ) -> None:
     original = KINDS[kind]
     core = load(original.write(tmp_path / "model"))
-    inputs = core.encode("<image> a", [picture()])
+    inputs = core.encode("<image> a", [make_image()])
     length = inputs["input_ids"].shape[1]
     out = core.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
     text, best = "<image> a", []
     embed = original.lm.get_input_embeddings()
     with torch.inference_mode():
         first, second = original.ids(text)
-        parts = [embed(torch.tensor(first)), original.features(picture())]
+        parts = [embed(torch.tensor(first)), original.features(make_image())]
         parts.append(embed(torch.tensor(second)))
         for _ in range(4):
             logits = original.lm(inputs_embeds=torch.cat(parts)[None]).logits[0, -1]
@@ -99,10 +99,10 @@ def test_generation_continues_with_the_best_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize("size", [(5, 200), (28, 28), (57, 55), (300, 100), (84, 28), (99, 33)])
-def test_a_picture_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
+def test_a_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
     original = Original(aspect="anyres", merge="spatial_unpad")
     core = load(original.write(tmp_path / "model"))
-    image = picture(width=size[0], height=size[1])
+    image = make_image(width=size[0], height=size[1])
     inputs = core.encode("<image>", [image])
     ids = inputs["input_ids"][0].tolist()
     assert ids.count(core.image_token_id) == len(original.features(image))
@@ -110,7 +110,7 @@ def test_a_picture_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], t
         core.model(**inputs)  # transformers itself compares ids and features
 
 
-def test_a_picture_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
+def test_a_image_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
     core = load(Original(start_end=True).write(tmp_path / "model"))
     assert core.tokenize("a <im_start><image><im_end>") == core.tokenize("a <image>")
     start, end = (core.tokenizer.convert_tokens_to_ids(t) for t in ("<im_start>", "<im_end>"))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from originals import MEAN, STD
 from safetensors.torch import load_file, save_file
-from tiny import picture
+from tiny import make_image
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -105,16 +105,16 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", kind)
     core = load_model(folder, dtype="float32", device="cpu")
     assert type(core.model) is type(model)
-    inputs = core.encode(PROMPT, [picture(), picture(1, width=31, height=97)])
+    inputs = core.encode(PROMPT, [make_image(), make_image(1, width=31, height=97)])
     with torch.inference_mode():
         expected = model(**inputs).logits
         torch.testing.assert_close(core.model(**inputs).logits, expected)
 
 
-def test_a_picture_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
+def test_a_image_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", "llava_onevision")
     core = load_model(folder, dtype="float32", device="cpu")
-    inputs = core.encode("<image>", [picture(width=60, height=60)])
+    inputs = core.encode("<image>", [make_image(width=60, height=60)])
     with torch.inference_mode():
         model(**inputs)  # compares the number of ids and of features itself
     num_tokens = inputs["input_ids"][0].tolist().count(core.image_token_id)
@@ -174,7 +174,7 @@ def test_a_prompt_of_several_turns_is_encoded_as_transformers_does(tmp_path: Pat
     folder, _ = write_published(tmp_path / "model", "llava")
     core = load_model(folder, device="cpu")
     text = "USER: <image>\nhello ASSISTANT: yes</s>USER: <image> more"
-    expected = core.processor(text=text, images=[picture(), picture(1)], return_tensors="pt")
-    inputs = core.encode(text, [picture(), picture(1)])
+    expected = core.processor(text=text, images=[make_image(), make_image(1)], return_tensors="pt")
+    inputs = core.encode(text, [make_image(), make_image(1)])
     assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from originals import Original
 from spoken import CHATML, learned, say, talk
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
@@ -85,7 +85,7 @@ def test_a_template_that_is_not_known_is_told(tmp_path: Path) -> None:
     folder = Original().write(tmp_path / "model")
     with pytest.raises(ConfigError, match="'vicuna_v2': did you mean 'vicuna_v1'"):
         load(folder, template="vicuna_v2")
-    with pytest.raises(ConfigError, match="brings no chat template that knows of pictures"):
+    with pytest.raises(ConfigError, match="brings no chat template that knows of images"):
         load(folder, template="own")
     folder = Original(extra={"llava_ray_template": "v9"}).write(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"config\.json \(llava_ray_template\): there is no"):
@@ -112,7 +112,7 @@ def test_a_core_trains_on_what_it_is_asked_with(start_end: bool, tmp_path: Path)
     prompt = core.template.render(messages[:3])
     asked = core.tokenize(prompt)
     assert ids[: len(asked)] == asked
-    assert core.encode(prompt, [picture()])["input_ids"].shape[1] > len(asked)
+    assert core.encode(prompt, [make_image()])["input_ids"].shape[1] > len(asked)
 
 
 def test_a_published_core_trains_on_what_its_processor_reads() -> None:
@@ -124,7 +124,7 @@ def test_a_published_core_trains_on_what_its_processor_reads() -> None:
         "So.</s>",
     ]
     prompt = core.template.render(messages[:1])
-    (read,) = core.encode(prompt, [picture()])["input_ids"].tolist()
+    (read,) = core.encode(prompt, [make_image()])["input_ids"].tolist()
     start = next(i for i, label in enumerate(labels) if label != -100)
     asked = [i for i in read if i != core.image_token_id]
     assert ids[:start] == [*asked[: ids.index(-200)], -200, *asked[ids.index(-200) :]]

@@ -129,7 +129,7 @@ def test_every_option_arrives() -> None:
     assert read(body(**nulls)).request == read(body()).request
 
 
-def test_pictures_keep_their_place_and_say_where_they_stood() -> None:
+def test_images_keep_their_place_and_say_where_they_stood() -> None:
     bare = {"type": "image_url", "image_url": URL, "detail": "high", "uuid": "x"}
     content = [{"type": "text", "text": "this"}, IMAGE, {"type": "text", "text": "or"}, bare]
     (message,) = read(body({"role": "user", "content": content})).request.messages
@@ -153,10 +153,10 @@ def test_developers_are_systems_and_neighbours_of_one_role_become_one_turn() -> 
         )
     )
     newline = TextPart("\n")
-    picture = ImagePart(PNG, "messages[3].content[0].image_url.url")
+    image = ImagePart(PNG, "messages[3].content[0].image_url.url")
     assert call.request.messages == (
         Message("system", (TextPart("Be kind."), newline, TextPart("Be brief."))),
-        Message("user", (TextPart("One"), newline, picture)),
+        Message("user", (TextPart("One"), newline, image)),
         Message("assistant", (TextPart(""),)),
         Message("user", (TextPart("Hello"),)),
     )
@@ -354,7 +354,7 @@ def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words:
         (
             {"type": "image_url", "image_url": {"url": "https://example.com/a.png"}},
             ".image_url.url",
-            "download the picture",
+            "download the image",
         ),
         ({"type": "image_url", "image_url": "file:///etc/passwd"}, ".image_url", "data URL"),
         (
@@ -375,14 +375,14 @@ def test_a_bad_part_is_named_with_the_remedy(part: Any, place: str, words: str) 
     assert words in error.message
 
 
-def test_pictures_belong_to_the_user_and_are_counted() -> None:
+def test_images_belong_to_the_user_and_are_counted() -> None:
     error = refuse(body({"role": "system", "content": [IMAGE]}, HELLO))
     assert error.param == "messages[0].content[0]"
-    assert "pictures go into user messages" in error.message
+    assert "images go into user messages" in error.message
     two = {"role": "user", "content": [IMAGE, IMAGE]}
     error = refuse(body(two, {"role": "assistant", "content": "x"}, two))
     assert error.param == "messages[2].content"
-    assert "more than the 3 pictures" in error.message
+    assert "more than the 3 images" in error.message
 
 
 def test_a_system_message_comes_first() -> None:

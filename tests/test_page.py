@@ -14,7 +14,7 @@ from pages import PARAMETERS, Visitor, red_png, said, texts
 from patience import PATIENCE_S
 from PIL import Image
 
-from llava_ray.client import LONGEST_SIDE, Client, shrink_picture
+from llava_ray.client import LONGEST_SIDE, Client, shrink_image
 from llava_ray.config import PageConfig
 from llava_ray.errors import ImageError, ModelNotFoundError, UserError
 from llava_ray.serve.page import conversation
@@ -59,11 +59,11 @@ def test_an_answer_grows_and_ends_with_its_figures(served: str) -> None:
     assert re.search(r">402 tokens · \d+\.\d s · 402 in the prompt<", views[-1][2])
 
 
-def test_pictures_of_all_turns_reach_the_model(served: str) -> None:
+def test_images_of_all_turns_reach_the_model(served: str) -> None:
     visitor = Visitor(served)
     red = visitor.upload("red.png", red_png())
     chat = [said("One.", red), said("I see.", role="assistant"), said("And these?", red, red)]
-    assert "And these? (3 pictures)" in visitor.answer(chat)[-1]
+    assert "And these? (3 images)" in visitor.answer(chat)[-1]
 
 
 def test_an_error_shows_its_cause_and_the_request_id(served: str) -> None:
@@ -72,10 +72,10 @@ def test_an_error_shows_its_cause_and_the_request_id(served: str) -> None:
     assert re.search(r"\[request page-[0-9a-f]{32}\]", told)
 
 
-def test_a_file_that_is_no_picture_is_named(served: str) -> None:
+def test_a_file_that_is_no_image_is_named(served: str) -> None:
     visitor = Visitor(served)
     poem = visitor.upload("poem.png", b"Roses are red")
-    assert "poem.png: this is not a picture" in visitor.answer([said("?", poem)])[-1][-1]
+    assert "poem.png: this is not an image" in visitor.answer([said("?", poem)])[-1][-1]
 
 
 def test_a_file_that_was_not_uploaded_is_not_read(served: str) -> None:
@@ -142,17 +142,17 @@ def test_a_question_without_an_answer_is_not_sent_again() -> None:
     assert conversation.rewind(chat[:5]) == chat[:3]
 
 
-def test_a_large_photo_is_scaled_down_and_a_small_picture_sent_as_it_is() -> None:
+def test_a_large_photo_is_scaled_down_and_a_small_image_sent_as_it_is() -> None:
     noise = Image.effect_noise((3000, 2250), 90).convert("RGB")
     photo, small = io.BytesIO(), io.BytesIO()
     noise.save(photo, "JPEG", quality=100)
     noise.resize((200, 150)).save(small, "PNG")
     assert photo.tell() > 4 << 20
-    shrunk = Image.open(io.BytesIO(shrink_picture(photo.getvalue(), name="photo")))
+    shrunk = Image.open(io.BytesIO(shrink_image(photo.getvalue(), name="photo")))
     assert shrunk.size == (LONGEST_SIDE, LONGEST_SIDE * 3 // 4)
-    assert shrink_picture(small.getvalue(), name="small") == small.getvalue()
-    with pytest.raises(ImageError, match=r"half\.jpg: the picture is damaged"):
-        shrink_picture(photo.getvalue()[:1000], name="half.jpg")
+    assert shrink_image(small.getvalue(), name="small") == small.getvalue()
+    with pytest.raises(ImageError, match=r"half\.jpg: the image is damaged"):
+        shrink_image(photo.getvalue()[:1000], name="half.jpg")
 
 
 def test_the_client_makes_our_errors_of_the_servers(served: str) -> None:

@@ -143,20 +143,20 @@ def test_the_address_chooses_a_model_and_the_list_is_sorted_and_reloads(
     assert names == ["a-new-one", "broken", "echo", "endless", "other"]
 
 
-def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
+def test_images_in_any_turn_and_a_question_edited_and_answered_again(
     page: Any, gateway: ScriptedGateway
 ) -> None:
     attach(page, "a.png", "b.png")
     ask(page, "Two")
     attach(page, "c.png")
     ask(page, "Three")
-    see(page, "#chat", "heard: Three (3 pictures)")
+    see(page, "#chat", "heard: Three (3 images)")
     page.get_by_role("button", name="Edit question").click()
     page.locator("#box img").wait_for()
     sync_api.expect(page.locator("#box textarea")).to_have_value("Three")
     settle(page)
     ask(page, "Changed")
-    see(page, "#chat", "heard: Changed (3 pictures)")
+    see(page, "#chat", "heard: Changed (3 images)")
     sync_api.expect(page.get_by_text("heard: Three")).to_have_count(0)
     num_asked = len(gateway.bodies)
     page.get_by_role("button", name="Regenerate").click()
@@ -169,7 +169,7 @@ def test_pictures_in_any_turn_and_a_question_edited_and_answered_again(
 
 
 @pytest.mark.parametrize("event", ["paste", "drop"])
-def test_a_picture_is_pasted_or_dropped(page: Any, event: str) -> None:
+def test_a_image_is_pasted_or_dropped(page: Any, event: str) -> None:
     page.evaluate(
         """([event, bytes]) => {
             const data = new DataTransfer();
@@ -184,17 +184,17 @@ def test_a_picture_is_pasted_or_dropped(page: Any, event: str) -> None:
     )
     page.locator("#box img").wait_for()
     ask(page, "What?")
-    see(page, "#chat", "(1 pictures)")
+    see(page, "#chat", "(1 images)")
 
 
-def test_the_camera_takes_a_picture(page: Any) -> None:
+def test_the_camera_takes_a_image(page: Any) -> None:
     page.locator("#camera > button").click()
     page.get_by_text("Click to Access Webcam").click()
     page.wait_for_function("document.querySelector('#camera video')?.readyState === 4")
     page.locator("#camera").get_by_role("button", name=re.compile("capture", re.I)).click()
     page.locator("#box img").wait_for()
     ask(page, "Who?")
-    see(page, "#chat", "(1 pictures)")
+    see(page, "#chat", "(1 images)")
 
 
 def test_settings_and_the_image_mode_reach_the_gateway(page: Any, gateway: ScriptedGateway) -> None:
@@ -248,11 +248,11 @@ def test_markdown_and_code_are_rendered_with_tokens_and_time(page: Any) -> None:
 
 def test_an_example_and_the_chips_of_a_scene_are_asked(page: Any) -> None:
     page.locator("#chat .example").first.click()
-    see(page, "#chat", "(1 pictures)")
+    see(page, "#chat", "(1 images)")
     wait_until_answered(page)
     page.get_by_role("button", name="Draw a new scene").click()
     page.get_by_role("button", name="Describe the picture.").click()
-    see(page, "#chat", "heard: Describe the picture. (2 pictures)")
+    see(page, "#chat", "heard: Describe the picture. (2 images)")
 
 
 def test_votes_and_a_correction_are_recorded(page: Any, log: Path) -> None:
@@ -285,7 +285,7 @@ def test_two_models_answer_side_by_side_and_are_compared(page: Any, log: Path) -
     assert json.loads((log / "votes.jsonl").read_text().splitlines()[-1])["better"] == "right"
 
 
-def test_the_conversation_is_downloaded_with_its_pictures(page: Any) -> None:
+def test_the_conversation_is_downloaded_with_its_images(page: Any) -> None:
     attach(page, "a.png")
     ask(page, "Keep")
     with page.expect_download() as download:
@@ -319,6 +319,6 @@ def test_the_keyboard_reaches_every_control_and_shows_where_it_is(page: Any) -> 
         )
         reached[name.strip().splitlines()[0] if name.strip() else ""] = outline
         page.keyboard.press("Tab")
-    for name in ("⟳ Models", "Draw a new scene", "Clear", "Ask about pictures", "Submit"):
+    for name in ("⟳ Models", "Draw a new scene", "Clear", "Ask about images", "Submit"):
         assert name in reached
     assert "solid" in reached["Draw a new scene"]

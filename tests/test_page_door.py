@@ -103,7 +103,7 @@ def calls(path: str) -> dict[str, tuple[Any, ...]]:
             *("echo", "other", True, *PARAMETERS),
         ),
         "the box": ("add", {"text": "?", "files": [file(path)]}, [], [], False),
-        "the camera": ("add_picture", file(path), {"text": "", "files": []}),
+        "the camera": ("add_image", file(path), {"text": "", "files": []}),
         "the download": ("save", message({"type": "file", "file": file(path)}), []),
         "a setting": ("answer", [said("Hi")], [], "echo", "", False, file(path), 0.7, 9, "pad"),
     }
@@ -129,7 +129,7 @@ def test_no_address_is_fetched(page: str, place: str, trap: Trap) -> None:
 def test_an_upload_beside_an_address_is_read_and_the_address_is_not(page: str, trap: Trap) -> None:
     visitor = Visitor(page)
     upload = {**visitor.upload("red.png", red_png()), "url": trap.url}
-    assert "(1 pictures)" in visitor.answer([said("What?", upload)])[-1][-2]
+    assert "(1 images)" in visitor.answer([said("What?", upload)])[-1][-2]
     assert trap.asked == []
 
 
@@ -197,7 +197,7 @@ def test_too_much_at_once_is_refused(page: str, monkeypatch: pytest.MonkeyPatch)
     assert post(f"{page}/gradio_api/queue/join", content=pieces).status_code == 400
 
 
-def test_a_full_store_takes_no_more_pictures(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_store_takes_no_more_images(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_guard, "MAX_STORE_BYTES", 10)
     answer = post(f"{page}/gradio_api/upload", files={"files": ("a.png", red_png())})
     assert (answer.status_code, "try again later" in answer.text) == (507, True)

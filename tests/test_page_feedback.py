@@ -23,7 +23,7 @@ def test_answers_votes_and_comparisons_are_logged(tmp_path: Path) -> None:
     first, second = sorted(read_feedback(tmp_path), key=lambda row: row["model"])
     assert (first["vote"], second["vote"]) == ("up", None)
     assert first["conversations"][0]["value"] == "<image>\nWhat?"
-    assert first["conversations"][1]["value"].startswith("echo heard: What? (1 pictures)")
+    assert first["conversations"][1]["value"].startswith("echo heard: What? (1 images)")
     assert (second["model"], second["image"]) == ("other", first["image"])
     assert [texts(chat)[1].split()[0] for chat in (left, right)] == ["echo", "other"]
 

@@ -101,7 +101,7 @@ def test_what_is_to_be_generated_is_a_request_within_the_limits_or_refused(
     body: dict[str, Any],
 ) -> None:
     if body.get("images"):
-        body["images"] = [picture.decode() for picture in body["images"]]
+        body["images"] = [image.decode() for image in body["images"]]
     try:
         asked = protocol.parse_generate(encode(body), limits=LIMITS, request_id="r")
     except RequestError as error:
@@ -119,13 +119,13 @@ def test_what_is_to_be_generated_is_a_request_within_the_limits_or_refused(
 
 @given(st.text(max_size=20), st.lists(st.text(min_size=1, max_size=5), max_size=3), st.binary())
 def test_what_a_worker_is_asked_comes_out_of_the_parser_as_it_went_in(
-    prompt: str, stop: list[str], picture: bytes
+    prompt: str, stop: list[str], image: bytes
 ) -> None:
     asked = PromptRequest(
         "r",
         "m",
         prompt.replace("<", "") + "<image>",
-        (ImagePart(picture or b"x", "images[0]"),),
+        (ImagePart(image or b"x", "images[0]"),),
         Sampling(9, 0.5, 0.5, tuple(text for text in stop if text.strip())[:1]),
     )
     body = encode(build_call(asked).body)

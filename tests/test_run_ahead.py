@@ -18,7 +18,7 @@ from test_engine import (
     prompt,
     read,
 )
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner
@@ -75,7 +75,9 @@ ASKED = [
 
 @pytest.mark.parametrize("batch", [1, 3, 10])
 def test_whatever_is_asked_for_comes_out_as_step_by_step(batch):
-    prompts = [prompt(f"a <image> {i}", picture(i % 3), **asked) for i, asked in enumerate(ASKED)]
+    prompts = [
+        prompt(f"a <image> {i}", make_image(i % 3), **asked) for i, asked in enumerate(ASKED)
+    ]
 
     async def main(engine: TorchEngine) -> list[list[Chunk]]:
         answers: list[list[Chunk]] = []

@@ -6,7 +6,7 @@ from random import Random
 import pytest
 import torch
 from test_engine import answer, load, prompt, read
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -25,7 +25,7 @@ from llava_ray.model.loading import load_model
 from llava_ray.types import Sampling
 
 VOCABULARY = 50
-PROMPT = [3, 9, 9, 49, 50]  # 50, the id of a picture, is beyond the vocabulary
+PROMPT = [3, 9, 9, 49, 50]  # 50, the id of an image, is beyond the vocabulary
 ANSWER = [7, 3, 7, 7]
 EOS = 2
 
@@ -176,7 +176,7 @@ def decode(ids: list[int]) -> str:
 
 
 def test_greedy_answers_with_penalties_are_those_of_generate() -> None:
-    pictured = ("USER: <image> what is it? ASSISTANT:", picture(3))
+    pictured = ("USER: <image> what is it? ASSISTANT:", make_image(3))
     asked = [
         ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
         ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),

@@ -34,7 +34,7 @@ CHECKS = [
     checks.response_schema_conformance,
     checks.status_code_conformance,
 ]
-PICTURE = data_url(png(8, 8))
+IMAGE = data_url(png(8, 8))
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -103,12 +103,12 @@ def mend_tokens(value: Any) -> Any:
 
 
 def mend_value(value: Any) -> Any:
-    """Return a value with whole numbers, true pictures and texts that say something."""
+    """Return a value with whole numbers, true images and texts that say something."""
     match value:
         case float() if value.is_integer():
             return int(value)  # 1.0 is whole in JSON schema, and not here
         case {"type": "image_url"}:
-            return {"type": "image_url", "image_url": {"url": PICTURE}}
+            return {"type": "image_url", "image_url": {"url": IMAGE}}
         case dict():
             return {name: mend_value(item) for name, item in value.items()}
         case list():

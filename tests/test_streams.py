@@ -5,7 +5,7 @@ from contextlib import aclosing
 
 import pytest
 from test_engine import answer, load, prompt
-from tiny import picture
+from tiny import make_image
 
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import chat
@@ -29,12 +29,12 @@ async def read_all(engine, prompts) -> list[Chunk]:
 def test_a_seed_gives_answers_that_differ_and_can_be_repeated() -> None:
     async def main() -> None:
         engine = load()
-        asked = prompt("a <image>", picture(), temperature=1.0, seed=3, max_tokens=8)
+        asked = prompt("a <image>", make_image(), temperature=1.0, seed=3, max_tokens=8)
         first = join(await read_all(engine, spread(asked, 3)))
         again = join(await read_all(engine, spread(asked, 3)))
         assert first == again
         assert len(set(first.values())) == 3
-        alone = prompt("a <image>", picture(), temperature=1.0, seed=4, max_tokens=8)
+        alone = prompt("a <image>", make_image(), temperature=1.0, seed=4, max_tokens=8)
         assert first[1] == await answer(engine, alone)
         await engine.close()
 
@@ -96,6 +96,6 @@ def test_white_space_before_each_answer_of_a_chat_is_left_out() -> None:
             "id", "m", (Message("user", (TextPart("Hello"),)),), Sampling(), num_answers=2
         )
         chunks = [each async for each in chat(EchoEngine(), request, limits=LimitsConfig())]
-        assert join(chunks) == dict.fromkeys((0, 1), "Hello (0 pictures)")
+        assert join(chunks) == dict.fromkeys((0, 1), "Hello (0 images)")
 
     asyncio.run(main())

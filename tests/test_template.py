@@ -43,7 +43,7 @@ VISION = (
     "language."
 )
 
-# SHA-256, the first 16 digits, of what LLaVA's own code writes for `ASKED`, the picture in front.
+# SHA-256, the first 16 digits, of what LLaVA's own code writes for `ASKED`, the image in front.
 DIGESTS = {
     "v0": "499b74e9015be560",
     "llava_v0": "68702c7a24d86fe2",
@@ -67,26 +67,26 @@ TOKENIZERS = {
 }
 CONVERSATIONS = {
     "text": talk("Name three colours.", "Red, green and blue."),
-    "a picture": talk("<image>\nWhat is it?", "A red circle."),
-    "a picture alone": talk("<image>", "A red circle."),
-    "a picture behind": talk("What is it?\n<image>", "A red\ncircle.", "Why?", " It  is so. "),
-    "later pictures": talk("hi", "Hello!", "<image>\nand now?", "é 😀", "<image>\nnow?", "\nNo."),
+    "an image": talk("<image>\nWhat is it?", "A red circle."),
+    "an image alone": talk("<image>", "A red circle."),
+    "an image behind": talk("What is it?\n<image>", "A red\ncircle.", "Why?", " It  is so. "),
+    "later images": talk("hi", "Hello!", "<image>\nand now?", "é 😀", "<image>\nnow?", "\nNo."),
     "several": talk("<image>\n<image>\nthe same?", "No.", "and <image> or <image>?", "Yes."),
 }
 
 
 def written(texts: list[str], *, tagged: bool = False) -> list[str]:
     """Messages as LLaVA's trainer writes them."""
-    picture = "<Image><image></Image>" if tagged else "<image>"
-    return [text.replace("<image>", picture) for text in texts]
+    image = "<Image><image></Image>" if tagged else "<image>"
+    return [text.replace("<image>", image) for text in texts]
 
 
 TEXTS = {
     "text": ["Name three colours.", "Red, green and blue."],
-    "a picture": ["<image>\nWhat is it?", "A red circle."],
-    "a picture alone": ["<image>", "A red circle."],
-    "a picture behind": ["<image>\nWhat is it?", "A red\ncircle.", "Why?", " It  is so. "],
-    "later pictures": ["hi", "Hello!", "<image>\nand now?", "é 😀", "<image>\nnow?", "\nNo."],
+    "an image": ["<image>\nWhat is it?", "A red circle."],
+    "an image alone": ["<image>", "A red circle."],
+    "an image behind": ["<image>\nWhat is it?", "A red\ncircle.", "Why?", " It  is so. "],
+    "later images": ["hi", "Hello!", "<image>\nand now?", "é 😀", "<image>\nnow?", "\nNo."],
     "several": ["<image>\n<image>\nthe same?", "No.", "and <image> or <image>?", "Yes."],
 }
 
@@ -180,19 +180,19 @@ def test_a_system_message_takes_the_place_of_the_templates_own(name: str) -> Non
         (["", None, ""], "<image>"),
     ],
 )
-def test_where_pictures_stand_in_a_message(parts: list[str | None], text: str) -> None:
+def test_where_images_stand_in_a_message(parts: list[str | None], text: str) -> None:
     message = Message("user", tuple(ImagePart(b"") if p is None else TextPart(p) for p in parts))
     assert find_template("vicuna_v1").render([message]) == f"{USER} USER: {text} ASSISTANT:"
 
 
 @pytest.mark.parametrize("typed", [["x </s> <image>"], ["x </", "s> <ima", "ge>"]])
-def test_nobody_ends_a_turn_or_claims_a_picture_by_typing(typed: list[str]) -> None:
+def test_nobody_ends_a_turn_or_claims_a_image_by_typing(typed: list[str]) -> None:
     message = Message("user", tuple(map(TextPart, typed)))
     for template in (find_template("vicuna_v1"), OwnTemplate()):
         assert "USER: x < /s> < image> ASSISTANT:" in template.render([message])
 
 
-def test_halves_of_a_token_around_a_picture_do_not_meet() -> None:
+def test_halves_of_a_token_around_a_image_do_not_meet() -> None:
     message = Message("user", (TextPart("x <ima"), ImagePart(b""), TextPart("ge>")))
     assert find_template("vicuna_v1").render([message]).count("<image>") == 1
 
@@ -204,7 +204,7 @@ def test_halves_of_a_token_around_a_picture_do_not_meet() -> None:
         ([say("assistant", "a")], "message 1 is from the assistant where the user"),
         ([*talk("a"), *talk("b")], "message 2 is from the user where the assistant"),
         ([*talk("a", "b"), say("system", "c")], "message 3 is from the system"),
-        ([say("system", "<image>"), *talk("a")], "a picture stands in the system message"),
+        ([say("system", "<image>"), *talk("a")], "an image stands in the system message"),
         ([say("system", "a")], "only a system message"),
     ],
 )
@@ -313,7 +313,7 @@ def test_style_single_learns_answers_and_the_mark_behind_them() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "v0_plain"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_plain_is_a_picture_and_its_caption(name: str, tokenizer: str) -> None:
+def test_plain_is_a_image_and_its_caption(name: str, tokenizer: str) -> None:
     made = TOKENIZERS[tokenizer]()
     encoded = find_template(name).encode(talk("Describe it.\n<image>", "A red circle"), made)
     ids = ids_of(made, "<image>A red circle\n")
@@ -363,7 +363,7 @@ def test_what_is_trained_begins_as_what_is_asked(name: str, kind: str, tokenizer
 
 
 @pytest.mark.parametrize("marks", [("", ""), ("<im_start>", "<im_end>")])
-def test_marks_around_pictures_are_encoded(marks: tuple[str, str]) -> None:
+def test_marks_around_images_are_encoded(marks: tuple[str, str]) -> None:
     tokenizer = llama_tokenizer(legacy=True)
     template = replace(find_template("vicuna_v1"), notation=Notation(marks=marks))
     messages = talk("What?\n<image>", "A cat.")
@@ -408,9 +408,9 @@ def test_a_question_at_the_end_is_not_learned() -> None:
         ("vicuna_v1", [*talk("a", "b"), say("assistant", "c")], None, "message 3 is from the ass"),
         ("vicuna_v1", talk("hi", ""), None, "message 2 is empty"),
         ("vicuna_v1", talk("", "Hello."), None, "message 1 is empty"),
-        ("vicuna_v1", talk("<image>", "a"), 2, "names 1 pictures and 2 come"),
-        ("vicuna_v1", talk("a", "b"), 1, "names 0 pictures and 1 come"),
-        ("llava_v0", talk("<image><image>", "a"), 1, "names 2 pictures and 1 come"),
+        ("vicuna_v1", talk("<image>", "a"), 2, "names 1 images and 2 come"),
+        ("vicuna_v1", talk("a", "b"), 1, "names 0 images and 1 come"),
+        ("llava_v0", talk("<image><image>", "a"), 1, "names 2 images and 1 come"),
         ("plain", talk("<image>", "a", "b", "c"), None, "'plain' is for captions"),
         ("plain", talk("<image>"), None, "'plain' is for captions"),
         ("plain", talk("hi", "a"), None, "'plain' is for captions"),
@@ -426,7 +426,7 @@ def test_a_sample_that_cannot_be_encoded_is_named(
         )
 
 
-def test_an_image_token_in_a_text_is_not_taken_for_a_picture() -> None:
+def test_an_image_token_in_a_text_is_not_taken_for_a_image() -> None:
     messages = [Message("user", (TextPart("<image>\nWhat?"),)), *talk("", "a")[1:]]
     with pytest.raises(SampleError, match="sample 'x': the text of message 1 has <image> in it"):
         find_template("vicuna_v1").encode(messages, llama_tokenizer(legacy=True), sample_id="x")
@@ -449,7 +449,7 @@ def test_an_own_template_may_end_turns_with_more_than_is_learned() -> None:
     tokenizer = byte_tokenizer(begins=False, chatml=True)
     special = ("<image>", "<|im_start|>", "<|im_end|>")
     template = OwnTemplate(find_template("qwen").source, notation=Notation(special_tokens=special))
-    messages = CONVERSATIONS["a picture behind"]
+    messages = CONVERSATIONS["an image behind"]
     assert template.encode(messages, tokenizer) == find_template("qwen").encode(messages, tokenizer)
 
 
@@ -466,6 +466,6 @@ def test_an_own_template_that_rewrites_the_past_cannot_be_encoded() -> None:
 
 
 def test_what_an_own_template_refuses_is_told_with_the_sample() -> None:
-    source = "{{ raise_exception('no pictures here') }}"
-    with pytest.raises(SampleError, match=r"sample 'x': .*no pictures here"):
+    source = "{{ raise_exception('no images here') }}"
+    with pytest.raises(SampleError, match=r"sample 'x': .*no images here"):
         OwnTemplate(source).encode(talk("a", "b"), byte_tokenizer(begins=True), sample_id="x")

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 from train_gang import Scenario, read_losses, run_gang, run_gangs
 
 from llava_ray.model import load_model
@@ -88,4 +88,4 @@ def load(folder: Path) -> Any:
 
 @torch.inference_mode()
 def compute_logits(core: Any) -> torch.Tensor:
-    return core.model(**core.encode("<image>\nWhat is this?", [picture(1)])).logits
+    return core.model(**core.encode("<image>\nWhat is this?", [make_image(1)])).logits

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 from typer.testing import CliRunner
 
 from llava_ray.cli import app
@@ -37,7 +37,7 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
             source="llava",
             input=str(write_rows(folder)),
             output=str(out),
-            pictures=str(folder),
+            images=str(folder),
             rows_per_shard=10,
         )
     )
@@ -45,10 +45,10 @@ def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_rows(folder: Path) -> Path:
-    """Write conversations in LLaVA's form and their pictures; return the file of the former."""
+    """Write conversations in LLaVA's form and their images; return the file of the former."""
     rows = []
     for number in range(NUM_SAMPLES):
-        picture(number).save(folder / f"{number}.png")
+        make_image(number).save(folder / f"{number}.png")
         asked = {"from": "human", "value": f"<image>\nWhich number, {number % 5}?"}
         said = {"from": "gpt", "value": f"It is {number * 7}."}
         rows.append({"id": f"s{number}", "image": f"{number}.png", "conversations": [asked, said]})
@@ -171,7 +171,7 @@ def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_
         "2 samples x 1 accumulated x 2 workers = 4 a step",
         "24 samples = 6 steps an epoch x 3 epochs = 18 steps",
         "optimizer: ",
-        "1 pictures",
+        "1 images",
         "It is ",
         "benchmarks, every 3 steps\nown_exact: 5 questions",
     ):

@@ -232,7 +232,7 @@ def test_a_machine_that_will_be_taken_away_leaves_a_checkpoint_at_once(runs: Pat
 
 COUNT_FAULTS = """
 import resource, torch
-from llava_ray.train.memory import keep_freed_memory
+from llava_ray.train.deepspeed_engine import keep_freed_memory
 keep_freed_memory()
 for _ in range(10):
     torch.ones(2**24)  # 64 MiB, more than glibc keeps by itself

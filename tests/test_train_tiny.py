@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_cli(place, "demo", "raw", raw)
     run_cli(place, "build", "outputs/tiny-new", *parts)
     for name in ("captions", "conversations"):
-        rows = ("--input", f"{raw}/{name}.json", "--pictures", f"{raw}/images")
+        rows = ("--input", f"{raw}/{name}.json", "--images", f"{raw}/images")
         run_cli(place, "convert", "llava", *rows, "--output", f"outputs/tiny-{name}")
     for stage in ("pretrain", "finetune"):
         run(place, str(ROOT / "jobs" / "train.py"), str(CONFIGS / f"tiny_{stage}.yaml"))

@@ -17,7 +17,7 @@ def tiny_model(shape: Shape = TINY) -> Path:
     return build_random_model(folder, shape)
 
 
-def picture(seed: int = 0, *, width: int = 48, height: int = 40) -> Image.Image:
-    """Return a picture of noise."""
+def make_image(seed: int = 0, *, width: int = 48, height: int = 40) -> Image.Image:
+    """Return an image of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tiny import picture, tiny_model
+from tiny import make_image, tiny_model
 
 from llava_ray.config import LimitsConfig, TrainConfig
 from llava_ray.data.loader.collate import Batch, collate
 from llava_ray.data.loader.encode import Encoder, Example, load_encoder
 from llava_ray.data.loader.order import Plan, Position, Share
 from llava_ray.data.shards import ShardRow
-from llava_ray.types import PICTURE, Message, Sample, TextPart
+from llava_ray.types import IMAGE, Message, Sample, TextPart
 
 NUM_SAMPLES = 24
 HELD_OUT = range(NUM_SAMPLES, NUM_SAMPLES + 6)
@@ -63,9 +63,9 @@ def make_config(**settings: Any) -> TrainConfig:
 
 @cache
 def make_example(model: str, number: int) -> Example:
-    """Return sample `number`; every third has no picture, and lengths differ."""
-    images = () if number % 3 == 2 else (picture(number),)
-    parts = (*(PICTURE for _ in images), TextPart(f"how many are there in number {number}?"))
+    """Return sample `number`; every third has no image, and lengths differ."""
+    images = () if number % 3 == 2 else (make_image(number),)
+    parts = (*(IMAGE for _ in images), TextPart(f"how many are there in number {number}?"))
     answer = "there are " + "very " * (number % 5) + f"many, {number * 7} at least"
     messages = (Message("user", parts), Message("assistant", (TextPart(answer),)))
     sample = Sample(f"sample-{number}", messages, tuple(_encode_png(image) for image in images))

@@ -107,7 +107,7 @@ class BadWeb:
         elif path == "/empty":
             writer.write(head())
         elif path == "/text":
-            writer.write(head() + b"<html>no picture</html>")
+            writer.write(head() + b"<html>no image</html>")
         elif path.startswith("/kilobytes/"):
             writer.write(head() + bytes(1024 * int(path.removeprefix("/kilobytes/"))))
         else:

@@ -45,7 +45,7 @@ def train(
 @app.command()
 def raw(
     output_dir: Annotated[Path, typer.Argument(help="Folder to write.")],
-    scenes: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 8000,
+    scenes: Annotated[int, typer.Option(min=1, help="How many images.")] = 8000,
     seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
 ) -> None:
     """Write raw data and the parts of a LLaVA, to train one in minutes (jobs/configs/tiny_*)."""

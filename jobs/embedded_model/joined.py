@@ -1,9 +1,9 @@
 """Stages three and four: a projector from the tower to the language model, then all together.
 
-First the projector alone learns to say of real pictures what the symbols said, both of its
+First the projector alone learns to say of real images what the symbols said, both of its
 neighbours at rest. Then everything learns from answers, the tower slowly.
 
-Shapes: B conversations, T tokens, N pictures, P patches a picture, D hidden.
+Shapes: B conversations, T tokens, N images, P patches an image, D hidden.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from jobs.embedded_model.reader import (
     build_language_model,
     make_batches,
 )
-from jobs.embedded_model.tower import DISGUISED, Labeller, build_tower, make_pictures, read_tower
+from jobs.embedded_model.tower import DISGUISED, Labeller, build_tower, make_images, read_tower
 from llava_ray.demo import questions
 
 ALIGN_RATE = 2e-3
@@ -63,10 +63,10 @@ class Joined(nn.Module):
 
     def losses(self, batch: language.Batch) -> Losses:
         """The losses of a batch."""
-        return self.reader.losses(batch, self.see(symbols.pixels(batch.pictures)))
+        return self.reader.losses(batch, self.see(symbols.pixels(batch.images)))
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What pictures [N, 3, H, W] are to the language model, [N, P, D]; the tower is at rest."""
+        """What images [N, 3, H, W] are to the language model, [N, P, D]; the tower is at rest."""
         with torch.no_grad():
             seen = read_tower(self.labeller.tower, pixels)
         return self.projector(seen)
@@ -118,7 +118,7 @@ def align_projector(
     tower: Path,
     reader: Path,
 ) -> None:
-    """Train a projector between two checkpoints to say of crowded pictures what symbols said."""
+    """Train a projector between two checkpoints to say of crowded images what symbols said."""
     rng = pace.begin("align")
     model = Joined(tokenizer)
     resume(model.labeller, tower)
@@ -126,7 +126,7 @@ def align_projector(
     parts = {model.projector: 1.0}
     stage = Stage("align", model, checkpoint, pace, rate=ALIGN_RATE, shares=parts)
     while not stage.is_over:
-        pixels, values = make_pictures(rng, ALIGN_BATCH, disguised=DISGUISED)
+        pixels, values = make_images(rng, ALIGN_BATCH, disguised=DISGUISED)
         with autocast():
             loss = model.symbol_loss(model.see(pixels), values)
         stage.step(loss)
@@ -140,7 +140,7 @@ def train_joined(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFas
     shares = {model.reader.model: 1.0, model.reader.finder: 1.0, model.projector: 1.0}
     stage = Stage("joint", model, checkpoint, pace, rate=JOINT_RATE, shares=shares)
     for batch in make_batches(tokenizer, rng, stage, weights=JOINT_WEIGHTS, is_easy_first=False):
-        pixels, values = make_pictures(rng, ALIGN_BATCH, disguised=DISGUISED)
+        pixels, values = make_images(rng, ALIGN_BATCH, disguised=DISGUISED)
         with autocast():
             answer, phrase, exact = model.losses(batch)
             symbol = model.symbol_loss(model.see(pixels), values)

@@ -1,6 +1,6 @@
 """The language of the scenes as tokens: the tokenizer, the chat template, conversations as ids.
 
-Shapes: B conversations, T tokens, P image tokens a picture, F fields.
+Shapes: B conversations, T tokens, P image tokens an image, F fields.
 """
 
 import random
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 class Encoded(NamedTuple):
-    """A conversation as token ids and labels, and the pictures that its image tokens stand for."""
+    """A conversation as token ids and labels, and the images that its image tokens stand for."""
 
     ids: list[int]
     labels: list[int]
@@ -48,11 +48,11 @@ class Encoded(NamedTuple):
     blocks: list[int]  # 0 what every turn sees, n what only turn n sees
     kinds: list[str]  # of the turns
     references: list[tuple[int, tuple[int, ...]]]  # token, and what a phrase that ends there means
-    pictures: list[scenes.Scene]
+    images: list[scenes.Scene]
 
 
 class Batch(NamedTuple):
-    """`pictures[n]` fills the n-th run of P image tokens, counted along rows, then columns."""
+    """`images[n]` fills the n-th run of P image tokens, counted along rows, then columns."""
 
     ids: torch.Tensor  # [B, T]
     labels: torch.Tensor  # [B, T], IGNORED but for answers
@@ -62,7 +62,7 @@ class Batch(NamedTuple):
     kinds: list[str]
     references: torch.Tensor  # [R, 2], row and token of the end of every phrase
     aspects: torch.Tensor  # [R, A], what it means: ASPECTS, then ORDERS
-    pictures: list[scenes.Scene]
+    images: list[scenes.Scene]
 
 
 def train_tokenizer(seed: int = 0, *, num_conversations: int = 6000) -> PreTrainedTokenizerFast:
@@ -104,17 +104,17 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def _corpus(rng: random.Random, num_conversations: int) -> Iterator[str]:
-    """Everyday conversations, and every word that a picture is spelled with many times over."""
+    """Everyday conversations, and every word that an image is spelled with many times over."""
     for _ in range(num_conversations):
         turns = questions.make_conversation(rng, [scenes.make_scene(rng)], num_turns=8)
         yield from (f"USER: {turn.question} ASSISTANT: {turn.answer}" for turn in turns)
-        yield turns[0].question  # as it follows a picture: on a line of its own
+        yield turns[0].question  # as it follows an image: on a line of its own
     for word in (word for phrase in symbol_phrases() for word in phrase.split()):
         yield f" {word}" * 500
 
 
 def symbol_phrases() -> list[str]:
-    """Every word or two that a picture is spelled with, digits apart."""
+    """Every word or two that an image is spelled with, digits apart."""
     fields = [
         value for name in ("category", "name", "colour", "size") for value in symbols.FIELDS[name]
     ]
@@ -147,25 +147,25 @@ class Encoder:
         for index, turn in enumerate(turns):
             if has_gaps and rng.random() < 0.3:
                 self._skipped = min(self._skipped + rng.randrange(150), CONTEXT // 2)
-            image = f"{IMAGE}\n" if turn.picture else ""
+            image = f"{IMAGE}\n" if turn.image else ""
             is_image_first = is_strict or rng.random() < 0.95
             content = f"{image}{turn.question}" if is_image_first else f"{turn.question}{image}"
-            scene = turn.picture or scene
+            scene = turn.image or scene
             self._add(encoded, f"USER: {content} ASSISTANT:", scene=scene)
             self._add(encoded, f" {turn.answer}{EOS}", turn=index)
-            if turn.picture:
-                encoded.pictures.append(turn.picture)
+            if turn.image:
+                encoded.images.append(turn.image)
         self._skipped = 0
         return encoded
 
     def encode_apart(self, turns: Sequence[questions.Turn]) -> Encoded:
-        """Questions about one picture as if each were the first: none sees another.
+        """Questions about one image as if each were the first: none sees another.
 
-        What was said before tells much of what is in a picture, and a model that may read it
-        there learns to look at the picture only slowly.
+        What was said before tells much of what is in an image, and a model that may read it
+        there learns to look at the image only slowly.
         """
-        scene = turns[0].picture
-        assert scene, "turns apart are about one picture"
+        scene = turns[0].image
+        assert scene, "turns apart are about one image"
         encoded = Encoded([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
         self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
         shared = len(encoded.ids)
@@ -228,5 +228,5 @@ def collate(batch: Sequence[Encoded], pad: int) -> Batch:
         torch.tensor([aspects for *_, aspects in found]).reshape(
             -1, len(references.ASPECTS) + len(references.ORDERS)
         ),
-        [picture for one in batch for picture in one.pictures],
+        [image for one in batch for image in one.images],
     )

@@ -1,4 +1,4 @@
-"""Stage two: the language model by itself, taught to read pictures that are spelled in symbols.
+"""Stage two: the language model by itself, taught to read images that are spelled in symbols.
 
 In place of image features every patch gets the sum of the word embeddings that a perfect tower
 would say of it ("animal", "dog", "large", "top", "left"), which is where LLaVA's projector leads:
@@ -6,7 +6,7 @@ into the space of word embeddings. Nothing is painted and no tower runs, so the 
 examples to learn to look things up, count and compare, which it does not learn from blurred
 features.
 
-Shapes: B conversations, T tokens, P patches a picture, F fields, D hidden, V vocabulary.
+Shapes: B conversations, T tokens, P patches an image, F fields, D hidden, V vocabulary.
 """
 
 import random
@@ -29,7 +29,7 @@ RATE = 1e-3
 FOUND_AFTER = 3  # layers, of six
 COMPARED_AFTER = 5
 PHRASE_SHARE = 0.5  # of the phrases' loss beside the answers'
-EMPTY_SHARE = 0.03  # of pictures
+EMPTY_SHARE = 0.03  # of images
 WORD_SPREAD = 0.12  # of the embeddings at first: words start out far apart and stay so
 
 
@@ -129,13 +129,13 @@ class Course(NamedTuple):
     """What conversations are made of at some point of training."""
 
     max_items: int
-    pictures: tuple[float, float, float]  # odds of none, one, two in a conversation
-    apart: float  # odds that a picture's turns do not see one another
+    images: tuple[float, float, float]  # odds of none, one, two in a conversation
+    apart: float  # odds that an image's turns do not see one another
     has_gaps: bool  # between turns, for the distances of long conversations
 
 
 def course(progress: float) -> Course:
-    """Few items and one picture at first."""
+    """Few items and one image at first."""
     if progress < 0.1:
         return Course(2, (0.03, 0.97, 0), apart=0.9, has_gaps=False)
     if progress < 0.2:
@@ -160,7 +160,7 @@ def make_batches(
         now = course(max(stage.progress, 0.0 if is_easy_first else 0.2))
         batch = []
         for _ in range(BATCH):
-            count = rng.choices((0, 1, 2), now.pictures)[0]
+            count = rng.choices((0, 1, 2), now.images)[0]
             limit = 5 if rng.random() < 0.5 else rng.randint(1, 5)
             shown = [_make_scene(rng, min(limit, now.max_items)) for _ in range(count)]
             is_apart = count == 1 and rng.random() < now.apart
@@ -283,7 +283,7 @@ def train_reader(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFas
     stage = Stage("reader", reader, checkpoint, pace, rate=RATE)
     for batch in make_batches(tokenizer, rng, stage):
         with autocast():
-            features = reader.speller(symbols.spell_patches(batch.pictures))
+            features = reader.speller(symbols.spell_patches(batch.images))
             answer, phrase, exact = reader.losses(batch, features)
         loss = answer + PHRASE_SHARE * phrase
         stage.step(loss, answer=answer.item(), phrase=phrase.item(), **exact)

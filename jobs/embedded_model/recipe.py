@@ -1,10 +1,10 @@
 """The recipe of the embedded model, in LLaVA's order, from nothing to a folder of weights.
 
 1. The tower by itself: what is in every patch of painted scenes (the part that CLIP plays).
-2. The language model by itself: conversations about pictures spelled in symbols (the part that
+2. The language model by itself: conversations about images spelled in symbols (the part that
    Vicuna plays; a language model that can look things up).
 3. The projector: tower and language model at rest.
-4. Projector and language model together on painted pictures.
+4. Projector and language model together on painted images.
 """
 
 import shutil

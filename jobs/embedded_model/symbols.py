@@ -1,4 +1,4 @@
-"""A picture in symbols: what a perfect eye would say of every cell.
+"""An image in symbols: what a perfect eye would say of every cell.
 
 The tower is taught to say it of every patch, and the language model is taught to read it before
 the two ever meet. Shapes: B scenes, F fields, P patches; a field's value is an index, 0 'nothing'.
@@ -57,5 +57,5 @@ def spell_patches(batch: Sequence[scenes.Scene]) -> torch.Tensor:
 
 def pixels(batch: Sequence[scenes.Scene]) -> torch.Tensor:
     """Paint scenes as the image processor hands them to the tower, float [B, 3, H, W], -1 to 1."""
-    pictures = np.stack([np.asarray(scenes.draw(scene)) for scene in batch])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
+    images = np.stack([np.asarray(scenes.draw(scene)) for scene in batch])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)

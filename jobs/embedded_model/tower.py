@@ -58,10 +58,10 @@ class Labeller(nn.Module):
         return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
 
 
-def make_pictures(
+def make_images(
     rng: random.Random, size: int, *, disguised: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crowded pictures, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
+    """Crowded images, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
     counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
     batch = [
         scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
@@ -78,7 +78,7 @@ def train_tower(checkpoint: Path, pace: Pace) -> None:
     resume(model, checkpoint)
     stage = Stage("tower", model, checkpoint, pace, rate=RATE, weight_decay=0.05)
     while not stage.is_over:
-        pixels, values = make_pictures(rng, BATCH, disguised=DISGUISED)
+        pixels, values = make_images(rng, BATCH, disguised=DISGUISED)
         with autocast():
             logits = model(pixels)
         stage.step(_label_loss(logits, values), **_error_rates(logits, values))

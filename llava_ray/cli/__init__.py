@@ -28,7 +28,7 @@ from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
 
 app = typer.Typer(
-    help="Talk about pictures with LLaVA, and serve it on Ray.",
+    help="Talk about images with LLaVA, and serve it on Ray.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -19,7 +19,7 @@ def build(
     aspect: Annotated[
         Aspect,
         typer.Option(
-            help="How a picture becomes the tower's square: square crops it, pad adds borders, "
+            help="How an image becomes the tower's square: square crops it, pad adds borders, "
             "anyres also lays it out in tiles."
         ),
     ] = "square",
@@ -39,7 +39,7 @@ def build(
 ) -> None:
     """Make a LLaVA that is to be trained: it reads text as its language model does.
 
-    The projector between the two is new, so it knows nothing of pictures yet.
+    The projector between the two is new, so it knows nothing of images yet.
     """
     from llava_ray.model.build.build import build_llava
 

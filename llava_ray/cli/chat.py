@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from llava_ray.cli.console import notes
-from llava_ray.cli.talk import Answerer, Talk, read_picture
+from llava_ray.cli.talk import Answerer, Talk, read_image
 from llava_ray.client import DEFAULT_URL, Client
 from llava_ray.config import DEMO_MODEL, EngineName, LimitsConfig, ModelConfig
 from llava_ray.errors import UserError
@@ -17,8 +17,8 @@ from llava_ray.types import ChatRequest, Chunk, Sampling
 
 
 def chat(
-    pictures: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures to talk about.")
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Images to talk about.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")
@@ -42,12 +42,12 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
 ) -> None:
-    """Talk about pictures in the terminal, with a server or without one.
+    """Talk about images in the terminal, with a server or without one.
 
     If a server answers, it is asked; otherwise the model is loaded in this process.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    shown = [read_picture(path) for path in pictures or []]
+    shown = [read_image(path) for path in images or []]
     with asyncio.Runner() as runner:
         name, answer, close = runner.run(_connect(model, url=url, local=local, engine=engine))
         try:

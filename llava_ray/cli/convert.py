@@ -18,7 +18,7 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help=_help("source"))],
     input: Annotated[str, typer.Option("--input", "-i", help=_help("input"))],
     output: Annotated[str, typer.Option("--output", "-o", help=_help("output"))],
-    pictures: Annotated[str | None, typer.Option(help=_help("pictures"))] = None,
+    images: Annotated[str | None, typer.Option(help=_help("images"))] = None,
     split: Annotated[str, typer.Option(help=_help("split"))] = "",
     prompt_format: Annotated[str, typer.Option(help=_help("prompt_format"))] = "",
     model: Annotated[str | None, typer.Option(help=_help("model"))] = None,
@@ -26,7 +26,7 @@ def convert(
     max_tokens: Annotated[int | None, typer.Option(help=_help("max_tokens"))] = None,
     max_chars: Annotated[int, typer.Option(help=_help("max_chars"))] = 200_000,
     max_image_pixels: Annotated[
-        int, typer.Option(help="Pictures with more pixels are rejected.")
+        int, typer.Option(help="Images with more pixels are rejected.")
     ] = 40_000_000,
     max_rejects: Annotated[str, typer.Option(help=_help("max_rejects"))] = "1%",
     duplicate_ids: Annotated[
@@ -36,7 +36,7 @@ def convert(
     num_workers: Annotated[int | None, typer.Option(help=_help("num_workers"))] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help=_help("overwrite"))] = False,
 ) -> None:
-    """Turn raw data into shards that training reads: Parquet, pictures as they came.
+    """Turn raw data into shards that training reads: Parquet, images as they came.
 
     Rows that cannot be used go to OUTPUT/rejects with the reason. A conversion that was stopped
     goes on when the same command is run again.
@@ -46,7 +46,7 @@ def convert(
             source=source,
             input=input,
             output=output,
-            pictures=pictures,
+            images=images,
             split=split,
             prompt_format=prompt_format,
             model=model,
@@ -81,7 +81,7 @@ def convert(
 
         manifest = conversion.convert(config, on_progress=show)
     out.print(
-        f"{output}: {manifest.num_samples:,} samples with {manifest.num_images:,} pictures in "
+        f"{output}: {manifest.num_samples:,} samples with {manifest.num_images:,} images in "
         f"{len(manifest.shards)} shards, {manifest.num_text_only:,} of text alone; "
         f"{manifest.num_rejects:,} rows rejected",
         markup=False,

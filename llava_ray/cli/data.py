@@ -32,7 +32,7 @@ def inspect(
 ) -> None:
     """Print what a set of shards holds: counts, lengths, sizes, and what was rejected.
 
-    With --page some samples are written to an HTML file, with their pictures and, with --model,
+    With --page some samples are written to an HTML file, with their images and, with --model,
     their loss mask.
     """
     from llava_ray.data.inspect import describe, draw_samples, summarize

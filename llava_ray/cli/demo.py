@@ -20,9 +20,9 @@ def scene(
     """Draw a new scene and print questions about it."""
     from llava_ray.demo import make_example
 
-    picture, questions = make_example(random.randrange(1 << 31) if seed is None else seed)
+    image, questions = make_example(random.randrange(1 << 31) if seed is None else seed)
     try:
-        picture.save(path, format="PNG")
+        image.save(path, format="PNG")
     except OSError as error:
         raise UserError(
             f"cannot write {str(path)!r} ({error.strerror}): give a new file"
@@ -39,7 +39,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
     write: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
 ) -> None:
-    """Print how well the embedded model answers, with the picture and without it."""
+    """Print how well the embedded model answers, with the image and without it."""
     from llava_ray.demo import MODEL_DIR
 
     folder = model_dir or MODEL_DIR

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: reads lines and pictures, prints answers as they come."""
+"""A conversation in the terminal: reads lines and images, prints answers as they come."""
 
 import asyncio
 import sys
@@ -8,13 +8,13 @@ from contextlib import aclosing
 from pathlib import Path
 
 from llava_ray.cli.console import notes, out, print_error
-from llava_ray.client import shrink_picture
+from llava_ray.client import shrink_image
 from llava_ray.errors import ImageError, LlavaRayError
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 Answerer = Callable[[ChatRequest], AsyncGenerator[Chunk]]
 
-COMMANDS = "/image PATH adds a picture, /clear starts anew, /quit leaves; Ctrl-C stops an answer"
+COMMANDS = "/image PATH adds an image, /clear starts anew, /quit leaves; Ctrl-C stops an answer"
 
 
 class Talk:
@@ -26,27 +26,27 @@ class Talk:
         self._runner, self._answer, self._model, self._sampling = runner, answer, model, sampling
         self._turns: tuple[Message, ...] = ()
 
-    def run(self, pictures: list[ImagePart]) -> None:
+    def run(self, images: list[ImagePart]) -> None:
         """Read and answer until the end of the input."""
-        notes.print(f"{self._model}: {_count(pictures)}. {COMMANDS}.", style="dim")
+        notes.print(f"{self._model}: {_count(images)}. {COMMANDS}.", style="dim")
         while (line := _read_line()) is not None and line not in ("/quit", "/exit"):
             try:
                 if line == "/clear":
-                    self._turns, pictures = (), []
-                    notes.print("a new conversation, without pictures", style="dim")
+                    self._turns, images = (), []
+                    notes.print("a new conversation, without images", style="dim")
                 elif line == "/image" or line.startswith("/image "):
-                    pictures.append(read_picture(Path(line.removeprefix("/image").strip())))
-                    notes.print(_count(pictures), style="dim")
+                    images.append(read_image(Path(line.removeprefix("/image").strip())))
+                    notes.print(_count(images), style="dim")
                 elif line.startswith("/"):
                     notes.print(f"no such command: {line}; {COMMANDS}", markup=False)
-                elif line and self.say(line, pictures):
-                    pictures = []
+                elif line and self.say(line, images):
+                    images = []
             except LlavaRayError as error:
                 print_error(error)
 
-    def say(self, text: str, pictures: list[ImagePart]) -> bool:
+    def say(self, text: str, images: list[ImagePart]) -> bool:
         """Print the answer as it comes; False if it was stopped before it began."""
-        asked = Message("user", (*pictures, TextPart(text)))
+        asked = Message("user", (*images, TextPart(text)))
         request = ChatRequest(
             f"cli-{uuid.uuid4().hex}", self._model, (*self._turns, asked), self._sampling
         )
@@ -71,17 +71,17 @@ class Talk:
                 out.print()
 
 
-def read_picture(path: Path) -> ImagePart:
-    """Return a picture's file, made small enough to send.
+def read_image(path: Path) -> ImagePart:
+    """Return an image's file, made small enough to send.
 
     Raises:
-        ImageError: it cannot be read, or is no picture.
+        ImageError: it cannot be read, or is no image.
     """
     try:
         data = path.expanduser().read_bytes()
     except OSError as error:
         raise ImageError(f"cannot read {str(path)!r} ({error.strerror}): give a file") from error
-    return ImagePart(shrink_picture(data, name=str(path)), param=path.name)
+    return ImagePart(shrink_image(data, name=str(path)), param=path.name)
 
 
 def _read_line() -> str | None:
@@ -95,5 +95,5 @@ def _read_line() -> str | None:
         return ""
 
 
-def _count(pictures: list[ImagePart]) -> str:
-    return {0: "no picture yet", 1: "1 picture"}.get(len(pictures), f"{len(pictures)} pictures")
+def _count(images: list[ImagePart]) -> str:
+    return {0: "no image yet", 1: "1 image"}.get(len(images), f"{len(images)} images")

@@ -1,6 +1,6 @@
 """Raw data into shards, and shards into training."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,11 +11,13 @@ from llava_ray.config.section import Section
 class ConvertConfig(Section):
     """A conversion: which raw data becomes which shards, and what is refused."""
 
+    renamed: ClassVar = {"pictures": "images"}
+
     source: str = Field(description="Kind of raw data: llava, scienceqa, coco, hf, ...")
     input: str = Field(min_length=1, description="Folder, file or address of the raw data.")
     output: str = Field(min_length=1, description="Folder or address of the shards.")
-    pictures: str | None = Field(
-        default=None, description="Folder of the pictures; by default where the source has it."
+    images: str | None = Field(
+        default=None, description="Folder of the images; by default where the source has it."
     )
     split: str = Field(default="", description="Which part of the data; by default the source's.")
     prompt_format: str = Field(
@@ -47,11 +49,11 @@ class ConvertConfig(Section):
     )
     rows_per_shard: int = Field(default=1000, ge=1, le=100_000, description="Rows of one shard.")
     num_workers: int | None = Field(
-        default=None, ge=1, description="Processes that read and check pictures; default: the CPUs."
+        default=None, ge=1, description="Processes that read and check images; default: the CPUs."
     )
     overwrite: bool = Field(default=False, description="Replace what the output holds.")
     limits: LimitsConfig = Field(
-        default_factory=LimitsConfig, description="Bytes, pixels and number of pictures allowed."
+        default_factory=LimitsConfig, description="Bytes, pixels and number of images allowed."
     )
 
     @model_validator(mode="after")
@@ -85,16 +87,16 @@ class DataConfig(Section):
     seed: int = Field(default=0, ge=0, description="The same seed, the same order.")
     grouping: Literal["none", "modality", "length"] = Field(
         default="modality",
-        description="What a batch has in common: nothing; all pictures or all text, as LLaVA's "
-        "group_by_modality_length; or the length, tokens of pictures included.",
+        description="What a batch has in common: nothing; all images or all text, as LLaVA's "
+        "group_by_modality_length; or the length, tokens of images included.",
     )
     max_length: int | None = Field(
         default=None, ge=16, description="Longest sample in tokens; default: the model's context."
     )
     over_long: Literal["drop", "truncate"] = Field(
         default="drop",
-        description="Longer samples are left out and recorded, or cut at the end, never inside a "
-        "picture.",
+        description="Longer samples are left out and recorded, or cut at the end, never inside an "
+        "image.",
     )
     num_readers: int = Field(
         default=2,
@@ -107,5 +109,5 @@ class DataConfig(Section):
         default=4, ge=1, le=256, description="Batches that wait prepared, for each worker."
     )
     limits: LimitsConfig = Field(
-        default_factory=LimitsConfig, description="Bytes and pixels of a picture allowed."
+        default_factory=LimitsConfig, description="Bytes and pixels of an image allowed."
     )

@@ -1,4 +1,4 @@
-"""What a request, or a sample, may bring; and whether pictures are fetched from the web."""
+"""What a request, or a sample, may bring; and whether images are fetched from the web."""
 
 from ipaddress import IPv4Network, IPv6Network
 from typing import Annotated
@@ -9,11 +9,11 @@ from llava_ray.config.section import Section
 
 
 class FetchConfig(Section):
-    """Pictures from the web: none are fetched until `hosts` names some."""
+    """Images from the web: none are fetched until `hosts` names some."""
 
     hosts: list[str] = Field(
         default_factory=list,
-        description="Hosts from which pictures are fetched: example.org, *.example.org for those "
+        description="Hosts from which images are fetched: example.org, *.example.org for those "
         "below it, * for every public one; by default none.",
     )
     ports: list[Annotated[int, Field(ge=1, le=65535)]] = Field(
@@ -22,14 +22,14 @@ class FetchConfig(Section):
     networks: list[IPv4Network | IPv6Network] = Field(
         default_factory=list,
         description="Address ranges, like 10.1.0.0/16, that are not public and from which "
-        "pictures may come all the same.",
+        "images may come all the same.",
     )
     timeout_s: float = Field(
-        default=10, gt=0, le=300, description="Seconds for a picture, redirects included."
+        default=10, gt=0, le=300, description="Seconds for an image, redirects included."
     )
     max_redirects: int = Field(default=3, ge=0, le=10, description="Redirects on the way to it.")
     max_at_once: int = Field(
-        default=64, ge=1, description="Pictures fetched at once; more wait, within their time."
+        default=64, ge=1, description="Images fetched at once; more wait, within their time."
     )
     max_per_host: int = Field(default=8, ge=1, description="Of these, from one host.")
 
@@ -38,12 +38,10 @@ class LimitsConfig(Section):
     """What a request may bring; more is refused at the door."""
 
     max_body_bytes: int = Field(default=32 << 20, ge=1024, description="Bytes of one HTTP body.")
-    max_images: int = Field(default=16, ge=0, description="Pictures in one conversation.")
-    max_image_bytes: int = Field(
-        default=16 << 20, ge=64, description="Bytes of one encoded picture."
-    )
+    max_images: int = Field(default=16, ge=0, description="Images in one conversation.")
+    max_image_bytes: int = Field(default=16 << 20, ge=64, description="Bytes of one encoded image.")
     max_image_pixels: int = Field(
-        default=40_000_000, ge=1, description="Width times height of a picture."
+        default=40_000_000, ge=1, description="Width times height of an image."
     )
     max_messages: int = Field(default=256, ge=1, description="Messages in one conversation.")
     max_answers: int = Field(
@@ -67,7 +65,7 @@ class LimitsConfig(Section):
         "X-Request-Timeout asks for less.",
     )
     fetch: FetchConfig = Field(
-        default_factory=FetchConfig, description="Pictures that are fetched from the web."
+        default_factory=FetchConfig, description="Images that are fetched from the web."
     )
 
     @property

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
@@ -31,6 +31,8 @@ PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG
 
 class ModelConfig(Section):
     """One model: what is loaded, by which engine, on what, and how it scales."""
+
+    renamed: ClassVar = {"picture_cache_mb": "image_cache_mb"}
 
     path: str = Field(
         default=DEMO_MODEL,
@@ -92,12 +94,12 @@ class ModelConfig(Section):
     prefix_cache: bool = Field(
         default=True,
         description="Keep what was computed of ended requests while its place is free, for prompts "
-        "that begin alike: the next turn of a conversation, another question about a picture.",
+        "that begin alike: the next turn of a conversation, another question about an image.",
     )
-    picture_cache_mb: int = Field(
+    image_cache_mb: int = Field(
         default=256,
         ge=0,
-        description="Memory of the torch engine for encoded pictures, in MiB: one that was asked "
+        description="Memory of the torch engine for encoded images, in MiB: one that was asked "
         "about before is not encoded again, wherever it stands in the prompt; 0 keeps none.",
     )
     messages_per_s: int = Field(

@@ -50,7 +50,7 @@ class PageConfig(BaseSettings):
         default_factory=ModerationConfig, description="Who checks questions beforehand."
     )
     uploads_kept_s: int = Field(
-        default=24 * 3600, ge=1, description="Seconds after which an uploaded picture is deleted."
+        default=24 * 3600, ge=1, description="Seconds after which an uploaded image is deleted."
     )
 
     @model_validator(mode="before")

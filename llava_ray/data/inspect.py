@@ -1,7 +1,7 @@
 """What is in a set of shards: numbers for the terminal, and a few samples to look at in a browser.
 
 Numbers come from the manifest and the index; only the samples that are shown, and the sizes of
-pictures of some shards, are read from the shards themselves.
+images of some shards, are read from the shards themselves.
 """
 
 from collections import Counter
@@ -33,7 +33,7 @@ class Summary:
         unit: of `lengths`: "tokens" or "words".
         lengths: of each sample.
         num_images: of each sample.
-        image_sizes: width and height of pictures, from the first shards.
+        image_sizes: width and height of images, from the first shards.
     """
 
     manifest: Manifest
@@ -90,7 +90,7 @@ def describe(summary: Summary) -> list[str]:
         lines.append(f"tokens counted for {manifest.model} with template {manifest.template}")
     counts = Counter(summary.num_images.tolist())
     kinds = [f"{num:,} with {name_images(k)}" for k, num in sorted(counts.items())]
-    lines += ["", f"pictures: {', '.join(kinds)}"]
+    lines += ["", f"images: {', '.join(kinds)}"]
     if len(summary.image_sizes):
         width, height = np.median(summary.image_sizes, axis=0)
         low, high = summary.image_sizes.min(0), summary.image_sizes.max(0)
@@ -139,12 +139,12 @@ def draw_histogram(values: Sequence[int] | np.ndarray) -> list[str]:
 
 
 def name_images(num: int) -> str:
-    """Return a number of pictures in words."""
+    """Return a number of images in words."""
     return {0: "none", 1: "one"}.get(num, f"{num}")
 
 
 def _read_sizes(folder: Folder, manifest: Manifest) -> np.ndarray:
-    """Return width and height of the pictures in the first shards, which is enough to judge by."""
+    """Return width and height of the images in the first shards, which is enough to judge by."""
     columns = ["images.list.element.width", "images.list.element.height"]
     sizes: list[tuple[int, int]] = []
     for shard in manifest.shards[:_MAX_SHARDS_FOR_SIZES]:

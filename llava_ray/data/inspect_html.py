@@ -1,4 +1,4 @@
-"""Samples as an HTML page: their pictures, what is said, and what of it is learned.
+"""Samples as an HTML page: their images, what is said, and what of it is learned.
 
 With an encoder the text is what the model reads, token by token, and what it learns to say is
 marked; without one the messages are shown as they are.
@@ -21,7 +21,7 @@ img { max-height: 16rem; max-width: 100%; margin: 0 .5rem .5rem 0; border-radius
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f5f5f7; padding: .75rem;
   border-radius: 6px; margin: .5rem 0 }
 mark { background: #b7ebc1; color: inherit }
-b.picture { background: #cfe3ff; font-weight: normal; border-radius: 3px; padding: 0 .2rem }
+b.image { background: #cfe3ff; font-weight: normal; border-radius: 3px; padding: 0 .2rem }
 small { color: #6e6e73 }
 """
 
@@ -35,7 +35,7 @@ def write_page(rows: Sequence[ShardRow], *, title: str, encoder: Encoder | None 
         encoder: of the model that is to be trained, for the loss mask.
     """
     explained = (
-        "What is learned is <mark>marked</mark>; each <b class='picture'>picture</b> is named with "
+        "What is learned is <mark>marked</mark>; each <b class='image'>image</b> is named with "
         "its tokens."
         if encoder
         else "Give a model to see what of it is learned."
@@ -50,15 +50,15 @@ def write_page(rows: Sequence[ShardRow], *, title: str, encoder: Encoder | None 
 def _write_sample(row: ShardRow, encoder: Encoder | None) -> str:
     sizes = ", ".join(f"{width} x {height}" for width, height in row.image_sizes)
     about = " · ".join(part for part in (row.sample.source, sizes) if part)
-    pictures = "".join(_write_picture(data) for data in row.sample.images)
+    images = "".join(_write_image(data) for data in row.sample.images)
     text = _write_tokens(row, encoder) if encoder else _write_messages(row)
     return (
         f"<article><h3>{html.escape(row.sample.sample_id)} <small>{html.escape(about)}</small></h3>"
-        f"{pictures}{text}</article>"
+        f"{images}{text}</article>"
     )
 
 
-def _write_picture(data: bytes | str) -> str:
+def _write_image(data: bytes | str) -> str:
     assert isinstance(data, bytes)
     try:
         return f"<img src='{to_data_url(data)}' alt=''>"
@@ -85,7 +85,7 @@ def _write_tokens(row: ShardRow, encoder: Encoder) -> str:
             written += _write_run(encoder, run, is_learned=is_learned)
             run, is_learned = [], label != IGNORED
         if id_ == IMAGE_PLACEHOLDER:
-            written += f"<b class='picture'>picture, {next(counts)} tokens</b>"
+            written += f"<b class='image'>image, {next(counts)} tokens</b>"
         else:
             run.append(id_)
     written += _write_run(encoder, run, is_learned=is_learned)

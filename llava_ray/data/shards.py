@@ -1,7 +1,7 @@
-"""Shards: Parquet files of samples, with pictures as they came and small row groups.
+"""Shards: Parquet files of samples, with images as they came and small row groups.
 
 Written by `convert`; read back a row at a time by `stream`, which is why a row group ends at a
-megabyte. Everything is zstd-compressed but the pictures, which are compressed already.
+megabyte. Everything is zstd-compressed but the images, which are compressed already.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from llava_ray.data.validate import CheckedImage
 from llava_ray.storage import Folder, hash_file
 from llava_ray.template import IMAGE_TOKEN
-from llava_ray.types import PICTURE, ImagePart, Message, Sample, TextPart
+from llava_ray.types import IMAGE, ImagePart, Message, Sample, TextPart
 
 SCHEMA = pa.schema(
     [
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
     ]
 )
-"""One row a sample. `text` has `<image>` for each picture; `num_words` is the length that LLaVA
+"""One row a sample. `text` has `<image>` for each image; `num_words` is the length that LLaVA
 groups by; `num_tokens` is that of the whole sample for the manifest's model, or null."""
 
 COUNTS = ("num_images", "num_words", "num_tokens")
@@ -64,8 +64,8 @@ class ShardRow:
     """A sample as a shard holds it.
 
     Attributes:
-        sample: with its pictures as bytes.
-        image_sizes: width and height of each picture, upright.
+        sample: with its images as bytes.
+        image_sizes: width and height of each image, upright.
     """
 
     sample: Sample
@@ -86,7 +86,7 @@ class ShardWriter:
     def add(
         self, sample: Sample, images: Sequence[CheckedImage], *, num_tokens: int | None
     ) -> None:
-        """Add a sample with its pictures."""
+        """Add a sample with its images."""
         row = describe_row(sample, images, num_tokens=num_tokens)
         self._rows.append(row)
         self._num_rows += 1
@@ -111,7 +111,7 @@ class ShardReader:
     """Reads single rows of one shard, a row group at a time."""
 
     def __init__(self, folder: Folder, name: str) -> None:
-        # A picture in a file that is mapped is copied once, when it is read.
+        # An image in a file that is mapped is copied once, when it is read.
         where = folder.path(name) if folder.is_local else folder.open(name)
         self._file = pq.ParquetFile(where, memory_map=folder.is_local)
         self._ends: list[int] = []
@@ -139,7 +139,7 @@ class ShardReader:
 
 
 def read_counts(folder: Folder, name: str) -> pa.Table:
-    """Return the `COUNTS` of a shard's rows; its texts and pictures are not read."""
+    """Return the `COUNTS` of a shard's rows; its texts and images are not read."""
     with folder.open(name) as file:
         return pq.read_table(file, columns=list(COUNTS))
 
@@ -177,13 +177,13 @@ def parse_row(row: dict[str, Any]) -> ShardRow:
 
 
 def write_text(message: Message) -> str:
-    """Return a message's text, with `<image>` for each picture."""
+    """Return a message's text, with `<image>` for each image."""
     pieces = [p.text if isinstance(p, TextPart) else IMAGE_TOKEN for p in message.parts]
     return "".join(pieces)
 
 
 def _count_words(message: Message) -> int:
-    """Return a message's words, a picture being one: the length that LLaVA's sampler goes by."""
+    """Return a message's words, an image being one: the length that LLaVA's sampler goes by."""
     return sum(len(p.text.split()) if isinstance(p, TextPart) else 1 for p in message.parts)
 
 
@@ -191,7 +191,7 @@ def _parse_text(text: str) -> tuple[TextPart | ImagePart, ...]:
     parts: list[TextPart | ImagePart] = []
     for i, piece in enumerate(text.split(IMAGE_TOKEN)):
         if i:
-            parts.append(PICTURE)
+            parts.append(IMAGE)
         if piece:
             parts.append(TextPart(piece))
     return tuple(parts)

@@ -1,7 +1,7 @@
 """What a sample must be like to enter a shard; the rest goes to the rejects, with a reason.
 
 Reasons: `bad_row` (a field is missing, or of the wrong kind), `roles`, `placeholders` (`<image>`
-and pictures do not match), `empty` (nothing is said), `too_long`, `duplicate` and `duplicate_id`,
+and images do not match), `empty` (nothing is said), `too_long`, `duplicate` and `duplicate_id`,
 `image_path`, `image_missing`, `image_empty`, `image_corrupt`, `image_oversized`, `too_many_images`.
 """
 
@@ -11,13 +11,13 @@ from llava_ray.config import LimitsConfig
 from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
 from llava_ray.images import decode
 from llava_ray.template.check import check_sample, find_problem
-from llava_ray.template.tokens import count_pictures, join_text
+from llava_ray.template.tokens import count_images, join_text
 from llava_ray.types import Sample
 
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """A picture that can be decoded.
+    """An image that can be decoded.
 
     Attributes:
         data: the file, as it came.
@@ -30,7 +30,7 @@ class CheckedImage:
 
 
 def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
-    """Check everything about a sample but its pictures' bytes.
+    """Check everything about a sample but its images' bytes.
 
     Raises:
         SampleError: with the reason.
@@ -44,15 +44,15 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
             "encoding",
             reason="bad_row",
         )
-    named, given = count_pictures(sample.messages), len(sample.images)
+    named, given = count_images(sample.messages), len(sample.images)
     if named != given:
         raise SampleError(
-            f"the text has {named} <image> and the row {given} pictures: write one for each",
+            f"the text has {named} <image> and the row {given} images: write one for each",
             reason="placeholders",
         )
     if given > max_images:
         raise SampleError(
-            f"it has {given} pictures, more than the {max_images} allowed: raise max_images",
+            f"it has {given} images, more than the {max_images} allowed: raise max_images",
             reason="too_many_images",
         )
     num_chars = sum(map(len, texts))
@@ -77,7 +77,7 @@ def _is_text(text: str) -> bool:
 
 
 def check_image(data: bytes, limits: LimitsConfig, *, name: str) -> CheckedImage:
-    """Return a picture after decoding all of it once.
+    """Return an image after decoding all of it once.
 
     Raises:
         SampleError: it cannot be decoded, or is over a limit; with the reason.

@@ -2,7 +2,7 @@
 
 Every test scene is asked one question of each kind that it gives occasion for. Half of the scenes
 hold a combination that no training scene holds. Blind, the same questions come with a grey
-picture. The prior is what somebody reaches who reads the questions well and knows the statistics
+image. The prior is what somebody reaches who reads the questions well and knows the statistics
 of their answers, but sees nothing.
 """
 
@@ -121,13 +121,13 @@ class Answerer:
 
     @torch.inference_mode()
     def answer(self, cases: Sequence[Case], *, is_blind: bool = False) -> list[str]:
-        pictures = [_grey() if is_blind else scenes.draw(case.scene) for case in cases]
+        images = [_grey() if is_blind else scenes.draw(case.scene) for case in cases]
         prompts = [
             self._processor.apply_chat_template(_messages(case), add_generation_prompt=True)
             for case in cases
         ]
         inputs = self._processor(
-            images=pictures,
+            images=images,
             text=prompts,
             padding=True,
             return_tensors="pt",
@@ -140,7 +140,7 @@ class Answerer:
         ]
 
     def chat(self, texts: Sequence[str]) -> list[str]:
-        """The answers to texts that come without a picture, each by itself."""
+        """The answers to texts that come without an image, each by itself."""
         return [self._generate([_message("user", text)]) for text in texts]
 
     @torch.inference_mode()
@@ -166,7 +166,7 @@ def _grey() -> Image.Image:
 
 
 def _messages(case: Case) -> list[dict]:
-    """The conversation up to the question, the picture with its first message."""
+    """The conversation up to the question, the image with its first message."""
     texts = [text for turn in case.history for text in turn] + [case.question]
     messages = [
         _message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)
@@ -184,7 +184,7 @@ def evaluate(
     threads: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Scores:
-    """Score a model folder on held-out scenes, with their pictures and blind, and print a table."""
+    """Score a model folder on held-out scenes, with their images and blind, and print a table."""
     if threads:
         torch.set_num_threads(threads)
     start = time.monotonic()

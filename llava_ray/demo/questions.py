@@ -43,12 +43,12 @@ class Question(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; `picture` is the scene that comes with the question, if any."""
+    """One turn of a conversation; `image` is the scene that comes with the question, if any."""
 
     kind: str
     question: str
     answer: str
-    picture: Scene | None
+    image: Scene | None
 
 
 @dataclass(frozen=True)
@@ -656,7 +656,7 @@ WEIGHTS = {
     "talk": 0.4,
 }  # fmt: skip
 
-TALK_WITHOUT_PICTURE = 0.4  # of what is said while there is none
+TALK_WITHOUT_IMAGE = 0.4  # of what is said while there is none
 
 
 def ask(kind: str, asker: Asker, *, tries: int = 8) -> Question | None:
@@ -682,40 +682,40 @@ def _ask_about(item: Item, rng: random.Random) -> tuple[str, Question] | None:
 
 def make_conversation(
     rng: random.Random,
-    pictures: Sequence[Scene],
+    images: Sequence[Scene],
     *,
     num_turns: int,
     weights: dict[str, float] | None = None,
     spare_held_out: bool = True,
     follow_ups: bool = True,
 ) -> list[Turn]:
-    """Turns about pictures that come one after the other, each question about the latest.
+    """Turns about images that come one after the other, each question about the latest.
 
-    With `follow_ups`, some questions say "it" of what the one before was about. Without a picture,
+    With `follow_ups`, some questions say "it" of what the one before was about. Without an image,
     whatever is asked about one is answered by saying that there is none.
     """
     weights = weights or WEIGHTS
     arrivals = {0: 0} | {
         turn: index for index, turn in
-        zip(range(1, len(pictures)), sorted(rng.sample(range(1, num_turns), len(pictures) - 1)),
+        zip(range(1, len(images)), sorted(rng.sample(range(1, num_turns), len(images) - 1)),
             strict=True)
-    } if pictures else {}  # fmt: skip
+    } if images else {}  # fmt: skip
     turns: list[Turn] = []
     asker = Asker(scenes.make_scene(rng), rng, spare_held_out)
     about: Item | None = None
     while len(turns) < num_turns:
-        picture = pictures[arrivals[len(turns)]] if len(turns) in arrivals else None
-        if picture:
-            asker, about = Asker(picture, rng, spare_held_out), None
+        image = images[arrivals[len(turns)]] if len(turns) in arrivals else None
+        if image:
+            asker, about = Asker(image, rng, spare_held_out), None
         kind = rng.choices(tuple(weights), tuple(weights.values()))[0]
-        if not pictures and rng.random() < TALK_WITHOUT_PICTURE:
+        if not images and rng.random() < TALK_WITHOUT_IMAGE:
             kind = "talk"
         question = ask(kind, asker)
-        if follow_ups and about and not picture and rng.random() < 0.12:
+        if follow_ups and about and not image and rng.random() < 0.12:
             kind, question = _ask_about(about, rng) or (kind, question)
         if question is None:
             continue
-        answer = question.answer if pictures or kind == "talk" else talk.NO_PICTURE
-        turns.append(Turn(kind, talk.vary(rng, question.text), answer, picture))
-        about = question.about if pictures else None
+        answer = question.answer if images or kind == "talk" else talk.NO_IMAGE
+        turns.append(Turn(kind, talk.vary(rng, question.text), answer, image))
+        about = question.about if images else None
     return turns

@@ -1,4 +1,4 @@
-"""Scenes: what is in a picture, and the picture.
+"""Scenes: what is in an image, and the image.
 
 A scene holds up to nine items, one a cell of a 3x3 layout: a coloured shape, an everyday thing or
 a printed number. `make_scene` makes one from a random generator and `draw` paints it, both exactly
@@ -47,7 +47,7 @@ ODD_SHAPES = {
 """Outlines that no question is about, both coordinates from 0 to 1."""
 GRID = 3
 CELL = 48  # pixels
-PIXELS = CELL * GRID  # a picture's side, as the model sees it
+PIXELS = CELL * GRID  # an image's side, as the model sees it
 MAX_JITTER = 6
 UNNAMED = "?"  # the colour or the shape that is none of those above
 _SUPERSAMPLING = 4
@@ -57,7 +57,7 @@ _HELD_OUT_NUMBERS = frozenset((14, 23, 37, 46, 50, 68, 72, 85, 91))
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One object of a scene; `x`, `y` and `pixels` are measured in a picture of PIXELS a side."""
+    """One object of a scene; `x`, `y` and `pixels` are measured in an image of PIXELS a side."""
 
     kind: Kind
     name: str  # a shape, a thing, or the digits of a number
@@ -87,7 +87,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A picture before it is painted: its items in reading order, and its background's two ends."""
+    """An image before it is painted: its items in reading order, and its background's two ends."""
 
     items: tuple[Item, ...]
     background: tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -136,7 +136,7 @@ def make_scene(
 
 
 def make_empty_scene(rng: random.Random) -> Scene:
-    """A picture of nothing, light or dark."""
+    """An image of nothing, light or dark."""
     paint = _light if rng.random() < 0.5 else _any_colour
     first = paint(rng)
     second = first if rng.random() < 0.5 else paint(rng)
@@ -212,8 +212,8 @@ def _any_colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
-    """Paint a scene as an RGB picture of `scale * PIXELS` a side."""
-    picture = _draw_background(scene, PIXELS * scale)
+    """Paint a scene as an RGB image of `scale * PIXELS` a side."""
+    image = _draw_background(scene, PIXELS * scale)
     for item in scene.items:
         pixels = item.pixels * scale
         match item.kind:
@@ -224,8 +224,8 @@ def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
             case "number":
                 stamp = sprites.number(item.name, item.face, pixels)
         corner = (item.x * scale - stamp.width // 2, item.y * scale - stamp.height // 2)
-        picture.paste(stamp if item.kind == "thing" else item.ink, corner, stamp)
-    return picture
+        image.paste(stamp if item.kind == "thing" else item.ink, corner, stamp)
+    return image
 
 
 def _draw_background(scene: Scene, pixels: int) -> Image.Image:

@@ -73,7 +73,7 @@ def _cells(name: str, pixels: int) -> tuple[Image.Image, ...]:
 
 @cache
 def thing(name: str, pixels: int) -> Image.Image:
-    """The RGBA picture of a thing, its longer side `pixels`."""
+    """The RGBA image of a thing, its longer side `pixels`."""
     cell = _cells("things", THING_PIXELS)[list(THINGS).index(name)]
     return _resized(cell, pixels / max(cell.size))
 
@@ -92,9 +92,9 @@ def number(text: str, face: int, pixels: int) -> Image.Image:
     return _resized(line, pixels / line.height)
 
 
-def _resized(picture: Image.Image, scale: float) -> Image.Image:
-    width, height = (max(1, round(side * scale)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+def _resized(image: Image.Image, scale: float) -> Image.Image:
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def cut_sheets(emoji_font: Path, dejavu: Path) -> None:
@@ -117,11 +117,11 @@ def _drawn(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     return canvas.crop(canvas.getbbox())
 
 
-def _sheet(mode: str, pixels: int, pictures: Iterator[Image.Image]) -> Image.Image:
-    fitted = [_resized(picture, pixels / max(picture.size)) for picture in pictures]
+def _sheet(mode: str, pixels: int, images: Iterator[Image.Image]) -> Image.Image:
+    fitted = [_resized(image, pixels / max(image.size)) for image in images]
     sheet = Image.new(mode, (COLUMNS * pixels, -(-len(fitted) // COLUMNS) * pixels))
-    for index, picture in enumerate(fitted):
-        sheet.paste(picture, (index % COLUMNS * pixels, index // COLUMNS * pixels))
+    for index, image in enumerate(fitted):
+        sheet.paste(image, (index % COLUMNS * pixels, index // COLUMNS * pixels))
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""What people say that is not a question about the picture, and how they write.
+"""What people say that is not a question about the image, and how they write.
 
 The model answers all of it with one of a few sentences. Variety here is what keeps it from taking
 a stranger's sentence for a question about shapes.
@@ -6,7 +6,7 @@ a stranger's sentence for a question about shapes.
 
 import random
 
-NO_PICTURE = "I see no picture yet. Please add one."
+NO_IMAGE = "I see no picture yet. Please add one."
 KNOWS = (
     "I know only coloured shapes, sixty everyday things and printed numbers. "
     "Ask me what there is, where, how many, what colour or which is larger."
@@ -112,7 +112,7 @@ _SYSTEM = (
 
 
 def small_talk(rng: random.Random) -> tuple[str, str]:
-    """Something that is not about the picture, and the answer to it."""
+    """Something that is not about the image, and the answer to it."""
     answers = (
         (_GREETINGS, HELLO), (_WHO, WHO), (_THANKS, WELCOME), (_GOODBYES, GOODBYE), (None, KNOWS)
     )  # fmt: skip

@@ -50,9 +50,9 @@ async def chat(
     Args:
         engine: answers.
         request: the conversation, or the prompt.
-        limits: what its pictures may be.
-        executor: decodes pictures; default: the event loop's own threads.
-        note_decode: told how many seconds each picture took to decode, in a thread of `executor`.
+        limits: what its images may be.
+        executor: decodes images; default: the event loop's own threads.
+        note_decode: told how many seconds each image took to decode, in a thread of `executor`.
         note_render: told how many seconds decoding and rendering took, with the wait for a thread.
 
     Raises:
@@ -83,17 +83,17 @@ def render(
     add_generation_prompt: bool = True,
     note_decode: Callable[[float], None] = lambda seconds: None,
 ) -> Prompt:
-    """Return the prompt for a request, its pictures decoded.
+    """Return the prompt for a request, its images decoded.
 
     The answer to a conversation ends at the template's stop texts as well as at those that were
     asked for; JSON ends by itself, and may well hold them.
     """
     if isinstance(request, PromptRequest):
-        pictures = tuple(_decode(part, limits, note_decode) for part in request.images)
+        decoded = tuple(_decode(part, limits, note_decode) for part in request.images)
         return Prompt(
-            request.request_id, request.prompt, pictures, request.sampling, adapter=request.adapter
+            request.request_id, request.prompt, decoded, request.sampling, adapter=request.adapter
         )
-    pictures = tuple(
+    decoded = tuple(
         _decode(part, limits, note_decode)
         for message in request.messages
         for part in message.parts
@@ -103,14 +103,14 @@ def render(
     text = template.render(request.messages, add_generation_prompt=add_generation_prompt)
     if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
-    return Prompt(request.request_id, text, pictures, sampling, adapter=request.adapter)
+    return Prompt(request.request_id, text, decoded, sampling, adapter=request.adapter)
 
 
 def _decode(part: ImagePart, limits: LimitsConfig, note_decode: Callable[[float], None]) -> Image:
     started = time.perf_counter()
-    picture = images.decode(part, limits=limits)
+    image = images.decode(part, limits=limits)
     note_decode(time.perf_counter() - started)
-    return picture
+    return image
 
 
 async def complete(engine: Engine, request: CompletionRequest) -> AsyncGenerator[Chunk]:

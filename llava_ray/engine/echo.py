@@ -1,6 +1,6 @@
 """The fake engine that ships: no weights, no torch, every behaviour of the seam.
 
-It says the last user's words back, counts the pictures and names the adapter, a word a token. For
+It says the last user's words back, counts the images and names the adapter, a word a token. For
 tests, for trying the application's shell, and for measuring what everything around an engine costs.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from llava_ray.engine.detokenizer import LogprobStream, TextStream
 from llava_ray.errors import ContextLengthError, EngineError, RequestError, UnsupportedError
-from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, check_pictures, find_template
+from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, check_images, find_template
 from llava_ray.types import Chunk, Prompt, Tokens
 
 
@@ -22,7 +22,7 @@ class EchoEngine:
 
     Args:
         delay_s: how long each token takes.
-        context_length: longest prompt plus answer, in words; a picture counts as one.
+        context_length: longest prompt plus answer, in words; an image counts as one.
         template: name of a conversation template; by default no more than roles.
     """
 
@@ -38,7 +38,7 @@ class EchoEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; see `Engine.stream`."""
         await self.check()
-        check_pictures(prompt.text, len(prompt.images))
+        check_images(prompt.text, len(prompt.images))
         if prompt.sampling.json_schema is not None:
             raise UnsupportedError(
                 "response_format is not supported by the echo engine, which says back what it "
@@ -47,7 +47,7 @@ class EchoEngine:
             )
         if prompt.token_ids:
             prompt = replace(prompt, text=await self.detokenize(prompt.token_ids), token_ids=())
-        self._check_pictures(prompt)
+        self._check_images(prompt)
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))
@@ -81,7 +81,7 @@ class EchoEngine:
 
     async def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a token for each character; see `Engine.tokenize`."""
-        self._check_pictures(prompt)
+        self._check_images(prompt)
         return Tokens([ord(c) for c in prompt.text], list(prompt.text), self.context_length)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
@@ -109,11 +109,11 @@ class EchoEngine:
         """End all streams at their next token."""
         self._is_closed = True
 
-    def _check_pictures(self, prompt: Prompt) -> None:
+    def _check_images(self, prompt: Prompt) -> None:
         if prompt.text.count(IMAGE_TOKEN) != len(prompt.images):
             raise RequestError(
-                f"the prompt names {prompt.text.count(IMAGE_TOKEN)} pictures and "
-                f"{len(prompt.images)} came with it: write {IMAGE_TOKEN} once for each picture",
+                f"the prompt names {prompt.text.count(IMAGE_TOKEN)} images and "
+                f"{len(prompt.images)} came with it: write {IMAGE_TOKEN} once for each image",
                 param="messages",
             )
 
@@ -122,7 +122,7 @@ class EchoEngine:
         asked = prompt.sampling.max_tokens
         if room <= 0 or (asked or 0) > room:
             raise ContextLengthError(
-                f"the prompt has {num_prompt_tokens:,} tokens ({len(prompt.images)} for pictures), "
+                f"the prompt has {num_prompt_tokens:,} tokens ({len(prompt.images)} for images), "
                 f"max_tokens asks for {asked or 1:,} more, the context holds "
                 f"{self.context_length:,}: shorten the conversation or ask for less",
                 param="messages" if room <= 0 else "max_tokens",
@@ -133,7 +133,7 @@ class EchoEngine:
 def _answer(prompt: Prompt, max_tokens: int) -> Iterator[str]:
     said = prompt.text.rpartition("USER:")[2].rpartition("ASSISTANT:")[0] or prompt.text
     adapter = f", {prompt.adapter}" if prompt.adapter else ""
-    text = f"{said.replace('<image>', ' ').strip()} ({len(prompt.images)} pictures{adapter})"
+    text = f"{said.replace('<image>', ' ').strip()} ({len(prompt.images)} images{adapter})"
     words = re.findall(r"\s*\S+", text)
     if not prompt.sampling.ignore_eos:
         yield from words

@@ -4,18 +4,18 @@ import os
 
 from llava_ray.config import ModelConfig
 from llava_ray.config.model import count_threads
-from llava_ray.engine.protocol import Engine, NotePictures, ignore_pictures
+from llava_ray.engine.protocol import Engine, NoteImages, ignore_images
 from llava_ray.errors import ConfigError
 
 
-def load_engine(config: ModelConfig, *, note_pictures: NotePictures = ignore_pictures) -> Engine:
+def load_engine(config: ModelConfig, *, note_images: NoteImages = ignore_images) -> Engine:
     """Load a model and start the engine that the configuration names.
 
     Each engine's packages are imported only when that engine is asked for.
 
     Args:
         config: of the model.
-        note_pictures: told what becomes of pictures; of the torch engine only.
+        note_images: told what becomes of images; of the torch engine only.
 
     Raises:
         ConfigError: the model does not load, or the engine is not available here.
@@ -40,7 +40,7 @@ def load_engine(config: ModelConfig, *, note_pictures: NotePictures = ignore_pic
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
             from llava_ray.engine.torch_engine.engine import TorchEngine
 
-            return TorchEngine.load(config, note_pictures=note_pictures)
+            return TorchEngine.load(config, note_images=note_images)
         case "vllm":
             from llava_ray.engine.external.engine import ChildEngine
             from llava_ray.engine.external.vllm_engine import VLLM

@@ -13,7 +13,7 @@ from llava_ray.engine.detokenizer import LogprobStream, TextStream
 from llava_ray.engine.structured_output import Grammar, Vocabulary
 from llava_ray.errors import ContextLengthError, RequestError
 from llava_ray.model.loading import Core
-from llava_ray.model.processor import mark_pictures
+from llava_ray.model.processor import mark_images
 from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
 
@@ -33,7 +33,7 @@ class PromptReader:
         self._core, self._context_length, self._room = core, context_length, room
 
     def read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
-        """Return a prompt's token ids, and its pictures as the model takes them.
+        """Return a prompt's token ids, and its images as the model takes them.
 
         Raises:
             RequestError: it cannot be read.
@@ -42,7 +42,7 @@ class PromptReader:
             self.check_token_ids(prompt.token_ids, param="prompt")
             if self._core.image_token_id in prompt.token_ids:
                 raise RequestError(
-                    f"token {self._core.image_token_id} stands for a picture, and none came with "
+                    f"token {self._core.image_token_id} stands for an image, and none came with "
                     "it: leave it out",
                     param="prompt",
                 )
@@ -50,17 +50,17 @@ class PromptReader:
         if not (prompt.images or prompt.add_special_tokens):
             return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
         inputs = self._core.encode(prompt.text, prompt.images)
-        return inputs["input_ids"][0].tolist(), select_pictures(inputs)
+        return inputs["input_ids"][0].tolist(), select_images(inputs)
 
     def write(self, prompt: Prompt, prompt_ids: Sequence[int]) -> dict[str, Any]:
-        """Return a prompt for a processor that expands pictures itself: its `token_ids` with one
-        image token for each picture, and the `text` before which that puts its own beginning."""
+        """Return a prompt for a processor that expands images itself: its `token_ids` with one
+        image token for each image, and the `text` before which that puts its own beginning."""
         if not prompt.images:
             return {"token_ids": list(prompt_ids), "text": ""}
         core = self._core
         image_id = core.image_token_id
         ids = [image_id if i == IMAGE_PLACEHOLDER else i for i in core.tokenize(prompt.text)]
-        text = mark_pictures(prompt.text) if core.checkpoint.uses_start_end else prompt.text
+        text = mark_images(prompt.text) if core.checkpoint.uses_start_end else prompt.text
         return {"token_ids": ids, "text": text.removeprefix(core.tokenizer.bos_token or "")}
 
     def count_image_tokens(self, prompt_ids: Sequence[int]) -> int:
@@ -77,9 +77,9 @@ class PromptReader:
         self.check_token_ids(biased, param="logit_bias")
         num_tokens, room = len(prompt_ids), self._room
         num_image_tokens = self.count_image_tokens(prompt_ids)
-        pictures = f"{len(prompt.images)} picture{'s' if len(prompt.images) > 1 else ''}"
+        images = f"{len(prompt.images)} image{'s' if len(prompt.images) > 1 else ''}"
         parts = (
-            f" ({num_image_tokens:,} for {pictures}, {num_tokens - num_image_tokens:,} of text)"
+            f" ({num_image_tokens:,} for {images}, {num_tokens - num_image_tokens:,} of text)"
             if prompt.images
             else ""
         )
@@ -87,7 +87,7 @@ class PromptReader:
         if num_tokens >= room:
             raise ContextLengthError(
                 f"the prompt has {num_tokens:,} tokens{parts}, the context holds {room:,} with "
-                f"the answer: shorten the conversation{' or send fewer pictures' * bool(parts)}",
+                f"the answer: shorten the conversation{' or send fewer images' * bool(parts)}",
                 param="messages",
             )
         if asked is not None and num_tokens + asked > room:
@@ -149,6 +149,6 @@ class PromptReader:
         )
 
 
-def select_pictures(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return those of a prompt's inputs that belong to its pictures; None if it has none."""
+def select_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """Return those of a prompt's inputs that belong to its images; None if it has none."""
     return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS} or None

@@ -7,8 +7,8 @@ from llava_ray.template import Template
 from llava_ray.types import Chunk, Prompt, Tokens
 
 
-class NotePictures(Protocol):
-    """Told of each step's new pictures, by an engine that encodes them itself, in any thread.
+class NoteImages(Protocol):
+    """Told of each step's new images, by an engine that encodes them itself, in any thread.
 
     Args:
         num_encoded: those that went through the vision tower.
@@ -19,8 +19,8 @@ class NotePictures(Protocol):
     def __call__(self, num_encoded: int, num_cached: int, seconds: float) -> None: ...
 
 
-def ignore_pictures(num_encoded: int, num_cached: int, seconds: float) -> None:
-    """For those who do not want to know; see `NotePictures`."""
+def ignore_images(num_encoded: int, num_cached: int, seconds: float) -> None:
+    """For those who do not want to know; see `NoteImages`."""
 
 
 class Engine(Protocol):

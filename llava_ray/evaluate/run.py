@@ -14,7 +14,7 @@ from typing import NamedTuple
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
-from llava_ray.evaluate.datasets.images import hash_picture
+from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import (
     Predictor,
     SharedAttempts,
@@ -129,14 +129,14 @@ def _stream(
 def find_open(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
-    """Return the questions without an answer that holds for this model, pictures and settings."""
+    """Return the questions without an answer that holds for this model, images and settings."""
 
     def is_open(question: Question) -> bool:
         prediction = known.get(question.question_id)
         if prediction is None or prediction.status != "answered":
             return True
         try:
-            shas = [hash_picture(each) for each in question.images]
+            shas = [hash_image(each) for each in question.images]
         except ImageError:
             return True
         return prediction.cache_key != make_cache_key(digest, question, shas, settings)

@@ -1,9 +1,9 @@
-"""Anyres: how the tiles of one picture become one row of features, and how many that are.
+"""Anyres: how the tiles of one image become one row of features, and how many that are.
 
 Used by the model (`modules`) and by `Core.encode`, which must agree. The rules are LLaVA's
 `prepare_inputs_labels_for_multimodal`: `mm_patch_merge_type` flat, spatial, spatial_unpad.
 
-Shapes: T tiles of a picture (the first is the whole picture), P patches of a tile, D hidden, H W
+Shapes: T tiles of an image (the first is the whole image), P patches of a tile, D hidden, H W
 rows and columns of the grid of patches.
 """
 
@@ -14,11 +14,11 @@ from transformers.image_processing_utils import select_best_resolution
 
 
 def count_image_tokens(config: Any, image_size: tuple[int, int]) -> int:
-    """Return how many tokens a picture is to a model of the original layout.
+    """Return how many tokens an image is to a model of the original layout.
 
     Args:
         config: the model's.
-        image_size: height and width of the picture.
+        image_size: height and width of the image.
     """
     side = config.vision_config.image_size // config.vision_config.patch_size
     has_cls = config.vision_config.model_type == "clip_vision_model"
@@ -45,16 +45,16 @@ def join_tiles(
     merge_type: str,
     newline_D: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the tiles of one picture as a row of features, [tokens, D], the whole picture first.
+    """Return the tiles of one image as a row of features, [tokens, D], the whole image first.
 
     Args:
         features_TPD: of each tile.
-        image_size: height and width of the picture as it came.
-        pinpoints: sizes [height, width] that the picture may have been laid out to.
+        image_size: height and width of the image as it came.
+        pinpoints: sizes [height, width] that the image may have been laid out to.
         tile_size: height and width of a tile, in pixels.
         merge_type: "flat" (tile after tile), "spatial" (row after row of the grid of tiles) or
             "spatial_unpad" (the same without the rows or columns that are padding).
-        newline_D: ends each row of "spatial_unpad", and a picture that has no tiles.
+        newline_D: ends each row of "spatial_unpad", and an image that has no tiles.
     """
     if merge_type == "flat":
         return features_TPD.flatten(0, 1)
@@ -74,13 +74,13 @@ def join_tiles(
 
 
 def measure_padding(image_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int]:
-    """Return how many rows and columns at each edge of the grid hold nothing of the picture.
+    """Return how many rows and columns at each edge of the grid hold nothing of the image.
 
-    LLaVA rounds the picture's scaled side down; transformers first rounds it to seven digits, which
+    LLaVA rounds the image's scaled side down; transformers first rounds it to seven digits, which
     differs by one now and then.
 
     Args:
-        image_size: height and width of the picture.
+        image_size: height and width of the image.
         grid_size: height and width of the grid that it was fitted into.
     """
     (image_height, image_width), (height, width) = image_size, grid_size

@@ -84,7 +84,7 @@ def describe_model(
     Args:
         checkpoint: what was found.
         stored: its tensors by their names in memory.
-        image_token_id: the id that stands for a patch of a picture.
+        image_token_id: the id that stands for a patch of an image.
         config: what `read_published` gave, of the published layout.
 
     Raises:

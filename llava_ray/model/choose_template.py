@@ -49,7 +49,7 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
         if own is None:
             raise ConfigError(
                 f"template={OWN!r}: {str(checkpoint.folder)!r} brings no chat template that knows "
-                f"of pictures: give one of {', '.join(TEMPLATES)}"
+                f"of images: give one of {', '.join(TEMPLATES)}"
             )
         return own
     if named is None:

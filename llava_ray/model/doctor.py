@@ -94,16 +94,16 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
         "model": f"{checkpoint.model_type}, language model {checkpoint.text_model_type}",
         "vision tower": checkpoint.tower or "not named",
         "projector": checkpoint.projector,
-        "pictures": checkpoint.aspect_mode,
+        "images": checkpoint.aspect_mode,
     }
     if checkpoint.base:
         facts["base"] = str(checkpoint.base)
     if checkpoint.tower_folder:
         facts["vision tower"] += f", found in {checkpoint.tower_folder}"
     if checkpoint.aspect_mode == "anyres":
-        facts["pictures"] += f", tiles joined {checkpoint.merge_type}"
+        facts["images"] += f", tiles joined {checkpoint.merge_type}"
     if checkpoint.uses_start_end:
-        facts["pictures"] += ", between <im_start> and <im_end>"
+        facts["images"] += ", between <im_start> and <im_end>"
     return facts
 
 

@@ -3,7 +3,7 @@
 The vocabulary is what transformers reads. But SentencePiece puts a space before a text, and which
 texts get one has changed from version to version: LLaVA's code runs the tokenizers of transformers
 4.37, and checkpoints were trained with the ids that those give. Each piece of a prompt between two
-pictures is a text of its own, so one id more or less is in nearly every prompt.
+images is a text of its own, so one id more or less is in nearly every prompt.
 
     first   one space before the whole text, also if it begins with one (`legacy: false`)
     each    one before each part between special tokens (`legacy: true`, or not said; all of the

@@ -1,4 +1,4 @@
-"""Loads a checkpoint and turns text and pictures into the inputs of its model.
+"""Loads a checkpoint and turns text and images into the inputs of its model.
 
 Below everything that computes: engines, training and evaluation all get their model from
 `load_model`, so that what a folder holds is decided here and only here, by what its files say.
@@ -31,12 +31,12 @@ from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
 from llava_ray.model.checkpoint.llava_format import read_pinpoints
 from llava_ray.model.checkpoint.weights import Stored, check_deltas, open_parts
 from llava_ray.model.choose_template import OWN, choose_template, find_stop_ids
-from llava_ray.model.processor import encode_pictures, load_processor, mark_pictures
+from llava_ray.model.processor import encode_images, load_processor, mark_images
 from llava_ray.model.quiet import choose_dtype, no_collecting, no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
     Template,
-    check_pictures,
+    check_images,
     find_template,
     tokenize_pieces,
 )
@@ -63,11 +63,11 @@ class Core:
 
     Attributes:
         model: transformers' module, on its device, in evaluation mode.
-        processor: transformers' processor: the tokenizer and the picture's preprocessing.
+        processor: transformers' processor: the tokenizer and the image's preprocessing.
         tokenizer: the processor's tokenizer.
         template: renders conversations into prompts.
         context_length: the longest prompt plus answer, in tokens.
-        image_token_id: the id that stands for one patch of a picture. In models of the original
+        image_token_id: the id that stands for one patch of an image. In models of the original
             layout it may be beyond the vocabulary; their embeddings let it through.
         eos_token_ids: generation ends at any of these.
         checkpoint: what the folder was.
@@ -89,22 +89,22 @@ class Core:
         transformers' what its processors give.
 
         Args:
-            text: the prompt, with one `<image>` for each picture, in order.
-            images: the pictures, RGB.
+            text: the prompt, with one `<image>` for each image, in order.
+            images: the images, RGB.
 
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
-            picture has tokens. With pictures `pixel_values` in float32: [N, C, H, W], or with
+            image has tokens. With images `pixel_values` in float32: [N, C, H, W], or with
             anyres [N, tiles, C, H, W] and beside it `image_sizes` [N, 2] (height, width).
 
         Raises:
-            RequestError: the number of pictures is not the number of `<image>` in the text.
+            RequestError: the number of images is not the number of `<image>` in the text.
         """
-        check_pictures(text, len(images), self.processor.image_token)
+        check_images(text, len(images), self.processor.image_token)
         if self.checkpoint.layout == "original":
             return self._encode_original(text, images)
         if self.checkpoint.uses_start_end:
-            text = mark_pictures(text)
+            text = mark_images(text)
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,
@@ -115,9 +115,9 @@ class Core:
         return dict(inputs)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return a prompt's ids, those of LLaVA's own code in its layout; -200 for each picture."""
+        """Return a prompt's ids, those of LLaVA's own code in its layout; -200 for each image."""
         if self.checkpoint.uses_start_end:
-            text = mark_pictures(text)
+            text = mark_images(text)
         if self.checkpoint.in_pieces:
             return tokenize_pieces(self.tokenizer, text)
         bos = self.tokenizer.bos_token
@@ -131,14 +131,14 @@ class Core:
         inputs: dict[str, torch.Tensor] = {}
         counts: Iterator[int] = iter(())
         if images:
-            inputs = encode_pictures(self.processor, images)
+            inputs = encode_images(self.processor, images)
             config = self.model.config
             sizes = [(image.height, image.width) for image in images]
             counts = iter([count_image_tokens(config, size) for size in sizes])
         ids: list[int] = []
         for id_ in self.tokenize(text):
-            is_picture = id_ == IMAGE_PLACEHOLDER
-            ids += [self.image_token_id] * next(counts) if is_picture else [id_]
+            is_image = id_ == IMAGE_PLACEHOLDER
+            ids += [self.image_token_id] * next(counts) if is_image else [id_]
         ids_1T = torch.tensor([ids])
         return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
 

@@ -9,7 +9,7 @@ those; what differs is here, and only that:
     an image token beyond the vocabulary, so that original checkpoints keep their sizes
     language models whose embeddings have another name (MPT)
 
-Shapes: N pictures, T tiles of a picture (the first is the whole picture), P patches of a tile,
+Shapes: N images, T tiles of an image (the first is the whole image), P patches of a tile,
 D hidden.
 """
 
@@ -49,7 +49,7 @@ class Projector(nn.Module):
 
 
 class Llava(LlavaForConditionalGeneration):
-    """LLaVA with one tile a picture.
+    """LLaVA with one tile an image.
 
     `config` has, beside `LlavaConfig`'s fields, `mm_projector_type`.
     """
@@ -70,11 +70,11 @@ class AnyresModel(LlavaNextModel):
         vision_feature_select_strategy: str,
         image_newline: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return what the language model reads of each picture, [tokens, D], and how many.
+        """Return what the language model reads of each image, [tokens, D], and how many.
 
         Args:
-            image_features: of each picture, [T, P, D].
-            image_sizes: [N, 2], height and width of the pictures as they came.
+            image_features: of each image, [T, P, D].
+            image_sizes: [N, 2], height and width of the images as they came.
             vision_feature_select_strategy: has been applied already.
             image_newline: [D], after each row of the grid where the merge type says "unpad".
         """
@@ -95,7 +95,7 @@ class AnyresModel(LlavaNextModel):
 
 
 class LlavaAnyres(LlavaNextForConditionalGeneration):
-    """LLaVA with pictures laid out in tiles.
+    """LLaVA with images laid out in tiles.
 
     `config` has, beside `LlavaNextConfig`'s fields, `mm_projector_type` and `mm_patch_merge_type`.
     """

@@ -1,9 +1,9 @@
-"""Puts a checkpoint's tokenizer and picture preprocessing together, and encodes prompts with them.
+"""Puts a checkpoint's tokenizer and image preprocessing together, and encodes prompts with them.
 
 transformers' processors, in their PIL implementation: it needs no torchvision and gives the pixels
 of LLaVA's own code. For the original layout they are set up from what LLaVA's config.json says.
 
-Shapes: T tokens, N pictures.
+Shapes: T tokens, N images.
 """
 
 from collections.abc import Sequence
@@ -59,15 +59,15 @@ def load_processor(
     return _load_original(checkpoint, pinpoints)
 
 
-def mark_pictures(text: str) -> str:
+def mark_images(text: str) -> str:
     """Put each `<image>` between `<im_start>` and `<im_end>`, unless it stands there already."""
     start, end = START_END
     marked = start + IMAGE_TOKEN + end
     return text.replace(marked, IMAGE_TOKEN).replace(IMAGE_TOKEN, marked)
 
 
-def encode_pictures(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for at least one picture; pixels in float32."""
+def encode_images(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
+    """Return the model's inputs for at least one image; pixels in float32."""
     inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].float()
     return inputs
@@ -84,7 +84,7 @@ def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(
-            f"the picture preprocessing in {str(folder)!r} does not load: {error}"
+            f"the image preprocessing in {str(folder)!r} does not load: {error}"
         ) from error
     settings = read_processor_settings(folder)
     vision = config.get("vision_config", {})
@@ -117,11 +117,11 @@ def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
 
 
 def _onevision_processor(**settings: Any) -> Any:
-    """Return LLaVA-OneVision's processor for pictures alone: its videos would need torchvision."""
+    """Return LLaVA-OneVision's processor for images alone: its videos would need torchvision."""
     from transformers import LlavaOnevisionProcessor
     from transformers.processing_utils import ProcessorMixin
 
-    class PictureProcessor(LlavaOnevisionProcessor):
+    class ImageProcessor(LlavaOnevisionProcessor):
         def __init__(
             self, image_processor: Any, tokenizer: Any, chat_template: Any, **kwargs: Any
         ) -> None:
@@ -133,7 +133,7 @@ def _onevision_processor(**settings: Any) -> Any:
             self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
             ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    return PictureProcessor(**settings)
+    return ImageProcessor(**settings)
 
 
 def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) -> Any:
@@ -160,11 +160,11 @@ def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) ->
 def read_preprocessing(
     tower: Path, *, pad: bool = False, pinpoints: list[list[int]] | None = None
 ) -> Any:
-    """Return how a vision tower wants its pictures, from its preprocessor_config.json.
+    """Return how a vision tower wants its images, from its preprocessor_config.json.
 
     Args:
         tower: its folder.
-        pad: add borders until a picture is square.
+        pad: add borders until an image is square.
         pinpoints: sizes for anyres.
     """
     from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
@@ -220,7 +220,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
 
 
 def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the tokenizer of a checkpoint in the original layout, with all tokens for pictures.
+    """Return the tokenizer of a checkpoint in the original layout, with all tokens for images.
 
     In the order of LLaVA's code, which counts those that the files lack on from the last token.
 
@@ -238,7 +238,7 @@ def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str) -> None:
-    """A tokenizer that lacks the image token would spell it out, and no picture would be seen."""
+    """A tokenizer that lacks the image token would spell it out, and no image would be seen."""
     config = checkpoint.config
     expected = config.get("image_token_index", config.get("image_token_id"))
     found = tokenizer.convert_tokens_to_ids(image_token)

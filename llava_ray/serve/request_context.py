@@ -50,7 +50,7 @@ class Visit:
         self.first_after_s = time.monotonic() - self.started_at
 
     def note_fetched(self, started_at: float) -> None:
-        """The pictures behind its addresses are there."""
+        """The images behind its addresses are there."""
         self.fetch_s = time.monotonic() - started_at
 
     def note_gone(self) -> None:

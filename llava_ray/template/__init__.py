@@ -17,7 +17,7 @@ from llava_ray.template.tokens import (
     IMAGE_TOKEN,
     Encoded,
     Notation,
-    check_pictures,
+    check_images,
     tokenize_pieces,
 )
 
@@ -37,7 +37,7 @@ __all__ = [
     "Notation",
     "OwnTemplate",
     "Template",
-    "check_pictures",
+    "check_images",
     "find_template",
     "tokenize_pieces",
 ]
@@ -62,7 +62,7 @@ class Template(Protocol):
     def source(self) -> str: ...
 
     def render(self, messages: "Sequence[Message]", *, add_generation_prompt: bool = True) -> str:
-        """Return the prompt text, with the image token once for each picture, in order.
+        """Return the prompt text, with the image token once for each image, in order.
 
         Raises:
             RequestError: the template does not accept this conversation.
@@ -80,10 +80,10 @@ class Template(Protocol):
         """Return a conversation as training reads it: T ids, and T labels.
 
         Args:
-            messages: the conversation; the bytes of its pictures are not looked at.
+            messages: the conversation; the bytes of its images are not looked at.
             tokenizer: transformers' tokenizer of the model.
             sample_id: names the sample in errors.
-            num_images: how many pictures come with the sample, to be compared with the messages'.
+            num_images: how many images come with the sample, to be compared with the messages'.
 
         Raises:
             SampleError: it cannot be encoded; the message names the sample.

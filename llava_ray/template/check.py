@@ -7,7 +7,7 @@ which is stricter, since nobody would see what went wrong.
 from collections.abc import Sequence
 
 from llava_ray.errors import SampleError
-from llava_ray.template.tokens import IMAGE_TOKEN, count_pictures, join_text
+from llava_ray.template.tokens import IMAGE_TOKEN, count_images, join_text
 from llava_ray.types import ImagePart, Message
 
 
@@ -26,7 +26,7 @@ def find_problem(messages: Sequence[Message], *, has_system: bool = True) -> str
             if not has_system:
                 return "this template has no place for a system message: leave it out"
             if any(isinstance(part, ImagePart) for part in message.parts):
-                return "a picture stands in the system message: put it into a user message"
+                return "an image stands in the system message: put it into a user message"
         elif message.role != expected:
             return (
                 f"message {i + 1} is from the {message.role} where the {expected} speaks: send "
@@ -55,11 +55,11 @@ def check_sample(
     if problem is None:
         problem = _find_empty(messages)
     if problem is None and num_images is not None:
-        named = count_pictures(messages)
+        named = count_images(messages)
         if named != num_images:
             problem = (
-                f"the conversation names {named} pictures and {num_images} come with it: name "
-                "each picture once"
+                f"the conversation names {named} images and {num_images} come with it: name "
+                "each image once"
             )
     if problem is not None:
         raise SampleError(f"{name_sample(sample_id)}: {problem}")
@@ -76,9 +76,9 @@ def _find_empty(messages: Sequence[Message]) -> str | None:
     for i, message in enumerate(messages):
         if IMAGE_TOKEN in join_text(message):
             return (
-                f"the text of message {i + 1} has {IMAGE_TOKEN} in it without a picture: make "
-                "each one a picture of the message, or remove it"
+                f"the text of message {i + 1} has {IMAGE_TOKEN} in it without an image: make "
+                "each one an image of the message, or remove it"
             )
-        if not join_text(message) and not count_pictures([message]):
+        if not join_text(message) and not count_images([message]):
             return f"message {i + 1} is empty: write it, or leave the sample out"
     return None

@@ -1,9 +1,9 @@
 """A template of LLaVA's own code: one row of the table, and what it does with a conversation.
 
-messages -> turns (pictures written out) -> the walk of its style -> text, or ids and labels
+messages -> turns (images written out) -> the walk of its style -> text, or ids and labels
 
 LLaVA's trainer writes some conversations in another way than its server does: the style "single",
-the exchange around tagged pictures, and "plain", whose questions it leaves out. Checkpoints were
+the exchange around tagged images, and "plain", whose questions it leaves out. Checkpoints were
 made with the one and are asked with the other, so both are kept, each where LLaVA has it.
 """
 
@@ -32,7 +32,7 @@ from llava_ray.template.tokens import (
     Encoded,
     Notation,
     Piece,
-    count_pictures,
+    count_images,
     encode_pieces,
     join_text,
     split_parts,
@@ -69,20 +69,20 @@ _WRITE = (
     "{% set all.text = all.text + piece %}{% endfor %}{{ all.text | trim }}"
     "{% endif %}{% endmacro %}"
 )
-"""One picture stands at the front; several stay where they are (see `ListedTemplate`)."""
+"""One image stands at the front; several stay where they are (see `ListedTemplate`)."""
 
 _APART = (
     "{% if loop.first and count(message) | int and join(message) | trim %}"
     "{% for part in range(count(message) | int) %}{{ picture + ('' if loop.last else '\\n') }}"
     "{% endfor %}"
 )
-"""Tagged pictures become an exchange of their own, before the question."""
+"""Tagged images become an exchange of their own, before the question."""
 
 
 def write_jinja(template: "ListedTemplate") -> str:
     """Return the Jinja source of a listed template."""
-    picture = template.tags[0] + template.notation.picture + template.tags[1]
-    source = f"{{% set picture = {_quote(picture)} %}}{_JOIN}{_COUNT}{_WRITE}"
+    image = template.tags[0] + template.notation.image + template.tags[1]
+    source = f"{{% set picture = {_quote(image)} %}}{_JOIN}{_COUNT}{_WRITE}"
     match template.style:
         case "single" | "two":
             return source + _write_named(template)
@@ -170,8 +170,8 @@ class ListedTemplate:
         begin: stands before every question but the first ("llama_2").
         gap: stands after a question ("single", "two"), or after every turn ("chatml").
         example: an exchange that prompts begin with.
-        tags: stand around each picture.
-        notation: how the checkpoint writes pictures and reads text.
+        tags: stand around each image.
+        notation: how the checkpoint writes images and reads text.
     """
 
     name: str
@@ -260,43 +260,43 @@ class ListedTemplate:
             case "llama_2":
                 return walk_llama_2(system, turns, begin=self.begin, end=self.end)
             case "plain" if for_training:
-                pictures = self.notation.image_token * count_pictures(messages[:1])
-                return walk_caption(pictures, turns[1].text, end=self.end)
+                images = self.notation.image_token * count_images(messages[:1])
+                return walk_caption(images, turns[1].text, end=self.end)
             case "plain":
                 return walk_plain(turns, end=self.end)
 
     def _write(self, message: Message) -> str:
         """Return a message as text.
 
-        One picture stands at the front, on a line of its own, wherever it was. Several stay where
-        they are, with a new line between a picture and a word or picture that would touch it.
+        One image stands at the front, on a line of its own, wherever it was. Several stay where
+        they are, with a new line between an image and a word or image that would touch it.
         """
-        num_pictures = count_pictures([message])
+        num_images = count_images([message])
         text = self.notation.quote(join_text(message))
-        if num_pictures == 0:
+        if num_images == 0:
             return text
-        if num_pictures == 1:
-            return f"{self._picture}\n{text.strip()}".strip()
+        if num_images == 1:
+            return f"{self._image}\n{text.strip()}".strip()
         written = ""
         for run in split_parts(message):
-            text = self._picture if run is None else self.notation.quote(run)
-            if (run is None or written.endswith(self._picture)) and touch(written, text):
+            text = self._image if run is None else self.notation.quote(run)
+            if (run is None or written.endswith(self._image)) and touch(written, text):
                 written += "\n"
             written += text
         return written.strip()
 
     @property
-    def _picture(self) -> str:
-        return self.tags[0] + self.notation.picture + self.tags[1]
+    def _image(self) -> str:
+        return self.tags[0] + self.notation.image + self.tags[1]
 
     def _set_apart(self, message: Message, turn: Turn) -> list[Turn]:
-        """Return the first turn of a prompt; tagged pictures become an exchange of their own."""
+        """Return the first turn of a prompt; tagged images become an exchange of their own."""
         text = self.notation.quote(join_text(message)).strip()
-        num_pictures = count_pictures([message])
-        if not (any(self.tags) and num_pictures and text):
+        num_images = count_images([message])
+        if not (any(self.tags) and num_images and text):
             return [turn]
-        pictures = "\n".join([self._picture] * num_pictures)
-        return [Turn(False, pictures), Turn(True, "Received."), Turn(False, text)]
+        images = "\n".join([self._image] * num_images)
+        return [Turn(False, images), Turn(True, "Received."), Turn(False, text)]
 
 
 def _encode_headed(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:
@@ -336,9 +336,9 @@ def _skip_answer(messages: Sequence[Message]) -> Sequence[Message]:
 
 def _check_caption(messages: Sequence[Message], sample_id: str) -> None:
     roles = [message.role for message in messages]
-    if roles != ["user", "assistant"] or not count_pictures(messages[:1]):
+    if roles != ["user", "assistant"] or not count_images(messages[:1]):
         raise SampleError(
             f"{name_sample(sample_id)}: the template 'plain' is for captions, and takes one user "
-            f"message with a picture and one answer, not {len(messages)} messages with "
-            f"{count_pictures(messages)} pictures: use another template"
+            f"message with an image and one answer, not {len(messages)} messages with "
+            f"{count_images(messages)} images: use another template"
         )

@@ -1,7 +1,7 @@
 """The template that a checkpoint brings: Jinja, as transformers' processors run it.
 
 It sees each message as `{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}` and
-leaves one image token for each picture.
+leaves one image token for each image.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class OwnTemplate:
     Attributes:
         source: the template.
         variables: further names that it may use (`bos_token`, `eos_token`).
-        notation: how the checkpoint writes pictures and reads text.
+        notation: how the checkpoint writes images and reads text.
     """
 
     source: str = VICUNA

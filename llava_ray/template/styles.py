@@ -21,7 +21,7 @@ _CHATML_ROLES = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 
 
 class Turn(NamedTuple):
-    """A message as text, its pictures written out."""
+    """A message as text, its images written out."""
 
     is_answer: bool
     text: str
@@ -76,9 +76,9 @@ def walk_plain(turns: Sequence[Turn], *, end: str) -> Iterator[Piece]:
         yield Piece(turn.text + end, turn.is_answer)
 
 
-def walk_caption(pictures: str, caption: str, *, end: str) -> Iterator[Piece]:
+def walk_caption(images: str, caption: str, *, end: str) -> Iterator[Piece]:
     """Write "plain" as LLaVA's trainer does: the question is left out, the caption learned."""
-    yield Piece(pictures)
+    yield Piece(images)
     yield Piece(caption + end, True)
 
 

@@ -15,11 +15,11 @@ from llava_ray.errors import ConfigError, RequestError
 from llava_ray.types import ImagePart, Message, TextPart
 
 OPENING, CLOSING = "([{", ".,;:!?)]}"
-"""What may stand right before a picture, and right behind it, among words."""
+"""What may stand right before an image, and right behind it, among words."""
 
 
 def split_parts(message: Message) -> list[str | None]:
-    """Return a message's parts in order, neighbouring texts joined, None for each picture."""
+    """Return a message's parts in order, neighbouring texts joined, None for each image."""
     runs: list[str | None] = []
     for part in message.parts:
         if isinstance(part, ImagePart):
@@ -36,8 +36,8 @@ def join_text(message: Message) -> str:
     return "".join(part.text for part in message.parts if isinstance(part, TextPart))
 
 
-def count_pictures(messages: Sequence[Message]) -> int:
-    """Return how many pictures stand in messages."""
+def count_images(messages: Sequence[Message]) -> int:
+    """Return how many images stand in messages."""
     return sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
 
 
@@ -51,17 +51,17 @@ def touch(before: str, after: str) -> bool:
 
 IMAGE_TOKEN = "<image>"
 IMAGE_PLACEHOLDER = -200
-"""Stands for a whole picture in token ids, as in LLaVA's own code."""
+"""Stands for a whole image in token ids, as in LLaVA's own code."""
 IGNORED = -100
 """The label of a token that is not learned."""
 
 
-def check_pictures(prompt: str, num_images: int, image_token: str = IMAGE_TOKEN) -> None:
-    """Raise a `RequestError` unless a prompt names each picture that comes with it, once."""
+def check_images(prompt: str, num_images: int, image_token: str = IMAGE_TOKEN) -> None:
+    """Raise a `RequestError` unless a prompt names each image that comes with it, once."""
     if prompt.count(image_token) != num_images:
         raise RequestError(
-            f"the prompt names {prompt.count(image_token)} pictures and {num_images} came with "
-            f"it: write {image_token} once for each picture",
+            f"the prompt names {prompt.count(image_token)} images and {num_images} came with "
+            f"it: write {image_token} once for each image",
             param="messages",
         )
 
@@ -77,7 +77,7 @@ class Encoded(NamedTuple):
     """A conversation as training reads it.
 
     Attributes:
-        input_ids: T ids, `IMAGE_PLACEHOLDER` for each picture.
+        input_ids: T ids, `IMAGE_PLACEHOLDER` for each image.
         labels: T labels: the id itself where it is learned, elsewhere `IGNORED`.
     """
 
@@ -87,15 +87,15 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Notation:
-    """How one checkpoint writes pictures, and how it reads text.
+    """How one checkpoint writes images, and how it reads text.
 
     Attributes:
-        image_token: stands for a picture in text.
+        image_token: stands for an image in text.
         marks: what stands before and after it (`<im_start>`, `<im_end>`), of checkpoints with
             `mm_use_im_start_end`.
         special_tokens: texts with a meaning to the tokenizer. Inside what people write they are
-            broken up, so that nobody can end a turn or claim a picture by typing them.
-        in_pieces: text is tokenised as by LLaVA's own code, each piece between two pictures by
+            broken up, so that nobody can end a turn or claim an image by typing them.
+        in_pieces: text is tokenised as by LLaVA's own code, each piece between two images by
             itself; otherwise as by transformers' processors, as a whole.
     """
 
@@ -105,8 +105,8 @@ class Notation:
     in_pieces: bool = True
 
     @property
-    def picture(self) -> str:
-        """What is written for a picture."""
+    def image(self) -> str:
+        """What is written for an image."""
         return self.marks[0] + self.image_token + self.marks[1]
 
     def quote(self, text: str) -> str:
@@ -117,9 +117,9 @@ class Notation:
 
 
 def tokenize_pieces(tokenizer: Any, text: str, image_token: str = IMAGE_TOKEN) -> list[int]:
-    """Return a prompt's ids as LLaVA makes them, `IMAGE_PLACEHOLDER` for each picture.
+    """Return a prompt's ids as LLaVA makes them, `IMAGE_PLACEHOLDER` for each image.
 
-    Each piece between pictures is tokenised by itself, and only the first keeps its beginning of
+    Each piece between images is tokenised by itself, and only the first keeps its beginning of
     sequence; so a piece begins as a text does, which is why the ids differ from those of the whole.
     """
     return [id_ for id_, _ in _read_pieces(tokenizer, text, image_token, has_places=False)]

@@ -103,7 +103,7 @@ def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
         ids, labels = example.input_ids.tolist(), example.labels.tolist()
         learned = [id_ for id_, label in zip(ids, labels, strict=True) if label != IGNORED]
         yield (
-            f"{example.sample_id}: {len(ids)} tokens, {len(row.sample.images)} pictures, "
+            f"{example.sample_id}: {len(ids)} tokens, {len(row.sample.images)} images, "
             f"{len(learned)} learned\n  reads  {_decode(encoder, ids)}\n"
             f"  learns {_decode(encoder, learned)}"
         )

@@ -1,8 +1,8 @@
-"""A batch of `data` -> the inputs of the model, with a picture in every one.
+"""A batch of `data` -> the inputs of the model, with an image in every one.
 
 Weights that ZeRO divides among workers are fetched by all of them together, and gradients are
-summed over all of them: a worker whose batch has no picture must go through tower and projector
-too, or the others wait for it for ever. It gets a grey picture from which nothing is learned.
+summed over all of them: a worker whose batch has no image must go through tower and projector
+too, or the others wait for it for ever. It gets a grey image from which nothing is learned.
 
 Shapes: B samples, T tokens.
 """
@@ -19,7 +19,7 @@ Inputs = dict[str, torch.Tensor]
 
 
 def encode_blank(core: Any) -> Inputs:
-    """Return the inputs of a grey picture without words, [1, T]."""
+    """Return the inputs of a grey image without words, [1, T]."""
     from PIL import Image
 
     side = core.model.config.vision_config.image_size

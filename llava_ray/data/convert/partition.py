@@ -19,7 +19,7 @@ from llava_ray.storage import Folder, find_input
 from llava_ray.types import Sample
 
 MAX_PART_BYTES = 64 << 20
-"""Of pictures that come inside the rows; a part ends at the row that goes beyond."""
+"""Of images that come inside the rows; a part ends at the row that goes beyond."""
 
 _BROKEN_ROW = (LookupError, TypeError, ValueError, AttributeError)
 """What a converter's plain Python raises where a field is missing or of the wrong kind."""
@@ -35,7 +35,7 @@ class Reject(NamedTuple):
 
 
 class Draft(NamedTuple):
-    """A sample whose pictures are not read yet, and where its row stood."""
+    """A sample whose images are not read yet, and where its row stood."""
 
     sample: Sample
     where: str

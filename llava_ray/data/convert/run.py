@@ -1,7 +1,7 @@
 """Converts raw data to shards on Ray Data, streaming: no more is in memory than is worked on.
 
     one reader                                  a pool of workers
-    raw rows -> parts of converted samples  ->  pictures read and checked, tokens counted -> a shard
+    raw rows -> parts of converted samples  ->  images read and checked, tokens counted -> a shard
 
 See `parts` for the reader, `write` for the workers, and `target` for the folder that they fill and
 how a conversion goes on that was stopped.

@@ -1,4 +1,4 @@
-"""Writes one part as a shard: its pictures are read and checked, its tokens counted.
+"""Writes one part as a shard: its images are read and checked, its tokens counted.
 
 The second half of a conversion (`parts` is the first), in as many processes as there are; it knows
 nothing of Ray.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from llava_ray.data.loader.encode import Encoder
 
 _READS_AHEAD = 16
-"""Pictures that a worker reads at once, of which each waits for a disk or a network."""
+"""Images that a worker reads at once, of which each waits for a disk or a network."""
 
 
 def load_counter(config: ConvertConfig) -> "Encoder | None":
@@ -48,7 +48,7 @@ class PartWriter:
         folder, _ = find_input(config.input)
         self._config = config
         self._target = open_folder(config.output)
-        self._pictures = _find_pictures(config, folder)
+        self._images = _find_images(config, folder)
         self._encoder = load_counter(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
@@ -63,7 +63,7 @@ class PartWriter:
         with ExitStack() as stack:
             path = stack.enter_context(self._target.write_beside(f"{name}.parquet"))
             writer = ShardWriter(path)
-            for draft, images in self._read_pictures(part, rejects):
+            for draft, images in self._read_images(part, rejects):
                 try:
                     num_tokens = self._count_tokens(draft.sample, images)
                 except SampleError as error:
@@ -91,15 +91,15 @@ class PartWriter:
         record_part(self._target, record)
         return record
 
-    def _read_pictures(
+    def _read_images(
         self, part: Part, rejects: list[Reject]
     ) -> Iterator[tuple[Draft, list[CheckedImage]]]:
-        """Yield the part's samples with their pictures; add those that have bad ones to rejects."""
+        """Yield the part's samples with their images; add those that have bad ones to rejects."""
         with ThreadPoolExecutor(_READS_AHEAD) as pool:
             for first in range(0, len(part.rows), _READS_AHEAD):
                 rows = part.rows[first : first + _READS_AHEAD]
                 futures = [
-                    [pool.submit(self._read_picture, image) for image in row.sample.images]
+                    [pool.submit(self._read_image, image) for image in row.sample.images]
                     if isinstance(row, Draft)
                     else []
                     for row in rows
@@ -114,17 +114,17 @@ class PartWriter:
                     except SampleError as error:
                         rejects.append(_reject(row, error))
 
-    def _read_picture(self, image: bytes | str) -> tuple[str, bytes]:
-        """Return a picture's name and its bytes."""
+    def _read_image(self, image: bytes | str) -> tuple[str, bytes]:
+        """Return an image's name and its bytes."""
         if isinstance(image, bytes):
-            return "the picture in the row", image
+            return "the image in the row", image
         name = check_name(image)
         try:
-            return name, self._pictures.read(name, limit=self._config.limits.max_image_bytes + 1)
+            return name, self._images.read(name, limit=self._config.limits.max_image_bytes + 1)
         except OSError as error:
             raise SampleError(
-                f"the picture {name!r} cannot be read in {self._pictures.address!r} "
-                f"({type(error).__name__}): put it there, or give the folder with --pictures",
+                f"the image {name!r} cannot be read in {self._images.address!r} "
+                f"({type(error).__name__}): put it there, or give the folder with --images",
                 reason="image_missing",
             ) from error
 
@@ -145,11 +145,11 @@ class PartWriter:
         return num_tokens
 
 
-def _find_pictures(config: ConvertConfig, folder: Folder) -> Folder:
-    """Return the folder of the pictures: as given, or where the source usually has them."""
-    if config.pictures:
-        return open_folder(config.pictures)
-    below = find_source(config.source).pictures
+def _find_images(config: ConvertConfig, folder: Folder) -> Folder:
+    """Return the folder of the images: as given, or where the source usually has them."""
+    if config.images:
+        return open_folder(config.images)
+    below = find_source(config.source).images
     if below and folder.has(below):
         return Folder(folder.files, folder.path(below), f"{folder.address}/{below}")
     return folder

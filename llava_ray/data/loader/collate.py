@@ -3,7 +3,7 @@
 Batches travel between processes as NumPy arrays, which Ray does not copy, and become tensors in the
 training worker.
 
-Shapes: B samples, T tokens, N pictures, C H W pixels.
+Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Batch:
     that is not learned, so that every worker takes every step.
 
     Attributes:
-        arrays: the model's inputs: `input_ids`, `labels`, `attention_mask` [B, T]; with pictures
+        arrays: the model's inputs: `input_ids`, `labels`, `attention_mask` [B, T]; with images
             `pixel_values` [N, C, H, W]; with anyres [N, tiles, C, H, W] and `image_sizes` [N, 2].
         sample_ids: of the B samples.
         dropped: samples that were left out of it.
@@ -56,7 +56,7 @@ class Batch:
 def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, np.ndarray]:
     """Return the arrays of a batch; ids are padded on the right, labels with `IGNORED`.
 
-    Pictures keep the order of the samples. With anyres, missing tiles are zeros.
+    Images keep the order of the samples. With anyres, missing tiles are zeros.
     """
     rows = [(e.input_ids, e.labels) for e in examples] or [
         (np.array([pad_token_id]), np.array([IGNORED]))
@@ -70,9 +70,9 @@ def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, np.n
         labels_BT[i, : len(ids)] = labels
         mask_BT[i, : len(ids)] = 1
     arrays = {"input_ids": ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
-    pictured = [example.pictures for example in examples if example.pictures]
+    pictured = [example.images for example in examples if example.images]
     for name in pictured[0] if pictured else ():
-        arrays[name] = _stack([pictures[name] for pictures in pictured])
+        arrays[name] = _stack([images[name] for images in pictured])
     return arrays
 
 

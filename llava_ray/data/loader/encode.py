@@ -1,9 +1,9 @@
 """Samples -> what a model of one checkpoint is trained on: ids, labels and pixels.
 
-The same template, tokenizer and picture preprocessing as in `model.core`, without the weights, so
+The same template, tokenizer and image preprocessing as in `model.core`, without the weights, so
 that it runs in any CPU process. `stream` encodes with it, and `convert` counts tokens.
 
-Shapes: T tokens, N pictures, C H W pixels.
+Shapes: T tokens, N images, C H W pixels.
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,13 @@ from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.checkpoint.weights import open_parts
 from llava_ray.model.choose_template import choose_template
 from llava_ray.model.loading import read_context_length, read_processor
-from llava_ray.model.processor import encode_pictures
+from llava_ray.model.processor import encode_images
 from llava_ray.template import IGNORED, IMAGE_PLACEHOLDER, Template
 from llava_ray.template.tokens import Encoded
 from llava_ray.types import Sample
 
 Size = tuple[int, int]
-"""Width and height of a picture, upright."""
+"""Width and height of an image, upright."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +37,16 @@ class Example:
 
     Attributes:
         sample_id: names it.
-        input_ids: T ids, a picture's `image_token_id` as often as it has tokens.
+        input_ids: T ids, an image's `image_token_id` as often as it has tokens.
         labels: T ids, or `IGNORED` where nothing is learned.
-        pictures: the model's other inputs: `pixel_values` [N, C, H, W], or [N, tiles, C, H, W] with
-            `image_sizes` [N, 2]; empty without pictures.
+        images: the model's other inputs: `pixel_values` [N, C, H, W], or [N, tiles, C, H, W] with
+            `image_sizes` [N, 2]; empty without images.
     """
 
     sample_id: str
     input_ids: np.ndarray
     labels: np.ndarray
-    pictures: dict[str, np.ndarray]
+    images: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Encoder:
         processor: transformers' processor.
         template: writes the conversations.
         config: transformers' configuration of the model.
-        counts_as_llava: pictures have as many tokens as in LLaVA's own code.
+        counts_as_llava: images have as many tokens as in LLaVA's own code.
         max_length: the longest sample, in tokens.
         truncates: a longer one is cut; otherwise it is an error.
     """
@@ -71,7 +71,7 @@ class Encoder:
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for a piece of a picture."""
+        """The id that stands for a piece of an image."""
         return self.config.image_token_id
 
     @property
@@ -86,7 +86,7 @@ class Encoder:
 
         Raises:
             SampleError: it is too long, or its template does not take it.
-            ImageError: a picture cannot be decoded.
+            ImageError: an image cannot be decoded.
         """
         read = self.tokenize(row.sample)
         counts = self.count_image_tokens(row.image_sizes)
@@ -105,12 +105,12 @@ class Encoder:
             for data in row.sample.images[:num_images]
             if isinstance(data, bytes)
         ]
-        pictures = encode_pictures(self.processor, images) if images else {}
-        arrays = {name: np.asarray(values) for name, values in pictures.items()}
+        encoded = encode_images(self.processor, images) if images else {}
+        arrays = {name: np.asarray(values) for name, values in encoded.items()}
         return Example(row.sample.sample_id, ids, labels, arrays)
 
     def tokenize(self, sample: Sample) -> Encoded:
-        """Return ids and labels with one `IMAGE_PLACEHOLDER` a picture.
+        """Return ids and labels with one `IMAGE_PLACEHOLDER` an image.
 
         Raises:
             SampleError: it cannot be encoded.
@@ -123,7 +123,7 @@ class Encoder:
         )
 
     def count_tokens(self, sample: Sample, image_sizes: Sequence[Size]) -> int:
-        """Return how many tokens a sample has, those of its pictures included.
+        """Return how many tokens a sample has, those of its images included.
 
         Raises:
             SampleError: it cannot be encoded.
@@ -131,7 +131,7 @@ class Encoder:
         return _measure(self.tokenize(sample), self.count_image_tokens(image_sizes))
 
     def count_image_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
-        """Return how many tokens each picture is to the model."""
+        """Return how many tokens each image is to the model."""
         sizes = [(height, width) for width, height in image_sizes]
         if self.counts_as_llava:
             return [count_image_tokens(self.config, size) for size in sizes]
@@ -140,9 +140,9 @@ class Encoder:
         return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
 
     def _expand(self, read: Encoded, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return ids and labels with every picture at its length, and how many pictures there are.
+        """Return ids and labels with every image at its length, and how many images there are.
 
-        A sample keeps at most as many pictures as have a place.
+        A sample keeps at most as many images as have a place.
         """
         ids, labels = np.asarray(read.input_ids), np.asarray(read.labels)
         is_image = ids == IMAGE_PLACEHOLDER
@@ -170,7 +170,7 @@ def load_encoder(
         vision_tower: the tower, of the original layout.
         template: name of a conversation template.
         max_length: the longest sample in tokens; default: the model's context.
-        truncates: cut longer samples at the end, before a picture that does not fit.
+        truncates: cut longer samples at the end, before an image that does not fit.
 
     Raises:
         ConfigError: it is no checkpoint, or does not hold together.
@@ -194,7 +194,7 @@ def _measure(read: Encoded, counts: Sequence[int]) -> int:
 
 
 def _truncate(read: Encoded, counts: Sequence[int], limit: int, sample_id: str) -> Encoded:
-    """Return the beginning of a sample that fits, cut before a picture rather than inside it."""
+    """Return the beginning of a sample that fits, cut before an image rather than inside it."""
     left = iter(counts)
     length = kept = 0
     for id_ in read.input_ids:

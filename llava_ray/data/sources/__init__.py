@@ -31,7 +31,7 @@ from llava_ray.data.sources.tables import (
     read_hf,
     read_webdataset,
 )
-from llava_ray.data.sources.text_in_pictures import (
+from llava_ray.data.sources.text_in_images import (
     convert_ocrvqa,
     convert_textcaps,
     convert_textvqa,
@@ -54,12 +54,12 @@ class Source(NamedTuple):
     Attributes:
         read: yields the rows of a folder, given the names of the files in it.
         convert: turns one into a sample.
-        pictures: the folder in it that the names of pictures are relative to.
+        images: the folder in it that the names of images are relative to.
     """
 
     read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[Raw]]
     convert: Callable[[Row], Sample]
-    pictures: str = ""
+    images: str = ""
 
 
 SOURCES = {
@@ -67,13 +67,13 @@ SOURCES = {
     "sharegpt": Source(read_conversations, convert_sharegpt),
     "openai": Source(read_conversations, convert_openai),
     "pairs": Source(read_pairs, convert_pair),
-    "scienceqa": Source(read_scienceqa, convert_scienceqa, pictures="images"),
+    "scienceqa": Source(read_scienceqa, convert_scienceqa, images="images"),
     "coco": Source(read_coco, convert_coco),
     "vqa": Source(read_vqa, convert_vqa),
-    "gqa": Source(read_gqa, convert_gqa, pictures="images"),
+    "gqa": Source(read_gqa, convert_gqa, images="images"),
     "textvqa": Source(read_textvqa, convert_textvqa),
     "textcaps": Source(read_textcaps, convert_textcaps),
-    "ocrvqa": Source(read_ocrvqa, convert_ocrvqa, pictures="images"),
+    "ocrvqa": Source(read_ocrvqa, convert_ocrvqa, images="images"),
     "refcoco": Source(read_refcoco, convert_refcoco),
     "vg": Source(read_vg, convert_vg),
     "hf": Source(read_hf, convert_hf),

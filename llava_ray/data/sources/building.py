@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from llava_ray.errors import SampleError
 from llava_ray.template import IMAGE_TOKEN
-from llava_ray.types import PICTURE, ImagePart, Message, Role, Sample, TextPart
+from llava_ray.types import IMAGE, ImagePart, Message, Role, Sample, TextPart
 
 Row = dict[str, Any]
 
@@ -37,16 +37,16 @@ class Raw(NamedTuple):
 
 
 def write_message(role: Role, text: str) -> Message:
-    """Return a message; each `<image>` in the text is a picture.
+    """Return a message; each `<image>` in the text is an image.
 
-    One line break before and after a picture belongs to it, and not to the text: templates write
+    One line break before and after an image belongs to it, and not to the text: templates write
     their own.
     """
     parts: list[TextPart | ImagePart] = []
     pieces = text.split(IMAGE_TOKEN)
     for i, piece in enumerate(pieces):
         if i:
-            parts.append(PICTURE)
+            parts.append(IMAGE)
             piece = piece.removeprefix("\n")
         if i < len(pieces) - 1:
             piece = piece.removesuffix("\n")
@@ -56,22 +56,22 @@ def write_message(role: Role, text: str) -> Message:
 
 
 def user(text: str) -> Message:
-    """Return a question; each `<image>` in it is a picture."""
+    """Return a question; each `<image>` in it is an image."""
     return write_message("user", text)
 
 
 def assistant(text: str) -> Message:
-    """Return an answer, which holds no pictures."""
+    """Return an answer, which holds no images."""
     return Message("assistant", (TextPart(text),))
 
 
 def ask_in_turn(turns: Sequence[tuple[str, str]], *, num_images: int = 1) -> tuple[Message, ...]:
-    """Return questions and answers about pictures, which stand before the first."""
+    """Return questions and answers about images, which stand before the first."""
     messages: list[Message] = []
-    pictures = f"{IMAGE_TOKEN}\n" * num_images
+    images = f"{IMAGE_TOKEN}\n" * num_images
     for question, answer in turns:
-        messages += [user(pictures + question), assistant(answer)]
-        pictures = ""
+        messages += [user(images + question), assistant(answer)]
+        images = ""
     return tuple(messages)
 
 
@@ -88,12 +88,12 @@ def most_frequent(answers: Sequence[str]) -> str:
 
 
 def write_box(x: float, y: float, width: float, height: float, *, size: tuple[int, int]) -> str:
-    """Return a box as LLaVA's 665k mix writes it: corners in the picture padded to a square.
+    """Return a box as LLaVA's 665k mix writes it: corners in the image padded to a square.
 
     Args:
         x, y: its upper left corner, in pixels.
         width, height: of the box.
-        size: width and height of the picture.
+        size: width and height of the image.
 
     Returns:
         "[left, top, right, bottom]", shares of the square's side with two decimals.

@@ -1,7 +1,7 @@
-"""COCO (Lin et al. 2014): captions_*.json and instances_*.json, pictures in train2017/ or the like.
+"""COCO (Lin et al. 2014): captions_*.json and instances_*.json, images in train2017/ or the like.
 
 `pretrain` (the default) gives one sample a caption, asked for in one of LLaVA's eleven ways (the
-template "plain" leaves the question out). `instruct` gives one conversation a picture: a caption,
+template "plain" leaves the question out). `instruct` gives one conversation an image: a caption,
 then the box of each kind of thing that is there exactly once.
 """
 
@@ -45,50 +45,50 @@ REQUESTS = (
 
 
 def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each caption, or for each picture with captions and boxes."""
+    """Yield a row for each caption, or for each image with captions and boxes."""
     wanted, split = config.prompt_format or FORMATS[0], config.split or "train2017"
     if wanted not in FORMATS:
         raise ConfigError(f"prompt_format={wanted!r}: of COCO there are {' and '.join(FORMATS)}")
     name = find_one(folder, names, f"captions_{split}.json")
     captions = read_json(folder, name)
-    pictures = {image["id"]: image for image in captions["images"]}
+    entries = {image["id"]: image for image in captions["images"]}
     if wanted == "pretrain":
         for i, caption in enumerate(captions["annotations"]):
-            picture = pictures.get(caption["image_id"], {})
+            entry = entries.get(caption["image_id"], {})
             yield Raw(
-                f"{name} annotations[{i}]", {"split": split, "picture": picture, "caption": caption}
+                f"{name} annotations[{i}]", {"split": split, "entry": entry, "caption": caption}
             )
         return
-    by_picture: defaultdict[int, list[Row]] = defaultdict(list)
+    by_image: defaultdict[int, list[Row]] = defaultdict(list)
     for caption in captions["annotations"]:
-        by_picture[caption["image_id"]].append(caption)
+        by_image[caption["image_id"]].append(caption)
     boxes = _read_boxes(folder, names, split)
-    for i, picture in enumerate(captions["images"]):
-        found = sorted(by_picture[picture["id"]], key=lambda caption: caption["id"])
-        row = {"split": split, "picture": picture, "captions": found, "boxes": boxes[picture["id"]]}
+    for i, entry in enumerate(captions["images"]):
+        found = sorted(by_image[entry["id"]], key=lambda caption: caption["id"])
+        row = {"split": split, "entry": entry, "captions": found, "boxes": boxes[entry["id"]]}
         yield Raw(f"{name} images[{i}]", row)
 
 
 def convert_coco(row: Row) -> Sample:
-    """Return the sample of a caption, or of a picture with captions and boxes."""
-    picture = row["picture"]
-    image = f"{row['split']}/{picture['file_name']}"
+    """Return the sample of a caption, or of an image with captions and boxes."""
+    entry = row["entry"]
+    image = f"{row['split']}/{entry['file_name']}"
     if "caption" in row:
         sample_id, text = row["caption"]["id"], row["caption"]["caption"].strip()
         request = REQUESTS[choose(str(sample_id), len(REQUESTS))]
         return sample_of("coco", sample_id, ask_in_turn([(request, text)]), image)
-    size = (picture["width"], picture["height"])
+    size = (entry["width"], entry["height"])
     turns = [(ONE_SENTENCE, row["captions"][0]["caption"].strip())]
     counts = Counter(box["name"] for box in row["boxes"])
     for box in row["boxes"]:
         if counts[box["name"]] == 1 and not box["iscrowd"]:
             question = TEXT_TO_REGION.format(f"the {box['name']}")
             turns.append((question, write_box(*box["bbox"], size=size)))
-    return sample_of("coco", picture["id"], ask_in_turn(turns), image)
+    return sample_of("coco", entry["id"], ask_in_turn(turns), image)
 
 
 def _read_boxes(folder: Folder, names: list[str], split: str) -> defaultdict[int, list[Row]]:
-    """Return the boxes in each picture, with the names of what they are of."""
+    """Return the boxes in each image, with the names of what they are of."""
     instances: dict[str, Any] = read_json(
         folder, find_one(folder, names, f"instances_{split}.json")
     )

@@ -1,9 +1,9 @@
 """Conversations that are written already: LLaVA's JSON, ShareGPT's, OpenAI's messages.
 
 LLaVA: `{"id", "image"?, "conversations": [{"from": "human" | "gpt", "value"}]}`, with `<image>` in
-the text for each picture; a list in a JSON file, or JSON lines. ShareGPT is the same with more
+the text for each image; a list in a JSON file, or JSON lines. ShareGPT is the same with more
 names for who speaks. OpenAI: `{"messages": [{"role", "content": text or parts}]}`, one a line, with
-pictures as `image_url` parts: data URLs or names in the folder of pictures.
+images as `image_url` parts: data URLs or names in the folder of images.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from llava_ray.data.sources.readers import read_json_lines, read_json_list
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode_data_url
 from llava_ray.storage import Folder
-from llava_ray.types import PICTURE, ImagePart, Message, Role, Sample, TextPart
+from llava_ray.types import IMAGE, ImagePart, Message, Role, Sample, TextPart
 
 if TYPE_CHECKING:
     from llava_ray.config import ConvertConfig
@@ -51,7 +51,7 @@ def convert_llava(row: Row) -> Sample:
 
 
 def convert_sharegpt(row: Row) -> Sample:
-    """Return the sample of a row in ShareGPT's format, text alone or with pictures."""
+    """Return the sample of a row in ShareGPT's format, text alone or with images."""
     turns = row.get("conversations") or row["messages"]
     return convert_turns(row, turns, "sharegpt")
 
@@ -93,25 +93,25 @@ def _read_speaker(name: str) -> Role:
 
 
 def _list_images(row: Row) -> list[bytes | str]:
-    """Return a row's pictures, under whichever of the usual names they stand."""
+    """Return a row's images, under whichever of the usual names they stand."""
     found = row.get("image") or row.get("images") or []
     found = found if isinstance(found, list) else [found]
     return [image["path"] if isinstance(image, dict) else image for image in found]
 
 
 def _convert_part(part: Row, images: list[bytes | str]) -> TextPart | ImagePart:
-    """Return a part of a message; the picture of an `image_url` is added to `images`."""
+    """Return a part of a message; the image of an `image_url` is added to `images`."""
     kind: str = part["type"]
     if kind in ("text", "input_text"):
         return TextPart(part["text"])
     if kind in ("image_url", "input_image"):
         images.append(_read_url(part["image_url"]))
-        return PICTURE
+        return IMAGE
     if kind == "image":
         if "image" in part:
             images.append(part["image"])
-        return PICTURE
-    raise SampleError(f"a part of a message is {kind!r}: only text and pictures are known")
+        return IMAGE
+    raise SampleError(f"a part of a message is {kind!r}: only text and images are known")
 
 
 def _read_url(url: Any) -> bytes | str:
@@ -121,7 +121,7 @@ def _read_url(url: Any) -> bytes | str:
         return decode_data_url(url, limits=LimitsConfig(), param="image_url")
     if "://" in url:
         raise SampleError(
-            f"the picture {url[:80]!r} would have to be fetched: download it and name its file",
+            f"the image {url[:80]!r} would have to be fetched: download it and name its file",
             reason="image_missing",
         )
     return url

@@ -1,6 +1,6 @@
-"""GQA (Hudson and Manning 2019): train_balanced_questions.json, pictures images/{id}.jpg.
+"""GQA (Hudson and Manning 2019): train_balanced_questions.json, images images/{id}.jpg.
 
-The questions about one picture become one conversation, as in LLaVA's 665k mix.
+The questions about one image become one conversation, as in LLaVA's 665k mix.
 """
 
 from collections import defaultdict
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each picture, with all its questions and short answers."""
+    """Yield a row for each image, with all its questions and short answers."""
     split = config.split or "train_balanced"
     name = find_one(folder, names, f"{split}_questions.json")
     turns: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
@@ -28,7 +28,7 @@ def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Itera
 
 
 def convert_gqa(row: Row) -> Sample:
-    """Return the sample of a picture's questions."""
+    """Return the sample of an image's questions."""
     (question, answer), *others = row["turns"]
     turns = [(f"{question}\n{SHORT_ANSWER}", answer), *others]
     return sample_of("gqa", row["id"], ask_in_turn(turns), f"{row['id']}.jpg")

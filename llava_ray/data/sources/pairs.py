@@ -1,4 +1,4 @@
-"""A folder of pictures, each with its text beside it: `cat.jpg`, `cat.txt`.
+"""A folder of images, each with its text beside it: `cat.jpg`, `cat.txt`.
 
 The text is learned as the answer to one of LLaVA's requests for a description.
 """
@@ -20,12 +20,12 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
 def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each picture; one without a text has none in its row."""
+    """Yield a row for each image; one without a text has none in its row."""
     texts = {posixpath.splitext(name)[0]: name for name in names if name.endswith(".txt")}
-    pictures = [name for name in names if name.lower().endswith(ENDINGS)]
-    if not pictures:
-        raise ConfigError(f"there are no pictures in {folder.address!r}: give their folder")
-    for name in pictures:
+    images = [name for name in names if name.lower().endswith(ENDINGS)]
+    if not images:
+        raise ConfigError(f"there are no images in {folder.address!r}: give their folder")
+    for name in images:
         row = {"id": name, "image": name}
         if text := texts.get(posixpath.splitext(name)[0]):
             row["text"] = folder.read(text).decode("utf-8", errors="replace")
@@ -33,7 +33,7 @@ def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Ite
 
 
 def convert_pair(row: Row) -> Sample:
-    """Return the sample of a picture and its text."""
+    """Return the sample of an image and its text."""
     request = REQUESTS[choose(row["image"], len(REQUESTS))]
     messages = ask_in_turn([(request, row["text"].strip())])
     return sample_of("pairs", row["id"], messages, row["image"])

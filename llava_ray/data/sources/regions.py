@@ -1,8 +1,8 @@
 """Parts of photographs and what they are called: RefCOCO and Visual Genome.
 
-As in LLaVA's 665k mix: a conversation a picture, each turn from a box to its words or back, at most
+As in LLaVA's 665k mix: a conversation an image, each turn from a box to its words or back, at most
 ten turns. RefCOCO: `refs(*).p` and instances.json; Visual Genome: region_descriptions.json and
-image_data.json, pictures VG_100K/{id}.jpg and VG_100K_2/{id}.jpg.
+image_data.json, images VG_100K/{id}.jpg and VG_100K_2/{id}.jpg.
 """
 
 import io
@@ -33,39 +33,39 @@ MAX_TURNS = 10
 
 
 def read_refcoco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each ten references to parts of one picture."""
+    """Yield a row for each ten references to parts of one image."""
     split = config.split or "train"
     files = [name for name in names if name.rpartition("/")[2].startswith("refs(")]
     name = find_one(folder, files, "refs(unc).p", "refs(umd).p", "refs(google).p")
     instances = read_json(folder, find_one(folder, names, "instances.json"))
     boxes = {found["id"]: found["bbox"] for found in instances["annotations"]}
-    pictures = {picture["id"]: picture for picture in instances["images"]}
-    by_picture: defaultdict[int, list[Row]] = defaultdict(list)
+    entries = {entry["id"]: entry for entry in instances["images"]}
+    by_image: defaultdict[int, list[Row]] = defaultdict(list)
     for ref in _load_plain_pickle(folder, name):
         if ref["split"] == split:
             region = {"text": ref["sentences"][0]["sent"], "box": boxes.get(ref["ann_id"])}
-            by_picture[ref["image_id"]].append(region)
-    for image_id, regions in by_picture.items():
+            by_image[ref["image_id"]].append(region)
+    for image_id, regions in by_image.items():
         for part, first in enumerate(range(0, len(regions), MAX_TURNS)):
             row = {
                 "id": f"{image_id}-{part}",
-                "picture": pictures.get(image_id, {}),
+                "entry": entries.get(image_id, {}),
                 "regions": regions[first : first + MAX_TURNS],
             }
             yield Raw(f"{name} image {image_id}", row)
 
 
 def convert_refcoco(row: Row) -> Sample:
-    """Return the sample of references to parts of a picture."""
-    picture = row["picture"]
-    image = f"train2014/{picture['file_name']}"
-    return _convert_regions("refcoco", row, (picture["width"], picture["height"]), image)
+    """Return the sample of references to parts of an image."""
+    entry = row["entry"]
+    image = f"train2014/{entry['file_name']}"
+    return _convert_regions("refcoco", row, (entry["width"], entry["height"]), image)
 
 
 def read_vg(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each picture, with at most ten of its regions, drawn by its id."""
+    """Yield a row for each image, with at most ten of its regions, drawn by its id."""
     data = read_json(folder, find_one(folder, names, "image_data.json"))
-    pictures = {picture["image_id"]: picture for picture in data}
+    entries = {entry["image_id"]: entry for entry in data}
     for raw in read_json_list(folder, find_one(folder, names, "region_descriptions.json")):
         assert isinstance(raw.row, dict)
         image_id = raw.row["id"]
@@ -74,15 +74,15 @@ def read_vg(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterat
             {"text": r["phrase"].strip(), "box": [r["x"], r["y"], r["width"], r["height"]]}
             for r in drawn[:MAX_TURNS]
         ]
-        row = {"id": image_id, "picture": pictures.get(image_id, {}), "regions": regions}
+        row = {"id": image_id, "entry": entries.get(image_id, {}), "regions": regions}
         yield Raw(raw.where, row)
 
 
 def convert_vg(row: Row) -> Sample:
-    """Return the sample of regions of a Visual Genome picture."""
-    picture = row["picture"]
-    folder, name = picture["url"].split("/")[-2:]
-    return _convert_regions("vg", row, (picture["width"], picture["height"]), f"{folder}/{name}")
+    """Return the sample of regions of a Visual Genome image."""
+    entry = row["entry"]
+    folder, name = entry["url"].split("/")[-2:]
+    return _convert_regions("vg", row, (entry["width"], entry["height"]), f"{folder}/{name}")
 
 
 def _convert_regions(source: str, row: Row, size: tuple[int, int], image: str) -> Sample:

@@ -1,8 +1,8 @@
-"""Tables with pictures in them: Hugging Face datasets (Parquet or Arrow files), WebDataset (tar).
+"""Tables with images in them: Hugging Face datasets (Parquet or Arrow files), WebDataset (tar).
 
-Hugging Face: pictures under `image` or `images`, as bytes or as names; the conversation under
+Hugging Face: images under `image` or `images`, as bytes or as names; the conversation under
 `conversations` (LLaVA), `messages` (OpenAI), `texts` (user, assistant), `question` and `answer`, or
-`text` or `caption`. WebDataset: files of one name belong together, a picture and `.txt` or `.json`.
+`text` or `caption`. WebDataset: files of one name belong together, an image and `.txt` or `.json`.
 """
 
 import json
@@ -53,7 +53,7 @@ def convert_hf(row: Row) -> Sample:
 
 
 def read_webdataset(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each group of files in each tar, pictures as bytes."""
+    """Yield a row for each group of files in each tar, images as bytes."""
     files = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
     if not files:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Questions about photographs: VQAv2, OK-VQA, A-OKVQA and VizWiz, as LLaVA's 665k mix has them.
 
 The files tell which of them it is: VQAv2 and OK-VQA come as a file of questions and one of
-annotations, whose questions about one picture become one conversation; A-OKVQA's is one list, whose
+annotations, whose questions about one image become one conversation; A-OKVQA's is one list, whose
 questions are asked once for each rotation of the choices; VizWiz's is one list without choices.
 What is learned is the answer that most people gave.
 """
@@ -77,7 +77,7 @@ def _convert_choices(row: Row) -> Sample:
 
 
 def _read_merged(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[Raw]:
-    """Yield a row for each picture of VQAv2 or OK-VQA, with all its questions."""
+    """Yield a row for each image of VQAv2 or OK-VQA, with all its questions."""
     is_v2 = "v2_OpenEnded" in name
     annotations = name.replace("OpenEnded_", "").replace("_questions", "_annotations")
     if annotations not in names:

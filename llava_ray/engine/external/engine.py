@@ -1,7 +1,7 @@
 """vLLM and SGLang as engines: each works in a process of its own, in an environment of its own.
 
 Prompt -> `PromptReader` (length, texts) -> `ChildProcess` -> token ids -> text, stop texts and
-logprobs as of the torch engine. The child gets the rendered prompt and the decoded pictures; no
+logprobs as of the torch engine. The child gets the rendered prompt and the decoded images; no
 string of a client's is ever taken for an address or a path there.
 """
 

@@ -23,7 +23,7 @@ OWN_OPTIONS = ("python", "start_timeout_s", "environment")
 """Of `engine_options`: these are ours, all others are arguments of the engine's."""
 
 START_TIMEOUT_S = 900.0
-MAX_PICTURES = 16
+MAX_IMAGES = 16
 _TOWER = "vision_tower.vision_model."  # as in folders of the hub; newer ones have another name
 
 

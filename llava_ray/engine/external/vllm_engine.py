@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.settings import MAX_PICTURES, Kind
+from llava_ray.engine.external.settings import MAX_IMAGES, Kind
 
 
 def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
@@ -15,7 +15,7 @@ def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict
         "max_model_len": config.context_length,
         "max_num_seqs": config.max_batch_size,
         "enable_prefix_caching": config.prefix_cache,
-        "limit_mm_per_prompt": {"image": MAX_PICTURES},
+        "limit_mm_per_prompt": {"image": MAX_IMAGES},
     }
 
 

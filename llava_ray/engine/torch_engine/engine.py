@@ -15,7 +15,7 @@ import torch
 from llava_ray.config import ModelConfig
 from llava_ray.config.model import count_threads
 from llava_ray.engine.input_processor import PromptReader
-from llava_ray.engine.protocol import NotePictures, ignore_pictures
+from llava_ray.engine.protocol import NoteImages, ignore_images
 from llava_ray.engine.torch_engine.engine_loop import Abort, Add, Close, EngineLoop, Ping, Reader
 from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner, Runner
 from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters, load_side_adapters
@@ -24,7 +24,7 @@ from llava_ray.engine.torch_engine.execution.threads import (
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.engine.torch_engine.scheduling.content_hash import describe_content, name_pictures
+from llava_ray.engine.torch_engine.scheduling.content_hash import describe_content, name_images
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
@@ -49,12 +49,12 @@ class TorchEngine:
         quantization: see `LlavaRunner`.
         max_batch_size: requests computed at once.
         prefill_tokens: prompt tokens of one step.
-        picture_cache_mb: memory for encoded pictures, in MiB.
+        image_cache_mb: memory for encoded images, in MiB.
         prefix_cache: keep what was computed, for prompts that begin alike.
         patience_s: a step that takes longer than this counts as stuck.
         runs_ahead: launch a step before the tokens of the one before are read; by default on GPUs,
             which compute while Python plans.
-        note_pictures: told by the default runner what becomes of pictures.
+        note_images: told by the default runner what becomes of images.
     """
 
     def __init__(
@@ -70,10 +70,10 @@ class TorchEngine:
         max_batch_size: int = 32,
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
-        picture_cache_mb: int = 256,
+        image_cache_mb: int = 256,
         patience_s: float = 60.0,
         runs_ahead: bool | None = None,
-        note_pictures: NotePictures = ignore_pictures,
+        note_images: NoteImages = ignore_images,
     ) -> None:
         num_threads = torch.get_num_threads()
         on_gpu = core.model.device.type != "cpu"
@@ -84,7 +84,7 @@ class TorchEngine:
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
             prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
-            picture_cost=_weigh_pictures(core),
+            image_cost=_weigh_images(core),
             prefix_cache=prefix_cache,
         )
         self.template = core.template
@@ -105,9 +105,9 @@ class TorchEngine:
                 cache_dtype=cache_dtype,
                 quantization=quantization,
                 adapters=adapters,
-                picture_cache_mb=picture_cache_mb,
+                image_cache_mb=image_cache_mb,
                 graph_batch_size=max_batch_size if on_gpu else None,
-                note_pictures=note_pictures,
+                note_images=note_images,
             )
         )
         self._encoder = start_single_threaded_executor("encode")
@@ -123,9 +123,7 @@ class TorchEngine:
         )
 
     @classmethod
-    def load(
-        cls, config: ModelConfig, *, note_pictures: NotePictures = ignore_pictures
-    ) -> "TorchEngine":
+    def load(cls, config: ModelConfig, *, note_images: NoteImages = ignore_images) -> "TorchEngine":
         """Load a model and start an engine for it.
 
         Raises:
@@ -158,8 +156,8 @@ class TorchEngine:
             quantization=config.quantization,
             max_batch_size=config.max_batch_size,
             prefix_cache=config.prefix_cache,
-            picture_cache_mb=config.picture_cache_mb,
-            note_pictures=note_pictures,
+            image_cache_mb=config.image_cache_mb,
+            note_images=note_images,
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
@@ -230,8 +228,8 @@ class TorchEngine:
 
     def _encode(self, prompt: Prompt) -> Sequence:
         self._adapters.check(prompt.adapter)
-        prompt_ids, pictures = self._reader.read(prompt)
-        names = name_pictures(prompt.images)
+        prompt_ids, images = self._reader.read(prompt)
+        names = name_images(prompt.images)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -242,16 +240,16 @@ class TorchEngine:
             eos_token_ids=self._core.eos_token_ids,
             grammar=self._reader.compile_format(prompt),
             logprobs=self._reader.open_logprobs(prompt),
-            inputs=pictures,
+            inputs=images,
             content=describe_content(
                 prompt_ids, self._core.image_token_id, names, adapter=prompt.adapter
             ),
-            picture_names=names,
+            image_names=names,
             adapter=prompt.adapter,
         )
 
 
-def _weigh_pictures(core: Core) -> float:
+def _weigh_images(core: Core) -> float:
     """Return what encoding an image token costs, in tokens of the language model."""
 
     def count(module: torch.nn.Module) -> int:

@@ -33,16 +33,16 @@ def read_scienceqa(folder: Path) -> list[Question]:
     path = find_file(folder, "problems.json")
     problems = read_json(path)
     questions = []
-    for number, text, picture in _list_scienceqa(folder, problems):
+    for number, text, image in _list_scienceqa(folder, problems):
         problem = get_field(problems, number, path.name)
         questions.append(
             Question(
                 number,
                 text + LETTER,
-                (str(folder / "images" / "test" / picture),) if picture else (),
+                (str(folder / "images" / "test" / image),) if image else (),
                 (LETTERS[problem["answer"]],),
                 tuple(problem["choices"]),
-                tuple(_group_scienceqa(problem, has_picture=bool(picture))),
+                tuple(_group_scienceqa(problem, has_image=bool(image))),
                 source_id=number,
             )
         )
@@ -52,7 +52,7 @@ def read_scienceqa(folder: Path) -> list[Question]:
 def _list_scienceqa(
     folder: Path, problems: dict[str, Any]
 ) -> Iterator[tuple[str, str, str | None]]:
-    """Yield each problem's number, its question and its picture within the split's folder."""
+    """Yield each problem's number, its question and its image within the split's folder."""
     asked = folder / "llava_test_CQM-A.json"
     if asked.is_file():
         for i, row in enumerate(read_json(asked)):
@@ -64,17 +64,17 @@ def _list_scienceqa(
         problem = get_field(problems, number, "problems.json")
         known = {"split": "test", "hint": "", "image": None, **problem}
         sample = convert_scienceqa({**known, "id": number, "format": SHORT_FORMAT})
-        picture = f"{number}/{known['image']}" if sample.images else None
-        yield number, join_text(sample.messages[0]), picture
+        image = f"{number}/{known['image']}" if sample.images else None
+        yield number, join_text(sample.messages[0]), image
 
 
-def _group_scienceqa(problem: dict[str, Any], *, has_picture: bool) -> Iterator[str]:
+def _group_scienceqa(problem: dict[str, Any], *, has_image: bool) -> Iterator[str]:
     yield f"subject/{_SUBJECTS.get(problem.get('subject', ''), 'other')}"
     if problem.get("hint"):
         yield "context/TXT"
-    if has_picture:
+    if has_image:
         yield "context/IMG"
-    if not has_picture and not problem.get("hint"):
+    if not has_image and not problem.get("hint"):
         yield "context/NO"
     if digits := "".join(filter(str.isdigit, str(problem.get("grade", "")))):
         yield "grade/G1-6" if int(digits) <= 6 else "grade/G7-12"
@@ -97,7 +97,7 @@ def find_mmbench(folder: Path, language: str) -> Path:
 
 
 def read_mmbench(path: Path, suffix: str) -> list[Question]:
-    """A TSV of MMBench's, with pictures in base64; options end at the first that is empty."""
+    """A TSV of MMBench's, with images in base64; options end at the first that is empty."""
     questions = []
     for place, row in read_rows(path):
         index = get_field(row, "index", str(path))

@@ -1,4 +1,4 @@
-"""A question's pictures -> the bytes of their files, read where the model runs."""
+"""A question's images -> the bytes of their files, read where the model runs."""
 
 import hashlib
 from functools import lru_cache
@@ -10,35 +10,35 @@ from llava_ray.evaluate.datasets import tsv
 from llava_ray.storage import open_folder
 
 
-def load_picture(picture: str) -> bytes:
-    """Return an encoded picture.
+def load_image(image: str) -> bytes:
+    """Return an encoded image.
 
     Args:
-        picture: the path of its file; "SHARD.parquet#ROW/NUMBER" for one in a shard;
+        image: the path of its file; "SHARD.parquet#ROW/NUMBER" for one in a shard;
             "TABLE.tsv#BYTE" for that of the row which begins there.
 
     Raises:
-        ImageError: there is no such picture.
+        ImageError: there is no such image.
     """
-    path, _, place = picture.rpartition("#")
+    path, _, place = image.rpartition("#")
     try:
         if path.endswith(".parquet"):
             row, number = map(int, place.split("/"))
             return _read_row(path, row)[number]
         if path.endswith(".tsv"):
-            return tsv.read_picture(Path(path), int(place))
-        return Path(picture).read_bytes()
+            return tsv.read_image(Path(path), int(place))
+        return Path(image).read_bytes()
     except OSError as error:
         raise ImageError(
-            f"the picture {picture} cannot be read ({error.strerror or error}): put the "
-            "benchmark's pictures there, on every machine that a model runs on"
+            f"the image {image} cannot be read ({error.strerror or error}): put the "
+            "benchmark's images there, on every machine that a model runs on"
         ) from error
 
 
 @lru_cache(maxsize=100_000)
-def hash_picture(picture: str) -> str:
-    """Return the SHA-256 of an encoded picture; that of a file is kept."""
-    return hashlib.sha256(load_picture(picture)).hexdigest()
+def hash_image(image: str) -> str:
+    """Return the SHA-256 of an encoded image; that of a file is kept."""
+    return hashlib.sha256(load_image(image)).hexdigest()
 
 
 def _read_row(path: str, row: int) -> list[bytes]:

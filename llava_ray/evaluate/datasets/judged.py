@@ -10,7 +10,7 @@ from llava_ray.types import Question
 
 
 def read_llava_bench(folder: Path) -> list[Question]:
-    """questions.jsonl, with the pictures in words and GPT-4's reference answers."""
+    """questions.jsonl, with the images in words and GPT-4's reference answers."""
     captions = {}
     for row in read_jsonl(find_file(folder, "context.jsonl")):
         caption = row["caption"]
@@ -52,8 +52,8 @@ def read_coco2017(folder: Path) -> list[Question]:
     return read_coco(folder, "2017", "val2017/{:012d}.jpg")
 
 
-def read_coco(folder: Path, year: str, picture: str) -> list[Question]:
-    """COCO's captions of a year: a question a picture, with all its captions as answers."""
+def read_coco(folder: Path, year: str, image: str) -> list[Question]:
+    """COCO's captions of a year: a question an image, with all its captions as answers."""
     name = f"captions_val{year}.json"
     captions: dict[int, list[str]] = {}
     path = find_file(folder, f"annotations/{name}", name)
@@ -63,7 +63,7 @@ def read_coco(folder: Path, year: str, picture: str) -> list[Question]:
         Question(
             str(number),
             ONE_SENTENCE,
-            (str(folder / picture.format(number)),),
+            (str(folder / image.format(number)),),
             tuple(texts),
             source_id=str(number),
         )

@@ -34,11 +34,11 @@ def read_vqav2_val(folder: Path) -> list[Question]:
 def _join_vqav2(row: dict[str, Any], annotations: dict[Any, Any], folder: Path) -> Question:
     number = row["question_id"]
     note = get_field(annotations, number, "the file of VQAv2's annotations")
-    picture = folder / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
+    image = folder / "val2014" / f"COCO_val2014_{row['image_id']:012d}.jpg"
     return Question(
         str(number),
         row["question"] + SHORT,
-        (str(picture),),
+        (str(image),),
         tuple(answer["answer"] for answer in note["answers"]),
         groups=(f"answer_type/{note['answer_type']}",),
         cluster=str(row["image_id"]),
@@ -93,7 +93,7 @@ def read_vizwiz_val(folder: Path) -> list[Question]:
 
 
 def read_textvqa(folder: Path) -> list[Question]:
-    """LLaVA's file with OCR tokens, answers from TextVQA_0.5.1_val.json by picture and question."""
+    """LLaVA's file with OCR tokens, answers from TextVQA_0.5.1_val.json by image and question."""
     path = find_file(folder, "TextVQA_0.5.1_val.json")
     listed = get_field(read_json(path), "data", path.name)
     notes = {(note["image_id"], note["question"].lower()): note for note in listed}
@@ -124,7 +124,7 @@ def extract_textvqa_question(prompt: str) -> str:
     raise SampleError(f"not a TextVQA prompt of LLaVA's: {prompt[:120]!r}")
 
 
-def read_llava(path: Path, pictures: Path) -> list[Question]:
+def read_llava(path: Path, images: Path) -> list[Question]:
     """LLaVA's question file: `question_id`, `text`, and mostly `image` and `category`."""
     rows = read_jsonl(path)
     ids = number_repeats(
@@ -134,7 +134,7 @@ def read_llava(path: Path, pictures: Path) -> list[Question]:
         Question(
             question_id,
             get_field(row, "text", f"{path}, question {question_id}"),
-            (str(pictures / row["image"]),) if row.get("image") else (),
+            (str(images / row["image"]),) if row.get("image") else (),
             groups=(row["category"],) if row.get("category") else (),
             cluster=row.get("image") or "",
             source_id=str(row["question_id"]),

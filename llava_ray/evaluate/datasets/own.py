@@ -13,7 +13,7 @@ from llava_ray.data.sources.building import LETTERS, write_options
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate.datasets.files import LETTER, get_field, read_jsonl
 from llava_ray.storage import open_folder
-from llava_ray.template.tokens import count_pictures, join_text
+from llava_ray.template.tokens import count_images, join_text
 from llava_ray.types import Question, Sample
 
 MIN_ANNOTATORS = 4
@@ -82,7 +82,7 @@ def _ask_sample(sample: Sample, place: str, suffix: str) -> Question:
     return Question(
         sample.sample_id,
         text if is_told else text + suffix,
-        tuple(f"{place}/{i}" for i in range(count_pictures(turns[:1]))),
+        tuple(f"{place}/{i}" for i in range(count_images(turns[:1]))),
         (join_text(turns[1]),),
         options,
         source_id=sample.sample_id,

@@ -1,7 +1,7 @@
-"""Tables with a picture in each row (MMBench's TSV): read row by row, pictures found again later.
+"""Tables with an image in each row (MMBench's TSV): read row by row, images found again later.
 
 Such a file holds hundreds of megabytes of base64. A question carries where its row begins, and the
-process that runs the model reads the picture from there.
+process that runs the model reads the image from there.
 """
 
 import base64
@@ -35,8 +35,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield place, _name_cells(names, cells, path, place)
 
 
-def read_picture(path: Path, place: int) -> bytes:
-    """Return the picture of the row that begins at a byte.
+def read_image(path: Path, place: int) -> bytes:
+    """Return the image of the row that begins at a byte.
 
     Raises:
         ImageError: it is not base64.
@@ -50,7 +50,7 @@ def read_picture(path: Path, place: int) -> bytes:
         return base64.b64decode(row["image"], validate=True)
     except (binascii.Error, KeyError) as error:
         raise ImageError(
-            f"{path}, index {row.get('index')}: there is no picture in base64 ({error}): get the "
+            f"{path}, index {row.get('index')}: there is no image in base64 ({error}): get the "
             "file again"
         ) from error
 

@@ -35,7 +35,7 @@ def _find_pope(folder: Path, split: str) -> Path:
 
 
 def _label_pope(questions: list[Question], path: Path) -> Iterator[Question]:
-    """Pair questions and labels by their order; by picture and words where the files differ."""
+    """Pair questions and labels by their order; by image and words where the files differ."""
     labels = read_jsonl(path)
     by_words = {(row["image"], row["text"]): row for row in labels}
     in_order = len(labels) == len(questions) and all(
@@ -65,13 +65,13 @@ def read_mme(folder: Path) -> list[Question]:
             raise SampleError(
                 f"{release} has no answer for MME's question {question.question_id}: {key[2]!r}"
             )
-        picture = release / question.cluster
-        if not picture.exists():
-            picture = release / subtask / "images" / name
+        image = release / question.cluster
+        if not image.exists():
+            image = release / subtask / "images" / name
         questions.append(
             replace(
                 question,
-                images=(str(picture),),
+                images=(str(image),),
                 answers=(answers[key],),
                 groups=(subtask,),
                 cluster=f"{subtask}/{Path(name).stem}",
@@ -101,9 +101,9 @@ def _read_mme_answers(release: Path) -> dict[tuple[str, str, str], str]:
 
 
 def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
-    """MME's per-task files of answers (`picture, question, right answer, reply`, tab-separated).
+    """MME's per-task files of answers (`image, question, right answer, reply`, tab-separated).
 
-    They hold all that their scores need: two lines after each other are of one picture.
+    They hold all that their scores need: two lines after each other are of one image.
 
     Raises:
         ConfigError: there is no such file.
@@ -118,16 +118,16 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
             cells: list[Any] = line.split("\t")
             if len(cells) != 4:
                 raise SampleError(
-                    f"{file}, line {number + 1}, has {len(cells)} columns: picture, question, "
+                    f"{file}, line {number + 1}, has {len(cells)} columns: image, question, "
                     "right answer and reply are needed"
                 )
-            picture, text, answer, reply = cells
+            image, text, answer, reply = cells
             question = Question(
-                f"{file.stem}/{picture}/{number}",
+                f"{file.stem}/{image}/{number}",
                 text,
                 answers=(answer.lower(),),
                 groups=(file.stem,),
                 cluster=f"{file.stem}/{number // 2}",
-                source_id=f"{file.stem}/{picture}",
+                source_id=f"{file.stem}/{image}",
             )
             yield question, reply

@@ -17,7 +17,7 @@ from typing import Any
 
 from llava_ray.config import EvaluateConfig, LimitsConfig
 from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
-from llava_ray.evaluate.datasets.images import load_picture
+from llava_ray.evaluate.datasets.images import load_image
 from llava_ray.evaluate.predict.ask import Answerer, ask, ask_patiently
 from llava_ray.storage import hash_file
 from llava_ray.types import (
@@ -186,9 +186,9 @@ class Predictor:
             return self._fail(question, "failed", error)
 
     async def _ask_once(self, question: Question) -> Prediction:
-        pictures = [await asyncio.to_thread(load_picture, each) for each in question.images]
-        shas = tuple(hashlib.sha256(data).hexdigest() for data in pictures)
-        parts = (*(ImagePart(data) for data in pictures), TextPart(question.text))
+        images = [await asyncio.to_thread(load_image, each) for each in question.images]
+        shas = tuple(hashlib.sha256(data).hexdigest() for data in images)
+        parts = (*(ImagePart(data) for data in images), TextPart(question.text))
         request = ChatRequest(
             f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
         )
@@ -219,7 +219,7 @@ class Predictor:
 def make_cache_key(
     model_digest: str, question: Question, image_sha256: Sequence[str], settings: str
 ) -> str:
-    """Return what a reply depends on, as one digest: model, question, pictures and settings."""
+    """Return what a reply depends on, as one digest: model, question, images and settings."""
     content = json.dumps([model_digest, question.text, list(image_sha256), settings])
     return hashlib.sha256(content.encode()).hexdigest()
 

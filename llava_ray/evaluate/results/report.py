@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file that opens offline, with the samples that matter and pictures.
+"""The report of a run: one HTML file that opens offline, with the samples that matter and images.
 
 results.json and samples_{task}.jsonl -> report.html: a table of tasks, their numbers, the worst
 samples (those of which the model was surest come first) and those of which it was least sure.
@@ -13,11 +13,11 @@ from typing import Any
 from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import ImageError
-from llava_ray.evaluate.datasets.images import load_picture
+from llava_ray.evaluate.datasets.images import load_image
 from llava_ray.evaluate.results.samples import Sample, find_samples, read_results, read_samples
 
 NUM_SHOWN = 12
-PICTURE_SIDE = 320  # pixels
+IMAGE_SIDE = 320  # pixels
 _LIMITS = LimitsConfig(max_image_bytes=64 << 20, max_image_pixels=120_000_000)
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 2rem auto; padding: 0 1rem;
@@ -110,7 +110,7 @@ def _write_samples(title: str, samples: Sequence[Sample]) -> str:
 
 
 def _write_sample(sample: Sample) -> str:
-    pictures = "".join(_write_picture(each) for each in sample["images"])
+    figures = "".join(_write_image(each) for each in sample["images"])
     facts = [sample["id"]]
     if sample["score"] is not None:
         facts.append(f"score {sample['score']:.2f}")
@@ -118,18 +118,18 @@ def _write_sample(sample: Sample) -> str:
         facts.append(f"confidence {sample['confidence']:.2f}")
     about = " · ".join([*facts, sample["why"]] if sample["why"] else facts)
     return (
-        f"<article>{pictures}<pre>{html.escape(sample['prompt'])}</pre>"
+        f"<article>{figures}<pre>{html.escape(sample['prompt'])}</pre>"
         f"<pre class='reply'>{html.escape(sample['reply'])}</pre>"
         f"<small>{html.escape(about)}</small></article>"
     )
 
 
-def _write_picture(picture: str) -> str:
+def _write_image(reference: str) -> str:
     try:
-        image = images.decode(load_picture(picture), limits=_LIMITS)
+        image = images.decode(load_image(reference), limits=_LIMITS)
     except ImageError as error:
         return f"<p class='absent'>{html.escape(error.message)}</p>"
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
+    image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     small = BytesIO()
     image.save(small, "JPEG", quality=80)
     return f"<img src='{images.to_data_url(small.getvalue())}' alt=''>"

@@ -18,7 +18,7 @@ _PUNCTUATION = frozenset(
 
 
 def score_captions(questions: Sequence[Question], texts: Sequence[str]) -> list[Score]:
-    """Score captions together: CIDEr weighs words by how many pictures they are said of.
+    """Score captions together: CIDEr weighs words by how many images they are said of.
 
     Returns:
         for each caption its ROUGE-L (Lin 2004); `figures` are its CIDEr (Vedantam et al. 2015), its

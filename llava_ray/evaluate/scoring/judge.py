@@ -83,7 +83,7 @@ def _find_rule(rules: dict[str, str], question: Question, path: str) -> str:
 
 
 def write_review(question: Question, text: str, wording: str) -> str:
-    """LLaVA-Bench: the picture in words, the question, the reference and the reply."""
+    """LLaVA-Bench: the image in words, the question, the reference and the reply."""
     (reference,) = question.answers
     return (
         f"[Context]\n{question.context}\n\n[Question]\n{question.text}\n\n"

@@ -58,7 +58,7 @@ def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
 def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
     """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
 
-    acc+ is the share of pictures with both questions right, of those with two answers. A sum is
+    acc+ is the share of images with both questions right, of those with two answers. A sum is
     there if all its subtasks are.
     """
     subtasks: dict[str, float] = {}

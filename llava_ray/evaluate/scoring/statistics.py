@@ -1,6 +1,6 @@
 """How sure a number is: standard errors by the jackknife, for any summary.
 
-Clusters of rows (questions about one picture) are left out a group at a time, the summary is made
+Clusters of rows (questions about one image) are left out a group at a time, the summary is made
 anew, and the spread of what comes out gives the standard error (Tukey 1958). For a mean of
 independent rows this is the usual formula; it holds as well for F1, for sums over subtasks and for
 differences between two models that answered the same rows.

@@ -35,7 +35,7 @@ class LanguageModel(NamedTuple):
 
 
 class Tower(NamedTuple):
-    """A vision tower, and the folder that says how it wants its pictures."""
+    """A vision tower, and the folder that says how it wants its images."""
 
     model: Any
     folder: Path
@@ -118,13 +118,13 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
     if not (folder / "preprocessor_config.json").is_file():
         raise ConfigError(
             f"the vision tower {str(path)!r} lacks preprocessor_config.json, which says how "
-            "pictures are prepared: copy it from where the tower came from"
+            "images are prepared: copy it from where the tower came from"
         )
     _check_weights(folder)
     tower_class = getattr(transformers, TOWERS[config.model_type])
     vision = getattr(config, "vision_config", config)
     if vision.model_type == "siglip_vision_model":
-        vision.vision_use_head = False  # it sums up a picture, which LLaVA does not read
+        vision.vision_use_head = False  # it sums up an image, which LLaVA does not read
     try:
         loaded, report = tower_class.from_pretrained(
             folder, config=vision, dtype=dtype, output_loading_info=True

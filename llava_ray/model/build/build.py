@@ -1,7 +1,7 @@
 """Builds a new LLaVA from a language model and a vision tower, with a fresh projector between.
 
 The beginning of a training run, behind `llava-ray build`. What comes out answers text as the
-language model did and knows nothing of pictures yet; it is a folder in the published layout.
+language model did and knows nothing of images yet; it is a folder in the published layout.
 """
 
 import copy
@@ -27,7 +27,7 @@ ImageAspect = Literal["square", "pad", "anyres"]
 SelectFeature = Literal["patch", "cls_patch"]
 
 GRID = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""How many tiles high and wide a picture may be laid out with anyres (LLaVA-NeXT)."""
+"""How many tiles high and wide an image may be laid out with anyres (LLaVA-NeXT)."""
 
 
 def build_llava(
@@ -54,7 +54,7 @@ def build_llava(
         llm: folder or hub name of a causal language model that transformers knows.
         vision_tower: folder or hub name of a CLIP or SigLIP model.
         projector: "mlp2x_gelu", "linear" or "identity", as the original names them.
-        image_aspect: how a picture is brought to the tower's square: "square" crops (or squeezes,
+        image_aspect: how an image is brought to the tower's square: "square" crops (or squeezes,
             as the tower does it), "pad" adds borders, "anyres" also lays it out in tiles.
         select_layer: which hidden states of the tower are its features; -2: the last but one.
         select_feature: "patch" leaves out the class token, "cls_patch" keeps it.

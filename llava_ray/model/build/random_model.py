@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of one picture."""
+        """Tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -67,7 +67,7 @@ TINY = Shape(
     context_length=512,
     spread=0.2,
 )
-"""For tests: loads and answers in milliseconds; 16 tokens a picture, grouped-query attention."""
+"""For tests: loads and answers in milliseconds; 16 tokens an image, grouped-query attention."""
 
 SHAPE_103M = Shape(
     hidden_size=768,
@@ -82,7 +82,7 @@ SHAPE_103M = Shape(
     patch_size=16,
     context_length=1024,
 )
-"""For speed: 196 tokens a picture, about a hundred million weights."""
+"""For speed: 196 tokens an image, about a hundred million weights."""
 
 
 def build_random_model(

@@ -78,7 +78,7 @@ class Checkpoint:
 
     @property
     def uses_start_end(self) -> bool:
-        """Each picture stands between `<im_start>` and `<im_end>`."""
+        """Each image stands between `<im_start>` and `<im_end>`."""
         return bool(self.config.get("mm_use_im_start_end"))
 
     @property
@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def in_pieces(self) -> bool:
-        """Text is tokenised as by LLaVA's code, each piece between two pictures by itself.
+        """Text is tokenised as by LLaVA's code, each piece between two images by itself.
 
         What `export` made of transformers' layout may have been trained with whole prompts.
         """
@@ -141,8 +141,8 @@ def _inspect_published(folder: Path, config: dict[str, Any]) -> Checkpoint:
     weights = find_weights(folder)
     require_files(folder, "weights", weights)
     require_files(folder, "tokenizer", _existing(folder, TOKENIZER_FILES), TOKENIZER_FILES)
-    pictures = _existing(folder, PROCESSOR_FILES)
-    require_files(folder, "picture preprocessing", pictures, PROCESSOR_FILES)
+    images = _existing(folder, PROCESSOR_FILES)
+    require_files(folder, "image preprocessing", images, PROCESSOR_FILES)
     vision = config.get("vision_config") or {}
     return Checkpoint(
         folder=folder,

@@ -65,7 +65,7 @@ def read_text_type(config: Mapping[str, Any]) -> str | None:
 
 
 def read_aspect(config: Mapping[str, Any]) -> str:
-    """Return how pictures are brought to the tower's size."""
+    """Return how images are brought to the tower's size."""
     return config.get("image_aspect_ratio") or "square"
 
 

@@ -2,7 +2,7 @@
 
 For `compose` and `export`. Servers take what a template writes as it is, so it also writes the
 beginning of sequence. A language model's own template knows messages of text alone; before it runs,
-each message is made such a text, with `<image>` for each picture.
+each message is made such a text, with `<image>` for each image.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from typing import Any
 from llava_ray.model.choose_template import guess_template
 from llava_ray.template import find_template
 
-_TAKE_PICTURES = (
+_TAKE_IMAGES = (
     "{%- set texts = namespace(all=[]) -%}"
     "{%- for message in messages -%}"
     "{%- if message['content'] is string -%}{%- set texts.all = texts.all + [message] -%}"
@@ -42,7 +42,7 @@ def choose_chat(tokenizer: Any, text_model_type: str, name: str | None) -> tuple
         ConfigError: there is no template of that name.
     """
     if name is None and isinstance(tokenizer.chat_template, str):
-        return add_beginning(_TAKE_PICTURES + tokenizer.chat_template, tokenizer), None
+        return add_beginning(_TAKE_IMAGES + tokenizer.chat_template, tokenizer), None
     named = find_template(name or guess_template({"text_model_type": text_model_type}, tokenizer))
     known = named.end != "</s>" or tokenizer.eos_token == "</s>"
     if name is not None or known or not tokenizer.eos_token:

@@ -39,7 +39,7 @@ _COUNTING = (
     "vision_feature_select_strategy",
     "vision_aspect_ratio",
 )
-"""What a processor must know to count a picture's tokens."""
+"""What a processor must know to count an image's tokens."""
 _CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -160,7 +160,7 @@ def _name_tensors(model: Any, rows: int) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _complete_processor(folder: Path, processor: Any, kind: str) -> None:
-    """Write into processor_config.json how many tokens a picture has.
+    """Write into processor_config.json how many tokens an image has.
 
     Older files leave some of it out; transformers then counts another number than the model gives.
     """

@@ -6,7 +6,7 @@ The last step of `export --to original` and `--to projector`; what a folder hold
     model*.safetensors          all weights, `model.mm_projector.*`, `model.vision_tower.*`
     tokenizer, preprocessor_config.json
     clip-vision-tower/          the tower as a checkpoint of its own: LLaVA's code takes from it how
-                                the tower is built and how pictures are prepared
+                                the tower is built and how images are prepared
 
 A tower's folder is named in config.json (`mm_vision_tower`) by its whole path, since LLaVA's code
 looks for it from wherever it runs. Field names and defaults are those of LLaVA 1.2.
@@ -89,7 +89,7 @@ def write_original(
     config = describe_original(model, processor, checkpoint, projector, tower)
     # Or LLaVA's code would leave the tower's weights in the checkpoint unread.
     write_json(folder / "config.json", {**config, "unfreeze_mm_vision_tower": True, **fields})
-    write_json(folder / "preprocessor_config.json", describe_pictures(model, processor))
+    write_json(folder / "preprocessor_config.json", describe_images(model, processor))
     write_generation(folder, model, processor.tokenizer)
     for file in find_tokenizer_files(checkpoint.tokenizer_folder):
         shutil.copyfile(file, folder / file.name)
@@ -161,7 +161,7 @@ def describe_original(
         "mm_use_im_start_end": checkpoint.uses_start_end,
         "mm_use_im_patch_token": False,
         "image_aspect_ratio": checkpoint.aspect_mode,
-        "image_token_index": config.image_token_id,  # for SGLang, which places pictures by it
+        "image_token_index": config.image_token_id,  # for SGLang, which places images by it
         "image_grid_pinpoints": pinpoints and [[width, height] for height, width in pinpoints],
         "tokenizer_model_max_length": min(
             processor.tokenizer.model_max_length,
@@ -197,11 +197,11 @@ def write_tower(folder: Path, model: Any, processor: Any, place: Path) -> str:
         "torch_dtype": str(next(tower.parameters()).dtype).removeprefix("torch."),
     }
     write_json(folder / name / "config.json", described)
-    write_json(folder / name / "preprocessor_config.json", describe_pictures(model, processor))
+    write_json(folder / name / "preprocessor_config.json", describe_images(model, processor))
     return str(place / name)
 
 
-def describe_pictures(model: Any, processor: Any) -> dict[str, Any]:
+def describe_images(model: Any, processor: Any) -> dict[str, Any]:
     """Return preprocessor_config.json of a tower; the aspect mode is the whole's to say."""
     is_clip = model.config.vision_config.model_type == "clip_vision_model"
     found = json.loads(processor.image_processor.to_json_string())

@@ -1,8 +1,8 @@
 """A tokenizer that gives a whole prompt the ids that LLaVA's code gives it piece by piece.
 
 For `export`: transformers, vLLM and SGLang tokenise a prompt as one text, LLaVA each piece between
-two pictures by itself. With SentencePiece every text begins with a space of its own, so that after
-a picture `\\nWhat` is three tokens to LLaVA and two to the others, and a model answers differently.
+two images by itself. With SentencePiece every text begins with a space of its own, so that after
+an image `\\nWhat` is three tokens to LLaVA and two to the others, and a model answers differently.
 The tokenizer that is written puts that space there itself.
 """
 
@@ -39,7 +39,7 @@ def join_pieces(tokenizer: Any) -> Any:
     if joined is None or not agrees(joined, tokenizer):
         raise ConfigError(
             f"the tokenizer ({type(tokenizer).__name__}) begins each text in a way that "
-            "transformers' format cannot repeat after a picture: use --to original"
+            "transformers' format cannot repeat after an image: use --to original"
         )
     return joined
 

@@ -1,4 +1,4 @@
-"""Fetches the pictures that a request names by web addresses, and trusts none of them.
+"""Fetches the images that a request names by web addresses, and trusts none of them.
 
     ImagePart with a url -> check_link -> resolve, check every address, connect to a checked one
     -> redirect: from the start | bytes, at most so many, in so many seconds
@@ -33,11 +33,11 @@ _CONNECT_TIMEOUT_S = 3.0  # for one address; there may be several
 _NUM_ADDRESSES = 4  # tried, of those that a name has
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MEDIA_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
-_REMEDY = "check the address, or send the picture as a data URL"
+_REMEDY = "check the address, or send the image as a data URL"
 
 
 class Fetcher:
-    """Fetches pictures for one gateway; a slow web server holds up those alone who named it.
+    """Fetches images for one gateway; a slow web server holds up those alone who named it.
 
     Args:
         limits: bytes allowed, and `limits.fetch`.
@@ -65,11 +65,11 @@ class Fetcher:
         )
 
     async def fill(self, request: ChatRequest) -> ChatRequest:
-        """Return the request with all its pictures there, each address fetched once.
+        """Return the request with all its images there, each address fetched once.
 
         Raises:
             LinkError: an address, or one that it leads to, is refused.
-            FetchError: an address gave no picture, or too large a one, or none in time.
+            FetchError: an address gave no image, or too large a one, or none in time.
         """
         links = {part.url: part for part in _parts(request) if part.url and not part.data}
         if not links:
@@ -86,7 +86,7 @@ class Fetcher:
         return _put_in(request, {url: task.result() for url, task in tasks.items()})
 
     async def _fetch(self, part: ImagePart, allowance: "_Allowance") -> bytes:
-        """Return the bytes behind the address of one picture."""
+        """Return the bytes behind the address of one image."""
         link = httpx.URL(part.url)
         places = self._places_by_host.setdefault(
             link.host, asyncio.Semaphore(self._config.max_per_host)
@@ -98,8 +98,8 @@ class Fetcher:
             problem = f"took longer than the {self._config.timeout_s:g} s allowed"
         except _NotAllowedError:
             raise LinkError(
-                f"no picture is fetched from {link.host}: it leads to an address that is not on "
-                "the public internet; send the picture as a data URL",
+                f"no image is fetched from {link.host}: it leads to an address that is not on "
+                "the public internet; send the image as a data URL",
                 param=part.param,
             ) from None
         except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError):
@@ -124,7 +124,7 @@ class Fetcher:
 
     async def _read(self, answer: httpcore.Response, length: str, allowance: "_Allowance") -> bytes:
         max_bytes = self._limits.max_image_bytes
-        too_long = _UnusableError(f"sent more than the {max_bytes:,} bytes allowed for a picture")
+        too_long = _UnusableError(f"sent more than the {max_bytes:,} bytes allowed for an image")
         if length.isdecimal() and int(length) > max_bytes:
             raise too_long
         data = bytearray()
@@ -185,7 +185,7 @@ class _Resolver:
 
 
 class _Allowance:
-    """Bytes that the pictures of one request may have together."""
+    """Bytes that the images of one request may have together."""
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = self._num_left = num_bytes
@@ -208,10 +208,10 @@ class _UnusableError(Exception):
 
 def _check_head(status: int, headers: dict[bytes, str]) -> None:
     if status != 200:
-        raise _UnusableError(f"answered {status} instead of sending a picture")
+        raise _UnusableError(f"answered {status} instead of sending an image")
     media_type = headers.get(b"content-type", "").partition(";")[0].strip().lower()
     if not media_type.startswith("image/") and media_type not in _MEDIA_TYPES:
-        raise _UnusableError(f"sent {media_type[:60]!r}, which is not a picture")
+        raise _UnusableError(f"sent {media_type[:60]!r}, which is not an image")
     if headers.get(b"content-encoding", "identity").lower() not in ("identity", ""):
         raise _UnusableError("sent a compressed answer, which nobody asked for")
 

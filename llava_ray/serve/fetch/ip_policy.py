@@ -1,4 +1,4 @@
-"""Which addresses on the internet are public: the only ones from which strangers' pictures come.
+"""Which addresses on the internet are public: the only ones from which strangers' images come.
 
 Sources: the IANA registries of special-purpose addresses for IPv4 and IPv6. They are written out
 because Python's `is_global` changes between its releases, and takes 6to4 and NAT64, in which any

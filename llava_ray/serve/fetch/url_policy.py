@@ -1,4 +1,4 @@
-"""The address of a picture in a request: a data URL is read, a web address is checked.
+"""The address of an image in a request: a data URL is read, a web address is checked.
 
 Nothing is fetched here (`fetch.py` does that, and asks here again for each redirect).
 """
@@ -16,11 +16,11 @@ from llava_ray.types import ImagePart
 DEFAULT_PORTS = {"http": 80, "https": 443}
 MAX_URL_LENGTH = 4096
 _NAME = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]([a-z0-9_-]{0,62}))*", re.ASCII)
-_REMEDY = "or send the picture as a data URL, data:image/png;base64,..."
+_REMEDY = "or send the image as a data URL, data:image/png;base64,..."
 
 
 def read_image_url(url: str, *, limits: LimitsConfig, param: str) -> ImagePart:
-    """Return the picture in a data URL, or one that has yet to be fetched.
+    """Return the image in a data URL, or one that has yet to be fetched.
 
     Raises:
         ImageError: see `images.decode_data_url`; web addresses end there too if none are fetched.
@@ -33,7 +33,7 @@ def read_image_url(url: str, *, limits: LimitsConfig, param: str) -> ImagePart:
 
 
 def check_link(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
-    """Return a web address from which a picture may be fetched, as far as it can be told from it.
+    """Return a web address from which an image may be fetched, as far as it can be told from it.
 
     What the name of its host leads to is checked where the connection is made.
 
@@ -47,7 +47,7 @@ def check_link(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
         _check_port(link, config)
         _check_host(link.raw_host.decode("ascii"), config)
     except ValueError as error:
-        message = f"no picture is fetched from this address: {error}, {_REMEDY}"
+        message = f"no image is fetched from this address: {error}, {_REMEDY}"
         raise LinkError(message, param=param) from None
     return link.copy_with(fragment=None)
 

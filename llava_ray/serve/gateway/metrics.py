@@ -20,7 +20,7 @@ class Metrics:
         )
         self._tokens = Counter(
             "llava_ray_tokens",
-            "Tokens; those of pictures and cached ones are also among those of prompts.",
+            "Tokens; those of images and cached ones are also among those of prompts.",
             tag_keys=(*tags, "kind"),
         )
         self._queued = Gauge(
@@ -30,7 +30,7 @@ class Metrics:
         )
         self._fetch = Histogram(
             "llava_ray_fetch_seconds",
-            "Fetching the pictures of a request from their addresses.",
+            "Fetching the images of a request from their addresses.",
             boundaries=_SECONDS,
             tag_keys=tags,
         )

@@ -99,5 +99,5 @@ async def read_body(request: Request, *, max_bytes: int) -> bytes:
         else:
             return b"".join(pieces)
     raise RequestTooLargeError(
-        f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller pictures"
+        f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller images"
     )

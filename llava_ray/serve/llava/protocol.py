@@ -2,7 +2,7 @@
 
     bytes -> parse_generate -> PromptRequest;  text so far -> encode_text -> bytes
 
-A client sends a prompt that it has rendered itself, with one `<image>` for each picture. An answer
+A client sends a prompt that it has rendered itself, with one `<image>` for each image. An answer
 is a row of JSON objects, each ended by a zero byte: the prompt and all that has been said so far,
 and an error code. What is answered where is in `llava_routes`.
 """
@@ -74,8 +74,8 @@ class ModelBody(Body):
 class GenerateBody(ModelBody):
     """`/worker_generate_stream`; the defaults are those of LLaVA's worker."""
 
-    prompt: _Text = Field(description="the rendered prompt, with <image> for each picture")
-    images: list[_Text] | None = Field(None, description="a list of pictures in base64")
+    prompt: _Text = Field(description="the rendered prompt, with <image> for each image")
+    images: list[_Text] | None = Field(None, description="a list of images in base64")
     temperature: float = Field(1.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, ge=0, le=1, description="a number from 0 to 1")
     max_new_tokens: int = Field(256, ge=1, le=2**31, description="a whole number from 1")
@@ -145,15 +145,15 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Pro
         RequestError: it cannot be served; the message says why and what to do.
     """
     fields = parse(GenerateBody, body)
-    pictures = fields.images or []
-    if len(pictures) > limits.max_images:
+    encoded = fields.images or []
+    if len(encoded) > limits.max_images:
         raise RequestError(
-            f"{len(pictures)} pictures, more than the {limits.max_images} allowed: send fewer",
+            f"{len(encoded)} images, more than the {limits.max_images} allowed: send fewer",
             param="images",
         )
     images = tuple(
-        ImagePart(decode_base64(picture, limits=limits, param=path), path)
-        for path, picture in ((f"images[{i}]", text) for i, text in enumerate(pictures))
+        ImagePart(decode_base64(text, limits=limits, param=path), path)
+        for path, text in ((f"images[{i}]", text) for i, text in enumerate(encoded))
     )
     stop = [fields.stop] if isinstance(fields.stop, str) else fields.stop or []
     is_greedy = fields.temperature <= _GREEDY_BELOW or fields.top_p == 0

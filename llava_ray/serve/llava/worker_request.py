@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from llava_ray.errors import UnsupportedError
-from llava_ray.template import check_pictures, find_template
+from llava_ray.template import check_images, find_template
 from llava_ray.types import ChatRequest, ImagePart, PromptRequest, Request, Sampling
 
 _MAX_NEW_TOKENS = 1024
@@ -38,7 +38,7 @@ def build_call(request: Request) -> Call:
     Raises:
         UnsupportedError: it asks for what such workers cannot do.
         RequestError: the template does not accept the conversation, or the prompt does not name
-            its pictures.
+            its images.
     """
     sampling = request.sampling
     for field in fields(Sampling):
@@ -66,7 +66,7 @@ def build_call(request: Request) -> Call:
             for part in message.parts
             if isinstance(part, ImagePart)
         )
-    check_pictures(prompt, len(images))
+    check_images(prompt, len(images))
     body = {
         "model": request.model,
         "prompt": prompt,

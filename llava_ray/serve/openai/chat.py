@@ -5,8 +5,8 @@
 Source: https://platform.openai.com/docs/api-reference/chat, and vLLM's extensions to it.
 
 How a conversation is read: system (or developer) messages come first; neighbours of one role
-become one turn, joined by a line break; the last turn is the user's; only the user has pictures.
-`detail` is checked and has no effect: LLaVA has one encoding of a picture, that of its training.
+become one turn, joined by a line break; the last turn is the user's; only the user has images.
+`detail` is checked and has no effect: LLaVA has one encoding of an image, that of its training.
 """
 
 import json
@@ -195,7 +195,7 @@ def _read_each(values: list[Any], limits: LimitsConfig) -> Iterator[Message]:
         num_images += sum(isinstance(part, ImagePart) for part in message.parts)
         if num_images > limits.max_images:
             raise RequestError(
-                f"more than the {limits.max_images} pictures allowed in a conversation: send fewer",
+                f"more than the {limits.max_images} images allowed in a conversation: send fewer",
                 param=f"{path}.content",
             )
         yield message
@@ -255,7 +255,7 @@ def _read_content(
         is_empty = is_empty and isinstance(part, TextPart) and not part.text.strip()
         yield part
     if is_empty and (role == "user" or not value):  # an answer may well have been empty
-        raise RequestError("the message is empty: write something or add a picture", param=path)
+        raise RequestError("the message is empty: write something or add an image", param=path)
 
 
 def _read_part(value: Any, role: Role, path: str, limits: LimitsConfig) -> TextPart | ImagePart:
@@ -270,7 +270,7 @@ def _read_part(value: Any, role: Role, path: str, limits: LimitsConfig) -> TextP
     if kind == "image_url":
         if role != "user":
             raise RequestError(
-                f"a picture in a message of the {role}: pictures go into user messages", param=path
+                f"an image in a message of the {role}: images go into user messages", param=path
             )
         return _read_image(value, path, limits)
     if isinstance(kind, str) and kind in _OTHER_PARTS:

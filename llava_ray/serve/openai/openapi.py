@@ -27,9 +27,9 @@ _TEXT_PART = {
     "required": ["type", "text"],
     "additionalProperties": False,
 }
-_PICTURE_PART = {
+_IMAGE_PART = {
     "type": "object",
-    "description": "`detail` has no effect: a model has one way of looking at a picture, its own.",
+    "description": "`detail` has no effect: a model has one way of looking at an image, its own.",
     "properties": {
         "type": {"const": "image_url"},
         "image_url": {
@@ -68,7 +68,7 @@ def _describe_message(roles: Sequence[str], *parts: dict[str, Any], **more: Any)
 
 _MESSAGE = {
     "anyOf": [
-        _describe_message(["user"], _PICTURE_PART),
+        _describe_message(["user"], _IMAGE_PART),
         _describe_message(["system", "developer"]),
         _describe_message(
             ["assistant"],

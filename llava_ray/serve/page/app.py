@@ -54,7 +54,7 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
     # Or Gradio makes a table of its last 10,000 events at every event, for nobody.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(1 << 60))
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
-    # A folder that pages share would lose the pictures of all with the first page that ends.
+    # A folder that pages share would lose the images of all with the first page that ends.
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = make_store()
     import gradio as gr

@@ -19,7 +19,7 @@ from typing import Any
 
 from llava_ray.client import Client
 from llava_ray.errors import LlavaRayError
-from llava_ray.serve.page.image_modes import ImageMode, prepare_picture
+from llava_ray.serve.page.image_modes import ImageMode, prepare_image
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 Chat = list[dict[str, Any]]
@@ -89,7 +89,7 @@ async def stream_answer(url: str, answer: Answer) -> AsyncGenerator[Chat]:
 
 
 def ask(history: Chat, text: str, paths: list[str]) -> Chat:
-    """The chat with a question at its end: pictures first, as these models read them."""
+    """The chat with a question at its end: images first, as these models read them."""
     content: list[Any] = [{"path": path} for path in paths]
     if text.strip():
         content.append({"type": "text", "text": text.strip()})
@@ -103,7 +103,7 @@ def rewind(history: Chat) -> Chat:
 
 
 def take_back(history: Chat) -> tuple[Chat, str, list[str]]:
-    """The chat before its last question, and that question's text and pictures."""
+    """The chat before its last question, and that question's text and images."""
     before = rewind(history)[:-1]
     content = history[len(before)]["content"] if len(before) < len(history) else []
     text = "".join(part["text"] for part in content if part["type"] == "text")
@@ -151,10 +151,10 @@ def is_question(history: Chat) -> bool:
 
 
 def read_history(history: Chat, *, image_mode: ImageMode = "default") -> tuple[Message, ...]:
-    """The conversation that a chat shows, up to its last question; pictures ready to be sent.
+    """The conversation that a chat shows, up to its last question; images ready to be sent.
 
     Raises:
-        ImageError: a file is not a picture.
+        ImageError: a file is not an image.
     """
     turns: list[Message] = []
     asked: list[TextPart | ImagePart] = []
@@ -194,5 +194,5 @@ def _read_part(part: Any, image_mode: ImageMode) -> TextPart | ImagePart:
     if part["type"] == "text":
         return TextPart(part["text"])
     path = Path(part["file"]["path"])
-    data = prepare_picture(path.read_bytes(), name=path.name, mode=image_mode)
+    data = prepare_image(path.read_bytes(), name=path.name, mode=image_mode)
     return ImagePart(data, param=path.name)

@@ -1,4 +1,4 @@
-"""A conversation as a file to take home: LLaVA's training format, with its pictures, in a zip."""
+"""A conversation as a file to take home: LLaVA's training format, with its images, in a zip."""
 
 import json
 import uuid
@@ -17,7 +17,7 @@ FILE_NAME = "conversation.zip"
 def pack_conversations(chats: list[Chat]) -> str:
     """Write a zip of the chats that have anything in them; return its path.
 
-    It holds `conversation.json`, a list of samples, and the pictures that they name, as they were
+    It holds `conversation.json`, a list of samples, and the images that they name, as they were
     sent to the model.
     """
     file = BytesIO()
@@ -26,7 +26,7 @@ def pack_conversations(chats: list[Chat]) -> str:
         for messages in filter(None, map(read_history, chats)):
             record = build_record(uuid.uuid4().hex, messages)
             rows.append(record.row)
-            for name, data in record.pictures.items():
+            for name, data in record.images.items():
                 if name not in archive.namelist():
                     archive.writestr(name, data)
         archive.writestr("conversation.json", json.dumps(rows, indent=2, ensure_ascii=False))

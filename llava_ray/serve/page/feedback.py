@@ -2,11 +2,11 @@
 
     folder/conversations.jsonl   one finished answer a line, in LLaVA's training format
     folder/votes.jsonl           one vote, flag or comparison a line, by the id of the answer
-    folder/images/<sha256>.png   each picture once
+    folder/images/<sha256>.png   each image once
 
 A corrected answer is a line of `conversations.jsonl` of its own, whose `corrects` names the answer.
 A line is one write to a file opened for appending, so visitors at the same moment do not mix. Names
-of files come from the pictures' bytes, never from a visitor.
+of files come from the images' bytes, never from a visitor.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ IMAGES = "images"
 
 
 class Record(NamedTuple):
-    """A conversation in LLaVA's training format, and the pictures that it names.
+    """A conversation in LLaVA's training format, and the images that it names.
 
     Attributes:
         row: `id`, `image` (one name or several, in their order) and `conversations`.
-        pictures: for each name the encoded picture.
+        images: for each name the encoded image.
     """
 
     row: dict[str, Any]
-    pictures: dict[str, bytes]
+    images: dict[str, bytes]
 
 
 def build_record(record_id: str, messages: tuple[Message, ...], answer: str = "") -> Record:
@@ -50,7 +50,7 @@ def build_record(record_id: str, messages: tuple[Message, ...], answer: str = ""
         answer: the last answer, if it is not among the messages.
     """
     names: list[str] = []
-    pictures: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     turns = []
     for message in messages:
         if message.role == "system":
@@ -58,8 +58,8 @@ def build_record(record_id: str, messages: tuple[Message, ...], answer: str = ""
         words = "\n".join(part.text for part in message.parts if isinstance(part, TextPart))
         shown = [part.data for part in message.parts if isinstance(part, ImagePart)]
         for data in shown:
-            names.append(name_picture(data))
-            pictures[names[-1]] = data
+            names.append(name_image(data))
+            files[names[-1]] = data
         role = "human" if message.role == "user" else "gpt"
         turns.append({"from": role, "value": "<image>\n" * len(shown) + _escape(words)})
     if answer:
@@ -67,11 +67,11 @@ def build_record(record_id: str, messages: tuple[Message, ...], answer: str = ""
     row: dict[str, Any] = {"id": record_id}
     if names:
         row["image"] = names[0] if len(names) == 1 else names
-    return Record({**row, "conversations": turns}, pictures)
+    return Record({**row, "conversations": turns}, files)
 
 
-def name_picture(data: bytes) -> str:
-    """The name under which an encoded picture is kept, seen from the folder of the log."""
+def name_image(data: bytes) -> str:
+    """The name under which an encoded image is kept, seen from the folder of the log."""
     return f"{IMAGES}/{hashlib.sha256(data).hexdigest()}.{images.name_format(data)}"
 
 
@@ -152,11 +152,11 @@ class FeedbackLog:
         self._append(VOTES, {"left": left_id, "right": right_id, "better": better})
 
     def _write_record(self, record: Record, details: dict[str, Any]) -> None:
-        for name, data in record.pictures.items():
-            self._keep_picture(self._folder / name, data)
+        for name, data in record.images.items():
+            self._keep_image(self._folder / name, data)
         self._append(CONVERSATIONS, {**record.row, **details})
 
-    def _keep_picture(self, path: Path, data: bytes) -> None:
+    def _keep_image(self, path: Path, data: bytes) -> None:
         if path.exists():
             return
         beside = path.with_name(f".{path.name}.{os.getpid()}.{time.time_ns()}")
@@ -215,5 +215,5 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _escape(text: str) -> str:
-    """What a visitor or a model wrote never stands for a picture."""
+    """What a visitor or a model wrote never stands for an image."""
     return text.replace("<image>", "< image >")

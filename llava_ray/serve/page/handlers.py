@@ -174,15 +174,15 @@ def add(box: dict[str, Any], left: Chat, right: Chat, is_double: bool) -> tuple[
 def add_chip(
     chip: str, box: dict[str, Any], left: Chat, right: Chat, is_double: bool
 ) -> tuple[Any, ...]:
-    """A ready-made question, about the pictures in the box."""
+    """A ready-made question, about the images in the box."""
     return add({"text": chip, "files": box["files"]}, left, right, is_double)
 
 
-def add_picture(picture: dict[str, Any] | None, box: dict[str, Any]) -> tuple[Any, ...]:
-    """The camera's picture goes into the box, and the camera is put away."""
-    if picture is None:
+def add_image(image: dict[str, Any] | None, box: dict[str, Any]) -> tuple[Any, ...]:
+    """The camera's image goes into the box, and the camera is put away."""
+    if image is None:
         return gr.skip(), gr.skip(), gr.skip()
-    paths = [file["path"] for file in (*box["files"], picture)]
+    paths = [file["path"] for file in (*box["files"], image)]
     return {"text": box["text"], "files": paths}, None, gr.Accordion(open=False)
 
 

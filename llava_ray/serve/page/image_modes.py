@@ -1,4 +1,4 @@
-"""A visitor's picture on its way to the gateway: small enough, and in the shape that was asked for.
+"""A visitor's image on its way to the gateway: small enough, and in the shape that was asked for.
 
 The modes are those of LLaVA's page. All but `default` are done here, before sending; `default`
 leaves it to the model, which knows how it was trained.
@@ -10,7 +10,7 @@ from typing import Literal
 from PIL import Image, ImageOps
 
 from llava_ray import images
-from llava_ray.client import shrink_picture
+from llava_ray.client import shrink_image
 from llava_ray.config import LimitsConfig
 
 ImageMode = Literal["default", "crop", "resize", "pad"]
@@ -19,19 +19,19 @@ PAD_COLOUR = (122, 116, 104)  # CLIP's mean, as LLaVA pads
 RESIZED = (336, 336)
 
 
-def prepare_picture(data: bytes, *, name: str, mode: ImageMode = "default") -> bytes:
-    """Return the encoded picture to send.
+def prepare_image(data: bytes, *, name: str, mode: ImageMode = "default") -> bytes:
+    """Return the encoded image to send.
 
     Args:
-        data: an encoded picture, as it was uploaded.
+        data: an encoded image, as it was uploaded.
         name: how the visitor calls it, for errors.
         mode: crop: the square in its middle; resize: 336 x 336, whatever its shape; pad: a square
             with borders; default: as it is.
 
     Raises:
-        ImageError: it is not a picture that can be read.
+        ImageError: it is not an image that can be read.
     """
-    data = shrink_picture(data, name=name)
+    data = shrink_image(data, name=name)
     if mode == "default":
         return data
     shaped = BytesIO()
@@ -39,11 +39,11 @@ def prepare_picture(data: bytes, *, name: str, mode: ImageMode = "default") -> b
     return shaped.getvalue()
 
 
-def _shape(picture: Image.Image, mode: ImageMode) -> Image.Image:
+def _shape(image: Image.Image, mode: ImageMode) -> Image.Image:
     if mode == "resize":
-        return picture.resize(RESIZED)
+        return image.resize(RESIZED)
     if mode == "pad":
-        side = max(picture.size)
-        return ImageOps.pad(picture, (side, side), color=PAD_COLOUR)
-    side = min(picture.size)
-    return ImageOps.fit(picture, (side, side))
+        side = max(image.size)
+        return ImageOps.pad(image, (side, side), color=PAD_COLOUR)
+    side = min(image.size)
+    return ImageOps.fit(image, (side, side))

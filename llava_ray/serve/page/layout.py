@@ -25,7 +25,7 @@ VERDICTS: dict[Comparison, str] = {
     "both bad": "Both are bad",
 }
 PRIVACY_NOTE = (
-    "This page records: questions, pictures, answers, votes and corrections are kept by its "
+    "This page records: questions, images, answers, votes and corrections are kept by its "
     "operator and may be used to train models. Show it nothing private."
 )
 
@@ -139,7 +139,7 @@ def _build_chat(elem_id: str) -> gr.Chatbot:
         scale=1,
         height=260,
         buttons=["copy"],
-        placeholder="Attach, drop or paste a picture below and ask about it.",
+        placeholder="Attach, drop or paste an image below and ask about it.",
         examples=[_make_example(seed) for seed in EXAMPLE_SEEDS] if elem_id == "chat" else None,
         feedback_options=None,
     )
@@ -171,7 +171,7 @@ def _build_box() -> dict[str, Any]:
     box = gr.MultimodalTextbox(
         label="Question",
         show_label=False,
-        placeholder="Ask about pictures",
+        placeholder="Ask about images",
         file_types=["image"],
         file_count="multiple",
         autofocus=True,
@@ -198,7 +198,7 @@ def _build_settings() -> list[Any]:
             gr.Radio(
                 list(IMAGE_MODES),
                 value="default",
-                label="Pictures",
+                label="Images",
                 info="default: as the model was trained; the others are done before sending",
             ),
         ]
@@ -209,17 +209,17 @@ def _small_button(text: str, **kwargs: Any) -> gr.Button:
 
 
 def draw_scene() -> tuple[str, list[str]]:
-    """Draw a picture that the embedded model can read; return its path, and questions about it."""
-    picture, questions = demo.make_example(random.randrange(1 << 31))
-    path = save_pil_to_cache(picture, get_upload_folder(), format="png")
+    """Draw an image that the embedded model can read; return its path, and questions about it."""
+    image, questions = demo.make_example(random.randrange(1 << 31))
+    path = save_pil_to_cache(image, get_upload_folder(), format="png")
     return path, list(questions[:NUM_CHIPS])
 
 
 def _make_example(seed: int) -> Any:
-    picture, questions = demo.make_example(seed)
+    image, questions = demo.make_example(seed)
     # Not in Gradio's cache: what a visitor's chat has shown from there is deleted after a while.
     folder = Path(get_upload_folder()) / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / f"{seed}.png")
-    picture.save(path)
+    image.save(path)
     return {"text": questions[seed % len(questions)], "files": [path], "icon": path}

@@ -1,6 +1,6 @@
 """Asks an endpoint with OpenAI's moderation API whether a question may be sent to a model.
 
-    Message -> one request a part (text or picture), at once -> nothing, or RefusedError
+    Message -> one request a part (text or image), at once -> nothing, or RefusedError
 
 The API: POST {url}/moderations with `model` and `input`, a list of one part as in chat; the answer
 has `results`, each with `flagged` and `categories`.

@@ -59,7 +59,7 @@ def check_values(value: Any, *, depth: int = 0) -> None:
         raise gr.Error("this is nested too deeply to be a chat")
     if isinstance(value, dict):
         if "component" in value or value.get("type") == "component":
-            raise gr.Error("a chat message is text or a picture; components are not accepted")
+            raise gr.Error("a chat message is text or an image; components are not accepted")
         if "path" in value or "url" in value:
             _check_file(value)
         for part in value.values():
@@ -105,7 +105,7 @@ class Door:
             return await PlainTextResponse("not found", 404)(scope, receive, send)
         is_upload_route = path.rstrip("/").endswith("/upload")
         if is_upload_route and await asyncio.to_thread(measure_store) > MAX_STORE_BYTES:
-            refusal = "the page holds too many pictures at the moment; try again later"
+            refusal = "the page holds too many images at the moment; try again later"
             return await PlainTextResponse(refusal, 507)(scope, receive, send)
         limit = MAX_UPLOAD_BYTES if is_upload_route else MAX_EVENT_BYTES
         length = dict(scope["headers"]).get(b"content-length", b"0")

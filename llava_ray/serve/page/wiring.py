@@ -10,7 +10,7 @@ from llava_ray.serve.page.conversation import Chat, find_answer, find_questions
 from llava_ray.serve.page.handlers import Handlers
 from llava_ray.serve.page.layout import Layout
 
-# Not queue=False: Gradio then forgets the prefix of the page in the addresses of pictures.
+# Not queue=False: Gradio then forgets the prefix of the page in the addresses of images.
 QUICK: dict[str, Any] = {
     "show_progress": "hidden",
     "concurrency_limit": None,
@@ -23,7 +23,7 @@ def wire(layout: Layout, handlers: Handlers) -> None:
     """Give the page its behaviour."""
     with layout.page:
         _wire_models(layout, handlers)
-        _wire_pictures(layout)
+        _wire_images(layout)
         starts = _wire_starts(layout)
         _wire_ends(layout, [_answer_after(start, layout, handlers) for start in starts])
         _wire_results(layout, handlers)
@@ -39,11 +39,11 @@ def _wire_models(on: Layout, handlers: Handlers) -> None:
     on.is_double.change(_lay_out_sides, [on.is_double, on.left], changed, **QUICK)
 
 
-def _wire_pictures(on: Layout) -> None:
+def _wire_images(on: Layout) -> None:
     on.draw.click(do.draw, None, [on.box, *on.chips], **QUICK)
-    # Not preprocessed: Gradio would decode the picture, and whatever a visitor sends as one.
+    # Not preprocessed: Gradio would decode the image, and whatever a visitor sends as one.
     places = [on.box, on.camera, on.camera_panel]
-    on.camera.input(do.add_picture, [on.camera, on.box], places, preprocess=False, **QUICK)
+    on.camera.input(do.add_image, [on.camera, on.box], places, preprocess=False, **QUICK)
 
 
 def _wire_starts(on: Layout) -> list[Any]:

@@ -26,7 +26,7 @@ from llava_ray.types import (
 )
 
 DECODES_AT_ONCE = 2
-"""Conversations whose pictures are decoded at the same time; bounds the memory that takes."""
+"""Conversations whose images are decoded at the same time; bounds the memory that takes."""
 
 _SHARES = 3
 """No stream takes more than one of so many shares of the messages, which its reader does not miss:
@@ -48,7 +48,7 @@ class Replica:
         )
         started = time.monotonic()
         self._metrics = ReplicaMetrics()
-        self._engine = load_engine(model, note_pictures=self._metrics.note_pictures)
+        self._engine = load_engine(model, note_images=self._metrics.note_images)
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._lines = Lines()

@@ -66,22 +66,22 @@ class ReplicaMetrics:
         )
         self._decode = Histogram(
             "llava_ray_replica_decode_seconds",
-            "Decoding one picture.",
+            "Decoding one image.",
             boundaries=_STEP_SECONDS,
         )
         self._render = Histogram(
             "llava_ray_replica_render_seconds",
-            "Decoding a request's pictures and rendering its prompt, with the wait for a thread.",
+            "Decoding a request's images and rendering its prompt, with the wait for a thread.",
             boundaries=_SECONDS,
         )
         self._encode = Histogram(
             "llava_ray_replica_encode_seconds",
-            "The vision tower's work on the pictures that one step encodes.",
+            "The vision tower's work on the images that one step encodes.",
             boundaries=_STEP_SECONDS,
         )
-        self._pictures = Counter(
-            "llava_ray_replica_pictures",
-            "Pictures of prompts: encoded, or cached, which needed no encoding.",
+        self._images = Counter(
+            "llava_ray_replica_images",
+            "Images of prompts: encoded, or cached, which needed no encoding.",
             tag_keys=("kind",),
         )
         self._requests = Counter(
@@ -110,13 +110,13 @@ class ReplicaMetrics:
     def note_render(self, seconds: float) -> None:
         self._render.observe(seconds)
 
-    def note_pictures(self, num_encoded: int, num_cached: int, seconds: float) -> None:
-        """Take what became of a step's new pictures; see `NotePictures`."""
+    def note_images(self, num_encoded: int, num_cached: int, seconds: float) -> None:
+        """Take what became of a step's new images; see `NoteImages`."""
         if num_encoded:
             self._encode.observe(seconds)
         for kind, count in (("encoded", num_encoded), ("cached", num_cached)):
             if count:
-                self._pictures.inc(count, {"kind": kind})
+                self._images.inc(count, {"kind": kind})
 
     @contextmanager
     def follow(self, request: Request | CompletionRequest) -> Iterator[Progress]:

@@ -1,6 +1,6 @@
 """The pipe between a replica and an engine that works for it in another process: lines of JSON.
 
-In, from the replica; `token_ids` have one image token for each picture, as `text` has `<image>`:
+In, from the replica; `token_ids` have one image token for each image, as `text` has `<image>`:
     {"id", "text", "token_ids", "images": [{"width", "height", "rgb"}], "sampling": {...}}
     {"abort": id}
 Out, to the replica:
@@ -129,7 +129,7 @@ async def _first(pulse: asyncio.Task[None], line: Any) -> bytes:
 
 
 def read_images(request: dict[str, Any]) -> list[Any]:
-    """Return the pictures of a request, RGB."""
+    """Return the images of a request, RGB."""
     from PIL import Image
 
     return [

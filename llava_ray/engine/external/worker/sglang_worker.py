@@ -23,7 +23,7 @@ class Sglang:
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         asked = request["sampling"]
         prompt = (
-            {"prompt": request["text"]}  # its processors of pictures take no ids
+            {"prompt": request["text"]}  # its processors of images take no ids
             if request["images"]
             else {"input_ids": request["token_ids"]}
         )

@@ -136,7 +136,7 @@ class DecodeGraphs:
 
     @staticmethod
     def can_compute(plan: Plan) -> bool:
-        """Whether a plan is a step of one token each, none of them a picture's."""
+        """Whether a plan is a step of one token each, none of them an image's."""
         return bool(plan.pieces) and all(
             piece.num_tokens == 1 and piece.sequence.inputs is None for piece in plan.pieces
         )

@@ -1,9 +1,9 @@
-"""What the language model reads of pictures: encoded in batches, and kept by their content.
+"""What the language model reads of images: encoded in batches, and kept by their content.
 
-A picture that was asked about before goes through the vision tower no more, wherever it stands in
+An image that was asked about before goes through the vision tower no more, wherever it stands in
 the new prompt and whatever became of the keys and values of the old one.
 
-Shapes: N pictures, P image tokens a picture, D hidden.
+Shapes: N images, P image tokens an image, D hidden.
 """
 
 import threading
@@ -15,12 +15,12 @@ import torch
 
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
-PICTURES_AT_ONCE = 16
-"""Pictures that go through the vision tower together; bounds the memory that they take."""
+IMAGES_AT_ONCE = 16
+"""Images that go through the vision tower together; bounds the memory that they take."""
 
 
 class Key(NamedTuple):
-    """Pictures with equal keys are read alike.
+    """Images with equal keys are read alike.
 
     Attributes:
         name: a number for the content; see `engine.content`.
@@ -32,14 +32,14 @@ class Key(NamedTuple):
 
 
 Inputs = dict[str, torch.Tensor]
-"""A picture as the model takes it: pixels, and sizes where there are tiles; each [1, ...]."""
+"""An image as the model takes it: pixels, and sizes where there are tiles; each [1, ...]."""
 
 Encode = Callable[[str, Inputs], list[torch.Tensor]]
-"""From an adapter and N pictures' inputs, [N, ...], to their features, N of [P, D]."""
+"""From an adapter and N images' inputs, [N, ...], to their features, N of [P, D]."""
 
 
-class Pictures:
-    """Encodes the pictures of sequences that are new. May be used by several threads at once.
+class Images:
+    """Encodes the images of sequences that are new. May be used by several threads at once.
 
     Args:
         encode: calls the vision tower.
@@ -56,7 +56,7 @@ class Pictures:
         """Replace the pixels in sequences' `inputs` by features, [N * P, D].
 
         Returns:
-            How many pictures were encoded, and how many were known.
+            How many images were encoded, and how many were known.
         """
         features: dict[Key, torch.Tensor] = {}
         wanted: dict[Key, Inputs] = {}
@@ -106,20 +106,20 @@ class Pictures:
 
 
 def _list_keys(sequence: Sequence) -> list[Key]:
-    num_pictures = len(sequence.inputs["pixel_values"])
-    assert len(sequence.picture_names) == num_pictures
-    return [Key(name, sequence.adapter) for name in sequence.picture_names]
+    num_images = len(sequence.inputs["pixel_values"])
+    assert len(sequence.image_names) == num_images
+    return [Key(name, sequence.adapter) for name in sequence.image_names]
 
 
 def _group(wanted: dict[Key, Inputs]) -> list[dict[Key, Inputs]]:
-    """Return what goes through the tower together: one adapter's pictures, if none has tiles."""
+    """Return what goes through the tower together: one adapter's images, if none has tiles."""
     groups: list[dict[Key, Inputs]] = []
     for adapter in {key.adapter: None for key in wanted}:
         mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
         plain = [key for key in mine if mine[key]["pixel_values"].ndim == 4]
         groups += [{key: mine[key]} for key in mine if key not in plain]
         groups += [
-            {key: mine[key] for key in plain[start : start + PICTURES_AT_ONCE]}
-            for start in range(0, len(plain), PICTURES_AT_ONCE)
+            {key: mine[key] for key in plain[start : start + IMAGES_AT_ONCE]}
+            for start in range(0, len(plain), IMAGES_AT_ONCE)
         ]
     return groups

@@ -78,7 +78,7 @@ def _list_seen(sequences: Many[Sequence], vocabulary: int) -> Iterator[tuple[int
     """Yield (row, token id, how often it is in the answer) for each that a penalty looks at."""
     for row, sequence in enumerate(sequences):
         for id_, count in sequence.seen.items():
-            if id_ < vocabulary:  # the id that stands for a picture may be beyond it
+            if id_ < vocabulary:  # the id that stands for an image may be beyond it
                 yield row, id_, count
 
 

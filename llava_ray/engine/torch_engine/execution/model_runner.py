@@ -1,9 +1,9 @@
 """Computes one step: the only part of the torch engine that touches the model.
 
-plan -> embeddings of its tokens (pictures through the tower, in batches) -> language model with
+plan -> embeddings of its tokens (images through the tower, in batches) -> language model with
 attention over the cache -> logits of the last tokens -> one token for each complete piece.
 
-Shapes: B sequences, T tokens, P image tokens a picture, D hidden, V vocabulary.
+Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from llava_ray.engine.detokenizer import TextStream
-from llava_ray.engine.protocol import NotePictures, ignore_pictures
+from llava_ray.engine.protocol import NoteImages, ignore_images
 from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, Step, attend
 from llava_ray.engine.torch_engine.execution.attention_metadata import Layout
 from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch, send
-from llava_ray.engine.torch_engine.execution.encoder_cache import Pictures
+from llava_ray.engine.torch_engine.execution.encoder_cache import Images
 from llava_ray.engine.torch_engine.execution.fused_decoder import Decoder, can_fuse, fuse
 from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
 from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters
@@ -98,9 +98,9 @@ class LlavaRunner:
         cache_dtype: its precision; by default that of the weights.
         quantization: "int8": the language model's products in 8 bits; "none": as they are.
         adapters: those beside its weights, if any.
-        picture_cache_mb: memory for encoded pictures, in MiB; 0: none are kept.
+        image_cache_mb: memory for encoded images, in MiB; 0: none are kept.
         graph_batch_size: up to so many sequences decode by `DecodeGraphs`, a GPU's way; None: none.
-        note_pictures: told what becomes of pictures.
+        note_images: told what becomes of images.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here, or it cannot be
@@ -115,9 +115,9 @@ class LlavaRunner:
         cache_dtype: torch.dtype | None = None,
         quantization: str = "none",
         adapters: SideAdapters | None = None,
-        picture_cache_mb: int = 256,
+        image_cache_mb: int = 256,
         graph_batch_size: int | None = None,
-        note_pictures: NotePictures = ignore_pictures,
+        note_images: NoteImages = ignore_images,
     ) -> None:
         from transformers import AttentionInterface
 
@@ -138,8 +138,8 @@ class LlavaRunner:
         self.device: torch.device = core.model.device
         self._core = core
         self._adapters = adapters or SideAdapters()
-        self._note_pictures = note_pictures
-        self._pictures = Pictures(self._encode_pictures, max_bytes=picture_cache_mb << 20)
+        self._note_images = note_images
+        self._images = Images(self._encode_images, max_bytes=image_cache_mb << 20)
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
@@ -197,13 +197,13 @@ class LlavaRunner:
         if not new:
             return _Launched(self._choose_tokens(plan))
         watch = Stopwatch(self.device)
-        num_encoded, num_cached = self._read_pictures(new)
+        num_encoded, num_cached = self._read_images(new)
         watch.stop()
         choice = self._choose_tokens(plan)
-        return _Launched(choice, lambda: self._note_pictures(num_encoded, num_cached, watch.read()))
+        return _Launched(choice, lambda: self._note_images(num_encoded, num_cached, watch.read()))
 
     def _choose_tokens(self, plan: Plan) -> Choice | None:
-        """Choose them, once the pictures of the plan are encoded; None: no piece is complete."""
+        """Choose them, once the images of the plan are encoded; None: no piece is complete."""
         if self._graphs and self._graphs.can_compute(plan):
             logits_BV = self._graphs.compute(plan, self._latest)
             return sample(logits_BV, [piece.sequence for piece in plan.pieces])
@@ -231,7 +231,7 @@ class LlavaRunner:
         return Plan(pieces)
 
     def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
-        """Return the logits of one token each, [B, V], none of them a picture's."""
+        """Return the logits of one token each, [B, V], none of them an image's."""
         return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), step))
 
     def _call_language_model(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
@@ -244,18 +244,18 @@ class LlavaRunner:
         ).last_hidden_state[0]
         return hidden_TD if step.wanted is None else hidden_TD[step.wanted]
 
-    def _read_pictures(self, new: list[Sequence]) -> tuple[int, int]:
+    def _read_images(self, new: list[Sequence]) -> tuple[int, int]:
         """Replace the pixels of new sequences by what the language model reads.
 
         Returns:
-            How many pictures were encoded, and how many were known or in the cache already.
+            How many images were encoded, and how many were known or in the cache already.
         """
         num_cached = 0
         for sequence in new:
             if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
                 num_cached += len(sequence.inputs["pixel_values"])
                 sequence.inputs = None
-        num_encoded, num_known = self._pictures.read([s for s in new if s.inputs])
+        num_encoded, num_known = self._images.read([s for s in new if s.inputs])
         return num_encoded, num_cached + num_known
 
     def _find_rows(self, plan: Plan) -> dict[str, torch.Tensor | None]:
@@ -271,8 +271,8 @@ class LlavaRunner:
             for name, each in rows.items()
         }
 
-    def _encode_pictures(self, adapter: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return what the language model reads of each picture, [P, D]."""
+    def _encode_images(self, adapter: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Return what the language model reads of each image, [P, D]."""
         self._adapters.choose({adapter: None})
         config = self._core.model.config
         output = self._model.get_image_features(
@@ -283,7 +283,7 @@ class LlavaRunner:
         return list(output.pooler_output)
 
     def _embed_tokens(self, plan: Plan) -> torch.Tensor:
-        """Return the embeddings [T, D] of the plan's tokens, pictures in their places."""
+        """Return the embeddings [T, D] of the plan's tokens, images in their places."""
         ids: list[int] = []
         places: list[int] = []
         features: list[torch.Tensor] = []

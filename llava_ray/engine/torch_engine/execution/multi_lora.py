@@ -1,7 +1,7 @@
 """Several PEFT adapters beside the weights of one model, each for some rows of a computation.
 
 `adapter` adds one adapter to the weights for good. Here the weights stay as they are: a row that
-belongs to an adapter has its low-rank product added, y + scale * B(A x), and pictures of an adapter
+belongs to an adapter has its low-rank product added, y + scale * B(A x), and images of an adapter
 that has a projector of its own go through that one. So one model in memory answers as itself and as
 each of its adapters, in one batch.
 

@@ -1,6 +1,6 @@
 """What a prompt's tokens stand for, so that equal beginnings can be told from like ones.
 
-To the language model's tokenizer all pictures are the same token, repeated.
+To the language model's tokenizer all images are the same token, repeated.
 """
 
 import hashlib
@@ -10,25 +10,25 @@ from itertools import groupby
 from PIL.Image import Image
 
 
-def name_pictures(images: Sequence[Image]) -> list[int]:
-    """Return a number for the content of each picture."""
+def name_images(images: Sequence[Image]) -> list[int]:
+    """Return a number for the content of each image."""
     return [_hash(image.tobytes(), repr(image.size).encode()) for image in images]
 
 
 def describe_content(
     prompt_ids: list[int], image_token_id: int, names: Sequence[int], *, adapter: str = ""
 ) -> list[int]:
-    """Return a prompt's ids, each image token replaced by a number for the content of its picture.
+    """Return a prompt's ids, each image token replaced by a number for the content of its image.
 
-    `names` are those of its pictures. Where pictures stand side by side, with nothing to say where
-    one ends, each of their tokens stands for all of the prompt's pictures. With an adapter, which
+    `names` are those of its images. Where images stand side by side, with nothing to say where
+    one ends, each of their tokens stands for all of the prompt's images. With an adapter, which
     computes other keys and values of the same tokens, the first stands for that too.
     """
-    content = _number_pictures(prompt_ids, image_token_id, names) if names else prompt_ids
+    content = _number_images(prompt_ids, image_token_id, names) if names else prompt_ids
     return [_hash(f"{content[0]} {adapter}".encode()), *content[1:]] if adapter else content
 
 
-def _number_pictures(prompt_ids: list[int], image_token_id: int, names: Sequence[int]) -> list[int]:
+def _number_images(prompt_ids: list[int], image_token_id: int, names: Sequence[int]) -> list[int]:
     runs = [list(run) for _, run in groupby(prompt_ids, lambda id_: id_ == image_token_id)]
     num_runs = sum(run[0] == image_token_id for run in runs)
     if num_runs != len(names):

@@ -2,7 +2,7 @@
 
 Sequences that have ended stay in the cache until their place is needed, the longest unused first.
 A new one that begins like one of them, or like one that runs, gets a copy of those keys and values
-in place of computing them: the next turn of a conversation, another question about a picture,
+in place of computing them: the next turn of a conversation, another question about an image,
 a system prompt. Plain Python; the runner does the copying.
 """
 

@@ -71,7 +71,7 @@ class Scheduler:
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
-        picture_cost: of these, what encoding a picture takes for each of its tokens. It is done in
+        image_cost: of these, what encoding an image takes for each of its tokens. It is done in
             the step in which a prompt begins, and at most half of that step goes to it.
         prefix_cache: keep what was computed, for prompts that begin alike.
     """
@@ -82,7 +82,7 @@ class Scheduler:
         cache_tokens: int,
         max_batch_size: int,
         prefill_tokens: int,
-        picture_cost: float = 0.0,
+        image_cost: float = 0.0,
         prefix_cache: bool = True,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
@@ -91,7 +91,7 @@ class Scheduler:
         self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
-        self._picture_cost = picture_cost
+        self._image_cost = image_cost
         self._planned: set[Sequence] = set()  # in a step that is not advanced
         self._in_flight: Counter[Sequence] = Counter()  # in how many steps that are not committed
         self._doomed: set[Sequence] = set()  # ended or aborted while they were in flight
@@ -193,7 +193,7 @@ class Scheduler:
         budget = max(1, self._prefill_tokens // share)
         while budget and (sequence := next(prompts, None)):
             if sequence.inputs is not None and not sequence.num_computed:
-                budget -= min(budget // 2, round(self._picture_cost * sequence.num_image_tokens))
+                budget -= min(budget // 2, round(self._image_cost * sequence.num_image_tokens))
             num_tokens = min(sequence.num_pending, budget)
             budget -= num_tokens
             yield Piece.of(sequence, num_tokens)

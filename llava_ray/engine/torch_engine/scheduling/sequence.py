@@ -17,7 +17,7 @@ class Sequence:
 
     Attributes:
         request_id: names the request in logs and errors.
-        prompt_ids: the prompt's tokens; a picture is as many image tokens as it has features.
+        prompt_ids: the prompt's tokens; an image is as many image tokens as it has features.
         num_image_tokens: how many of them are image tokens.
         sampling: how to choose the next token.
         max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
@@ -25,10 +25,10 @@ class Sequence:
         eos_token_ids: the answer ends at any of these, unless they are to be ignored.
         grammar: the answer's format; None: any text.
         logprobs: keeps those of the answer's tokens; None: nobody asks for them.
-        inputs: the pictures as the model takes them; only the runner looks inside.
+        inputs: the images as the model takes them; only the runner looks inside.
         content: the tokens of prompt and answer, where each image token stands as a number for
-            its picture: equal contents have equal keys and values.
-        picture_names: numbers for the contents of its pictures.
+            its image: equal contents have equal keys and values.
+        image_names: numbers for the contents of its images.
         adapter: the name of the adapter that it belongs to; empty: the model itself.
         token_ids: the answer so far.
         num_expected: tokens of the answer that the device has been asked to choose, and that have
@@ -58,7 +58,7 @@ class Sequence:
     logprobs: LogprobStream | None = None
     inputs: Any = None
     content: list[int] = field(default_factory=list)
-    picture_names: Many[int] = ()
+    image_names: Many[int] = ()
     adapter: str = ""
     token_ids: list[int] = field(default_factory=list)
     num_expected: int = 0

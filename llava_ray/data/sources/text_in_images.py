@@ -1,9 +1,9 @@
-"""Pictures with text in them: TextVQA, TextCaps, OCR-VQA.
+"""Images with text in them: TextVQA, TextCaps, OCR-VQA.
 
 TextVQA and TextCaps (Singh et al. 2019, Sidorov et al. 2020) come as `{"data": [...]}`, with
-pictures train_images/{image_id}.jpg. What an OCR system read (TextVQA_Rosetta_OCR_*.json) is
-written into the question, if the file is there. Of TextCaps each picture gives one caption. OCR-VQA
-(Mishra et al. 2019) comes as dataset.json, with pictures images/{id}.jpg; its splits 1, 2 and 3 are
+images train_images/{image_id}.jpg. What an OCR system read (TextVQA_Rosetta_OCR_*.json) is
+written into the question, if the file is there. Of TextCaps each image gives one caption. OCR-VQA
+(Mishra et al. 2019) comes as dataset.json, with images images/{id}.jpg; its splits 1, 2 and 3 are
 train, val and test.
 """
 
@@ -31,7 +31,7 @@ OCR_VQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 
 
 def read_textvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for each question, with the words that were read in its picture."""
+    """Yield a row for each question, with the words that were read in its image."""
     split = config.split or "train"
     name = find_one(folder, names, *(f"TextVQA_{v}_{split}.json" for v in ("0.5.1", "0.5")))
     words = _read_words(folder, names, split)
@@ -41,14 +41,14 @@ def read_textvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> I
 
 
 def convert_textvqa(row: Row) -> Sample:
-    """Return the sample of a question about the text in a picture."""
+    """Return the sample of a question about the text in an image."""
     question = f"{row['question']}{_write_words(row)}\n{SHORT_ANSWER}"
     turns = [(question, most_frequent(row["answers"]))]
-    return sample_of("textvqa", row["question_id"], ask_in_turn(turns), _name_picture(row))
+    return sample_of("textvqa", row["question_id"], ask_in_turn(turns), _name_image(row))
 
 
 def read_textcaps(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
-    """Yield a row for the first caption of each picture."""
+    """Yield a row for the first caption of each image."""
     split = config.split or "train"
     name = find_one(folder, names, f"TextCaps_0.1_{split}.json")
     words = _read_words(folder, names, split)
@@ -64,7 +64,7 @@ def read_textcaps(folder: Folder, names: list[str], config: "ConvertConfig") -> 
 def convert_textcaps(row: Row) -> Sample:
     """Return the sample of a caption."""
     turns = [(f"{ONE_SENTENCE}{_write_words(row)}", row["caption_str"].strip())]
-    return sample_of("textcaps", row["image_id"], ask_in_turn(turns), _name_picture(row))
+    return sample_of("textcaps", row["image_id"], ask_in_turn(turns), _name_image(row))
 
 
 def read_ocrvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
@@ -86,7 +86,7 @@ def convert_ocrvqa(row: Row) -> Sample:
 
 
 def _read_words(folder: Folder, names: list[str], split: str) -> dict[str, list[str]]:
-    """Return what an OCR system read in each picture; empty without its file."""
+    """Return what an OCR system read in each image; empty without its file."""
     found = [name for name in names if "Rosetta_OCR" in name and name.endswith(f"_{split}.json")]
     words: dict[str, list[str]] = {}
     for name in found[:1]:
@@ -100,5 +100,5 @@ def _write_words(row: Row) -> str:
     return f"\nReference OCR token: {', '.join(row['words'])}" if row["words"] else ""
 
 
-def _name_picture(row: Row) -> str:
+def _name_image(row: Row) -> str:
     return f"train_images/{row['image_id']}.jpg"
