@@ -1,11 +1,9 @@
 """One small Ray cluster and one application for all tests that talk to a server."""
 
 import os
-import re
 import socket
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,32 +32,22 @@ ALLOWED_WARNINGS = (
 )
 
 
-ON_RAY = re.compile(
-    r"\b(cluster|served)\b[,:)]|^from (ray_nodes|hosts) |COMMAND, \"serve\"|nbclient", re.MULTILINE
-)
-"""Is in the text of files whose tests use the session's Ray, or start one of their own."""
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `-n 2`, let one process run all files that need Ray, the other what computes by itself.
 
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of `-n 2`, let one process take all that runs on Ray, the other what computes by itself.
-
-    So Rays start one after the other: Ray gives up a node whose agent takes more than 15 seconds,
-    as it does where several start. Tests of a file stay together.
+    Those are the files in which a test uses the `cluster` fixture or has the marker `ray`. Ray
+    gives up a node whose agent takes more than 15 seconds to start, as happens when several start
+    at once. Tests of one file stay together.
     """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Scheduler(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "ray" if is_on_ray(config.rootpath / file) else file
-
-    return Scheduler(config, log)
-
-
-@cache
-def is_on_ray(file: Path) -> bool:
-    return bool(ON_RAY.search(file.read_text()))
+    on_ray = {
+        item.path
+        for item in items
+        if item.get_closest_marker("ray") or "cluster" in getattr(item, "fixturenames", ())
+    }
+    for item in items:
+        group = "ray" if item.path in on_ray else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,0 +1,130 @@
+"""Questions to a model: the same replies in any batch, faults told apart, nothing asked twice."""
+
+import hashlib
+import pickle
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.raw_data import save
+from support.scene_benchmark import write_scenes
+from support.scripted_openai import Script, ScriptedOpenAI
+
+from llava_ray.config import EvaluateConfig
+from llava_ray.errors import ConfigError, UserError
+from llava_ray.evaluate import run
+from llava_ray.evaluate.predict import ask as asking
+from llava_ray.evaluate.predict.actor import Attempts, Predictor, describe_settings, make_cache_key
+from llava_ray.evaluate.tasks import TASKS
+from llava_ray.types import Prediction, Question, Sampling
+
+SHORT = Sampling(max_tokens=24, temperature=0)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "FIRST_PAUSE_S", 0.001)
+
+
+def configure(**settings: Any) -> EvaluateConfig:
+    return EvaluateConfig(**{"tasks": ["own_exact"], "data": ".", "output": ".", **settings})
+
+
+def predict(questions: list[Question], **settings: Any) -> list[Prediction]:
+    """Answer questions as an actor does, in this process."""
+    predictor = Predictor(configure(**settings), "scripted", SHORT, "digest", Attempts())
+    batch = predictor({"question": [pickle.dumps(question) for question in questions]})
+    return [pickle.loads(each) for each in batch["prediction"]]
+
+
+def test_greedy_replies_are_the_same_one_at_a_time_and_in_batches_of_32(tmp_path: Path) -> None:
+    questions = TASKS["own_exact"].read_all(write_scenes(tmp_path, num_scenes=4))
+    assert len(questions) > 32
+    # several actors have a thread each, which a busy machine bears better than two of one
+    settings = {"num_actors": 2, "num_cpus": 1}
+    alone, together = (predict(questions, concurrency=size, **settings) for size in (1, 32))
+    assert [p.status for p in alone] == ["answered"] * len(questions)
+    assert [p.text for p in together] == [p.text for p in alone]
+    assert all(p.confidence is not None and 0 < p.confidence <= 1 for p in together)
+    scores = [TASKS["own_exact"].score(q, p.text) for q, p in zip(questions, alone, strict=True)]
+    assert sum(score.value for score in scores) > 0.7 * len(scores)
+
+
+def ask(script: Script, *questions: Question) -> list[Prediction]:
+    with ScriptedOpenAI(script) as server:
+        return predict(list(questions), endpoint=server.url)
+
+
+def test_what_cannot_be_asked_is_refused_and_what_breaks_is_failed(tmp_path: Path) -> None:
+    """Refused rows would be refused again; failed ones are asked again by the next run."""
+    absent = (str(tmp_path / "absent.png"),)
+    questions = [
+        Question("1", "fine"), Question("2", "bad"), Question("3", "broken"), Question("4", "down"),
+        Question("5", "no image", absent),
+    ]  # fmt: skip
+    said = {"fine": "yes", "bad": 400, "broken": None, "down": 503}
+    told = ask(lambda text: said[text], *questions)
+    assert [p.status for p in told] == ["answered", "refused", "failed", "failed", "refused"]
+    assert [p.text for p in told] == ["yes", "", "", "", ""]
+    assert "the script says no" in told[1].reason
+    assert "ended the answer too early" in told[2].reason
+    assert "absent.png cannot be read" in told[4].reason
+
+
+def test_what_may_pass_is_tried_again() -> None:
+    replies = iter([503, None, "at last"])
+    (told,) = ask(lambda _: next(replies), Question("1", "?"))
+    assert (told.status, told.text) == ("answered", "at last")
+
+
+def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "!"}\n')
+    folders = {"data": str(tmp_path), "output": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match="there is no such folder"):
+        run.evaluate(configure(**folders, model=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="no server answers at http://127"):
+        run.evaluate(configure(**folders, endpoint="http://127.0.0.1:9/v1"))
+    with ScriptedOpenAI(lambda _: "!") as server:
+        wrong = configure(**folders, endpoint=server.url, model_name="other")
+        with pytest.raises(ConfigError, match="has no model 'other': it serves scripted"):
+            run.evaluate(wrong)
+        assert server.asked == []
+    with pytest.raises(ConfigError, match="neither shards"):
+        run.evaluate(configure(**folders | {"data": str(tmp_path / "nowhere")}))
+
+
+def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    question = Question("1", "What?", (str(path),))
+    sha = hashlib.sha256(save(path)).hexdigest()
+    settings = describe_settings(configure(), SHORT)
+    key = make_cache_key("digest", question, [sha], settings)
+    known = {"1": Prediction("1", "answered", "x", cache_key=key)}
+
+    def is_open(asked: Question = question, digest: str = "digest", told: str = settings) -> bool:
+        return bool(run.find_open([asked], known, digest, told))
+
+    assert not is_open()
+    assert not is_open(replace(question, answers=("scored anew",)))
+    assert is_open(replace(question, text="What else?"))
+    assert is_open(digest="another model")
+    for changed in (
+        {"template": "llava_v0"},
+        {"dtype": "float32"},
+        {"engine": "echo"},
+        {"quantization": "int8"},
+    ):
+        assert is_open(told=describe_settings(configure(**changed), SHORT))
+    assert is_open(told=describe_settings(configure(), Sampling(max_tokens=25, temperature=0)))
+    assert not is_open(told=describe_settings(configure(concurrency=1, num_actors=4), SHORT))
+    known["1"] = replace(known["1"], status="failed")
+    assert is_open()
+    known["1"] = replace(known["1"], status="answered")
+    other = tmp_path / "b.png"
+    save(other, seed=1)
+    assert is_open(replace(question, images=(str(other),)))
+    other.unlink()
+    assert is_open(replace(question, images=(str(tmp_path / "absent.png"),)))

@@ -1,0 +1,180 @@
+"""transformers' own LLaVAs: loaded, they give what transformers gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.llava_checkpoints import MEAN, STD
+from support.tiny_checkpoint import make_image
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from llava_ray.errors import ConfigError
+from llava_ray.model.build.random_model import build_byte_tokenizer
+from llava_ray.model.checkpoint.tensor_names import from_memory
+from llava_ray.model.loading import load_model
+
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+TEXT = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+}
+GRID = [[28, 56], [56, 28], [56, 56], [28, 84]]
+PROMPT = "<s>see <image>\nand <image> what?"
+
+
+def write_published(folder: Path, kind: str) -> tuple[Path, Any]:
+    """Write a folder as transformers does; return it and the model."""
+    tokenizer = build_byte_tokenizer(context_length=512)
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    pixels: dict[str, Any] = {"image_mean": MEAN, "image_std": STD}
+    text: dict[str, Any] = {**TEXT, "vocab_size": len(tokenizer), "pad_token_id": 0}
+    config: Any
+    if kind == "llava_onevision":
+        config = LlavaOnevisionConfig(
+            text_config=Qwen2Config(**text, tie_word_embeddings=True),
+            vision_config=SiglipVisionConfig(**TOWER, vision_use_head=False),
+            image_token_index=image_id,
+            video_token_index=len(tokenizer),
+            image_grid_pinpoints=GRID,
+            vision_aspect_ratio="anyres_max_2",
+        )
+        size = {"height": 28, "width": 28}
+        images: Any = LlavaOnevisionImageProcessorPil(
+            size=size, image_grid_pinpoints=GRID, **pixels
+        )
+    else:
+        vision = CLIPVisionConfig(**TOWER)
+        clip = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, **pixels}
+        common = {
+            "text_config": MistralConfig(**text),
+            "vision_config": vision,
+            "image_token_index": image_id,
+            "image_seq_length": 16,
+        }
+        if kind == "llava_next":
+            config = LlavaNextConfig(**common, image_grid_pinpoints=GRID)
+            images = LlavaNextImageProcessorPil(image_grid_pinpoints=GRID, **clip)
+        else:
+            config, images = LlavaConfig(**common), CLIPImageProcessorPil(**clip)
+    classes: dict[str, Any] = {
+        "llava": LlavaForConditionalGeneration,
+        "llava_next": LlavaNextForConditionalGeneration,
+        "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    }
+    torch.manual_seed(0)
+    model = classes[kind](config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    images.save_pretrained(folder)
+    settings = {"patch_size": 7, "num_additional_image_tokens": int(kind != "llava_onevision")}
+    (folder / "processor_config.json").write_text(json.dumps(settings))
+    return folder, model
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
+def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    folder, model = write_published(tmp_path / "model", kind)
+    core = load_model(folder, dtype="float32", device="cpu")
+    assert type(core.model) is type(model)
+    inputs = core.encode(PROMPT, [make_image(), make_image(1, width=31, height=97)])
+    with torch.inference_mode():
+        expected = model(**inputs).logits
+        torch.testing.assert_close(core.model(**inputs).logits, expected)
+
+
+def test_a_image_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
+    folder, model = write_published(tmp_path / "model", "llava_onevision")
+    core = load_model(folder, dtype="float32", device="cpu")
+    inputs = core.encode("<image>", [make_image(width=60, height=60)])
+    with torch.inference_mode():
+        model(**inputs)  # compares the number of ids and of features itself
+    num_tokens = inputs["input_ids"][0].tolist().count(core.image_token_id)
+    assert num_tokens < 16 + 8 * 9  # of the four tiles' 8 x 8 patches fewer are left
+
+
+def test_names_as_they_were_published_are_read(tmp_path: Path) -> None:
+    folder, model = write_published(tmp_path / "model", "llava_next")
+    tensors = {
+        from_memory(name, "published"): tensor.clone()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    assert "language_model.model.norm.weight" in load_file(folder / "model.safetensors")
+    core = load_model(folder, dtype="float32", device="cpu")
+    for name, tensor in core.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_a_tokenizer_without_the_image_token_is_told(tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<image>", "<nothing>"))
+    settings = folder / "tokenizer_config.json"
+    settings.write_text(settings.read_text().replace("<image>", "<nothing>"))
+    with pytest.raises(ConfigError, match="lacks the image token '<image>', which"):
+        load_model(folder, device="cpu")
+
+
+def test_an_image_token_with_another_id_is_told(tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["image_token_index"] = 7
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"at \d+, and config.json \(image_token_index\) at 7"):
+        load_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 48}, r"is \[\d+, 32\], and .*config.json asks for \[\d+, 48\]"),
+        ({"num_hidden_layers": 3}, "the weights of .* lack 9 tensors"),
+        ({"hidden_size": "many"}, r"config\.json describes no model that can be built"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_told_with_the_file(change, message, tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=message):
+        load_model(folder, device="cpu")
+
+
+def test_a_prompt_of_several_turns_is_encoded_as_transformers_does(tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    core = load_model(folder, device="cpu")
+    text = "USER: <image>\nhello ASSISTANT: yes</s>USER: <image> more"
+    expected = core.processor(text=text, images=[make_image(), make_image(1)], return_tensors="pt")
+    inputs = core.encode(text, [make_image(), make_image(1)])
+    assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])

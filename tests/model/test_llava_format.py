@@ -1,0 +1,192 @@
+"""LLaVA's own checkpoints: each kind gives the numbers of a reference that is computed by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.llava_checkpoints import Original
+from support.tiny_checkpoint import make_image
+
+from llava_ray.model.loading import Core, load_model
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PROMPT = "look: <image>\nand this <image> what is it?"
+
+
+def load(folder: Path, **options) -> Core:
+    return load_model(folder, dtype="float32", device="cpu", **options)
+
+
+def images() -> list[Image.Image]:
+    return [make_image(), make_image(1, width=31, height=97)]
+
+
+def assert_same_logits(core: Core, original: Original) -> None:
+    inputs = core.encode(PROMPT, images())
+    with torch.inference_mode():
+        found = core.model(**inputs).logits[0]
+    expected = original.logits(PROMPT, images())
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+KINDS = {
+    "llama, square": Original(),
+    "pad": Original(aspect="pad"),
+    "linear projector": Original(projector="linear"),
+    "no projector": Original(projector="identity"),
+    "three-layer projector": Original(projector="mlp3x_gelu"),
+    "class token of the last layer": Original(feature="cls_patch", layer=-1),
+    "between marks": Original(start_end=True),
+    "mistral": Original(text="mistral"),
+    "qwen2": Original(text="qwen2"),
+    "mpt": Original(text="mpt"),
+    "siglip": Original(tower="siglip"),
+    "siglip, pad": Original(tower="siglip", aspect="pad", layer=-1),
+    "anyres, flat": Original(aspect="anyres", merge="flat"),
+    "anyres, flat, class token": Original(aspect="anyres", merge="flat", feature="cls_patch"),
+    "anyres, spatial": Original(aspect="anyres", merge="spatial"),
+    "anyres, unpad": Original(aspect="anyres", merge="spatial_unpad"),
+    "anyres, unpad, mistral": Original(text="mistral", aspect="anyres", merge="spatial_unpad"),
+    "anyres, unpad, mpt, linear": Original(
+        text="mpt", projector="linear", aspect="anyres", merge="spatial_unpad"
+    ),
+}
+
+OF_THE_ORIGINAL = json.loads((GOLDEN / "original_logits.json").read_text())
+"""What LLaVA's code at its last commit gave for these files, prompt and images in float32 (MPT's
+forward mended): the first eight logits of the last position."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_are_those_of_the_reference(kind: str, tmp_path: Path) -> None:
+    original = KINDS[kind]
+    core = load(original.write(tmp_path / "any name"))
+    assert_same_logits(core, original)
+
+
+@pytest.mark.parametrize("kind", OF_THE_ORIGINAL)
+def test_logits_are_those_of_the_original_code(kind: str, tmp_path: Path) -> None:
+    core = load(KINDS[kind].write(tmp_path / "model"))
+    with torch.inference_mode():
+        found = core.model(**core.encode(PROMPT, images())).logits[0, -1, :8]
+    torch.testing.assert_close(found, torch.tensor(OF_THE_ORIGINAL[kind]), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["mpt", "anyres, unpad", "three-layer projector"])
+def test_generation_continues_with_the_best_tokens_of_the_reference(
+    kind: str, tmp_path: Path
+) -> None:
+    original = KINDS[kind]
+    core = load(original.write(tmp_path / "model"))
+    inputs = core.encode("<image> a", [make_image()])
+    length = inputs["input_ids"].shape[1]
+    out = core.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    text, best = "<image> a", []
+    embed = original.lm.get_input_embeddings()
+    with torch.inference_mode():
+        first, second = original.ids(text)
+        parts = [embed(torch.tensor(first)), original.features(make_image())]
+        parts.append(embed(torch.tensor(second)))
+        for _ in range(4):
+            logits = original.lm(inputs_embeds=torch.cat(parts)[None]).logits[0, -1]
+            best.append(int(logits.argmax()))
+            parts.append(embed(torch.tensor(best[-1:])))
+    assert out[0, length:].tolist() == best
+
+
+@pytest.mark.parametrize("size", [(5, 200), (28, 28), (57, 55), (300, 100), (84, 28), (99, 33)])
+def test_a_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
+    original = Original(aspect="anyres", merge="spatial_unpad")
+    core = load(original.write(tmp_path / "model"))
+    image = make_image(width=size[0], height=size[1])
+    inputs = core.encode("<image>", [image])
+    ids = inputs["input_ids"][0].tolist()
+    assert ids.count(core.image_token_id) == len(original.features(image))
+    with torch.inference_mode():
+        core.model(**inputs)  # transformers itself compares ids and features
+
+
+def test_a_image_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
+    core = load(Original(start_end=True).write(tmp_path / "model"))
+    assert core.tokenize("a <im_start><image><im_end>") == core.tokenize("a <image>")
+    start, end = (core.tokenizer.convert_tokens_to_ids(t) for t in ("<im_start>", "<im_end>"))
+    assert core.tokenize("<image>")[-3:] == [start, -200, end]
+
+
+def test_the_tower_may_lie_beside_the_checkpoint_with_its_weights(tmp_path: Path) -> None:
+    original = Original()
+    assert_same_logits(load(original.write(tmp_path / "a", tower_inside=False)), original)
+
+
+@pytest.mark.parametrize(
+    "told", [{}, {"unfreeze_mm_vision_tower": True}, {"mm_tunable_parts": "mm_vision_tower,mm_mlp"}]
+)
+def test_a_tower_is_read_from_its_own_files_unless_it_was_trained(told, tmp_path: Path) -> None:
+    original = Original(extra=told)
+    folder = original.write(tmp_path / "model")
+    with torch.no_grad():  # what lies beside is another than what is inside
+        for parameter in original.vision.parameters():
+            parameter += 0.2
+    original.write_tower(tmp_path / "the-tower")
+    expected = original if not told else Original()
+    assert_same_logits(load(folder), expected)
+
+
+def test_a_given_tower_is_taken(tmp_path: Path) -> None:
+    original = Original()
+    folder = original.write(tmp_path / "a", tower_inside=False)
+    tower = (tmp_path / "the-tower").rename(tmp_path / "elsewhere")
+    assert_same_logits(load(folder, vision_tower=tower), original)
+
+
+@pytest.mark.parametrize("said", [-2, -1])
+def test_a_tower_that_was_saved_without_its_last_layer_gives_the_same_features(
+    said: int, tmp_path: Path
+) -> None:
+    # LLaVA-NeXT's SigLIP towers are saved so, and give their last layer whatever is said.
+    original = Original(tower="siglip", extra={"mm_vision_select_layer": said})
+    folder = original.write(tmp_path / "model")
+    from safetensors.torch import load_file, save_file
+
+    file = folder / "model.safetensors"
+    tensors = {n: t for n, t in load_file(file).items() if "encoder.layers.2." not in n}
+    save_file(tensors, file)
+    assert_same_logits(load(folder), original)
+
+
+def test_weights_saved_as_pickled_shards_are_read_too(tmp_path: Path) -> None:
+    original = Original()
+    folder = original.write(tmp_path / "model")
+    from safetensors.torch import load_file
+
+    tensors = list(load_file(folder / "model.safetensors").items())
+    (folder / "model.safetensors").unlink()
+    shards = {"pytorch_model-1.bin": tensors[:9], "pytorch_model-2.bin": tensors[9:]}
+    for name, shard in shards.items():
+        torch.save(dict(shard), folder / name)
+    index = {"weight_map": {n: name for name, shard in shards.items() for n, _ in shard}}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert_same_logits(load(folder), original)
+
+
+@pytest.mark.parametrize("case", ["llava-v1.5-pad", "llava-v1-linear-square"])
+def test_golden_outputs_of_the_original_code(case: str) -> None:
+    folder = GOLDEN / case
+    core = load(folder / "checkpoint", vision_tower=GOLDEN / "openai-clip-micro")
+    outputs = np.load(folder / "golden.npz")
+    for record in json.loads((folder / "golden.json").read_text())["records"]:
+        images = [Image.open(folder / name).convert("RGB") for name in record["images"]]
+        inputs = core.encode(record["prompt"], images)
+        length = inputs["input_ids"].shape[1]
+        expected, greedy = (outputs[f"{name}_{record['index']}"] for name in ("logits", "greedy"))
+        with torch.inference_mode():
+            logits = core.model(**inputs).logits[0, -16:].numpy()
+        out = core.model.generate(**inputs, max_new_tokens=len(greedy) - 1, do_sample=False)
+        assert core.tokenize(record["prompt"]) == record["input_ids"]
+        assert length == record["sequence_length"]
+        assert np.abs(logits - expected).max() < 2e-3
+        assert out[0, length:].tolist() == greedy[1:].tolist()

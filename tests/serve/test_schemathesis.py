@@ -1,0 +1,119 @@
+"""schemathesis against the OpenAPI document: what it describes is answered so, and nothing breaks.
+
+Most bodies that it makes up are refused, since a document cannot say how fields depend on one
+another; `mend` makes them agree, so that most come to an engine.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode, checks
+from serve.test_bad_requests import data_url, png
+from support.wait import PATIENCE_S
+
+from llava_ray.serve.openai.openapi import describe_api
+
+API = schemathesis.openapi.from_dict(describe_api(["echo", "other"]))
+OPERATIONS = [
+    ("/v1/chat/completions", "POST"),
+    ("/v1/completions", "POST"),
+    ("/tokenize", "POST"),
+    ("/detokenize", "POST"),
+    ("/v1/models", "GET"),
+    ("/v1/models/{name}", "GET"),
+    ("/usage", "GET"),
+    ("/healthz", "GET"),
+    ("/readyz", "GET"),
+]
+CHECKS = [
+    checks.not_a_server_error,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+    checks.status_code_conformance,
+]
+IMAGE = data_url(png(8, 8))
+QUICK = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "mode"),
+    [
+        *[(*operation, GenerationMode.POSITIVE) for operation in OPERATIONS],
+        *[(*operation, GenerationMode.NEGATIVE) for operation in OPERATIONS if "POST" in operation],
+    ],
+    ids=str,
+)
+def test_no_request_breaks_the_server_and_answers_are_as_described(
+    served: str, path: str, method: str, mode: GenerationMode
+) -> None:
+    statuses: Counter[int] = Counter()
+
+    @QUICK
+    @given(case=API[path][method].as_strategy(generation_mode=mode))
+    def check(case: Any) -> None:
+        if mode is GenerationMode.POSITIVE and isinstance(case.body, dict):
+            case.body = mend(case.body)
+        reply = case.call(base_url=served, timeout=PATIENCE_S)
+        statuses[reply.status_code] += 1
+        case.validate_response(reply, checks=CHECKS)
+
+    check()
+    print(method, path, mode.value, dict(statuses))
+    if mode is GenerationMode.POSITIVE:
+        assert statuses[200] > statuses.total() / 2, statuses
+
+
+def mend(body: dict[str, Any]) -> dict[str, Any]:
+    """Return nearly the same body, with fields that agree with each other."""
+    body = {**mend_value(body), "model": body.get("model") or "echo"}
+    for name in ("best_of", "response_format", "suffix"):
+        body.pop(name, None)
+    for name in ("prompt", "tokens"):
+        if isinstance(body.get(name), list):
+            body[name] = mend_tokens(body[name])
+    if not body.get("stream"):
+        body.pop("stream_options", None)
+    if not body.get("logprobs") or body.get("echo"):
+        body.pop("logprobs", None)
+        body.pop("top_logprobs", None)
+    for name in ("max_tokens", "max_completion_tokens", "min_tokens"):
+        if body.get(name):
+            body[name] = 7
+    if body.get("n"):
+        body["n"] = 2
+    if messages := body.get("messages"):
+        body.pop("prompt", None)
+        body.pop("add_special_tokens", None)
+        told = [message for message in messages if message["role"] in ("system", "developer")]
+        said = [message for message in messages if message not in told]
+        body["messages"] = [*told, *said, {"role": "user", "content": "Hello"}][-16:]
+    elif not body.get("prompt") and "tokens" not in body:
+        body["prompt"] = "Hello"
+    return body
+
+
+def mend_tokens(value: Any) -> Any:
+    """Return a prompt or prompts whose token ids are letters to the model."""
+    if isinstance(value, list):
+        return [mend_tokens(item) for item in value]
+    return value % 50_000 if isinstance(value, int) else value
+
+
+def mend_value(value: Any) -> Any:
+    """Return a value with whole numbers, true images and texts that say something."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)  # 1.0 is whole in JSON schema, and not here
+        case {"type": "image_url"}:
+            return {"type": "image_url", "image_url": {"url": IMAGE}}
+        case dict():
+            return {name: mend_value(item) for name, item in value.items()}
+        case list():
+            return [mend_value(item) for item in value]
+        case str() if not value.strip():
+            return "Hello"
+        case _:
+            return value

@@ -1,0 +1,74 @@
+"""The whole way of a small LLaVA: pre-training, fine-tuning, held-out questions, seeing and blind.
+
+By the shipped recipes and the commands of the README; 21 minutes on two busy cores.
+`TEST_LONG=1 pytest -m long`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llava_ray.demo.evaluate import TARGETS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.skipif("TEST_LONG" not in os.environ, reason="trains for minutes"),
+]
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "jobs" / "configs"
+ACCURACY = 0.75
+"""Of exact answers to what the two stages teach: the kinds of question that have a target."""
+GUESSED = 0.5
+"""More than who sees nothing reaches, be it by knowing which answers are frequent."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder where the commands of the README have run, up to the evaluation."""
+    place = tmp_path_factory.mktemp("tiny")
+    raw = "outputs/tiny-raw"
+    parts = ("--llm", f"{raw}/llm", "--vision-tower", f"{raw}/tower")
+    run_cli(place, "demo", "raw", raw)
+    run_cli(place, "build", "outputs/tiny-new", *parts)
+    for name in ("captions", "conversations"):
+        rows = ("--input", f"{raw}/{name}.json", "--images", f"{raw}/images")
+        run_cli(place, "convert", "llava", *rows, "--output", f"outputs/tiny-{name}")
+    for stage in ("pretrain", "finetune"):
+        run(place, str(ROOT / "jobs" / "train.py"), str(CONFIGS / f"tiny_{stage}.yaml"))
+    return place
+
+
+def run_cli(place: Path, *words: str) -> None:
+    run(place, "-m", "llava_ray.cli", *words)
+
+
+def run(place: Path, *words: str) -> None:
+    """Run Python as the README does.
+
+    Raises:
+        AssertionError: it fails; has what it said.
+    """
+    command = [sys.executable, *words]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def test_both_stages_end_with_a_model_that_sees(place: Path) -> None:
+    words = ("--scenes", "25", "--write", "scores.json")
+    run_cli(place, "demo", "evaluate", "outputs/tiny-finetune/export", *words)
+    kinds = json.loads((place / "scores.json").read_text())["kinds"]
+    scores = [kinds[kind] for kind in TARGETS]
+    num_asked = sum(score["num_questions"] for score in scores)
+
+    def average(name: str) -> float:
+        return sum(score[name] * score["num_questions"] for score in scores) / num_asked
+
+    assert average("exact") > ACCURACY
+    assert average("blind") < GUESSED
+    assert average("prior") < GUESSED

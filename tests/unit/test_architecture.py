@@ -1,0 +1,144 @@
+"""Who may import what (README, "How it works"): imports go down only, and Ray stops at the door."""
+
+import ast
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "llava_ray"
+
+FLOORS = [
+    {"cli"},
+    {"app"},
+    {"evaluate", "serve"},
+    {"client", "train", "engine", "demo"},
+    {"data"},
+    {"model"},
+    {"template", "images", "storage"},
+    {"config"},
+    {"types", "errors", "priority"},
+]
+
+MAY_IMPORT = {
+    "ray": (
+        "app.py",
+        "cli/",
+        "serve/gateway/",
+        "serve/backends/",
+        "serve/replica/",
+        "serve/log.py",
+        "serve/page/",
+        "data/convert/run.py",
+        "data/session.py",
+        "data/loader/stream.py",
+        "train/launch.py",
+        "train/trackers.py",
+        "train/worker.py",
+        "evaluate/predict/actor.py",
+        "evaluate/run.py",
+    ),
+    "torch": (
+        "model/",
+        "engine/input_processor.py",
+        "engine/torch_engine/engine.py",
+        "engine/torch_engine/execution/",
+        "engine/external/settings.py",
+        "demo/",
+        "data/loader/collate.py",
+        "train/",
+    ),
+    "llguidance": ("engine/structured_output.py",),
+    "pycocoevalcap": ("evaluate/scoring/captions.py",),
+    "openpyxl": ("evaluate/submission.py",),
+    "gradio": ("serve/page/",),
+    "vllm": ("engine/external/worker/vllm_worker.py",),
+    "sglang": ("engine/external/worker/sglang_worker.py",),
+    "deepspeed": ("train/",),
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@cache
+def imports(path: Path) -> set[str]:
+    """Dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def floor(part: str) -> int:
+    return next(number for number, parts in enumerate(FLOORS) if part in parts)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_only_go_down(path: Path) -> None:
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for name in imports(path):
+        if not name.startswith("llava_ray.") or part == "__init__":
+            continue
+        other = name.split(".")[1]
+        if other in ("__version__", part):
+            continue
+        assert floor(other) > floor(part), f"{part} imports {name}, which is not below it"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_heavy_package_is_known_to_few_files(package: str) -> None:
+    for path in modules():
+        file = path.relative_to(PACKAGE).as_posix()
+        uses = any(name == package or name.startswith(package + ".") for name in imports(path))
+        assert not uses or file.startswith(MAY_IMPORT[package]), f"{file} imports {package}"
+
+
+ABSENT = {
+    "llava_ray": {"torch", "ray", "gradio", "transformers", "PIL"},
+    "llava_ray.cli": {"torch", "ray", "gradio", "transformers"},
+    "llava_ray.app": {"torch", "gradio", "vllm", "sglang", "deepspeed"},
+    "llava_ray.serve.page": {"torch", "gradio"},
+    "llava_ray.engine.protocol": {"torch", "ray", "gradio"},
+    "llava_ray.demo": {"torch", "ray", "gradio"},
+    "llava_ray.data.sources": {"torch", "ray", "transformers"},
+    "llava_ray.data.loader.order": {"torch", "ray", "transformers", "pyarrow"},
+    "llava_ray.evaluate.tasks": {"torch", "ray", "transformers", "pycocoevalcap", "openpyxl"},
+    "llava_ray.data.convert.run": {"torch", "transformers"},
+}
+"""What importing a part does not load."""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, list[str]]:
+    """Of what is to be absent, what importing each part loads, in a process of its own."""
+
+    def find_loaded(module: str) -> list[str]:
+        code = f"import sys, {module}; print(*sorted({ABSENT[module]!r} & set(sys.modules)))"
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.split() if done.returncode == 0 else [done.stderr]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(ABSENT, pool.map(find_loaded, ABSENT), strict=True))
+
+
+@pytest.mark.parametrize("module", ABSENT)
+def test_importing_a_part_loads_no_more_than_it_needs(
+    loaded: dict[str, list[str]], module: str
+) -> None:
+    assert loaded[module] == []
+
+
+def test_no_name_says_nothing() -> None:
+    names = {path.stem for path in modules()} | {path.parent.name for path in modules()}
+    assert not names & {"utils", "util", "common", "helpers", "misc", "manager"}

@@ -1,0 +1,79 @@
+"""The cluster files: Ray accepts them, and they install what the project needs."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from ray._private.runtime_env.packaging import create_package
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "jobs" / "configs"
+CLOUDS = [ROOT / "cluster.yaml", CONFIGS / "cluster_gcp.yaml"]
+CLUSTERS = [*CLOUDS, CONFIGS / "cluster_local.yaml"]
+LARGEST_UPLOAD_BYTES = 100 << 20  # of Ray's dashboard, which takes the working directory of a job
+
+
+def read(path: Path) -> dict[str, Any]:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_ray_accepts_a_cluster_file(path: Path) -> None:
+    validate_config(prepare_config(read(path)))
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_every_machine_gets_the_project_and_the_token_before_ray_starts(path: Path) -> None:
+    config = read(path)
+    assert config["file_mounts"]["~/llava_ray"] == "."
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    setup = "\n".join(config["setup_commands"])
+    assert "RAY_AUTH_MODE=token" in setup
+    for command in re.findall(r"llava_ray/(\S+)", setup):
+        assert (ROOT / command).exists(), f"{path.name} installs {command}, which does not exist"
+
+
+@pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
+def test_the_head_takes_no_work_and_shows_its_dashboard_to_itself_alone(path: Path) -> None:
+    config = read(path)
+    start = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+    assert "RAY_health_check_timeout_ms=1000" in start, "a machine that hangs is missed for long"
+    if path in CLOUDS:
+        assert config["available_node_types"][config["head_node_type"]]["resources"] == {"CPU": 0}
+    else:
+        assert "--num-cpus=0" in start
+
+
+@pytest.mark.parametrize("path", CLOUDS, ids=lambda path: path.stem)
+def test_gpu_machines_start_at_none_and_some_are_spot(path: Path) -> None:
+    config = read(path)
+    workers = {k: v for k, v in config["available_node_types"].items() if k != "head"}
+    assert all(each["min_workers"] == 0 and each["resources"]["GPU"] for each in workers.values())
+    assert sum(each["max_workers"] for each in workers.values()) <= config["max_workers"]
+    spot = [k for k, v in workers.items() if v["labels"]["ray.io/market-type"] == "spot"]
+    assert spot == ["train_spot"]
+    node = workers["train_spot"]["node_config"]
+    asked = node.get("InstanceMarketOptions", {}).get("MarketType") == "spot"
+    assert asked or {"preemptible": True} in node["scheduling"]
+
+
+def test_what_machines_install_is_what_the_project_asks_for() -> None:
+    lines = (CONFIGS / "requirements.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for line in [*project["dependencies"], *extras["train"], *extras["track"]]:
+        asked = Requirement(line)
+        assert asked.specifier.contains(pinned[asked.name]), f"{line}: pinned is {asked.name}"
+
+
+def test_a_job_uploads_far_less_than_the_dashboard_takes(tmp_path: Path) -> None:
+    package = tmp_path / "working_dir.zip"
+    create_package(str(ROOT), package, include_gitignore=True, include_parent_dir=False)
+    assert package.stat().st_size < LARGEST_UPLOAD_BYTES / 2
