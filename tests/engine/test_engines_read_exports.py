@@ -25,7 +25,7 @@ from typing import Any
 
 import peft
 import pytest
-import test_model_published
+from model import test_hf_format
 import torch
 from PIL import Image
 from support import llava_checkpoints
@@ -87,8 +87,8 @@ def export_tiny(scratch: Path, out: Path) -> None:
 
 def export_next(scratch: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(test_model_published.TEXT, "hidden_size", HIDDEN)
-        folder, _ = test_model_published.write_published(scratch / "next", "llava_next")
+        patch.setitem(test_hf_format.TEXT, "hidden_size", HIDDEN)
+        folder, _ = test_hf_format.write_published(scratch / "next", "llava_next")
     settings = json.loads((folder / "processor_config.json").read_text())
     assert "vision_feature_select_strategy" not in settings, "as in older folders"
     export_model(folder, out, to="hf")
