@@ -62,7 +62,7 @@ def test_the_embedded_model_says_so_when_it_has_no_image(client: OpenAI) -> None
     answer = client.chat.completions.create(
         model="llava-ray-demo", messages=[question], temperature=0, max_tokens=40
     )
-    assert "no image" in (answer.choices[0].message.content or "")
+    assert "no picture" in (answer.choices[0].message.content or "")
 
 
 def test_an_example_comes_with_questions() -> None:
