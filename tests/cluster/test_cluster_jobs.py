@@ -22,7 +22,7 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 )
 from support.ray_nodes import ROOT, RayNode, RayNodes, start_nodes, wait_for
 from support.scene_benchmark import write_scenes
-from train.test_launch import NUM_SAMPLES, assert_same_run, make_config, read_steps, write_rows
+from support.train_runs import NUM_SAMPLES, assert_same_run, make_config, read_steps, write_rows
 
 pytestmark = [
     pytest.mark.ray,

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from model.test_cli_model import run
+from support.command_line import run
 from support.raw_data import convert_here, say, write_json, write_llava
 from support.tiny_checkpoint import tiny_model
 

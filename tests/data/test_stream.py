@@ -9,7 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from model.test_hf_format import write_published
+from support.hf_checkpoints import write_published
 from support.llava_checkpoints import Original
 from support.raw_data import convert_here, llava_row, save, say, write_json, write_llava
 from support.tiny_checkpoint import tiny_model

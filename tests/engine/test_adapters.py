@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from model.test_model_base import make_lora, write_adapter, write_lora
 from support.llava_checkpoints import Original
+from support.partial_checkpoints import make_lora, write_adapter, write_lora
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig

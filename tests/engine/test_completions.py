@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 import pytest
-from engine.test_engine import answer, load, prompt
+from support.engine_requests import answer, load, prompt
 from support.tiny_checkpoint import make_image
 
 from llava_ray.config import LimitsConfig

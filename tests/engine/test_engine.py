@@ -8,10 +8,20 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
 
 import pytest
 import torch
+from support.engine_requests import (
+    ScriptedRunner,
+    answer,
+    ask_late,
+    load,
+    make_sequence,
+    mixed_prompts,
+    prompt,
+    read,
+    read_some,
+)
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import ModelConfig
@@ -36,81 +46,7 @@ from llava_ray.errors import ConfigError, ContextLengthError, EngineError, Reque
 from llava_ray.model.build.random_model import build_byte_tokenizer
 from llava_ray.model.loading import load_model
 from llava_ray.priority import give_way
-from llava_ray.types import Chunk, Prompt, Sampling
-
-GREEDY = Sampling(temperature=0)
-
-torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
-
-
-def load(**options) -> TorchEngine:
-    return TorchEngine(load_model(tiny_model(), dtype="float32", device="cpu"), **options)
-
-
-def prompt(text="hello", *images, **sampling) -> Prompt:
-    return Prompt("test", text, images, Sampling(**{"temperature": 0, "max_tokens": 24} | sampling))
-
-
-async def read(engine, prompt: Prompt) -> list[Chunk]:
-    return [chunk async for chunk in engine.stream(prompt)]
-
-
-async def answer(engine, prompt: Prompt) -> str:
-    return "".join(chunk.text for chunk in await read(engine, prompt))
-
-
-async def read_some(engine, prompt: Prompt, count: int) -> str:
-    """Read a few chunks and go away."""
-    text = ""
-    async with aclosing(engine.stream(prompt)) as chunks:
-        async for chunk in chunks:
-            text += chunk.text
-            count -= 1
-            if count == 0:
-                break
-    return text
-
-
-async def ask_late(engine, prompts: list[Prompt]) -> list[str]:
-    """Ask all, each after more steps of the others than the last; leave every fifth early."""
-
-    async def late(i: int) -> str:
-        for _ in range(i):
-            await engine.check()
-        if i % 5 == 2:
-            return await read_some(engine, prompts[i], 2)
-        return await answer(engine, prompts[i])
-
-    return await asyncio.gather(*[late(i) for i in range(len(prompts))])
-
-
-def mixed_prompts(count: int) -> list[Prompt]:
-    """Prompts of many lengths, with no, one, two or three images."""
-    rng = random.Random(5)
-    prompts = []
-    for i in range(count):
-        images = [make_image(10 * i + j) for j in range(i % 4)]
-        words = " ".join(rng.choice(["red", "a", "where", "big", "dög"]) for _ in range(3 + 7 * i))
-        text = f"USER: {'<image> ' * len(images)}{words} ASSISTANT:"
-        prompts.append(prompt(text, *images, max_tokens=rng.randint(5, 40)))
-    return prompts
-
-
-@pytest.fixture(scope="module")
-def generate():
-    """What transformers answers, one prompt at a time."""
-    core = load_model(tiny_model(), dtype="float32", device="cpu")
-
-    def generate(prompt: Prompt) -> str:
-        inputs = core.encode(prompt.text, prompt.images)
-        ids = core.model.generate(
-            **inputs, max_new_tokens=prompt.sampling.max_tokens, do_sample=False
-        )
-        new = ids[0, inputs["input_ids"].shape[1] :]
-        return core.tokenizer.decode(new, skip_special_tokens=True)
-
-    return generate
-
+from llava_ray.types import Chunk, Sampling
 
 # ---- the same answers as transformers ----
 
@@ -208,7 +144,7 @@ def wide_scheduler(*lengths: int, **options) -> Scheduler:
     defaults = {"cache_tokens": 4096, "max_batch_size": 32, "prefill_tokens": 100}
     scheduler = Scheduler(**defaults | {"prefix_cache": False} | options)
     for length in lengths:
-        scheduler.add(_sequence(length=length, max_tokens=3))
+        scheduler.add(make_sequence(length=length, max_tokens=3))
     return scheduler
 
 
@@ -259,7 +195,7 @@ def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
 @pytest.mark.parametrize(("num_image_tokens", "first"), [(0, 100), (40, 80), (240, 50)])
 def test_a_step_that_encodes_a_image_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
     scheduler = wide_scheduler(image_cost=0.5)
-    sequence = _sequence(length=250)
+    sequence = make_sequence(length=250)
     sequence.inputs, sequence.num_image_tokens = {}, num_image_tokens
     scheduler.add(sequence)
     sizes = []
@@ -636,7 +572,7 @@ def test_top_p_draws_from_the_nucleus_in_proportion():
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
 
     def draw(**sampling) -> list[float]:
-        sequences = [_sequence(Sampling(seed=i, **sampling)) for i in range(4000)]
+        sequences = [make_sequence(Sampling(seed=i, **sampling)) for i in range(4000)]
         tokens = sample(logits.expand(4000, 4), sequences).tokens_B
         return [round(float((tokens == i).float().mean()), 1) for i in range(4)]
 
@@ -698,34 +634,6 @@ def test_leaving_a_stream_frees_its_cache_within_a_step():
 # ---- the scheduler and the loop, with a runner that computes nothing ----
 
 
-class ScriptedRunner:
-    """Answers every sequence with 7, 8, 9, ...; keeps the plans; breaks or waits on demand."""
-
-    def __init__(self) -> None:
-        self.plans: list[Plan] = []
-        self.breaks_at: int | None = None
-        self.delay_s = 0.0
-
-    def run(self, plan: Plan) -> list[int]:
-        self.plans.append(plan)
-        time.sleep(self.delay_s)
-        if self.breaks_at is not None and len(self.plans) >= self.breaks_at:
-            raise RuntimeError("out of luck")
-        return [7 + len(piece.sequence.token_ids) for piece in plan.complete]
-
-    def check(self) -> None:
-        if self.breaks_at == 0:
-            raise RuntimeError("out of luck")
-
-    def close(self) -> None:
-        pass
-
-
-def _sequence(sampling: Sampling = GREEDY, *, length: int = 4, max_tokens: int = 3) -> Sequence:
-    text = TextStream(lambda ids: "".join(f"{i} " for i in ids))
-    return Sequence("test", [1] * length, 0, sampling, max_tokens, text)
-
-
 def _run(scheduler: Scheduler, runner: ScriptedRunner) -> list[str]:
     """Run to the end; return the answers in the order in which they end."""
     texts: dict[Sequence, str] = {}
@@ -742,8 +650,8 @@ def _run(scheduler: Scheduler, runner: ScriptedRunner) -> list[str]:
 def test_long_prompts_are_computed_in_parts_beside_running_answers():
     scheduler = Scheduler(cache_tokens=100, max_batch_size=4, prefill_tokens=10)
     runner = ScriptedRunner()
-    scheduler.add(_sequence(length=2, max_tokens=8))
-    scheduler.add(_sequence(length=25, max_tokens=2))
+    scheduler.add(make_sequence(length=2, max_tokens=8))
+    scheduler.add(make_sequence(length=25, max_tokens=2))
     assert _run(scheduler, runner) == ["7 8 ", "7 8 9 10 11 12 13 14 "]
     sizes = [[piece.num_tokens for piece in plan.pieces] for plan in runner.plans[:5]]
     assert sizes == [[2, 8], [1, 10], [1, 7], [1, 1], [1]]
@@ -754,7 +662,8 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
     scheduler = Scheduler(cache_tokens=640, max_batch_size=5, prefill_tokens=99)
     runner = ScriptedRunner()
     sequences = [
-        _sequence(length=rng.randint(1, 500), max_tokens=rng.randint(1, 140)) for _ in range(300)
+        make_sequence(length=rng.randint(1, 500), max_tokens=rng.randint(1, 140))
+        for _ in range(300)
     ]
     for sequence in sequences:
         scheduler.add(sequence)

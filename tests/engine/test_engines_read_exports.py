@@ -25,10 +25,9 @@ from typing import Any
 
 import peft
 import pytest
-from model import test_hf_format
 import torch
 from PIL import Image
-from support import llava_checkpoints
+from support import hf_checkpoints, llava_checkpoints
 from support.llava_checkpoints import Original
 from support.tiny_checkpoint import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -87,8 +86,8 @@ def export_tiny(scratch: Path, out: Path) -> None:
 
 def export_next(scratch: Path, out: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(test_hf_format.TEXT, "hidden_size", HIDDEN)
-        folder, _ = test_hf_format.write_published(scratch / "next", "llava_next")
+        patch.setitem(hf_checkpoints.TEXT, "hidden_size", HIDDEN)
+        folder, _ = hf_checkpoints.write_published(scratch / "next", "llava_next")
     settings = json.loads((folder / "processor_config.json").read_text())
     assert "vision_feature_select_strategy" not in settings, "as in older folders"
     export_model(folder, out, to="hf")

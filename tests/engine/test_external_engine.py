@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from engine.test_engine import answer, prompt, read, read_some
+from support.engine_requests import answer, prompt, read, read_some
 from support.scripted_worker import MISCHIEF
 from support.tiny_checkpoint import make_image, tiny_model
 from support.wait import wait_until_ended

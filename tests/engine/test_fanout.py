@@ -4,7 +4,7 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from engine.test_engine import answer, load, prompt
+from support.engine_requests import answer, load, prompt
 from support.tiny_checkpoint import make_image
 
 from llava_ray.config import LimitsConfig

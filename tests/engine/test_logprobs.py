@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from engine.test_engine import load, prompt, read
+from support.engine_requests import load, prompt, read
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.engine.detokenizer import LogprobStream, TextStream

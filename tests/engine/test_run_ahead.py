@@ -7,12 +7,12 @@ import asyncio
 import json
 
 import pytest
-from engine.test_engine import (
+from support.engine_requests import (
     ScriptedRunner,
-    _sequence,
     answer,
     ask_late,
     load,
+    make_sequence,
     mixed_prompts,
     prompt,
     read,
@@ -169,8 +169,8 @@ def sequences_of(plan: Plan) -> set[Sequence]:
 
 def test_an_answer_that_ends_while_its_next_step_is_computed_keeps_its_memory_until_then():
     scheduler = Scheduler(cache_tokens=256, max_batch_size=4, prefill_tokens=64, prefix_cache=False)
-    ending = _sequence(Sampling(temperature=0, stop_token_ids=(9,)), max_tokens=20)
-    other = _sequence(max_tokens=20)
+    ending = make_sequence(Sampling(temperature=0, stop_token_ids=(9,)), max_tokens=20)
+    other = make_sequence(max_tokens=20)
     for sequence in (ending, other):
         scheduler.add(sequence)
     first, second = launch(scheduler), launch(scheduler)
@@ -188,7 +188,7 @@ def test_an_answer_that_ends_while_its_next_step_is_computed_keeps_its_memory_un
 
 def test_what_is_aborted_in_two_steps_leaves_after_the_second():
     scheduler = Scheduler(cache_tokens=256, max_batch_size=4, prefill_tokens=64, prefix_cache=False)
-    gone = _sequence(max_tokens=20)
+    gone = make_sequence(max_tokens=20)
     scheduler.add(gone)
     first, second = launch(scheduler), launch(scheduler)
     scheduler.abort(gone)

@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 import torch
-from engine.test_engine import answer, load, prompt, read
+from support.engine_requests import answer, load, prompt, read
 from support.tiny_checkpoint import make_image, tiny_model
 from transformers import (
     MinNewTokensLengthLogitsProcessor,

@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from engine.test_engine import load, prompt, read
+from support.engine_requests import load, prompt, read
 from support.tiny_checkpoint import make_image, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast

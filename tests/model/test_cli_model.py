@@ -5,27 +5,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from model.test_llava_format import assert_same_logits, load
-from model.test_model_base import write_projector_only
+from support.command_line import run
 from support.llava_checkpoints import Original
+from support.partial_checkpoints import write_projector_only
+from support.reference_logits import assert_same_logits, load
 from support.tiny_checkpoint import tiny_model
-
-from llava_ray import cli
-
-
-def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
-    """Run a command as the terminal does, in this process; return its code and what it wrote."""
-    before = sys.argv
-    sys.argv = ["llava-ray", *map(str, words)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    finally:
-        sys.argv = before
-    told = capsys.readouterr()
-    return code, told.out, told.err
 
 
 def test_the_doctor_says_what_it_found_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine.test_model_engine import assert_served_as_generated
-from model.test_llava_format import load
 from safetensors.torch import load_file
 from support.llava_checkpoints import Original
+from support.reference_logits import load
+from support.served_as_generated import assert_served_as_generated
 from support.tiny_checkpoint import make_image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import CONFIG_MAPPING

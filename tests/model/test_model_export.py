@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from model.test_hf_format import write_published
-from model.test_llava_format import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
-from model.test_model_base import add_lora, write_lora, write_projector_only
 from PIL import Image
 from safetensors.torch import load_file
+from support.hf_checkpoints import write_published
 from support.llava_checkpoints import Original, write_tensors
+from support.partial_checkpoints import add_lora, write_lora, write_projector_only
+from support.reference_logits import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
 from support.tiny_checkpoint import make_image, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from model.test_hf_format import write_published
-from model.test_llava_format import assert_same_logits, load
-from model.test_model_base import write_lora
 from safetensors.torch import load_file
+from support.hf_checkpoints import write_published
 from support.llava_checkpoints import Original, write_tensors
+from support.partial_checkpoints import write_lora
+from support.reference_logits import assert_same_logits, load
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from model.test_llava_format import assert_same_logits, load
 from safetensors.torch import load_file
 from support.llava_checkpoints import Original
+from support.reference_logits import assert_same_logits, load
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from model.test_llava_format import GOLDEN, load
 from support.llava_checkpoints import Original
+from support.reference_logits import GOLDEN, load
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint

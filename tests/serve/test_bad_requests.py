@@ -1,8 +1,6 @@
 """Bad requests over HTTP: each gets its status, a code and the remedy, and the replica lives on."""
 
-import base64
 import gzip
-import io
 import json
 import struct
 import zlib
@@ -10,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
+from support.image_urls import data_url, png
 
 CHAT = "/v1/chat/completions"
 PATIENCE_S = 60
@@ -27,16 +25,6 @@ def say(content: Any, role: str = "user") -> dict[str, Any]:
 
 def show(url: Any, **fields: Any) -> dict[str, Any]:
     return say([{"type": "image_url", "image_url": {"url": url, **fields}}])
-
-
-def data_url(data: bytes, media_type: str = "image/png") -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
-def png(width: int = 8, height: int = 8) -> bytes:
-    buffer = io.BytesIO()
-    Image.effect_noise((width, height), 90).convert("RGB").save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def bomb(width: int, height: int) -> bytes:

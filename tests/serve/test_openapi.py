@@ -7,7 +7,7 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from unit.test_openai import IMAGE, LIMITS
+from support.openai_bodies import IMAGE, LIMITS
 
 from llava_ray.errors import RequestError
 from llava_ray.serve.openai.chat import parse

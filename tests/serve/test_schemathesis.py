@@ -11,7 +11,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode, checks
-from serve.test_bad_requests import data_url, png
+from support.image_urls import data_url, png
 from support.wait import PATIENCE_S
 
 from llava_ray.serve.openai.openapi import describe_api

@@ -1,17 +1,14 @@
 """`serve/openai*.py`: what is read from a request, what is refused and how, what is written."""
 
-import base64
 import copy
-import io
 import json
 import pickle
 import random
 from typing import Any
 
 import pytest
-from PIL import Image
+from support.openai_bodies import HELLO, IMAGE, LIMITS, PNG, URL, body
 
-from llava_ray.config import LimitsConfig
 from llava_ray.errors import (
     ContextLengthError,
     EngineError,
@@ -43,18 +40,6 @@ from llava_ray.types import (
     TokenLogprob,
     count_usage,
 )
-
-LIMITS = LimitsConfig(max_images=3, max_messages=6)
-_BUFFER = io.BytesIO()
-Image.new("RGB", (4, 4), "red").save(_BUFFER, "PNG")
-PNG = _BUFFER.getvalue()
-URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
-IMAGE = {"type": "image_url", "image_url": {"url": URL}}
-HELLO = {"role": "user", "content": "Hello"}
-
-
-def body(*messages: Any, **fields: Any) -> dict[str, Any]:
-    return {"model": "m", "messages": list(messages) or [HELLO], **fields}
 
 
 def read(value: Any) -> Call:
