@@ -123,12 +123,12 @@ def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files
 
 def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
     from llava_ray.config import ConvertConfig
-    from llava_ray.data.convert.run import convert
+    from llava_ray.data.convert.run import convert_dataset
 
     config = ConvertConfig(source="llava", input=str(raw), output=str(out), rows_per_shard=500)
     with watch_memory() as peak:
         start = time.perf_counter()
-        manifest = convert(config)
+        manifest = convert_dataset(config)
         seconds = time.perf_counter() - start
     assert manifest.num_samples == num_rows
     return ConvertFigures(

@@ -142,7 +142,7 @@ def _time_job(
         limit=limit,
     )
     started = time.perf_counter()
-    run.evaluate(config)
+    run.evaluate_model(config)
     seconds = time.perf_counter() - started
     lines = (output / "samples_own_exact.jsonl").read_text().splitlines()
     return seconds, [json.loads(line)["reply"] for line in lines]
@@ -173,6 +173,6 @@ def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
     )
     started = time.perf_counter()
     with watch_memory() as peak:
-        run.evaluate(config)
+        run.evaluate_model(config)
         seconds = time.perf_counter() - started
     return MemoryFigures(num_rows, round(seconds, 1), round(peak[0] / 1e6))

@@ -141,7 +141,7 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
     import ray
 
     from llava_ray.config import ConvertConfig
-    from llava_ray.data.convert.run import convert
+    from llava_ray.data.convert.run import convert_dataset
 
     rows = []
     for number in range(num_samples):
@@ -154,7 +154,7 @@ def write_shards(folder: Path, target: Path, num_samples: int) -> None:
         turns = [asked, said]
         rows.append({"id": f"{number}", "image": f"{number}.png", "conversations": turns})
     (folder / "rows.json").write_text(json.dumps(rows))
-    convert(
+    convert_dataset(
         ConvertConfig(
             source="llava",
             input=str(folder / "rows.json"),

@@ -4,6 +4,8 @@ The application is a Gateway (HTTP and the page, no torch) in front of one deplo
 for each model, and Ray scales each of these on its own.
 """
 
+import signal
+
 import ray
 from ray import serve
 from ray.serve import Application
@@ -45,6 +47,30 @@ def build_app(config: ServeConfig) -> Application:
         logging_config=_QUIET,
     )(Gateway)
     return gateway.bind(config, models, workers)
+
+
+def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 8000) -> None:
+    """Serve models as `llava-ray serve` does, until Ctrl-C or SIGTERM; then shut Serve down.
+
+    Ray is started if none is running. Call it from the main thread, which receives the signals.
+
+    Args:
+        config: what is served.
+        host: the address to listen on; "0.0.0.0" lets other machines in.
+        port: of the API and the page.
+    """
+    application = build_app(config)
+    serve.start(http_options={"host": host, "port": port})
+    # Ray's own handler, which `start` installs, aborts the process.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve.run(application)
+        log.logger.info(f"ready: http://{host}:{port}; Ctrl-C ends it")
+        signal.pause()
+    except KeyboardInterrupt:
+        serve.shutdown()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:

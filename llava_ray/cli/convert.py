@@ -79,7 +79,7 @@ def convert(
             said = f"{progress.num_samples:,} samples, {sum(progress.rejects.values()):,} rejected"
             bar.update(task, completed=progress.num_rows, description=said)
 
-        manifest = conversion.convert(config, on_progress=show)
+        manifest = conversion.convert_dataset(config, on_progress=show)
     out.print(
         f"{output}: {manifest.num_samples:,} samples with {manifest.num_images:,} images in "
         f"{len(manifest.shards)} shards, {manifest.num_text_only:,} of text alone; "

@@ -131,7 +131,7 @@ def _run(config: EvaluateConfig) -> "list[TaskResult]":
             rate = next(task.speed for task in bar.tasks if task.id == each)
             bar.update(each, rate=f"{rate:.1f} samples/s" if rate else "")
 
-        return run.evaluate(config, on_progress=show)
+        return run.evaluate_model(config, on_progress=show)
 
 
 def _score_only(

@@ -1,18 +1,36 @@
 """Benchmarks of a run's checkpoints, while its training goes on: what `train.launch` is given.
 
-prepare_benchmarks -> launch -> evaluate_checkpoint (a task of Ray's each) -> run.evaluate
+train_model: prepare_benchmarks -> launch -> evaluate_checkpoint (each a Ray task)
+-> run.evaluate_model
 """
 
 from llava_ray.config import EvaluateConfig, TrainConfig
 from llava_ray.evaluate.results.results import TaskResult
-from llava_ray.evaluate.run import evaluate, read_questions
+from llava_ray.evaluate.run import evaluate_model, read_questions
 from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.train.checkpoint import MODEL
-from llava_ray.train.launch import EvaluateCheckpoint
+from llava_ray.train.launch import EvaluateCheckpoint, launch
 from llava_ray.train.log import say_line
 from llava_ray.train.run_folder import open_home
 
 EVALUATIONS = "evaluations"
+
+
+def train_model(config: TrainConfig, *, resume: bool = False) -> str:
+    """Train a model as `llava-ray train` does; return the run's folder, a path or an address.
+
+    Its trained model is in `export` there. Ray is started if none is running.
+
+    Args:
+        config: of the run; its `benchmarks` measure checkpoints while training goes on.
+        resume: continue the run of that name from its last checkpoint.
+
+    Raises:
+        ConfigError: the run cannot be started.
+        TrainingError: it failed more often than `max_failures`; its checkpoints stay.
+    """
+    measure = prepare_benchmarks(config)
+    return launch(config, resume=resume, evaluate_checkpoint=measure)
 
 
 def prepare_benchmarks(config: TrainConfig) -> EvaluateCheckpoint | None:
@@ -47,13 +65,13 @@ def evaluate_checkpoint(config: TrainConfig, checkpoint: str) -> dict[str, float
         checkpoint: path or address of one of its checkpoints.
 
     Raises:
-        ConfigError: as of `run.evaluate`.
+        ConfigError: as of `run.evaluate_model`.
     """
     assert config.benchmarks is not None
     run, _, name = checkpoint.rpartition("/")
     with open_home(f"{run}/{EVALUATIONS}/{name}") as output:
         settings = config.benchmarks.model_dump(exclude={"steps"})
-        results = evaluate(
+        results = evaluate_model(
             EvaluateConfig(**settings, model=f"{checkpoint}/{MODEL}", output=str(output))
         )
     say_line(f"{name}  " + "  ".join(map(_describe, results)))

@@ -46,7 +46,7 @@ class Progress(NamedTuple):
     num_questions: int
 
 
-def evaluate(
+def evaluate_model(
     config: EvaluateConfig, *, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> list[TaskResult]:
     """Run all tasks of a configuration and write their results below `config.output`.

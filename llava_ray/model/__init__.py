@@ -4,17 +4,16 @@
 package can be imported without torch.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from llava_ray.lazy import make_lazy
 
 if TYPE_CHECKING:
     from llava_ray.model.loading import Core, load_model
 
 __all__ = ["Core", "load_model"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from llava_ray.model import loading
-
-        return getattr(loading, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = make_lazy(
+    __name__,
+    {"Core": "llava_ray.model.loading", "load_model": "llava_ray.model.loading"},
+)

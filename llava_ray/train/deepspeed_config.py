@@ -5,11 +5,11 @@ Hugging Face's Trainer, whose meaning of each is kept here, but that buckets hav
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
+from llava_ray.recipes import find_deepspeed_file
 
 AUTO = "auto"
 MIN_BUCKET = 2**22
@@ -85,11 +85,11 @@ def _make(config: TrainConfig) -> dict[str, Any]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(find_deepspeed_file(path).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"deepspeed={path!r} cannot be read ({error}): give a DeepSpeed JSON, as those in "
-            "jobs/configs, or set zero_stage instead"
+            f"deepspeed={path!r} cannot be read ({error}): give a DeepSpeed JSON, such as "
+            "zero2.json, which is shipped, or set zero_stage instead"
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"deepspeed={path!r} is no JSON object")

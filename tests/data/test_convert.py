@@ -26,7 +26,7 @@ from support.tiny_checkpoint import tiny_model
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import begin, describe_settings
 from llava_ray.data.convert.partition import cut_parts
-from llava_ray.data.convert.run import convert
+from llava_ray.data.convert.run import convert_dataset
 from llava_ray.data.convert.write_shard import PartWriter
 from llava_ray.data.loader.encode import load_encoder
 from llava_ray.data.manifest import load_index, load_manifest
@@ -67,7 +67,7 @@ def test_raw_data_becomes_shards_on_ray(cluster: None, tmp_path: Path) -> None:
     write_json(raw / "data.json", rows)
     seen = []
     config = settings(raw, tmp_path / "out", max_rejects="10%")
-    manifest = convert(config, on_progress=seen.append)
+    manifest = convert_dataset(config, on_progress=seen.append)
     assert (manifest.num_samples, manifest.num_text_only, manifest.num_images) == (10, 2, 9)
     assert manifest.rejects == {"image_missing": 1}
     assert (seen[-1].num_rows, seen[-1].num_samples) == (11, 10)
@@ -84,7 +84,7 @@ def test_raw_data_becomes_shards_on_ray(cluster: None, tmp_path: Path) -> None:
     assert reject["id"] == "row-99"
     assert reject["where"] == "data.json[10]"
     assert "'99.png' cannot be read" in reject["message"]
-    assert convert(config) == manifest, "a finished one is left as it is"
+    assert convert_dataset(config) == manifest, "a finished one is left as it is"
     convert_here(settings(raw, tmp_path / "again"))
     assert load_manifest(str(tmp_path / "again")).digest == manifest.digest
 
@@ -248,11 +248,11 @@ def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_p
     (raw / "3.png").write_bytes(b"")
     (raw / "5.png").unlink()
     with pytest.raises(ConfigError, match=r"2 of 8 rows were rejected \(1 image_.*max_rejects 1%"):
-        convert(settings(raw, tmp_path / "out"))
+        convert_dataset(settings(raw, tmp_path / "out"))
     assert len(read_rejects(tmp_path / "out")) == 2
     with pytest.raises(ConfigError, match="no _manifest"):
         load_manifest(str(tmp_path / "out"))
-    assert convert(settings(raw, tmp_path / "out", max_rejects="2")).num_samples == 6
+    assert convert_dataset(settings(raw, tmp_path / "out", max_rejects="2")).num_samples == 6
 
 
 def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Pa
     raw.mkdir()
     (raw / "rows.json").write_text('[{"id": ')
     with pytest.raises(ConfigError, match=r"^'rows.json' in .* is no JSON"):
-        convert(settings(raw, tmp_path / "out"))
+        convert_dataset(settings(raw, tmp_path / "out"))
 
 
 def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:

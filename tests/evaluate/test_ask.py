@@ -84,16 +84,16 @@ def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
     (tmp_path / "q.jsonl").write_text('{"question_id": 1, "text": "?", "answer": "!"}\n')
     folders = {"data": str(tmp_path), "output": str(tmp_path / "out")}
     with pytest.raises(ConfigError, match="there is no such folder"):
-        run.evaluate(configure(**folders, model=str(tmp_path / "nowhere")))
+        run.evaluate_model(configure(**folders, model=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="no server answers at http://127"):
-        run.evaluate(configure(**folders, endpoint="http://127.0.0.1:9/v1"))
+        run.evaluate_model(configure(**folders, endpoint="http://127.0.0.1:9/v1"))
     with ScriptedOpenAI(lambda _: "!") as server:
         wrong = configure(**folders, endpoint=server.url, model_name="other")
         with pytest.raises(ConfigError, match="has no model 'other': it serves scripted"):
-            run.evaluate(wrong)
+            run.evaluate_model(wrong)
         assert server.asked == []
     with pytest.raises(ConfigError, match="neither shards"):
-        run.evaluate(configure(**folders | {"data": str(tmp_path / "nowhere")}))
+        run.evaluate_model(configure(**folders | {"data": str(tmp_path / "nowhere")}))
 
 
 def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_run_types_what_it_cannot_ask_and_asks_nothing_twice(tmp_path: Path) -
         settings = {"tasks": ["own_contains"], "data": str(make_own(tmp_path)), "engine": "echo"}
         settings |= {"output": str(tmp_path / "out"), "num_cpus": 0.1, "concurrency": 4}
         config = EvaluateConfig(**{**settings, **changes})
-        (result,) = run.evaluate(config, on_progress=lambda p: steps.append(p[1:]))
+        (result,) = run.evaluate_model(config, on_progress=lambda p: steps.append(p[1:]))
         assert result.statuses == {"answered": 19, "refused": 1}
         assert result.headline is None
         assert result.metrics["accuracy"].value == 100
@@ -117,7 +117,7 @@ def test_the_three_paths_give_the_same_replies(served: str, tmp_path: Path) -> N
         output = tmp_path / next(iter(path))
         settings = {"tasks": ["own_contains"], "data": str(make_own(tmp_path)), "num_cpus": 0.1}
         config = EvaluateConfig(**settings, output=str(output), model_name="echo", **path)
-        run.evaluate(config)
+        run.evaluate_model(config)
         lines = (output / "samples_own_contains.jsonl").read_text().splitlines()
         replies.append([(row["id"], row["reply"]) for row in map(json.loads, lines)])
     assert replies[0] == replies[1] == replies[2]
@@ -137,4 +137,4 @@ def test_a_model_that_does_not_load_ends_the_run_with_its_reason(tmp_path: Path)
         num_cpus=0.1,
     )
     with pytest.raises(ConfigError, match="model"):
-        run.evaluate(config)
+        run.evaluate_model(config)

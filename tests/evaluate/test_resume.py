@@ -76,7 +76,7 @@ def test_a_killed_actor_loses_no_rows(tmp_path: Path) -> None:
         return answer(text)
 
     with ScriptedOpenAI(script) as server:
-        (result,) = run.evaluate(configure(tmp_path, server))
+        (result,) = run.evaluate_model(configure(tmp_path, server))
     assert killed != [os.getpid()]
     assert len(killed) == 1
     assert len(server.asked) > NUM_QUESTIONS  # those that died with the actor were asked again
@@ -98,7 +98,7 @@ def test_a_question_that_kills_its_actor_is_given_up_and_the_others_are_answered
         return answer(text)
 
     with ScriptedOpenAI(script) as server:
-        (result,) = run.evaluate(configure(tmp_path, server))
+        (result,) = run.evaluate_model(configure(tmp_path, server))
     assert len(killed) == 2
     assert result.statuses == {"answered": NUM_QUESTIONS - 1, "failed": 1}
     assert any("actors died" in reason for reason in result.reasons)
@@ -136,7 +136,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
         is_killed.set()
         num_before = len(server.asked)
         steps: list[run.Progress] = []
-        (result,) = run.evaluate(config, on_progress=steps.append)
+        (result,) = run.evaluate_model(config, on_progress=steps.append)
     assert steps[0].num_done == len(known)
     asked = {body["messages"][-1]["content"].split()[1] for body in server.asked[num_before:]}
     assert not asked & known

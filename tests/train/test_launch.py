@@ -27,11 +27,11 @@ from llava_ray.train.settings import load_train_config
 @pytest.fixture(scope="module")
 def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards that `convert` wrote."""
-    from llava_ray.data.convert.run import convert
+    from llava_ray.data.convert.run import convert_dataset
 
     folder = tmp_path_factory.mktemp("raw")
     out = folder / "shards"
-    convert(
+    convert_dataset(
         ConvertConfig(
             source="llava",
             input=str(write_rows(folder)),

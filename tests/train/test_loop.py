@@ -28,12 +28,11 @@ from llava_ray.train.flops import count_flops
 from llava_ray.train.param_groups import describe_parts, select_parts
 from llava_ray.train.train_step import take_step
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 NUM_STEPS = 20
 ZEROS: dict[str, dict[str, Any]] = {
     "zero0": {"zero_stage": 0},
     "zero1": {"zero_stage": 1},
-    "zero2": {"deepspeed": str(CONFIGS / "zero2.json")},
+    "zero2": {"deepspeed": "zero2.json"},
     "zero2-offload": {"zero_stage": 2, "offload": "optimizer"},
     "zero3": {"zero_stage": 3},
     "zero3-offload": {"zero_stage": 3, "offload": "all"},

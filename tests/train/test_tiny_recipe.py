@@ -21,7 +21,6 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = ROOT / "jobs" / "configs"
 ACCURACY = 0.75
 """Of exact answers to what the two stages teach: the kinds of question that have a target."""
 GUESSED = 0.5
@@ -40,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = ("--input", f"{raw}/{name}.json", "--images", f"{raw}/images")
         run_cli(place, "convert", "llava", *rows, "--output", f"outputs/tiny-{name}")
     for stage in ("pretrain", "finetune"):
-        run(place, str(ROOT / "jobs" / "train.py"), str(CONFIGS / f"tiny_{stage}.yaml"))
+        run(place, str(ROOT / "jobs" / "train.py"), f"tiny_{stage}")
     return place
 
 

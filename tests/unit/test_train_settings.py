@@ -9,6 +9,7 @@ import torch
 from support.tiny_checkpoint import tiny_model
 from transformers import get_scheduler
 
+from llava_ray import recipes
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model import load_model
@@ -17,8 +18,7 @@ from llava_ray.train.param_groups import find_part, group_parameters, select_par
 from llava_ray.train.schedule import compute_rate, count_warmup
 from llava_ray.train.settings import load_train_config
 
-CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
-RECIPES = [p for p in sorted(CONFIGS.glob("*.yaml")) if "method:" in p.read_text()]
+RECIPES = [p for p in sorted(recipes.FOLDER.glob("*.yaml")) if "method:" in p.read_text()]
 
 
 def write(folder: Path, **settings: Any) -> Path:
@@ -44,7 +44,9 @@ def test_a_shipped_recipe_can_be_run(path: Path) -> None:
     engine(config, config.num_workers)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("zero*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(recipes.FOLDER.glob("zero*.json")), ids=lambda path: path.stem
+)
 def test_a_shipped_deepspeed_json_has_every_auto_filled_in(path: Path, tmp_path: Path) -> None:
     config = load_train_config(write(tmp_path, deepspeed=str(path)))
     resolved = engine(config)

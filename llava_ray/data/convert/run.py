@@ -45,7 +45,7 @@ class Progress(NamedTuple):
     rejects: dict[str, int]
 
 
-def convert(
+def convert_dataset(
     config: ConvertConfig, *, on_progress: Callable[[Progress], None] | None = None
 ) -> Manifest:
     """Convert raw data to shards; go on with what an earlier run of the same has left.

@@ -6,9 +6,10 @@ chunks, back in the event loop of whoever reads the stream.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from collections.abc import Sequence as Many
 from concurrent.futures import Future
+from typing import Any
 
 import torch
 
@@ -123,8 +124,19 @@ class TorchEngine:
         )
 
     @classmethod
-    def load(cls, config: ModelConfig, *, note_images: NoteImages = ignore_images) -> "TorchEngine":
+    def load(
+        cls,
+        config: ModelConfig,
+        *,
+        note_images: NoteImages = ignore_images,
+        loading: Mapping[str, Any] | None = None,
+    ) -> "TorchEngine":
         """Load a model and start an engine for it.
+
+        Args:
+            config: of the model.
+            note_images: told what becomes of images.
+            loading: arguments of `load_model` in place of those that follow from `config`.
 
         Raises:
             ConfigError: the model does not load, or the configuration asks more than it has.
@@ -134,14 +146,13 @@ class TorchEngine:
         # Where "auto" is float32, products read weights of 16 bits as they are stored; adapters
         # would be rounded to those.
         is_stored = config.dtype == "auto" and dtype == torch.float32 and not config.adapters
-        core = run_in_passing_thread(
-            lambda: load_model(
-                config.path,
-                dtype="stored" if is_stored else dtype,
-                device=config.device,
-                template=config.template,
-            )
-        )
+        options: dict[str, Any] = {
+            "dtype": "stored" if is_stored and not (loading or {}).get("quantization") else dtype,
+            "device": config.device,
+            "template": config.template,
+            **(loading or {}),
+        }
+        core = run_in_passing_thread(lambda: load_model(config.path, **options))
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(
                 f"context_length={config.context_length} is more than the {core.context_length} "
