@@ -55,7 +55,7 @@ def benchmark_data(
     """Conversion, and the training stream beside a torch DataLoader over the same files."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
     from llava_ray.config import DataConfig
-    from llava_ray.data.loader.stream import Checkpoint
+    from llava_ray.data.loader.stream import EncoderSpec
     from llava_ray.model.build.random_model import TINY, build_random_model
 
     shape = dataclasses.replace(TINY, image_size=336, patch_size=14, context_length=2048)
@@ -78,7 +78,7 @@ def benchmark_data(
         config = DataConfig.model_validate({**fields, "datasets": [{"path": str(shards)}]})
         systems = {
             "torch DataLoader": lambda: _load_with_torch(photos, model, processes),
-            "llava_ray": lambda: _stream(config, Checkpoint(model)),
+            "llava_ray": lambda: _stream(config, EncoderSpec(model)),
         }
         streamed: list[StreamFigures] = []
         for _ in range(rounds):
@@ -90,7 +90,7 @@ def benchmark_data(
         deep = DataConfig.model_validate(
             {**fields, "datasets": [{"path": str(place / "large-shards")}]}
         )
-        _compare_starts(deep, Checkpoint(model), rounds)
+        _compare_starts(deep, EncoderSpec(model), rounds)
         stop_ray()  # its readers end before their files do
 
 
@@ -139,11 +139,11 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
     )
 
 
-def _stream(config: Any, checkpoint: Any) -> Iterable[int]:
+def _stream(config: Any, spec: Any) -> Iterable[int]:
     """Yield how many samples each batch of the training stream has, as tensors."""
     from llava_ray.data.loader.stream import stream_batches
 
-    for batch in stream_batches(config, checkpoint):
+    for batch in stream_batches(config, spec):
         yield len(batch.to_tensors()["input_ids"])
 
 
@@ -215,17 +215,17 @@ def _measure_stream(
     return StreamFigures(system, processes, num_samples, round(rate, 1), round(first_s, 2))
 
 
-def _compare_starts(config: Any, checkpoint: Any, rounds: int) -> None:
+def _compare_starts(config: Any, spec: Any, rounds: int) -> None:
     """Print how long the first batch takes at the beginning and at nine tenths of an epoch."""
-    from llava_ray.data.loader.dataset import make_plan, open_pool
+    from llava_ray.data.loader.dataset import make_order, open_datasets
     from llava_ray.data.loader.stream import stream_batches
 
-    plan = make_plan(config, open_pool(config.datasets))
-    deep = plan.start()._replace(batch=plan.num_batches * 9 // 10)
+    order = make_order(config, open_datasets(config.datasets))
+    deep = order.start()._replace(batch=order.num_batches * 9 // 10)
     for _ in range(rounds):
         for name, position in (("fresh start", None), (f"resume at batch {deep.batch}", deep)):
             start = time.perf_counter()
-            stream = stream_batches(config, checkpoint, start=position)
+            stream = stream_batches(config, spec, start=position)
             next(iter(stream))
             print(f"{name}: first batch after {time.perf_counter() - start:.2f} s", flush=True)
             getattr(stream, "close", lambda: None)()

@@ -188,10 +188,10 @@ def make_config(work: Work, **settings: Any) -> Any:
 
 def read_batches(work: Work) -> list[Any]:
     """Return a run's batches, all of them ready in memory."""
-    from llava_ray.data.loader.stream import Checkpoint, stream_batches
+    from llava_ray.data.loader.stream import EncoderSpec, stream_batches
 
     config = make_config(work).data.model_copy(update={"num_readers": 0})
-    return list(stream_batches(config, Checkpoint(work.model)))
+    return list(stream_batches(config, EncoderSpec(work.model)))
 
 
 def begin(work: Work) -> None:
@@ -238,7 +238,7 @@ def run_zero2(work: Work, clock: Clock) -> None:
 def run_loop(work: Work, clock: Clock, **settings: Any) -> None:
     """Run this project's loop, without Ray."""
     from llava_ray.train.log import RunLog
-    from llava_ray.train.loop import Surroundings, train
+    from llava_ray.train.loop import LoopContext, train
 
     batches = read_batches(work)
     begin(work)
@@ -248,7 +248,7 @@ def run_loop(work: Work, clock: Clock, **settings: Any) -> None:
             clock.tick()
             yield batch
 
-    around = Surroundings(
+    context = LoopContext(
         read_batches=read,
         read_eval_batches=None,
         num_steps=work.num_steps,
@@ -257,7 +257,7 @@ def run_loop(work: Work, clock: Clock, **settings: Any) -> None:
     )
     Path(work.scratch).mkdir(exist_ok=True)
     log = RunLog(Path(tempfile.mkdtemp(dir=work.scratch)), say=lambda _: None)
-    train(make_config(work, **settings), around, log)
+    train(make_config(work, **settings), context, log)
 
 
 def run_trainer(work: Work, clock: Clock) -> None:

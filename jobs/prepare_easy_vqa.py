@@ -1,7 +1,7 @@
-"""easy-VQA as raw data of your own: `python jobs/prepare_easy_vqa.py OUT`, for docs/finetune-your-own-data.md.
+"""easy-VQA as if it were your own data: `python jobs/prepare_easy_vqa.py OUT`.
 
-The package `easy-vqa` (MIT, pip install easy-vqa) brings 5,000 images of one coloured shape each and
-48,248 questions about them. Written are
+For docs/finetune-your-own-data.md. The package `easy-vqa` (MIT licence, `pip install easy-vqa`) has
+5,000 images of one coloured shape each and 48,248 questions about them. This writes
 
     train.json             LLaVA's format: a JSON list with one conversation an image
     images/                what its `image` fields name

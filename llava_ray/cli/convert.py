@@ -75,7 +75,7 @@ def convert(
     ) as bar:
         task = bar.add_task("starting Ray", total=None)
 
-        def show(progress: conversion.Progress) -> None:
+        def show(progress: conversion.ConvertProgress) -> None:
             said = f"{progress.num_samples:,} samples, {sum(progress.rejects.values()):,} rejected"
             bar.update(task, completed=progress.num_rows, description=said)
 

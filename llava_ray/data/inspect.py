@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pyarrow.parquet as pq
 
-from llava_ray.data.loader.dataset import Pool, PoolReader
-from llava_ray.data.loader.order import Grouping, Plan, Share, shuffle
+from llava_ray.data.loader.dataset import SampleReader, ShardedDatasets
+from llava_ray.data.loader.order import Grouping, MixtureComponent, SampleOrder, shuffle
 from llava_ray.data.manifest import Manifest, load_index, load_manifest
 from llava_ray.data.shards import ShardRow
 from llava_ray.storage import Folder, open_folder
@@ -24,7 +24,7 @@ _BATCH_SIZE, _MICRO_SIZE = 128, 16  # of LLaVA-1.5
 
 
 @dataclass(frozen=True)
-class Summary:
+class DatasetSummary:
     """What a set of shards holds.
 
     Attributes:
@@ -44,7 +44,7 @@ class Summary:
     image_sizes: np.ndarray
 
 
-def summarize(address: str) -> Summary:
+def summarize(address: str) -> DatasetSummary:
     """Return the numbers of a set of shards.
 
     Raises:
@@ -55,7 +55,7 @@ def summarize(address: str) -> Summary:
     index = load_index(folder)
     has_tokens = manifest.model is not None
     unit = "tokens" if has_tokens else "words"
-    return Summary(
+    return DatasetSummary(
         manifest=manifest,
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         unit=unit,
@@ -74,12 +74,12 @@ def draw_samples(address: str, *, num_samples: int, seed: int = 0) -> list[Shard
     folder = open_folder(address)
     manifest = load_manifest(folder)
     ends = tuple(np.cumsum([shard.num_rows for shard in manifest.shards]).tolist())
-    reader = PoolReader(Pool((folder,), (manifest,), (ends,)))
+    reader = SampleReader(ShardedDatasets((folder,), (manifest,), (ends,)))
     numbers = shuffle(np.arange(manifest.num_samples), seed)[:num_samples]
     return [reader.read(number) for number in numbers.tolist()]
 
 
-def describe(summary: Summary) -> list[str]:
+def describe(summary: DatasetSummary) -> list[str]:
     """Return a summary as lines of text."""
     manifest = summary.manifest
     lines = [
@@ -110,17 +110,17 @@ def describe(summary: Summary) -> list[str]:
     return lines
 
 
-def _measure_padding(summary: Summary) -> dict[Grouping, float]:
+def _measure_padding(summary: DatasetSummary) -> dict[Grouping, float]:
     """Return which share of an epoch is padding, for each way to group samples."""
     groupings: tuple[Grouping, ...] = ("none", "modality", "length")
-    plan = Plan(
-        shares=(Share(len(summary.lengths)),),
+    order = SampleOrder(
+        mixture=(MixtureComponent(len(summary.lengths)),),
         lengths=summary.lengths,
         has_images=summary.num_images > 0,
         batch_size=_BATCH_SIZE,
     )
     return {
-        grouping: replace(plan, grouping=grouping).measure_padding(
+        grouping: replace(order, grouping=grouping).measure_padding(
             accumulation=_BATCH_SIZE // _MICRO_SIZE
         )
         for grouping in groupings

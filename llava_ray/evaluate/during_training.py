@@ -10,8 +10,8 @@ from llava_ray.evaluate.run import evaluate_model, read_questions
 from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.train.checkpoint import MODEL
 from llava_ray.train.launch import EvaluateCheckpoint, launch
-from llava_ray.train.log import say_line
-from llava_ray.train.run_folder import open_home
+from llava_ray.train.log import print_line
+from llava_ray.train.run_folder import open_run_folder
 
 EVALUATIONS = "evaluations"
 
@@ -69,12 +69,12 @@ def evaluate_checkpoint(config: TrainConfig, checkpoint: str) -> dict[str, float
     """
     assert config.benchmarks is not None
     run, _, name = checkpoint.rpartition("/")
-    with open_home(f"{run}/{EVALUATIONS}/{name}") as output:
+    with open_run_folder(f"{run}/{EVALUATIONS}/{name}") as output:
         settings = config.benchmarks.model_dump(exclude={"steps"})
         results = evaluate_model(
             EvaluateConfig(**settings, model=f"{checkpoint}/{MODEL}", output=str(output))
         )
-    say_line(f"{name}  " + "  ".join(map(_describe, results)))
+    print_line(f"{name}  " + "  ".join(map(_describe, results)))
     return {result.task: found[1].value for result in results if (found := result.headline)}
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
-from llava_ray.train.deepspeed_engine import Trainee, import_deepspeed
+from llava_ray.train.deepspeed_engine import TrainState, import_deepspeed
 from llava_ray.train.save_weights import write_weights
 
 PROGRESS = "progress.json"
@@ -30,7 +30,7 @@ MODEL = "model"
 _TAG = "all"
 
 
-class Progress(BaseModel):
+class TrainProgress(BaseModel):
     """Where a run stands.
 
     Attributes:
@@ -54,7 +54,7 @@ class Progress(BaseModel):
 
 def save_checkpoint(
     folder: Path,
-    trainee: Trainee,
+    state: TrainState,
     config: TrainConfig,
     *,
     step: int,
@@ -65,21 +65,21 @@ def save_checkpoint(
 
     Args:
         folder: an empty one; the same or another for each worker.
-        trainee: what is saved.
+        state: what is saved.
         config: of the run.
         step: steps that were taken.
         position: of the data, before the next step.
         loss: of the last step.
     """
-    trainee.engine.save_checkpoint(
+    state.engine.save_checkpoint(
         str(folder / STATE), tag=_TAG, exclude_frozen_parameters=True, client_state={}
     )
-    write_weights(folder / MODEL, trainee, config)
-    progress = Progress(
+    write_weights(folder / MODEL, state, config)
+    progress = TrainProgress(
         step=step,
         position=position,
         num_workers=dist.get_world_size(),
-        stage=trainee.stage,
+        stage=state.stage,
         method=config.method,
         loss=loss,
     )
@@ -87,14 +87,14 @@ def save_checkpoint(
         (folder / PROGRESS).write_text(progress.model_dump_json(indent=2) + "\n")
 
 
-def read_progress(folder: Path) -> Progress:
+def read_progress(folder: Path) -> TrainProgress:
     """Return where the run stood that wrote a checkpoint.
 
     Raises:
         ConfigError: it is none.
     """
     try:
-        return Progress.model_validate_json((folder / PROGRESS).read_text())
+        return TrainProgress.model_validate_json((folder / PROGRESS).read_text())
     except (OSError, ValidationError) as error:
         raise ConfigError(
             f"{str(folder)!r} is no whole checkpoint ({PROGRESS}: {error}): give one that training "
@@ -102,7 +102,7 @@ def read_progress(folder: Path) -> Progress:
         ) from error
 
 
-def is_divided_alike(progress: Progress, stage: int) -> bool:
+def is_same_partition(progress: TrainProgress, stage: int) -> bool:
     """Whether a checkpoint's state can be read as it lies, by as many workers as there are now."""
     return (progress.num_workers, progress.stage) == (dist.get_world_size(), stage)
 
@@ -116,7 +116,7 @@ def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
 
     Args:
         folder: of the checkpoint.
-        is_alike: see `is_divided_alike`.
+        is_alike: see `is_same_partition`.
     """
     if is_alike:
         yield folder / STATE
@@ -145,17 +145,19 @@ def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
         dist.barrier()
 
 
-def restore_state(state: Path, trainee: Trainee) -> None:
-    """Put a checkpoint's state into a trainee; the rates stay those of the run's settings."""
-    groups = trainee.engine.optimizer.param_groups
+def restore_state(state_folder: Path, state: TrainState) -> None:
+    """Put a checkpoint's state into a state; the rates stay those of the run's settings."""
+    groups = state.engine.optimizer.param_groups
     rates = [(group["max_lr"], group["weight_decay"]) for group in groups]
-    loaded, _ = trainee.engine.load_checkpoint(str(state), tag=_TAG, load_module_strict=False)
+    loaded, _ = state.engine.load_checkpoint(str(state_folder), tag=_TAG, load_module_strict=False)
     if loaded is None:
-        raise ConfigError(f"the state in {str(state)!r} does not load: an earlier checkpoint may")
-    for group, (rate, decay) in zip(trainee.engine.optimizer.param_groups, rates, strict=True):
+        raise ConfigError(
+            f"the state in {str(state_folder)!r} does not load: an earlier checkpoint may"
+        )
+    for group, (rate, decay) in zip(state.engine.optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["weight_decay"] = rate, decay
     # DeepSpeed gives ZeRO 3's groups one counter of steps, which AdamW then counts up for each.
-    base = getattr(trainee.engine.optimizer, "optimizer", trainee.engine.optimizer)
+    base = getattr(state.engine.optimizer, "optimizer", state.engine.optimizer)
     for kept in base.state.values():
         if torch.is_tensor(kept.get("step")):
             kept["step"] = kept["step"].clone()

@@ -19,8 +19,13 @@ from llava_ray.model.checkpoint.tensor_names import to_memory
 from llava_ray.model.checkpoint.weights import open_file, open_parts
 from llava_ray.model.loading import Core, load_model
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
-from llava_ray.train.inputs import Inputs, encode_blank
-from llava_ray.train.param_groups import PartState, describe_parts, group_parameters, select_parts
+from llava_ray.train.inputs import Inputs, encode_blank_image
+from llava_ray.train.param_groups import (
+    ParamGroupSummary,
+    make_optimizer_groups,
+    select_trainable,
+    summarize_param_groups,
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Of glibc's malloc.h."""
@@ -39,13 +44,13 @@ def keep_freed_memory() -> None:
 
 
 @dataclass(frozen=True)
-class Trainee:
+class TrainState:
     """What is trained.
 
     Attributes:
         core: the model as it was loaded, and its processor.
         engine: DeepSpeed's, around the same model.
-        blank: see `inputs.encode_blank`.
+        blank: see `inputs.encode_blank_image`.
         parts: what becomes of each part.
         stage: of ZeRO.
         device: on which it computes.
@@ -54,12 +59,12 @@ class Trainee:
     core: Core
     engine: Any
     blank: Inputs
-    parts: list[PartState]
+    param_groups: list[ParamGroupSummary]
     stage: int
     device: torch.device
 
 
-def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
+def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainState:
     """Load a run's model on this worker and give it to DeepSpeed.
 
     Args:
@@ -75,7 +80,7 @@ def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
     device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
     core = load_for_training(config, device)
     model: Any = core.model
-    select_parts(model, config)
+    select_trainable(model, config)
     described = describe_engine(
         config,
         num_workers=dist.get_world_size(),
@@ -84,18 +89,18 @@ def build_trainee(config: TrainConfig, *, universal: bool = False) -> Trainee:
     )
     if universal:
         described["checkpoint"] = {"load_universal": True}
-    parts = describe_parts(model, config)
+    param_groups = summarize_param_groups(model, config)
     optimizer = torch.optim.AdamW(
-        group_parameters(model, config),
+        make_optimizer_groups(model, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
         fused=None if is_gpu else True,  # or torch goes over weights one by one on CPUs
     )
-    blank = encode_blank(core)
+    blank = encode_blank_image(core)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
     if not is_gpu:
         keep_freed_memory()
-    return Trainee(core, engine, blank, parts, read_stage(described), device)
+    return TrainState(core, engine, blank, param_groups, read_stage(described), device)
 
 
 def load_for_training(config: TrainConfig, device: torch.device) -> Core:
@@ -121,7 +126,7 @@ def load_for_training(config: TrainConfig, device: torch.device) -> Core:
     )
     model: Any = core.model
     if config.pretrain_mm_mlp_adapter:
-        take_projector(model, config.pretrain_mm_mlp_adapter)
+        load_projector(model, config.pretrain_mm_mlp_adapter)
     if config.use_liger_kernel:
         _apply_liger(model)
     model.train()
@@ -132,7 +137,7 @@ def load_for_training(config: TrainConfig, device: torch.device) -> Core:
 
 
 @torch.no_grad()
-def take_projector(model: Any, path: str) -> None:
+def load_projector(model: Any, path: str) -> None:
     """Copy a trained projector, and what ends the rows of tiles, into a model.
 
     Args:

@@ -9,54 +9,54 @@ from typing import Any
 import yaml
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import Pool, PoolReader, make_plan, open_pool
+from llava_ray.data.loader.dataset import SampleReader, ShardedDatasets, make_order, open_datasets
 from llava_ray.data.loader.encode import Encoder
-from llava_ray.data.loader.order import Plan
+from llava_ray.data.loader.order import SampleOrder
 from llava_ray.errors import LlavaRayError
 from llava_ray.template import IGNORED
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
-from llava_ray.train.param_groups import PartState, describe_parts
-from llava_ray.train.preflight import build_hollow, load_run_encoder
+from llava_ray.train.param_groups import ParamGroupSummary, summarize_param_groups
+from llava_ray.train.preflight import build_meta_model, load_run_encoder
 
 _NUM_SHOWN = 3
 
 
 def explain_run(config: TrainConfig) -> str:
-    """Return a text: settings, parts, batches, memory, a few encoded samples.
+    """Return a text: settings, param_groups, batches, memory, a few encoded samples.
 
     Raises:
         ConfigError: the run could not begin.
     """
-    pool = open_pool(config.data.datasets)
-    plan = make_plan(config.data, pool)
-    model = build_hollow(config)
-    parts = describe_parts(model, config)
+    datasets = open_datasets(config.data.datasets)
+    order = make_order(config.data, datasets)
+    model = build_meta_model(config)
+    param_groups = summarize_param_groups(model, config)
     sections = {
         "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
-        "parts": "\n".join(part.describe() for part in parts),
-        "batches": explain_batches(config, plan),
-        "memory a worker": explain_memory(config, model, parts),
-        "samples": "\n".join(show_samples(config, pool, plan)),
+        "parts": "\n".join(group.describe() for group in param_groups),
+        "batches": explain_batches(config, order),
+        "memory a worker": explain_memory(config, model, param_groups),
+        "samples": "\n".join(show_samples(config, datasets, order)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
 
 
-def explain_batches(config: TrainConfig, plan: Plan) -> str:
+def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
     """Return the arithmetic of batches and steps."""
     accumulation = config.count_accumulation(config.num_workers)
-    num_steps = plan.num_batches * config.num_train_epochs
-    padding = plan.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
+    num_steps = order.num_batches * config.num_train_epochs
+    padding = order.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
     return (
         f"{config.per_device_train_batch_size} samples x {accumulation} accumulated x "
         f"{config.num_workers} workers = {config.train_batch_size} a step\n"
-        f"{len(plan.order_epoch(0)):,} samples = {plan.num_batches:,} steps an epoch x "
+        f"{len(order.order_epoch(0)):,} samples = {order.num_batches:,} steps an epoch x "
         f"{config.num_train_epochs} epochs = {min(num_steps, config.max_steps or num_steps):,} "
         f"steps, a checkpoint every {config.save_steps}\n"
         f"about {padding:.0%} of an epoch's tokens are padding"
     )
 
 
-def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> str:
+def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGroupSummary]) -> str:
     """Return about how much memory a GPU needs, in GB.
 
     Counts weights, gradients, AdamW's state in float32 (12 bytes a trained weight), what
@@ -71,8 +71,8 @@ def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> s
     zero = described.get("zero_optimization", {})
     stage, num_workers = read_stage(described), config.num_workers
     width = 4 if config.bf16 is False else 2
-    total = sum(part.num_parameters for part in parts)
-    trained = sum(part.num_trainable for part in parts)
+    total = sum(group.num_parameters for group in param_groups)
+    trained = sum(group.num_trainable for group in param_groups)
     frozen_width = {"4bit": 0.55, "8bit": 1.05}.get(config.quantization or "", width)
     needs = {
         "weights": ((total - trained) * frozen_width + trained * width)
@@ -89,11 +89,13 @@ def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> s
     return "\n".join([*lines, f"together about {sum(needs.values()) / 1e9:.2f} GB"])
 
 
-def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
+def show_samples(
+    config: TrainConfig, datasets: ShardedDatasets, order: SampleOrder
+) -> Iterator[str]:
     """Yield a few of the first samples as they would be trained on."""
     encoder = load_run_encoder(config)
-    reader = PoolReader(pool)
-    for number in plan.batch(plan.start())[:_NUM_SHOWN]:
+    reader = SampleReader(datasets)
+    for number in order.batch(order.start())[:_NUM_SHOWN]:
         row = reader.read(int(number))
         try:
             example = encoder.encode(row, config.data.limits)

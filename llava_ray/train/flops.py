@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from llava_ray.config import TrainConfig
-from llava_ray.train.param_groups import PartState
+from llava_ray.train.param_groups import ParamGroupSummary
 
 PEAK_TFLOPS = {
     "B200": 2250.0,
@@ -27,25 +27,25 @@ PEAK_TFLOPS = {
 """Dense products in half precision, by a part of the device's name; makers' figures."""
 
 
-def count_flops(parts: Sequence[PartState]) -> float:
+def count_flops(param_groups: Sequence[ParamGroupSummary]) -> float:
     """Return the operations that training on a token takes."""
     return float(
         sum(
-            4 * part.num_parameters + 2 * part.num_trainable
-            for part in parts
-            if part.part != "vision_tower"
+            4 * group.num_parameters + 2 * group.num_trainable
+            for group in param_groups
+            if group.name != "vision_tower"
         )
     )
 
 
-def find_peak(config: TrainConfig, device: torch.device) -> float | None:
+def find_peak_flops(config: TrainConfig, device: torch.device) -> float | None:
     """Return the operations that a device can do in a second; None if nobody says."""
     if config.peak_tflops:
         return config.peak_tflops * 1e12
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak * 1e12 for part, peak in PEAK_TFLOPS.items() if part in name), None)
+    return next((peak * 1e12 for model, peak in PEAK_TFLOPS.items() if model in name), None)
 
 
 def compute_mfu(flops: float, elapsed_s: float, peak: float | None, num_workers: int) -> float:

@@ -18,7 +18,7 @@ from llava_ray.template import IGNORED
 Inputs = dict[str, torch.Tensor]
 
 
-def encode_blank(core: Any) -> Inputs:
+def encode_blank_image(core: Any) -> Inputs:
     """Return the inputs of a grey image without words, [1, T]."""
     from PIL import Image
 

@@ -17,12 +17,18 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import open_pool
+from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.train.best import choose_best, find_order
-from llava_ray.train.log import say_line
-from llava_ray.train.preflight import build_hollow, load_run_encoder
-from llava_ray.train.run_folder import export_run, is_address, is_begun, open_home, write_settings
+from llava_ray.train.log import print_line
+from llava_ray.train.preflight import build_meta_model, load_run_encoder
+from llava_ray.train.run_folder import (
+    export_run,
+    is_remote,
+    is_started,
+    open_run_folder,
+    write_settings,
+)
 from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
@@ -54,7 +60,7 @@ def launch(
         DivergedError: its loss is no number; checkpoints stay.
         TrainingError: it failed more often than `max_failures`; likewise.
     """
-    config = write_paths_whole(config)
+    config = resolve_paths(config)
     if config.benchmarks and not evaluate_checkpoint:
         raise ConfigError(
             "the settings have benchmarks and nothing measures them: give "
@@ -64,10 +70,10 @@ def launch(
     folder = check_run(config, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
-    with open_home(folder) as home:
+    with open_run_folder(folder) as home:
         write_settings(home, config)
     best = fit(make_trainer(config, evaluate_checkpoint), config)
-    with open_home(folder) as home, best.as_directory() as checkpoint:
+    with open_run_folder(folder) as home, best.as_directory() as checkpoint:
         export_run(Path(checkpoint), home, config)
     return folder
 
@@ -127,7 +133,7 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
         return result.checkpoint
     best = choose_best(result.best_checkpoints or [], metric)
     if best is None:
-        say_line(f"no checkpoint has a value of {metric}: the last one is exported")
+        print_line(f"no checkpoint has a value of {metric}: the last one is exported")
     return best or result.checkpoint
 
 
@@ -139,11 +145,11 @@ def check_run(config: TrainConfig, *, resume: bool = False) -> str:
             run's.
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
-        open_pool([dataset])
-    build_hollow(config)
+        open_datasets([dataset])
+    build_meta_model(config)
     load_run_encoder(config)
     folder = f"{config.output_dir}/{config.name}"
-    is_there = is_begun(folder)
+    is_there = is_started(folder)
     if is_there and not resume:
         raise ConfigError(
             f"there is a run named {config.name!r} in {config.output_dir!r} already: go on with it "
@@ -157,7 +163,7 @@ def check_run(config: TrainConfig, *, resume: bool = False) -> str:
     return folder
 
 
-def write_paths_whole(config: TrainConfig) -> TrainConfig:
+def resolve_paths(config: TrainConfig) -> TrainConfig:
     """Return settings with whole paths: workers run in other folders than whoever starts them."""
     settings = config.model_dump()
     names = ("model", "base", "vision_tower", "pretrain_mm_mlp_adapter", "deepspeed")
@@ -168,7 +174,7 @@ def write_paths_whole(config: TrainConfig) -> TrainConfig:
     for name in ("data", "judge_wording"):
         if settings["benchmarks"] and settings["benchmarks"][name]:
             settings["benchmarks"][name] = str(name_base(settings["benchmarks"][name]))
-    if not is_address(config.output_dir):
+    if not is_remote(config.output_dir):
         settings["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
     settings["output_dir"] = settings["output_dir"].rstrip("/")
     return TrainConfig(**settings)
@@ -185,7 +191,7 @@ def _evaluate(
     try:
         return evaluate_checkpoint(config, address)
     except LlavaRayError as error:
-        say_line(f"{Path(address).name} could not be measured: {error.message}")
+        print_line(f"{Path(address).name} could not be measured: {error.message}")
         return {}
 
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_ray.train.evaluation import Answer
-from llava_ray.train.param_groups import PartState
-from llava_ray.train.train_step import StepFigures
+from llava_ray.train.evaluation import GeneratedAnswer
+from llava_ray.train.param_groups import ParamGroupSummary
+from llava_ray.train.train_step import StepMetrics
 
 LOG = "train_log.jsonl"
 _NUMBERS = (
@@ -47,7 +47,7 @@ class StepLine(NamedTuple):
 
     @staticmethod
     def make(
-        step: int, figures: StepFigures, times: StepTimes, *, rate: float, mfu: float
+        step: int, figures: StepMetrics, times: StepTimes, *, rate: float, mfu: float
     ) -> "StepLine":
         """Return the line of a step.
 
@@ -76,7 +76,7 @@ class StepLine(NamedTuple):
         )
 
 
-def say_line(text: str) -> None:
+def print_line(text: str) -> None:
     """Write a line to standard output; Ray Train's own `print` writes each line twice."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
@@ -89,7 +89,7 @@ class RunLog:
         self,
         folder: Path | None,
         *,
-        say: Callable[[str], None] = say_line,
+        say: Callable[[str], None] = print_line,
         trackers: Sequence[Any] = (),
         send: Callable[[], None] = lambda: None,
         every: int = 1,
@@ -103,14 +103,16 @@ class RunLog:
         self._started_s = time.perf_counter()
         self._first = 0
 
-    def begin(self, parts: Sequence[PartState], *, num_steps: int, step: int) -> None:
+    def begin(
+        self, param_groups: Sequence[ParamGroupSummary], *, num_steps: int, step: int
+    ) -> None:
         """Say what becomes of each part; drop lines behind the step to go on from."""
         self._num_steps, self._first = num_steps, step
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        for part in parts:
-            self._say(part.describe())
+        for group in param_groups:
+            self._say(group.describe())
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         kept = [line for line in lines if _read_step(line) <= step]
         self._path.write_text("".join(f"{line}\n" for line in kept))
@@ -145,7 +147,7 @@ class RunLog:
         for tracker in self._trackers:
             tracker.write({"eval_loss": loss}, step)
 
-    def write_answers(self, step: int, answers: Sequence[Answer]) -> None:
+    def write_answers(self, step: int, answers: Sequence[GeneratedAnswer]) -> None:
         """Add what the model says to a few held-out questions."""
         if self._path is None:
             return

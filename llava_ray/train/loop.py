@@ -15,27 +15,27 @@ from llava_ray.data.loader.collate import Batch
 from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
 from llava_ray.train.checkpoint import (
-    Progress,
-    is_divided_alike,
+    TrainProgress,
+    is_same_partition,
     open_state,
     read_progress,
     restore_state,
     save_checkpoint,
 )
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
-from llava_ray.train.deepspeed_engine import Trainee, build_trainee
+from llava_ray.train.deepspeed_engine import TrainState, build_train_state
 from llava_ray.train.evaluation import answer_samples, evaluate_loss
-from llava_ray.train.flops import compute_mfu, count_flops, find_peak
+from llava_ray.train.flops import compute_mfu, count_flops, find_peak_flops
 from llava_ray.train.log import RunLog, StepLine, StepTimes
-from llava_ray.train.schedule import compute_rate
-from llava_ray.train.train_step import StepFigures, group_steps, take_step
+from llava_ray.train.schedule import compute_lr_scale
+from llava_ray.train.train_step import StepMetrics, group_steps, take_step
 
 ReadBatches = Callable[[Position | None], Iterator[Batch]]
 """Gives this worker's batches from a position of the data."""
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class LoopContext:
     """What a loop needs from whoever runs it.
 
     Attributes:
@@ -58,13 +58,13 @@ class Surroundings:
 
 
 def train(
-    config: TrainConfig, around: Surroundings, log: RunLog, *, resume: Path | None = None
+    config: TrainConfig, context: LoopContext, log: RunLog, *, resume: Path | None = None
 ) -> None:
     """Train until the end, from the beginning or from a checkpoint.
 
     Args:
         config: of the run.
-        around: what surrounds this worker.
+        context: what surrounds this worker.
         log: of the run.
         resume: folder of a checkpoint.
 
@@ -72,44 +72,46 @@ def train(
         ConfigError: it cannot be begun, or the checkpoint is not this run's.
         TrainingError: it cannot go on.
     """
-    trainee, progress = begin(config, resume)
-    log.begin(trainee.parts, num_steps=around.num_steps, step=progress.step if progress else 0)
+    state, progress = begin(config, resume)
+    log.begin(
+        state.param_groups, num_steps=context.num_steps, step=progress.step if progress else 0
+    )
     step = progress.step if progress else 0
-    batches = around.read_batches(progress.position if progress else None)
-    peak, num_workers = find_peak(config, trainee.device), dist.get_world_size()
-    flops_a_token = count_flops(trainee.parts)
+    batches = context.read_batches(progress.position if progress else None)
+    peak, num_workers = find_peak_flops(config, state.device), dist.get_world_size()
+    flops_a_token = count_flops(state.param_groups)
     has_left = False
     waiting_since_s = time.perf_counter()
     for held in group_steps(batches):
-        if step >= around.num_steps:
+        if step >= context.num_steps:
             break
         started_s = time.perf_counter()
-        rate = compute_rate(config, step, around.num_steps)
+        rate = compute_lr_scale(config, step, context.num_steps)
         seed = _mix_seed(config.seed, step)
         step += 1
-        figures = take_step(trainee, held, step=step, rate=rate, seed=seed)
+        figures = take_step(state, held, step=step, rate=rate, seed=seed)
         times = StepTimes(started_s - waiting_since_s, time.perf_counter() - started_s)
         mfu = compute_mfu(figures.num_tokens * flops_a_token, sum(times), peak, num_workers)
         log.write(StepLine.make(step, figures, times, rate=config.learning_rate * rate, mfu=mfu))
         waiting_since_s = time.perf_counter()
-        is_leaving = not has_left and around.is_leaving()
+        is_leaving = not has_left and context.is_leaving()
         has_left = has_left or is_leaving
-        if is_leaving or step % config.save_steps == 0 or step == around.num_steps:
-            save(trainee, config, around, log, step, held[-1].resume_at, figures)
+        if is_leaving or step % config.save_steps == 0 or step == context.num_steps:
+            save(state, config, context, log, step, held[-1].resume_at, figures)
             waiting_since_s = time.perf_counter()
         elif config.eval_steps and step % config.eval_steps == 0:
-            evaluate(trainee, config, around, log, step)
+            evaluate(state, config, context, log, step)
             waiting_since_s = time.perf_counter()
 
 
-def begin(config: TrainConfig, resume: Path | None) -> tuple[Trainee, Progress | None]:
-    """Return the trainee, as it was where there is a checkpoint.
+def begin(config: TrainConfig, resume: Path | None) -> tuple[TrainState, TrainProgress | None]:
+    """Return the state, as it was where there is a checkpoint.
 
     Raises:
         ConfigError: as of `train`.
     """
     if resume is None:
-        return build_trainee(config), None
+        return build_train_state(config), None
     progress = read_progress(resume)
     if progress.method != config.method:
         raise ConfigError(
@@ -119,41 +121,41 @@ def begin(config: TrainConfig, resume: Path | None) -> tuple[Trainee, Progress |
     described = describe_engine(
         config, num_workers=dist.get_world_size(), hidden_size=1, is_bf16=False
     )
-    is_alike = is_divided_alike(progress, read_stage(described))
-    with open_state(resume, is_alike=is_alike) as state:
-        trainee = build_trainee(config, universal=not is_alike)
-        restore_state(state, trainee)
-    return trainee, progress
+    is_alike = is_same_partition(progress, read_stage(described))
+    with open_state(resume, is_alike=is_alike) as state_folder:
+        state = build_train_state(config, universal=not is_alike)
+        restore_state(state_folder, state)
+    return state, progress
 
 
 def save(
-    trainee: Trainee,
+    state: TrainState,
     config: TrainConfig,
-    around: Surroundings,
+    context: LoopContext,
     log: RunLog,
     step: int,
     position: Position,
-    figures: StepFigures,
+    figures: StepMetrics,
 ) -> None:
     """Evaluate, write a checkpoint and hand it over."""
     metrics = {"step": float(step), "loss": figures.loss}
-    if around.read_eval_batches:
-        metrics["eval_loss"] = evaluate(trainee, config, around, log, step)
-    folder = around.new_folder()
-    save_checkpoint(folder, trainee, config, step=step, position=position, loss=figures.loss)
+    if context.read_eval_batches:
+        metrics["eval_loss"] = evaluate(state, config, context, log, step)
+    folder = context.new_folder()
+    save_checkpoint(folder, state, config, step=step, position=position, loss=figures.loss)
     log.flush()
-    around.keep(folder, metrics)
+    context.keep(folder, metrics)
 
 
 def evaluate(
-    trainee: Trainee, config: TrainConfig, around: Surroundings, log: RunLog, step: int
+    state: TrainState, config: TrainConfig, context: LoopContext, log: RunLog, step: int
 ) -> float:
     """Measure on the held-out data, log it, and return the loss."""
-    assert around.read_eval_batches is not None
-    loss = evaluate_loss(trainee, around.read_eval_batches(config.per_device_train_batch_size))
+    assert context.read_eval_batches is not None
+    loss = evaluate_loss(state, context.read_eval_batches(config.per_device_train_batch_size))
     log.write_evaluation(step, loss)
     if num := config.num_generations:
-        log.write_answers(step, answer_samples(trainee, around.read_eval_batches(1), num))
+        log.write_answers(step, answer_samples(state, context.read_eval_batches(1), num))
     return loss
 
 

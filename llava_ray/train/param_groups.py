@@ -13,10 +13,10 @@ from torch import nn
 from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError, MissingPackageError
 
-Part = Literal["vision_tower", "projector", "language_model"]
+ParamGroup = Literal["vision_tower", "projector", "language_model"]
 
-PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
-_PLACES: dict[str, Part] = {
+PARAM_GROUPS: tuple[ParamGroup, ...] = ("vision_tower", "projector", "language_model")
+_PREFIXES: dict[str, ParamGroup] = {
     "model.vision_tower.": "vision_tower",
     "model.multi_modal_projector.": "projector",
     "model.image_newline": "projector",
@@ -26,10 +26,10 @@ ADAPTER = "default"
 """The name that peft gives an adapter within a model."""
 
 
-class PartState(NamedTuple):
+class ParamGroupSummary(NamedTuple):
     """What becomes of one part in a run; rates are None where it rests."""
 
-    part: Part
+    name: ParamGroup
     num_parameters: int
     num_trainable: int
     learning_rate: float | None
@@ -38,22 +38,22 @@ class PartState(NamedTuple):
     def describe(self) -> str:
         """Return it as a line of a log."""
         if not self.num_trainable:
-            return f"{self.part}: frozen, {self.num_parameters:,} parameters"
+            return f"{self.name}: frozen, {self.num_parameters:,} parameters"
         return (
-            f"{self.part}: trains {self.num_trainable:,} of {self.num_parameters:,} parameters, "
+            f"{self.name}: trains {self.num_trainable:,} of {self.num_parameters:,} parameters, "
             f"learning rate {self.learning_rate:g}, weight decay {self.weight_decay:g}"
         )
 
 
-def find_part(name: str) -> Part:
+def find_param_group(name: str) -> ParamGroup:
     """Return the part that a parameter belongs to, by its name in the model."""
-    for place, part in _PLACES.items():
-        if name.startswith(place):
-            return part
+    for prefix, group in _PREFIXES.items():
+        if name.startswith(prefix):
+            return group
     return "language_model"
 
 
-def select_parts(model: Any, config: TrainConfig) -> None:
+def select_trainable(model: Any, config: TrainConfig) -> None:
     """Freeze what rests and make what is trained trainable, adapters included.
 
     Args:
@@ -64,15 +64,15 @@ def select_parts(model: Any, config: TrainConfig) -> None:
         MissingPackageError: LoRA needs peft.
         ConfigError: nothing would be trained.
     """
-    trained: set[Part] = {"projector"} if config.train_projector else set()
+    trained: set[ParamGroup] = {"projector"} if config.train_projector else set()
     trained |= {"vision_tower"} if config.train_vision_tower else set()
     trained |= {"language_model"} if config.method == "full" else set()
     for name, parameter in model.named_parameters():
         is_float = parameter.is_floating_point()
-        parameter.requires_grad_(is_float and find_part(name) in trained)
+        parameter.requires_grad_(is_float and find_param_group(name) in trained)
     _rest_unused_layers(model)
     if config.method == "lora":
-        add_adapter(model, config)
+        add_lora(model, config)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
             f"method={config.method!r} trains nothing of this model, whose projector has no "
@@ -80,7 +80,7 @@ def select_parts(model: Any, config: TrainConfig) -> None:
         )
 
 
-def find_adapter_targets(model: nn.Module) -> list[str]:
+def find_lora_targets(model: nn.Module) -> list[str]:
     """Return the modules that get adapters: every linear layer of the language model but its head.
 
     LLaVA's own choice. Names are those in the model.
@@ -93,7 +93,7 @@ def find_adapter_targets(model: nn.Module) -> list[str]:
     ]
 
 
-def add_adapter(model: Any, config: TrainConfig) -> None:
+def add_lora(model: Any, config: TrainConfig) -> None:
     """Put untrained low-rank adapters into a model's language model (Hu et al. 2021).
 
     Raises:
@@ -109,7 +109,7 @@ def add_adapter(model: Any, config: TrainConfig) -> None:
         r=config.lora_r,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        target_modules=find_adapter_targets(model),
+        target_modules=find_lora_targets(model),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -122,16 +122,16 @@ def add_adapter(model: Any, config: TrainConfig) -> None:
             parameter.data = parameter.data.to(model.dtype)
 
 
-def group_parameters(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
+def make_optimizer_groups(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
     """Return the optimizer's groups: each part by itself, matrices apart from norms and biases.
 
     Returns:
         Groups with `params`, `lr`, `max_lr`, `weight_decay` and `part`, none of them empty.
     """
     groups: list[dict[str, Any]] = []
-    for part in PARTS:
-        members = [p for name, p in _find_trained(model) if find_part(name) == part]
-        rate, decay = _read_rates(part, config)
+    for group in PARAM_GROUPS:
+        members = [p for name, p in _find_trained(model) if find_param_group(name) == group]
+        rate, decay = _read_rates(group, config)
         for has_decay in (True, False):
             params = [p for p in members if (p.ndim > 1) == has_decay]
             if params:
@@ -141,21 +141,21 @@ def group_parameters(model: Any, config: TrainConfig) -> list[dict[str, Any]]:
                         "lr": rate,
                         "max_lr": rate,
                         "weight_decay": decay if has_decay else 0.0,
-                        "part": part,
+                        "part": group,  # the name under which checkpoints have it
                     }
                 )
     return groups
 
 
-def describe_parts(model: Any, config: TrainConfig) -> list[PartState]:
+def summarize_param_groups(model: Any, config: TrainConfig) -> list[ParamGroupSummary]:
     """Return what becomes of each part."""
     states = []
-    for part in PARTS:
-        members = [p for name, p in model.named_parameters() if find_part(name) == part]
+    for group in PARAM_GROUPS:
+        members = [p for name, p in model.named_parameters() if find_param_group(name) == group]
         num_trainable = sum(count_elements(p) for p in members if p.requires_grad)
-        rate, decay = _read_rates(part, config) if num_trainable else (None, None)
+        rate, decay = _read_rates(group, config) if num_trainable else (None, None)
         num_parameters = sum(count_elements(p) for p in members)
-        states.append(PartState(part, num_parameters, num_trainable, rate, decay))
+        states.append(ParamGroupSummary(group, num_parameters, num_trainable, rate, decay))
     return states
 
 
@@ -171,12 +171,12 @@ def _find_trained(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _read_rates(part: Part, config: TrainConfig) -> tuple[float, float]:
+def _read_rates(group: ParamGroup, config: TrainConfig) -> tuple[float, float]:
     rate, decay = {
         "projector": (config.mm_projector_lr, config.mm_projector_weight_decay),
         "vision_tower": (config.vision_lr, config.vision_weight_decay),
         "language_model": (None, None),
-    }[part]
+    }[group]
     return (
         config.learning_rate if rate is None else rate,
         config.weight_decay if decay is None else decay,

@@ -10,10 +10,10 @@ from llava_ray.model.architecture import describe_model
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.checkpoint.weights import open_parts
 from llava_ray.model.loading import read_processor
-from llava_ray.train.param_groups import select_parts
+from llava_ray.train.param_groups import select_trainable
 
 
-def build_hollow(config: TrainConfig) -> Any:
+def build_meta_model(config: TrainConfig) -> Any:
     """Return the run's model with parts chosen and without any weights.
 
     Raises:
@@ -27,7 +27,7 @@ def build_hollow(config: TrainConfig) -> Any:
     architecture = describe_model(checkpoint, stored, processor.image_token_id)
     with torch.device("meta"):
         model = architecture.model_class(architecture.config)
-        select_parts(model, config)
+        select_trainable(model, config)
     return model
 
 

@@ -17,7 +17,7 @@ import yaml
 
 import llava_ray
 from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import open_pool
+from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.export.atomic_folder import write_json
 from llava_ray.model.export.export import export_model
@@ -29,18 +29,18 @@ FILES = ("config.yaml", "train_log.jsonl")
 """What a run goes on with, beside its checkpoints."""
 
 
-def is_address(path: str) -> bool:
+def is_remote(path: str) -> bool:
     """Whether a run is kept elsewhere than on a disk."""
     return "://" in path
 
 
 @contextlib.contextmanager
-def open_home(address: str) -> Iterator[Path]:
+def open_run_folder(address: str) -> Iterator[Path]:
     """Give the folder to write in: the run's own, or a local one that is sent when the block ends.
 
     The local one has what a run goes on with.
     """
-    if not is_address(address):
+    if not is_remote(address):
         home = Path(address)
         home.mkdir(parents=True, exist_ok=True)
         yield home
@@ -52,12 +52,12 @@ def open_home(address: str) -> Iterator[Path]:
             if folder.has(name):
                 (home / name).write_bytes(folder.read(name))
         yield home
-        send_home(home, address)
+        upload_run_folder(home, address)
 
 
-def send_home(home: Path, address: str) -> None:
+def upload_run_folder(home: Path, address: str) -> None:
     """Send what was written so far to the run's address; nothing is to be done on a disk."""
-    if not is_address(address):
+    if not is_remote(address):
         return
     folder = open_folder(address)
     for path in sorted(home.rglob("*")):
@@ -67,7 +67,7 @@ def send_home(home: Path, address: str) -> None:
             folder.files.put_file(str(path), target)
 
 
-def is_begun(address: str) -> bool:
+def is_started(address: str) -> bool:
     """Whether a run has written anything there."""
     return bool(open_folder(address).list(""))
 
@@ -119,14 +119,14 @@ def export_run(checkpoint: Path, folder: Path, config: TrainConfig) -> Path:
 
 def describe_run(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
     """Return what a model was made from: settings, data, code."""
-    pool = open_pool(config.data.datasets)
+    datasets = open_datasets(config.data.datasets)
     return {
         "llava_ray": llava_ray.__version__,
         "step": read_progress(checkpoint).step,
         "config": config.model_dump(mode="json"),
         "data": [
             {"path": dataset.path, "digest": manifest.digest, "num_samples": manifest.num_samples}
-            for dataset, manifest in zip(config.data.datasets, pool.manifests, strict=True)
+            for dataset, manifest in zip(config.data.datasets, datasets.manifests, strict=True)
         ],
     }
 

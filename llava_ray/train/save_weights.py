@@ -1,4 +1,4 @@
-"""A trainee's weights -> a folder that `load_model` takes, at any step and under any ZeRO.
+"""A state's weights -> a folder that `load_model` takes, at any step and under any ZeRO.
 
 projector   mm_projector.bin over the model that the run began with
 lora        the adapter over that model, and what else was trained (non_lora_trainables.bin);
@@ -21,8 +21,8 @@ from llava_ray.model.checkpoint.tensor_names import from_memory
 from llava_ray.model.export.atomic_folder import write_json
 from llava_ray.model.export.export import write_core
 from llava_ray.model.export.projector import get_projector
-from llava_ray.train.deepspeed_engine import Trainee
-from llava_ray.train.param_groups import ADAPTER, find_adapter_targets, find_part
+from llava_ray.train.deepspeed_engine import TrainState
+from llava_ray.train.param_groups import ADAPTER, find_lora_targets, find_param_group
 
 Tensors = dict[str, torch.Tensor]
 
@@ -30,33 +30,33 @@ EXTRA_FILE = "non_lora_trainables.bin"
 _PEFT = "base_model.model."
 
 
-def write_weights(folder: Path, trainee: Trainee, config: TrainConfig) -> None:
+def write_weights(folder: Path, state: TrainState, config: TrainConfig) -> None:
     """Write the folder; all workers call this together, and the first one writes.
 
     Args:
         folder: to be made.
-        trainee: whose weights.
+        state: whose weights.
         config: of the run.
     """
-    form = choose_form(trainee, config)
-    tensors = collect_weights(trainee, form, config)
+    form = choose_form(state, config)
+    tensors = collect_weights(state, form, config)
     if dist.get_rank() != 0:
         return
     folder.mkdir(parents=True)
     if form == "lora":
-        write_adapter(folder, trainee, config, tensors)
+        write_adapter(folder, state, config, tensors)
         return
-    core = replace(trainee.core, model=_fill(trainee.core.model, tensors))
+    core = replace(state.core, model=_fill(state.core.model, tensors))
     base = str(name_base(config.model))
     fields = {"llava_ray_base": base} if form == "projector" else {}
     write_core(folder, core, form, fields=fields)
 
 
-def choose_form(trainee: Trainee, config: TrainConfig) -> str:
+def choose_form(state: TrainState, config: TrainConfig) -> str:
     """Return "lora", "projector", or the form of a whole model ("hf", "original")."""
     if config.method == "lora":
         return "lora"
-    checkpoint = trainee.core.checkpoint
+    checkpoint = state.core.checkpoint
     is_alone = config.method == "projector" and not config.train_vision_tower
     has_form = (
         checkpoint.text_model_type in KINDS_OF_TEXT and checkpoint.model_type != "llava_onevision"
@@ -66,7 +66,7 @@ def choose_form(trainee: Trainee, config: TrainConfig) -> str:
     return "hf" if checkpoint.layout == "published" else "original"
 
 
-def collect_weights(trainee: Trainee, form: str, config: TrainConfig) -> Tensors:
+def collect_weights(state: TrainState, form: str, config: TrainConfig) -> Tensors:
     """Return the tensors that a form holds, by their names in the model; empty but on worker 0.
 
     Of weights that ZeRO divides, one after another is put together.
@@ -74,11 +74,11 @@ def collect_weights(trainee: Trainee, form: str, config: TrainConfig) -> Tensors
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
     kept: Tensors = {}
-    for name, parameter in trainee.core.model.named_parameters():
-        part = find_part(name)
-        if form == "projector" and part == "language_model":
+    for name, parameter in state.core.model.named_parameters():
+        group = find_param_group(name)
+        if form == "projector" and group == "language_model":
             continue
-        is_new = bool(config.pretrain_mm_mlp_adapter) and part == "projector"
+        is_new = bool(config.pretrain_mm_mlp_adapter) and group == "projector"
         if form == "lora" and not (parameter.requires_grad or is_new):
             continue
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
@@ -88,13 +88,13 @@ def collect_weights(trainee: Trainee, form: str, config: TrainConfig) -> Tensors
 
 
 def write_adapter(
-    folder: Path, trainee: Trainee, config: TrainConfig, tensors: Mapping[str, torch.Tensor]
+    folder: Path, state: TrainState, config: TrainConfig, tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Write an adapter and what else was trained beside it."""
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    core = trainee.core
+    core = state.core
     is_original = core.checkpoint.layout == "original" and core.checkpoint.kind == "full"
     lora, extra = {}, {}
     for name, tensor in tensors.items():
@@ -107,7 +107,7 @@ def write_adapter(
     leaves = sorted(
         {
             name.split(".")[-2]
-            for name in find_adapter_targets(core.model)
+            for name in find_lora_targets(core.model)
             if name.endswith(".base_layer")
         }
         or {"q_proj"}

@@ -8,7 +8,7 @@ import math
 from llava_ray.config import TrainConfig
 
 
-def compute_rate(config: TrainConfig, step: int, num_steps: int) -> float:
+def compute_lr_scale(config: TrainConfig, step: int, num_steps: int) -> float:
     """Return which share of its highest learning rate each part has at a step.
 
     Args:

@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from llava_ray.data.loader.collate import Batch
 from llava_ray.errors import DivergedError, TrainingError
-from llava_ray.train.deepspeed_engine import Trainee
+from llava_ray.train.deepspeed_engine import TrainState
 from llava_ray.train.inputs import count_learned, prepare_inputs
 
 
-class StepFigures(NamedTuple):
+class StepMetrics(NamedTuple):
     """What a step was, over all workers.
 
     Attributes:
@@ -49,12 +49,12 @@ def group_steps(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
 
 
 def take_step(
-    trainee: Trainee, batches: Sequence[Batch], *, step: int, rate: float, seed: int
-) -> StepFigures:
+    state: TrainState, batches: Sequence[Batch], *, step: int, rate: float, seed: int
+) -> StepMetrics:
     """Train on this worker's share of a global batch; all workers do so together.
 
     Args:
-        trainee: its weights are updated.
+        state: its weights are updated.
         batches: `accumulation` of them.
         step: its number, from 1; for messages.
         rate: share of the highest learning rates.
@@ -64,31 +64,31 @@ def take_step(
         DivergedError: the loss is no number.
         TrainingError: memory ran out.
     """
-    engine = trainee.engine
-    inputs = [prepare_inputs(batch, trainee.blank) for batch in batches]
+    engine = state.engine
+    inputs = [prepare_inputs(batch, state.blank) for batch in batches]
     masks = [each["attention_mask"] for each in inputs]
     learned, places = sum(map(count_learned, inputs)), sum(mask.numel() for mask in masks)
     counts = [learned, sum(int(mask.sum()) for mask in masks), places]
-    num_learned, num_tokens, num_places = map(int, _sum(trainee, counts))
+    num_learned, num_tokens, num_places = map(int, _sum(state, counts))
     torch.manual_seed(seed + dist.get_rank())
     for group in engine.optimizer.param_groups:
         group["lr"] = group["max_lr"] * rate
     on_device: list[torch.Tensor] = []
     try:
         for each in inputs:
-            loss = compute_loss(trainee, each, num_learned=num_learned)
+            loss = compute_loss(state, each, num_learned=num_learned)
             on_device.append(loss.detach())
             engine.backward(loss * dist.get_world_size(), scale_wrt_gas=False)
             engine.step()
     except torch.OutOfMemoryError as error:
         raise TrainingError(explain_memory(inputs)) from error
     losses = torch.stack(on_device).tolist()  # not before, or a GPU waits at each
-    (total,) = _sum(trainee, [sum(losses)])
+    (total,) = _sum(state, [sum(losses)])
     gathered = _gather(batches)
     if total != total or abs(total) == float("inf"):
         raise DivergedError(_explain_loss(step, total, losses, batches))
     norm = engine.get_global_grad_norm()
-    return StepFigures(
+    return StepMetrics(
         loss=total,
         grad_norm=None if norm is None else float(norm),
         num_learned=num_learned,
@@ -101,12 +101,12 @@ def take_step(
 
 
 def compute_loss(
-    trainee: Trainee, inputs: Mapping[str, torch.Tensor], *, num_learned: int
+    state: TrainState, inputs: Mapping[str, torch.Tensor], *, num_learned: int
 ) -> torch.Tensor:
     """Return a batch's part in the mean loss over `num_learned` tokens."""
-    placed = {name: tensor.to(trainee.device) for name, tensor in inputs.items()}
-    placed["pixel_values"] = placed["pixel_values"].to(trainee.core.model.dtype)
-    return trainee.engine(**placed, num_items_in_batch=max(1, num_learned)).loss
+    placed = {name: tensor.to(state.device) for name, tensor in inputs.items()}
+    placed["pixel_values"] = placed["pixel_values"].to(state.core.model.dtype)
+    return state.engine(**placed, num_items_in_batch=max(1, num_learned)).loss
 
 
 def explain_memory(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
@@ -135,9 +135,9 @@ def _explain_loss(
     )
 
 
-def _sum(trainee: Trainee, values: Sequence[float]) -> list[float]:
+def _sum(state: TrainState, values: Sequence[float]) -> list[float]:
     """Return the sum of each number over all workers."""
-    totals = torch.tensor(values, dtype=torch.float64, device=trainee.device)
+    totals = torch.tensor(values, dtype=torch.float64, device=state.device)
     dist.all_reduce(totals)
     return totals.tolist()
 

@@ -15,16 +15,16 @@ import torch
 from ray.train import Checkpoint
 
 from llava_ray.config import DataConfig, TrainConfig
-from llava_ray.data.loader import stream
 from llava_ray.data.loader.collate import Batch
-from llava_ray.data.loader.dataset import make_plan, open_pool
+from llava_ray.data.loader.dataset import make_order, open_datasets
 from llava_ray.data.loader.order import Position
+from llava_ray.data.loader.stream import EncoderSpec, WorkerRank, stream_batches
 from llava_ray.errors import DivergedError
 from llava_ray.train.best import UNKNOWN
 from llava_ray.train.checkpoint import read_progress
 from llava_ray.train.log import RunLog
-from llava_ray.train.loop import Surroundings, train
-from llava_ray.train.run_folder import open_home, remove_unfinished, send_home
+from llava_ray.train.loop import LoopContext, train
+from llava_ray.train.run_folder import open_run_folder, remove_unfinished, upload_run_folder
 from llava_ray.train.trackers import RayMetrics, open_trackers
 
 
@@ -43,18 +43,18 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     folder = f"{config.output_dir}/{config.name}"
-    opened = open_home(folder) if rank == 0 else contextlib.nullcontext()
+    opened = open_run_folder(folder) if rank == 0 else contextlib.nullcontext()
     with opened as home, _open_checkpoint() as checkpoint:
         log = RunLog(
             home,
             trackers=[*open_trackers(config, home), RayMetrics(config.name)],
-            send=lambda: send_home(home, folder) if home else None,
+            send=lambda: upload_run_folder(home, folder) if home else None,
             every=config.logging_steps,
         )
         if home:
             remove_unfinished(folder, read_progress(checkpoint).step if checkpoint else 0)
         try:
-            train(config, describe_surroundings(config), log, resume=checkpoint)
+            train(config, make_loop_context(config), log, resume=checkpoint)
         except DivergedError as error:
             return error.message
         finally:
@@ -62,21 +62,21 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     return None
 
 
-def describe_surroundings(config: TrainConfig) -> Surroundings:
+def make_loop_context(config: TrainConfig) -> LoopContext:
     """Return what Ray gives to the loop of this worker."""
     context = ray.train.get_context()
     rank, num_workers = context.get_world_rank(), context.get_world_size()
-    model = stream.Checkpoint(config.model, config.base, config.vision_tower, config.template)
+    encoder_spec = EncoderSpec(config.model, config.base, config.vision_tower, config.template)
     accumulation = config.count_accumulation(num_workers)
-    plan = make_plan(config.data, open_pool(config.data.datasets))
-    num_steps = plan.num_batches * config.num_train_epochs
+    order = make_order(config.data, open_datasets(config.data.datasets))
+    num_steps = order.num_batches * config.num_train_epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
 
     def read_batches(position: Position | None) -> Iterator[Batch]:
-        worker = stream.Worker(rank, num_workers, accumulation)
-        return stream.stream_batches(
+        worker = WorkerRank(rank, num_workers, accumulation)
+        return stream_batches(
             config.data,
-            model,
+            encoder_spec,
             worker=worker,
             start=position,
             num_epochs=config.num_train_epochs,
@@ -89,10 +89,10 @@ def describe_surroundings(config: TrainConfig) -> Surroundings:
             "grouping": "none",
             "num_readers": 0,
         }
-        worker = stream.Worker(rank, num_workers, 1)
-        return stream.stream_batches(DataConfig(**data), model, worker=worker)
+        worker = WorkerRank(rank, num_workers, 1)
+        return stream_batches(DataConfig(**data), encoder_spec, worker=worker)
 
-    return Surroundings(
+    return LoopContext(
         read_batches=read_batches,
         read_eval_batches=read_eval_batches if config.eval_datasets else None,
         num_steps=num_steps,

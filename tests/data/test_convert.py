@@ -24,10 +24,10 @@ from support.raw_data import (
 from support.tiny_checkpoint import tiny_model
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.output import begin, describe_settings
-from llava_ray.data.convert.partition import cut_parts
+from llava_ray.data.convert.output import describe_settings, prepare_output
+from llava_ray.data.convert.partition import make_shard_jobs
 from llava_ray.data.convert.run import convert_dataset
-from llava_ray.data.convert.write_shard import PartWriter
+from llava_ray.data.convert.write_shard import ShardJobRunner
 from llava_ray.data.loader.encode import load_encoder
 from llava_ray.data.manifest import load_index, load_manifest
 from llava_ray.data.shards import ShardReader
@@ -191,13 +191,13 @@ def test_row_groups_are_small_and_text_is_compressed(tmp_path: Path) -> None:
 def test_a_stopped_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 20)
     config = settings(raw, tmp_path / "out")
-    writer = PartWriter(config)
-    target, _ = begin(config, describe_settings(config))
-    for part in list(cut_parts(config))[1:3]:
-        writer.write(part)
+    runner = ShardJobRunner(config)
+    output, _ = prepare_output(config, describe_settings(config))
+    for job in list(make_shard_jobs(config))[1:3]:
+        runner.run(job)
     (tmp_path / "out" / f".{'0' * 32}").write_text("half of a shard")
     with pytest.raises(ConfigError, match=r"no _manifest.json .* run it again and it goes on"):
-        load_manifest(target)
+        load_manifest(output)
     written = [tmp_path / "out" / f"part-0000{k}.parquet" for k in (1, 2)]
     before = [path.stat().st_mtime_ns for path in written]
     convert_here(config)
@@ -211,7 +211,7 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
 def test_what_another_conversion_has_begun_is_not_continued(tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 8)
     config = settings(raw, tmp_path / "out")
-    begin(config, describe_settings(config))
+    prepare_output(config, describe_settings(config))
     other = settings(raw, tmp_path / "out", rows_per_shard=5)
     with pytest.raises(ConfigError, match="unfinished conversion with other settings"):
         convert_here(other)
@@ -283,9 +283,9 @@ def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(
     held = {"bytes": save(tmp_path / "x.png"), "path": None}
     rows = [{"id": f"{i}", "image": held, "caption": f"number {i}"} for i in range(6)]
     write_table(tmp_path / "hub" / "x.parquet", rows)
-    monkeypatch.setattr(partition, "MAX_PART_BYTES", 2 * len(held["bytes"]))
+    monkeypatch.setattr(partition, "MAX_INLINE_IMAGE_BYTES", 2 * len(held["bytes"]))
     config = settings(tmp_path / "hub", tmp_path / "out", source="hf")
-    assert [len(part.rows) for part in cut_parts(config)] == [2, 2, 2]
+    assert [len(job.rows) for job in make_shard_jobs(config)] == [2, 2, 2]
     assert len(read("hf", tmp_path / "hub")) == 6
 
 

@@ -17,7 +17,7 @@ from support.tiny_checkpoint import tiny_model
 from llava_ray.config import ConvertConfig, DataConfig
 from llava_ray.data.loader.collate import Batch
 from llava_ray.data.loader.encode import load_encoder
-from llava_ray.data.loader.stream import Checkpoint, Worker, stream_batches
+from llava_ray.data.loader.stream import EncoderSpec, WorkerRank, stream_batches
 from llava_ray.data.manifest import load_manifest
 from llava_ray.data.shards import ShardReader
 from llava_ray.errors import ConfigError
@@ -46,8 +46,8 @@ def config_of(shards: Path, **settings: Any) -> DataConfig:
     return DataConfig.model_validate(fields | settings)
 
 
-def model() -> Checkpoint:
-    return Checkpoint(str(tiny_model()))
+def model() -> EncoderSpec:
+    return EncoderSpec(str(tiny_model()))
 
 
 def by_step(streams: Iterable[Iterable[Batch]]) -> list[list[str]]:
@@ -60,7 +60,7 @@ def by_step(streams: Iterable[Iterable[Batch]]) -> list[list[str]]:
 
 
 def stream_all(config: DataConfig, num_workers: int, accumulation: int = 1, **options: Any):
-    workers = [Worker(rank, num_workers, accumulation) for rank in range(num_workers)]
+    workers = [WorkerRank(rank, num_workers, accumulation) for rank in range(num_workers)]
     return [stream_batches(config, model(), worker=worker, **options) for worker in workers]
 
 
@@ -182,8 +182,8 @@ def test_a_batch_is_what_the_model_reads(kind: str, tmp_path: Path) -> None:
     write_json(raw / "rows.json", rows)
     shards = make_shards(raw, tmp_path / "shards", model=str(path), template="vicuna_v1")
     core = load_model(path, dtype="float32", device="cpu", template="vicuna_v1")
-    checkpoint = Checkpoint(str(path), template="vicuna_v1")
-    (batch,) = stream_batches(config_of(shards, grouping="none"), checkpoint)
+    spec = EncoderSpec(str(path), template="vicuna_v1")
+    (batch,) = stream_batches(config_of(shards, grouping="none"), spec)
     assert not batch.dropped
     tensors = batch.to_tensors()
     with torch.inference_mode():
@@ -268,4 +268,4 @@ def test_readers_on_ray_give_the_same_batches_ahead_of_the_trainer(
 
 def kill_a_reader() -> None:
     below = psutil.Process().children(recursive=True)
-    next(process for process in below if "BatchMaker" in "".join(process.cmdline())).kill()
+    next(process for process in below if "BatchBuilder" in "".join(process.cmdline())).kill()

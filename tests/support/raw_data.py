@@ -15,9 +15,9 @@ from PIL import Image
 from support.tiny_checkpoint import make_image
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.output import begin, describe_settings, finish
-from llava_ray.data.convert.partition import Draft, Reject, cut_parts
-from llava_ray.data.convert.write_shard import PartWriter
+from llava_ray.data.convert.output import describe_settings, finalize_output, prepare_output
+from llava_ray.data.convert.partition import PendingSample, RejectedRow, make_shard_jobs
+from llava_ray.data.convert.write_shard import ShardJobRunner
 from llava_ray.data.shards import write_text
 
 
@@ -64,12 +64,12 @@ def read(source: str, folder: Path, **settings: Any) -> list[Any]:
     """Return what a source makes of a folder: (id, texts, images), or (id, reason)."""
     config = ConvertConfig(source=source, input=str(folder), output="unused", **settings)
     found: list[Any] = []
-    for part in cut_parts(config):
-        for row in part.rows:
-            if isinstance(row, Reject):
+    for job in make_shard_jobs(config):
+        for row in job.rows:
+            if isinstance(row, RejectedRow):
                 found.append((row.id, row.reason))
                 continue
-            assert isinstance(row, Draft)
+            assert isinstance(row, PendingSample)
             texts = [write_text(message) for message in row.sample.messages]
             found.append((row.sample.sample_id, texts, list(row.sample.images)))
     return found
@@ -78,10 +78,10 @@ def read(source: str, folder: Path, **settings: Any) -> list[Any]:
 def convert_here(config: ConvertConfig) -> None:
     """Do what `convert` does, in this process and without limits."""
     described = describe_settings(config)
-    target, records = begin(config, described)
-    writer = PartWriter(config)
-    records |= {part.number: writer.write(part) for part in cut_parts(config, done=set(records))}
-    finish(target, list(records.values()), described, template=None)
+    output, records = prepare_output(config, described)
+    runner = ShardJobRunner(config)
+    records |= {job.number: runner.run(job) for job in make_shard_jobs(config, done=set(records))}
+    finalize_output(output, list(records.values()), described, template=None)
 
 
 def odd_images() -> dict[str, bytes]:

@@ -19,8 +19,8 @@ from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import LimitsConfig, TrainConfig
 from llava_ray.data.loader.collate import Batch, collate
-from llava_ray.data.loader.encode import Encoder, Example, load_encoder
-from llava_ray.data.loader.order import Plan, Position, Share
+from llava_ray.data.loader.encode import EncodedSample, Encoder, load_encoder
+from llava_ray.data.loader.order import MixtureComponent, Position, SampleOrder
 from llava_ray.data.shards import ShardRow
 from llava_ray.types import IMAGE, Message, Sample, TextPart
 
@@ -62,7 +62,7 @@ def make_config(**settings: Any) -> TrainConfig:
 
 
 @cache
-def make_example(model: str, number: int) -> Example:
+def make_example(model: str, number: int) -> EncodedSample:
     """Return sample `number`; every third has no image, and lengths differ."""
     images = () if number % 3 == 2 else (make_image(number),)
     parts = (*(IMAGE for _ in images), TextPart(f"how many are there in number {number}?"))
@@ -73,9 +73,9 @@ def make_example(model: str, number: int) -> Example:
     return _load_encoder(model).encode(row, LimitsConfig())
 
 
-def make_plan(seed: int = 42) -> Plan:
-    return Plan(
-        shares=(Share(NUM_SAMPLES),),
+def make_order(seed: int = 42) -> SampleOrder:
+    return SampleOrder(
+        mixture=(MixtureComponent(NUM_SAMPLES),),
         lengths=np.arange(NUM_SAMPLES) % 5,
         has_images=np.arange(NUM_SAMPLES) % 3 != 2,
         batch_size=BATCH_SIZE,
@@ -87,18 +87,20 @@ def make_batches(
     config: TrainConfig, rank: int, num_workers: int, start: Position | None
 ) -> Iterator[Batch]:
     """Yield a worker's batches as `data.stream` does."""
-    plan = make_plan(config.seed)
-    position = start or plan.start()
+    order = make_order(config.seed)
+    position = start or order.start()
     accumulation = config.count_accumulation(num_workers)
     while position.epoch < config.num_train_epochs:
-        dealt = plan.deal(position, num_workers=num_workers, accumulation=accumulation)[rank]
-        position = plan.advance(position)
-        for i, numbers in enumerate(dealt):
+        split = order.split_batch(position, num_workers=num_workers, accumulation=accumulation)[
+            rank
+        ]
+        position = order.advance(position)
+        for i, numbers in enumerate(split):
             examples = [make_example(config.model, int(number)) for number in numbers]
             yield Batch(
                 collate(examples, pad_token_id=_load_encoder(config.model).pad_token_id),
                 tuple(example.sample_id for example in examples),
-                is_last=i == len(dealt) - 1,
+                is_last=i == len(split) - 1,
                 resume_at=position,
             )
 
@@ -194,7 +196,7 @@ def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> Non
     import torch.distributed as dist
 
     from llava_ray.train.log import RunLog
-    from llava_ray.train.loop import Surroundings, train
+    from llava_ray.train.loop import LoopContext, train
 
     config = make_config(**scenario.settings)
     home = folder / scenario.name
@@ -219,7 +221,7 @@ def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> Non
         return make_eval_batches(config, rank, num_workers, size)
 
     steps = count(1)
-    around = Surroundings(
+    context = LoopContext(
         read_batches=read,
         read_eval_batches=read_held_out if config.eval_datasets else None,
         num_steps=scenario.num_steps,
@@ -230,7 +232,7 @@ def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> Non
     resume = folder / scenario.resume if scenario.resume else None
     try:
         train(
-            config, around, RunLog(home if rank == 0 else None, say=lambda _: None), resume=resume
+            config, context, RunLog(home if rank == 0 else None, say=lambda _: None), resume=resume
         )
     except _Stop:
         dist.barrier()

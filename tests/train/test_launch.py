@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from llava_ray.cli import app
 from llava_ray.config import ConvertConfig, TrainConfig
-from llava_ray.data.loader.stream import Checkpoint, stream_batches
+from llava_ray.data.loader.stream import EncoderSpec, stream_batches
 from llava_ray.errors import ConfigError, DivergedError
 from llava_ray.model import load_model
 from llava_ray.train.log import read_log
@@ -79,7 +79,7 @@ def test_each_epoch_sees_each_sample_once(undisturbed: Path) -> None:
 def test_the_workers_of_ray_train_share_each_global_batch(undisturbed: Path) -> None:
     config = load_train_config(undisturbed / "config.yaml")
     data = config.data.model_copy(update={"num_readers": 0})
-    whole = stream_batches(data, Checkpoint(config.model), num_epochs=config.num_train_epochs)
+    whole = stream_batches(data, EncoderSpec(config.model), num_epochs=config.num_train_epochs)
     steps = [line["sample_ids"] for line in read_steps(undisturbed)]
     assert list(map(sorted, steps)) == [sorted(batch.sample_ids) for batch in whole]
 

@@ -23,9 +23,9 @@ from support.train_workers import (
 
 from llava_ray.errors import TrainingError
 from llava_ray.model import load_model
-from llava_ray.train.deepspeed_engine import Trainee
+from llava_ray.train.deepspeed_engine import TrainState
 from llava_ray.train.flops import count_flops
-from llava_ray.train.param_groups import describe_parts, select_parts
+from llava_ray.train.param_groups import select_trainable, summarize_param_groups
 from llava_ray.train.train_step import take_step
 
 NUM_STEPS = 20
@@ -177,7 +177,7 @@ def test_a_few_held_out_questions_are_answered_alike_on_any_number_of_workers(ru
 
 def test_the_log_says_how_much_of_the_hardware_is_used(runs: Path) -> None:
     line = read_lines(runs, "zero2", "loss")[-1]
-    parts = describe_parts(_load_trained(), make_config())
+    parts = summarize_param_groups(_load_trained(), make_config())
     flops = count_flops(parts) * line["tokens_per_s"]
     assert line["mfu"] == pytest.approx(flops / (2 * 1e9), rel=0.01)
 
@@ -185,7 +185,7 @@ def test_the_log_says_how_much_of_the_hardware_is_used(runs: Path) -> None:
 def _load_trained() -> Any:
     """Return the tiny model with the parts trainable that these runs train."""
     model: Any = load_model(make_config().model, dtype="float32", device="cpu").model
-    select_parts(model, make_config())
+    select_trainable(model, make_config())
     return model
 
 
@@ -200,13 +200,13 @@ class _FullEngine:
 
 def test_a_step_that_does_not_fit_into_memory_says_what_to_lower(tmp_path: Path) -> None:
     core: Any = SimpleNamespace(model=SimpleNamespace(dtype=torch.float32))
-    trainee = Trainee(core, _FullEngine(), {}, [], 0, torch.device("cpu"))
+    state = TrainState(core, _FullEngine(), {}, [], 0, torch.device("cpu"))
     batches = make_batches(make_config(), 0, 1, None)
     batch = next(batch for batch in batches if "pixel_values" in batch.arrays)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/one", rank=0, world_size=1)
     try:
         with pytest.raises(TrainingError, match="lower per_device_train_batch_size"):
-            take_step(trainee, [batch], step=1, rate=1.0, seed=0)
+            take_step(state, [batch], step=1, rate=1.0, seed=0)
     finally:
         dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from support.raw_data import save
 from support.tiny_checkpoint import make_image
 
 from llava_ray.data.shards import ShardWriter
-from llava_ray.data.sources.building import assistant, sample_of, user
+from llava_ray.data.sources.building import assistant, make_sample, user
 from llava_ray.data.validate import CheckedImage
 from llava_ray.errors import ConfigError, ImageError, SampleError
 from llava_ray.evaluate.datasets.images import hash_image, load_image
@@ -185,7 +185,7 @@ def write_shard(folder: Path) -> Path:
         data = save(folder / "raw" / f"{i}.png", i)
         sha = CheckedImage(data, *make_image(i).size)
         turns = (user(f"<image>\nWhich is {i}?\nA. cat\nB. dog"), assistant("B"))
-        writer.add(sample_of("mine", f"s{i}", turns, data), [sha], num_tokens=None)
+        writer.add(make_sample("mine", f"s{i}", turns, data), [sha], num_tokens=None)
     writer.close()
     return folder
 

@@ -14,8 +14,8 @@ from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model import load_model
 from llava_ray.train.deepspeed_config import describe_engine
-from llava_ray.train.param_groups import find_part, group_parameters, select_parts
-from llava_ray.train.schedule import compute_rate, count_warmup
+from llava_ray.train.param_groups import find_param_group, make_optimizer_groups, select_trainable
+from llava_ray.train.schedule import compute_lr_scale, count_warmup
 from llava_ray.train.settings import load_train_config
 
 RECIPES = [p for p in sorted(recipes.FOLDER.glob("*.yaml")) if "method:" in p.read_text()]
@@ -86,7 +86,7 @@ def test_the_learning_rate_goes_as_in_transformers(
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     schedule = get_scheduler(name, optimizer, count_warmup(config, 30), 30)
     for step in range(30):
-        assert compute_rate(config, step, 30) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert compute_lr_scale(config, step, 30) == pytest.approx(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
     assert count_warmup(config, 30) == settings.get("warmup_steps", 3)
@@ -98,8 +98,8 @@ def test_each_part_has_its_own_learning_rate_and_decay(tmp_path: Path) -> None:
     path = write(tmp_path, train_vision_tower=True, **rates, **decays)
     config = load_train_config(path, [])
     model: Any = load_model(tiny_model(), dtype="float32", device="cpu").model
-    select_parts(model, config)
-    groups = group_parameters(model, config)
+    select_trainable(model, config)
+    groups = make_optimizer_groups(model, config)
     assert {(g["part"], g["lr"], g["weight_decay"]) for g in groups if g["weight_decay"]} == {
         ("language_model", 1e-3, 0.1),
         ("projector", 2e-3, 0.2),
@@ -109,7 +109,7 @@ def test_each_part_has_its_own_learning_rate_and_decay(tmp_path: Path) -> None:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(parts) == len(trained)
     for name, parameter in trained.items():
-        assert parts[id(parameter)] == find_part(name), name
+        assert parts[id(parameter)] == find_param_group(name), name
     assert all(p.ndim == 1 for g in groups if not g["weight_decay"] for p in g["params"])
 
 

@@ -1,1 +1,1 @@
-"""Raw sets become shards, once, on Ray Data."""
+"""RawRow sets become shards, once, on Ray Data."""

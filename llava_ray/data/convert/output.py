@@ -43,7 +43,7 @@ _OURS = re.compile(r"part-\d+\.parquet|rejects/.*|_progress/.*|_index\.parquet|_
 _SCRATCH = re.compile(r"(.*/)?\.[0-9a-f]{32}")
 
 
-class PartRecord(BaseModel):
+class ShardRecord(BaseModel):
     """What a finished part says of itself."""
 
     number: int
@@ -63,44 +63,46 @@ def describe_settings(config: ConvertConfig) -> dict[str, Any]:
     return settings | {"input_digest": digest_content(sizes)}
 
 
-def begin(config: ConvertConfig, settings: dict[str, Any]) -> tuple[Folder, dict[int, PartRecord]]:
+def prepare_output(
+    config: ConvertConfig, settings: dict[str, Any]
+) -> tuple[Folder, dict[int, ShardRecord]]:
     """Make the output ready; return it with the records of the parts that it has already.
 
     Raises:
         ConfigError: it holds something else.
     """
-    target = open_folder(config.output)
+    output = open_folder(config.output)
     if config.overwrite:
-        _clear(target)
-    if target.has(_SETTINGS):
-        if json.loads(target.read(_SETTINGS)) != settings:
+        _clear(output)
+    if output.has(_SETTINGS):
+        if json.loads(output.read(_SETTINGS)) != settings:
             raise ConfigError(
                 f"{config.output!r} holds an unfinished conversion with other settings or of other "
                 "files: give another folder, or --overwrite"
             )
-    elif any(not _SCRATCH.fullmatch(name) for name in _list_all(target)):
+    elif any(not _SCRATCH.fullmatch(name) for name in _list_all(output)):
         raise ConfigError(
             f"{config.output!r} is not empty: give a new folder, or --overwrite to replace shards"
         )
     else:
-        target.files.makedirs(target.root, exist_ok=True)
-        target.files.makedirs(target.path(PROGRESS), exist_ok=True)
-        target.write(_SETTINGS, json.dumps(settings).encode())
-    return target, {record.number: record for record in _read_records(target)}
+        output.files.makedirs(output.root, exist_ok=True)
+        output.files.makedirs(output.path(PROGRESS), exist_ok=True)
+        output.write(_SETTINGS, json.dumps(settings).encode())
+    return output, {record.number: record for record in _read_records(output)}
 
 
 def find_finished(config: ConvertConfig, settings: dict[str, Any]) -> Manifest | None:
     """Return the manifest of the same conversion, if the output holds it finished."""
-    target = open_folder(config.output)
-    if config.overwrite or not target.has(MANIFEST):
+    output = open_folder(config.output)
+    if config.overwrite or not output.has(MANIFEST):
         return None
-    manifest = load_manifest(target)
+    manifest = load_manifest(output)
     return manifest if manifest.settings == settings else None
 
 
-def finish(
-    target: Folder,
-    records: Sequence[PartRecord],
+def finalize_output(
+    output: Folder,
+    records: Sequence[ShardRecord],
     settings: dict[str, Any],
     *,
     template: str | None,
@@ -111,7 +113,7 @@ def finish(
     rejects: Counter[str] = Counter()
     for record in records:
         rejects.update(record.rejects)
-    write_index(target, [read_counts(target, shard.name) for shard in shards])
+    write_index(output, [read_counts(output, shard.name) for shard in shards])
     manifest = Manifest(
         format=FORMAT,
         version=llava_ray.__version__,
@@ -125,44 +127,44 @@ def finish(
         digest=digest_shards(shards),
         shards=tuple(shards),
     )
-    target.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
-    target.remove(PROGRESS)
-    for name in _list_all(target):
+    output.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
+    output.remove(PROGRESS)
+    for name in _list_all(output):
         if _SCRATCH.fullmatch(name):  # of a process that was killed
-            target.remove(name)
+            output.remove(name)
     return manifest
 
 
-def record_part(target: Folder, record: PartRecord) -> None:
+def write_record(output: Folder, record: ShardRecord) -> None:
     """Say that a part's files are all there."""
-    target.write(f"{PROGRESS}/{record.number:05d}.json", record.model_dump_json().encode())
+    output.write(f"{PROGRESS}/{record.number:05d}.json", record.model_dump_json().encode())
 
 
-def _read_records(target: Folder) -> list[PartRecord]:
-    names = [name for name in target.list(".json") if name.startswith(f"{PROGRESS}/")]
-    return [PartRecord.model_validate_json(target.read(n)) for n in names if n != _SETTINGS]
+def _read_records(output: Folder) -> list[ShardRecord]:
+    names = [name for name in output.list(".json") if name.startswith(f"{PROGRESS}/")]
+    return [ShardRecord.model_validate_json(output.read(n)) for n in names if n != _SETTINGS]
 
 
-def _list_all(target: Folder) -> list[str]:
+def _list_all(output: Folder) -> list[str]:
     """Return the names of all files there are, hidden ones too."""
-    if not target.files.isdir(target.root):
+    if not output.files.isdir(output.root):
         return []
-    return [path[len(target.root) + 1 :] for path in target.files.find(target.root)]
+    return [path[len(output.root) + 1 :] for path in output.files.find(output.root)]
 
 
-def _clear(target: Folder) -> None:
+def _clear(output: Folder) -> None:
     """Remove an earlier conversion, and nothing else.
 
     Raises:
         ConfigError: there are other files.
     """
-    names = _list_all(target)
+    names = _list_all(output)
     if others := [
         name for name in names if not (_OURS.fullmatch(name) or _SCRATCH.fullmatch(name))
     ]:
         raise ConfigError(
-            f"{target.address!r} holds {others[0]!r}, which no conversion wrote, so --overwrite "
+            f"{output.address!r} holds {others[0]!r}, which no conversion wrote, so --overwrite "
             "does not remove it: give another folder"
         )
     for name in (MANIFEST, INDEX, PROGRESS, REJECTS, *names):
-        target.remove(name)
+        output.remove(name)

@@ -1,8 +1,8 @@
-"""Raw rows -> parts: runs of consecutive rows, converted, each of which becomes one shard.
+"""Raw rows -> shard jobs: runs of consecutive converted rows, each of which becomes one shard.
 
-The first half of a conversion, in one process: cheap work on text, and the place where ids that
-were there before are found. Part k is always the same rows, so that a conversion that was stopped
-goes on with the parts that are missing.
+First half of a conversion, before `write_shard`. It runs in one process, does only cheap work on
+text, and detects duplicate samples and ids. Job k always holds the same rows, so a conversion that
+was interrupted resumes with the jobs that are missing.
 """
 
 import hashlib
@@ -12,20 +12,20 @@ from typing import NamedTuple
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.sources import Source, find_source
-from llava_ray.data.sources.building import Raw
+from llava_ray.data.sources.building import RawRow
 from llava_ray.data.validate import check_messages
 from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
 from llava_ray.storage import Folder, find_input
 from llava_ray.types import Sample
 
-MAX_PART_BYTES = 64 << 20
+MAX_INLINE_IMAGE_BYTES = 64 << 20
 """Of images that come inside the rows; a part ends at the row that goes beyond."""
 
 _BROKEN_ROW = (LookupError, TypeError, ValueError, AttributeError)
 """What a converter's plain Python raises where a field is missing or of the wrong kind."""
 
 
-class Reject(NamedTuple):
+class RejectedRow(NamedTuple):
     """A row that is left out: its id (empty if it has none), why, in words, and where it stood."""
 
     id: str
@@ -34,21 +34,21 @@ class Reject(NamedTuple):
     where: str
 
 
-class Draft(NamedTuple):
+class PendingSample(NamedTuple):
     """A sample whose images are not read yet, and where its row stood."""
 
     sample: Sample
     where: str
 
 
-class Part(NamedTuple):
+class ShardJob(NamedTuple):
     """What becomes one shard."""
 
     number: int
-    rows: list[Draft | Reject]
+    rows: list[PendingSample | RejectedRow]
 
 
-def cut_parts(config: ConvertConfig, *, done: Collection[int] = ()) -> Iterator[Part]:
+def make_shard_jobs(config: ConvertConfig, *, done: Collection[int] = ()) -> Iterator[ShardJob]:
     """Yield the parts of the raw data in order, but those that are done.
 
     Raises:
@@ -60,19 +60,19 @@ def cut_parts(config: ConvertConfig, *, done: Collection[int] = ()) -> Iterator[
     number, rows, num_bytes = 0, [], 0
     for row in _convert_rows(source, folder, names, config):
         rows.append(row)
-        if isinstance(row, Draft):
+        if isinstance(row, PendingSample):
             num_bytes += sum(len(i) for i in row.sample.images if isinstance(i, bytes))
-        if len(rows) >= config.rows_per_shard or num_bytes >= MAX_PART_BYTES:
+        if len(rows) >= config.rows_per_shard or num_bytes >= MAX_INLINE_IMAGE_BYTES:
             if number not in done:
-                yield Part(number, rows)
+                yield ShardJob(number, rows)
             number, rows, num_bytes = number + 1, [], 0
     if rows and number not in done:
-        yield Part(number, rows)
+        yield ShardJob(number, rows)
 
 
 def _convert_rows(
     source: Source, folder: Folder, names: list[str], config: ConvertConfig
-) -> Iterator[Draft | Reject]:
+) -> Iterator[PendingSample | RejectedRow]:
     seen = _SeenSamples(renames=config.duplicate_ids == "rename")
     for raw in source.read(folder, names, config):
         sample_id = ""
@@ -80,12 +80,12 @@ def _convert_rows(
             sample = _convert_row(source, raw)
             sample_id = sample.sample_id
             check_messages(sample, max_chars=config.max_chars, max_images=config.limits.max_images)
-            yield Draft(seen.admit(sample), raw.where)
+            yield PendingSample(seen.admit(sample), raw.where)
         except SampleError as error:
-            yield Reject(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
+            yield RejectedRow(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
 
 
-def _convert_row(source: Source, raw: Raw) -> Sample:
+def _convert_row(source: Source, raw: RawRow) -> Sample:
     if isinstance(raw.row, SampleError):
         raise raw.row
     try:
@@ -104,7 +104,7 @@ def _convert_row(source: Source, raw: Raw) -> Sample:
         ) from error
 
 
-def _guess_id(raw: Raw) -> str:
+def _guess_id(raw: RawRow) -> str:
     return str(raw.row.get("id", "")) if isinstance(raw.row, dict) else ""
 
 

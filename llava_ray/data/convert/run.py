@@ -21,23 +21,23 @@ from ray.exceptions import RayTaskError
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import (
     REJECTS,
-    PartRecord,
-    begin,
+    ShardRecord,
     describe_settings,
+    finalize_output,
     find_finished,
-    finish,
+    prepare_output,
 )
-from llava_ray.data.convert.partition import cut_parts
-from llava_ray.data.convert.write_shard import PartWriter, load_counter
+from llava_ray.data.convert.partition import make_shard_jobs
+from llava_ray.data.convert.write_shard import ShardJobRunner, load_token_counter
 from llava_ray.data.manifest import Manifest
 from llava_ray.data.session import start_ray
 from llava_ray.errors import ConfigError, LlavaRayError
 
-_NUM_ROWS_FOR_A_SHARE = 10_000
+_MIN_ROWS_FOR_PERCENT = 10_000
 """Rows before a share of rejects stops a conversion that is not at its end."""
 
 
-class Progress(NamedTuple):
+class ConvertProgress(NamedTuple):
     """How far a conversion is: rows read, samples written, rows left out by reason."""
 
     num_rows: int
@@ -46,7 +46,7 @@ class Progress(NamedTuple):
 
 
 def convert_dataset(
-    config: ConvertConfig, *, on_progress: Callable[[Progress], None] | None = None
+    config: ConvertConfig, *, on_progress: Callable[[ConvertProgress], None] | None = None
 ) -> Manifest:
     """Convert raw data to shards; go on with what an earlier run of the same has left.
 
@@ -61,9 +61,9 @@ def convert_dataset(
     settings = describe_settings(config)
     if manifest := find_finished(config, settings):
         return manifest
-    encoder = load_counter(config)
-    target, records = begin(config, settings)
-    for record in _convert_parts(config, done=frozenset(records)):
+    encoder = load_token_counter(config)
+    output, records = prepare_output(config, settings)
+    for record in _run_jobs(config, done=frozenset(records)):
         records[record.number] = record
         progress = _add_up(records.values())
         if on_progress:
@@ -72,19 +72,19 @@ def convert_dataset(
     progress = _add_up(records.values())
     _check_rejects(config, progress, is_end=True)
     template = encoder.template.name if encoder else None
-    return finish(target, list(records.values()), settings, template=template)
+    return finalize_output(output, list(records.values()), settings, template=template)
 
 
-def _convert_parts(config: ConvertConfig, done: frozenset[int]) -> Iterator[PartRecord]:
+def _run_jobs(config: ConvertConfig, done: frozenset[int]) -> Iterator[ShardRecord]:
     """Yield a record of each part that was written, as soon as it is."""
     start_ray()
-    source = _PartSource(config, done)
-    parts = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
-    parts.context.target_max_block_size = 1  # a part is a block of its own
-    parts.context.enable_progress_bars = False
+    source = _ShardJobSource(config, done)
+    jobs = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
+    jobs.context.target_max_block_size = 1  # a part is a block of its own
+    jobs.context.enable_progress_bars = False
     size = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    writer: Any = PartWriter  # Ray's types know of functions only
-    written = parts.map(
+    writer: Any = ShardJobRunner  # Ray's types know of functions only
+    written = jobs.map(
         writer,
         fn_constructor_args=(config,),
         compute=ActorPoolStrategy(min_size=1, max_size=size),
@@ -92,14 +92,14 @@ def _convert_parts(config: ConvertConfig, done: frozenset[int]) -> Iterator[Part
     )
     try:
         for row in written.iter_rows():
-            yield PartRecord.model_validate_json(row["record"])
+            yield ShardRecord.model_validate_json(row["record"])
     except RayTaskError as error:
         if isinstance(error.cause, LlavaRayError):
             raise error.cause from None
         raise
 
 
-class _PartSource(Datasource):
+class _ShardJobSource(Datasource):
     """Gives Ray Data the parts, from one process and in order."""
 
     def __init__(self, config: ConvertConfig, done: frozenset[int]) -> None:
@@ -115,25 +115,25 @@ class _PartSource(Datasource):
         config, done = self._config, self._done
 
         def read() -> Iterable[pa.Table]:
-            for part in cut_parts(config, done=done):
-                yield pa.table({"part": pa.array([pickle.dumps(part)], pa.large_binary())})
+            for job in make_shard_jobs(config, done=done):
+                yield pa.table({"job": pa.array([pickle.dumps(job)], pa.large_binary())})
 
         unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(read, unknown)]
 
 
-def _add_up(records: Iterable[PartRecord]) -> Progress:
+def _add_up(records: Iterable[ShardRecord]) -> ConvertProgress:
     num_rows, rejects = 0, Counter[str]()
     for record in records:
         num_rows += record.num_rows
         rejects.update(record.rejects)
-    return Progress(num_rows, num_rows - rejects.total(), dict(rejects.most_common()))
+    return ConvertProgress(num_rows, num_rows - rejects.total(), dict(rejects.most_common()))
 
 
-def _check_rejects(config: ConvertConfig, progress: Progress, *, is_end: bool) -> None:
+def _check_rejects(config: ConvertConfig, progress: ConvertProgress, *, is_end: bool) -> None:
     num_rejects, limit = sum(progress.rejects.values()), config.max_rejects
     if limit.endswith("%"):
-        if not is_end and progress.num_rows < _NUM_ROWS_FOR_A_SHARE:
+        if not is_end and progress.num_rows < _MIN_ROWS_FOR_PERCENT:
             return
         is_over = num_rejects > float(limit[:-1]) / 100 * progress.num_rows
     else:

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.output import REJECTS, PartRecord, record_part
-from llava_ray.data.convert.partition import Draft, Part, Reject
+from llava_ray.data.convert.output import REJECTS, ShardRecord, write_record
+from llava_ray.data.convert.partition import PendingSample, RejectedRow, ShardJob
 from llava_ray.data.manifest import Shard
 from llava_ray.data.shards import ShardWriter
 from llava_ray.data.sources import find_source
@@ -30,7 +30,7 @@ _READS_AHEAD = 16
 """Images that a worker reads at once, of which each waits for a disk or a network."""
 
 
-def load_counter(config: ConvertConfig) -> "Encoder | None":
+def load_token_counter(config: ConvertConfig) -> "Encoder | None":
     """Return what counts tokens, if a model is given for it."""
     if config.model is None:
         return None
@@ -41,71 +41,71 @@ def load_counter(config: ConvertConfig) -> "Encoder | None":
     return load_encoder(config.model, template=config.template)
 
 
-class PartWriter:
+class ShardJobRunner:
     """Writes parts as shards, in a process of its own."""
 
     def __init__(self, config: ConvertConfig) -> None:
         folder, _ = find_input(config.input)
         self._config = config
-        self._target = open_folder(config.output)
+        self._output = open_folder(config.output)
         self._images = _find_images(config, folder)
-        self._encoder = load_counter(config)
+        self._encoder = load_token_counter(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         """Write the part in a row of Ray Data; return its record."""
-        return {"record": self.write(pickle.loads(row["part"])).model_dump_json()}
+        return {"record": self.run(pickle.loads(row["job"])).model_dump_json()}
 
-    def write(self, part: Part) -> PartRecord:
+    def run(self, job: ShardJob) -> ShardRecord:
         """Write a part's rejects and its shard, then that both are there."""
-        name = f"part-{part.number:05d}"
-        rejects: list[Reject] = []
+        name = f"part-{job.number:05d}"
+        rejects: list[RejectedRow] = []
         num_images = num_text_only = 0
         with ExitStack() as stack:
-            path = stack.enter_context(self._target.write_beside(f"{name}.parquet"))
+            path = stack.enter_context(self._output.write_beside(f"{name}.parquet"))
             writer = ShardWriter(path)
-            for draft, images in self._read_images(part, rejects):
+            for pending, images in self._read_images(job, rejects):
                 try:
-                    num_tokens = self._count_tokens(draft.sample, images)
+                    num_tokens = self._count_tokens(pending.sample, images)
                 except SampleError as error:
-                    rejects.append(_reject(draft, error))
+                    rejects.append(_reject(pending, error))
                     continue
-                writer.add(draft.sample, images, num_tokens=num_tokens)
+                writer.add(pending.sample, images, num_tokens=num_tokens)
                 num_images += len(images)
                 num_text_only += not images
             shard = writer.close()
             if rejects:
                 lines = [json.dumps(r._asdict(), ensure_ascii=False) + "\n" for r in rejects]
-                self._target.write(
+                self._output.write(
                     f"{REJECTS}/{name}.jsonl", "".join(lines).encode(errors="backslashreplace")
                 )
-        record = PartRecord(
-            number=part.number,
-            num_rows=len(part.rows),
+        record = ShardRecord(
+            number=job.number,
+            num_rows=len(job.rows),
             num_images=num_images,
             num_text_only=num_text_only,
             rejects=dict(Counter(reject.reason for reject in rejects)),
             shard=Shard(name=f"{name}.parquet", **shard._asdict()) if shard.num_rows else None,
         )
         if not shard.num_rows:
-            self._target.remove(f"{name}.parquet")
-        record_part(self._target, record)
+            self._output.remove(f"{name}.parquet")
+        write_record(self._output, record)
         return record
 
     def _read_images(
-        self, part: Part, rejects: list[Reject]
-    ) -> Iterator[tuple[Draft, list[CheckedImage]]]:
+        self, job: ShardJob, rejects: list[RejectedRow]
+    ) -> Iterator[tuple[PendingSample, list[CheckedImage]]]:
         """Yield the part's samples with their images; add those that have bad ones to rejects."""
         with ThreadPoolExecutor(_READS_AHEAD) as pool:
-            for first in range(0, len(part.rows), _READS_AHEAD):
-                rows = part.rows[first : first + _READS_AHEAD]
+            for first in range(0, len(job.rows), _READS_AHEAD):
+                rows = job.rows[first : first + _READS_AHEAD]
                 futures = [
                     [pool.submit(self._read_image, image) for image in row.sample.images]
-                    if isinstance(row, Draft)
+                    if isinstance(row, PendingSample)
                     else []
                     for row in rows
                 ]
                 for row, reading in zip(rows, futures, strict=True):
-                    if isinstance(row, Reject):
+                    if isinstance(row, RejectedRow):
                         rejects.append(row)
                         continue
                     try:
@@ -155,5 +155,5 @@ def _find_images(config: ConvertConfig, folder: Folder) -> Folder:
     return folder
 
 
-def _reject(draft: Draft, error: SampleError) -> Reject:
-    return Reject(draft.sample.sample_id, error.reason, error.message, draft.where)
+def _reject(pending: PendingSample, error: SampleError) -> RejectedRow:
+    return RejectedRow(pending.sample.sample_id, error.reason, error.message, pending.where)

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from llava_ray.data.loader.encode import Example
+from llava_ray.data.loader.encode import EncodedSample
 from llava_ray.data.loader.order import Position
 from llava_ray.template import IGNORED
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedSample:
     """A sample that was left out of its batch: its id, the reason and the words for it."""
 
     sample_id: str
@@ -44,7 +44,7 @@ class Batch:
 
     arrays: dict[str, np.ndarray]
     sample_ids: tuple[str, ...]
-    dropped: tuple[Dropped, ...] = ()
+    dropped: tuple[DroppedSample, ...] = ()
     is_last: bool = True
     resume_at: Position = field(default=Position(0, 0, 0, 0))
 
@@ -53,7 +53,7 @@ class Batch:
         return {name: torch.from_numpy(np.array(array)) for name, array in self.arrays.items()}
 
 
-def collate(examples: Sequence[Example], *, pad_token_id: int) -> dict[str, np.ndarray]:
+def collate(examples: Sequence[EncodedSample], *, pad_token_id: int) -> dict[str, np.ndarray]:
     """Return the arrays of a batch; ids are padded on the right, labels with `IGNORED`.
 
     Images keep the order of the samples. With anyres, missing tiles are zeros.

@@ -1,6 +1,6 @@
 """The data sets of a training run, opened: their manifests and indices, and where a sample lies.
 
-Between the shards and `plan`, which only knows numbers.
+Between the shards and `order`, which only knows numbers.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_ray.config import DataConfig, DatasetConfig
-from llava_ray.data.loader.order import Plan, Share
+from llava_ray.data.loader.order import MixtureComponent, SampleOrder
 from llava_ray.data.manifest import Manifest, load_index, load_manifest
 from llava_ray.data.shards import ShardReader, ShardRow
 from llava_ray.errors import ConfigError
@@ -23,7 +23,7 @@ from llava_ray.storage import Folder, open_folder
 _MAX_OPEN_SHARDS = 32
 
 
-class Place(NamedTuple):
+class SampleLocation(NamedTuple):
     """Where a sample lies: in which data set, shard and row, each counted from 0."""
 
     dataset: int
@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Pool:
+class ShardedDatasets:
     """Data sets side by side; samples are numbered through all of them.
 
     Attributes:
@@ -45,37 +45,37 @@ class Pool:
     manifests: tuple[Manifest, ...]
     ends: tuple[tuple[int, ...], ...]
 
-    def find(self, number: int) -> Place:
+    def locate(self, number: int) -> SampleLocation:
         """Return where a sample lies."""
         for dataset, ends in enumerate(self.ends):
             if number < ends[-1]:
                 shard = bisect_right(ends, number)
-                return Place(dataset, shard, number - (ends[shard - 1] if shard else 0))
+                return SampleLocation(dataset, shard, number - (ends[shard - 1] if shard else 0))
             number -= ends[-1]
         raise IndexError(number)
 
 
-class PoolReader:
-    """Reads samples from anywhere in a pool, with some shards kept open."""
+class SampleReader:
+    """Reads samples from anywhere in a datasets, with some shards kept open."""
 
-    def __init__(self, pool: Pool) -> None:
-        self._pool = pool
+    def __init__(self, datasets: ShardedDatasets) -> None:
+        self._datasets = datasets
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
 
     def read(self, number: int) -> ShardRow:
         """Return a sample."""
-        place = self._pool.find(number)
-        key = (place.dataset, place.shard)
+        location = self._datasets.locate(number)
+        key = (location.dataset, location.shard)
         if key not in self._open:
             if len(self._open) >= _MAX_OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
-            name = self._pool.manifests[place.dataset].shards[place.shard].name
-            self._open[key] = ShardReader(self._pool.folders[place.dataset], name)
+            name = self._datasets.manifests[location.dataset].shards[location.shard].name
+            self._open[key] = ShardReader(self._datasets.folders[location.dataset], name)
         self._open.move_to_end(key)
-        return self._open[key].read(place.row)
+        return self._open[key].read(location.row)
 
 
-def open_pool(datasets: Sequence[DatasetConfig]) -> Pool:
+def open_datasets(datasets: Sequence[DatasetConfig]) -> ShardedDatasets:
     """Open data sets; only their manifests are read.
 
     Raises:
@@ -87,17 +87,17 @@ def open_pool(datasets: Sequence[DatasetConfig]) -> Pool:
         if not manifest.num_samples:
             raise ConfigError(f"{dataset.path!r} has no samples: leave it out")
     ends = tuple(tuple(accumulate(s.num_rows for s in m.shards)) for m in manifests)
-    return Pool(folders, manifests, ends)
+    return ShardedDatasets(folders, manifests, ends)
 
 
-def make_plan(config: DataConfig, pool: Pool) -> Plan:
-    """Return the order in which training reads a pool.
+def make_order(config: DataConfig, datasets: ShardedDatasets) -> SampleOrder:
+    """Return the order in which training reads a datasets.
 
     Raises:
         ConfigError: `grouping` is "length" and tokens were not counted.
     """
     words, tokens, images = (
-        np.concatenate([_read_column(folder, name) for folder in pool.folders])
+        np.concatenate([_read_column(folder, name) for folder in datasets.folders])
         for name in ("num_words", "num_tokens", "num_images")
     )
     if config.grouping == "length" and (tokens < 0).any():
@@ -106,11 +106,13 @@ def make_plan(config: DataConfig, pool: Pool) -> Plan:
             f"{[dataset.path for dataset in config.datasets]}: convert them with --model, or set "
             "grouping='modality'"
         )
-    said = "\n".join(manifest.digest for manifest in pool.manifests)
-    plan = Plan(
-        shares=tuple(
-            Share(manifest.num_samples, dataset.weight, dataset.max_samples, dataset.seed)
-            for dataset, manifest in zip(config.datasets, pool.manifests, strict=True)
+    said = "\n".join(manifest.digest for manifest in datasets.manifests)
+    order = SampleOrder(
+        mixture=tuple(
+            MixtureComponent(
+                manifest.num_samples, dataset.weight, dataset.max_samples, dataset.seed
+            )
+            for dataset, manifest in zip(config.datasets, datasets.manifests, strict=True)
         ),
         lengths=words if (tokens < 0).any() else tokens,
         has_images=images > 0,
@@ -119,9 +121,9 @@ def make_plan(config: DataConfig, pool: Pool) -> Plan:
         grouping=config.grouping,
         data_id=hashlib.sha256(said.encode()).hexdigest(),
     )
-    if not plan.num_batches:
+    if not order.num_batches:
         raise ConfigError("the weights leave no sample in an epoch: raise them")
-    return plan
+    return order
 
 
 def _read_column(folder: Folder, name: str) -> np.ndarray:

@@ -32,7 +32,7 @@ Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Example:
+class EncodedSample:
     """A sample as a model is trained on it.
 
     Attributes:
@@ -81,7 +81,7 @@ class Encoder:
         found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return next(id_ for id_ in found if id_ is not None)
 
-    def encode(self, row: ShardRow, limits: LimitsConfig) -> Example:
+    def encode(self, row: ShardRow, limits: LimitsConfig) -> EncodedSample:
         """Return a sample of a shard encoded.
 
         Raises:
@@ -107,7 +107,7 @@ class Encoder:
         ]
         encoded = encode_images(self.processor, images) if images else {}
         arrays = {name: np.asarray(values) for name, values in encoded.items()}
-        return Example(row.sample.sample_id, ids, labels, arrays)
+        return EncodedSample(row.sample.sample_id, ids, labels, arrays)
 
     def tokenize(self, sample: Sample) -> Encoded:
         """Return ids and labels with one `IMAGE_PLACEHOLDER` an image.

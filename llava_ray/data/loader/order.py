@@ -2,7 +2,7 @@
 
 A pure function of seed, epoch and what the manifests say, so any process can compute it and all
 agree. Batch k holds the same samples on any number of workers and with any accumulation; only how
-it is dealt to them differs. Where training stands is a `Position`, four integers.
+it is split to them differs. Where training stands is a `Position`, four integers.
 
 Pseudo-random order comes from a hash of places (splitmix64, Steele et al. 2014) rather than from
 NumPy's generators, whose streams may change between versions.
@@ -20,7 +20,7 @@ from llava_ray.errors import ConfigError
 
 Grouping = Literal["none", "modality", "length"]
 
-_POOL_BATCHES = 50
+_WINDOW_BATCHES = 50
 """Batches that are sorted by length together: enough for like lengths, little enough for chance."""
 
 
@@ -39,7 +39,7 @@ class Position(NamedTuple):
     fingerprint: int
 
 
-class Share(NamedTuple):
+class MixtureComponent(NamedTuple):
     """One data set's part in a mixture; see `config.DatasetConfig`."""
 
     num_samples: int
@@ -49,13 +49,13 @@ class Share(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class SampleOrder:
     """The order of all epochs.
 
-    Samples are numbered through all data sets, in the order of `shares`.
+    Samples are numbered through all data sets, in the order of `mixture`.
 
     Attributes:
-        shares: the data sets.
+        mixture: the data sets.
         lengths: of each sample, in tokens or words.
         has_images: of each sample.
         batch_size: samples of a global batch; the last one of an epoch has what is left.
@@ -64,7 +64,7 @@ class Plan:
         data_id: stands for the content of the data sets.
     """
 
-    shares: tuple[Share, ...]
+    mixture: tuple[MixtureComponent, ...]
     lengths: np.ndarray
     has_images: np.ndarray
     batch_size: int
@@ -89,7 +89,7 @@ class Plan:
         return position._replace(epoch=epoch, batch=batch)
 
     def check(self, position: Position) -> None:
-        """Check that a saved position is one in this plan.
+        """Check that a saved position is one in this order.
 
         Raises:
             ConfigError: data, batch size, grouping or seed are others than when it was saved.
@@ -111,7 +111,7 @@ class Plan:
         """Return the samples of an epoch; its batches are cut from it."""
         return _order_epoch(self, epoch)
 
-    def deal(
+    def split_batch(
         self, position: Position, *, num_workers: int, accumulation: int = 1
     ) -> list[list[np.ndarray]]:
         """Return who gets what of a global batch: for each worker its micro-batches in order.
@@ -129,7 +129,9 @@ class Plan:
         held = kept = 0
         for k in range(self.num_batches):
             position = Position(self.seed, epoch, k, self._fingerprint)
-            for micros in self.deal(position, num_workers=num_workers, accumulation=accumulation):
+            for micros in self.split_batch(
+                position, num_workers=num_workers, accumulation=accumulation
+            ):
                 for numbers in micros:
                     if len(numbers):
                         lengths = self.lengths[numbers]
@@ -139,22 +141,24 @@ class Plan:
 
     @property
     def _fingerprint(self) -> int:
-        said = repr((self.data_id, self.shares, self.batch_size, self.grouping))
-        return int.from_bytes(hashlib.sha256(said.encode()).digest()[:6])
+        described = repr((self.data_id, self.mixture, self.batch_size, self.grouping))
+        # The class was called Share when the first checkpoints were saved.
+        described = described.replace("MixtureComponent(", "Share(")
+        return int.from_bytes(hashlib.sha256(described.encode()).digest()[:6])
 
 
-def draw_members(shares: Sequence[Share], epoch: int) -> np.ndarray:
+def draw_epoch_samples(mixture: Sequence[MixtureComponent], epoch: int) -> np.ndarray:
     """Return the samples of an epoch, each as often as it is due, data set after data set."""
     members: list[np.ndarray] = []
     first = 0
-    for share in shares:
-        numbers = np.arange(first, first + share.num_samples)
-        if share.max_samples is not None:
-            numbers = np.sort(shuffle(numbers, share.seed)[: share.max_samples])
-        whole, part = divmod(share.weight, 1)
+    for entry in mixture:
+        numbers = np.arange(first, first + entry.num_samples)
+        if entry.max_samples is not None:
+            numbers = np.sort(shuffle(numbers, entry.seed)[: entry.max_samples])
+        whole, fraction = divmod(entry.weight, 1)
         members += [numbers] * int(whole)
-        members.append(shuffle(numbers, share.seed, epoch)[: round(part * len(numbers))])
-        first += share.num_samples
+        members.append(shuffle(numbers, entry.seed, epoch)[: round(fraction * len(numbers))])
+        first += entry.num_samples
     return np.concatenate(members)
 
 
@@ -175,13 +179,13 @@ def _mix(values: np.ndarray) -> np.ndarray:
 
 
 @lru_cache(maxsize=2)
-def _order_epoch(plan: Plan, epoch: int) -> np.ndarray:
-    members = shuffle(draw_members(plan.shares, epoch), plan.seed, epoch)
-    size = plan.batch_size
-    if plan.grouping == "none":
+def _order_epoch(order: SampleOrder, epoch: int) -> np.ndarray:
+    members = shuffle(draw_epoch_samples(order.mixture, epoch), order.seed, epoch)
+    size = order.batch_size
+    if order.grouping == "none":
         return members
-    if plan.grouping == "modality":
-        has_images = plan.has_images[members]
+    if order.grouping == "modality":
+        has_images = order.has_images[members]
         groups = [members[has_images], members[~has_images]]
     else:
         groups = [members]
@@ -190,17 +194,17 @@ def _order_epoch(plan: Plan, epoch: int) -> np.ndarray:
     for group in groups:
         num_full = len(group) // size * size
         full = group[:num_full]
-        if plan.grouping == "length":
-            full = _sort_pools(full, plan.lengths, size * _POOL_BATCHES)
+        if order.grouping == "length":
+            full = _sort_windows(full, order.lengths, size * _WINDOW_BATCHES)
         batches += np.split(full, num_full // size) if num_full else []
         left.append(group[num_full:])
-    order = shuffle(np.arange(len(batches)), plan.seed, epoch, 1)
+    shuffled = shuffle(np.arange(len(batches)), order.seed, epoch, 1)
     # What is left of each group makes the last batches, in which modalities are mixed.
-    return np.concatenate([*(batches[i] for i in order), *left])
+    return np.concatenate([*(batches[i] for i in shuffled), *left])
 
 
-def _sort_pools(numbers: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
-    pools = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+def _sort_windows(numbers: np.ndarray, lengths: np.ndarray, size: int) -> np.ndarray:
+    windows = [numbers[first : first + size] for first in range(0, len(numbers), size)]
     return np.concatenate(
-        [pool[np.argsort(lengths[pool], kind="stable")] for pool in pools] or [numbers]
+        [window[np.argsort(lengths[window], kind="stable")] for window in windows] or [numbers]
     )

@@ -1,9 +1,9 @@
 """Batches for one training worker, prepared ahead of it by a few CPU processes, from any position.
 
-    plan: which samples -> readers (Ray actors): shard rows -> decode, encode, collate -> Batch
+    order: which samples -> readers (Ray actors): shard rows -> decode, encode, collate -> Batch
 
 Ray Data's own iterators keep no position, so nothing that is to be resumed exactly can come from
-them; here the plan says what comes next, and readers only prepare what they are told. No more than
+them; here the order says what comes next, and readers only prepare what they are told. No more than
 `num_ahead` batches are prepared or on their way, and an actor that dies is started again and does
 its work once more. The readers end when nobody holds the stream any more.
 """
@@ -20,16 +20,16 @@ from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llava_ray.config import DataConfig
-from llava_ray.data.loader.collate import Batch, Dropped, collate
-from llava_ray.data.loader.dataset import Pool, PoolReader, make_plan, open_pool
-from llava_ray.data.loader.encode import Example, load_encoder
-from llava_ray.data.loader.order import Plan, Position
+from llava_ray.data.loader.collate import Batch, DroppedSample, collate
+from llava_ray.data.loader.dataset import SampleReader, ShardedDatasets, make_order, open_datasets
+from llava_ray.data.loader.encode import EncodedSample, load_encoder
+from llava_ray.data.loader.order import Position, SampleOrder
 from llava_ray.data.session import start_ray
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, SampleError
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class EncoderSpec:
     """The model that is trained; see `model.load_model`."""
 
     path: str
@@ -38,7 +38,7 @@ class Checkpoint:
     template: str | None = None
 
 
-class Worker(NamedTuple):
+class WorkerRank(NamedTuple):
     """Which of the training workers this is, and how a step is divided."""
 
     rank: int = 0
@@ -46,7 +46,7 @@ class Worker(NamedTuple):
     accumulation: int = 1
 
 
-class _Task(NamedTuple):
+class _BatchTask(NamedTuple):
     """A batch to prepare."""
 
     numbers: np.ndarray
@@ -56,9 +56,9 @@ class _Task(NamedTuple):
 
 def stream_batches(
     config: DataConfig,
-    checkpoint: Checkpoint,
+    spec: EncoderSpec,
     *,
-    worker: Worker | None = None,
+    worker: WorkerRank | None = None,
     start: Position | None = None,
     num_epochs: int = 1,
 ) -> Iterator[Batch]:
@@ -66,7 +66,7 @@ def stream_batches(
 
     Args:
         config: what is read and how.
-        checkpoint: the model that it is encoded for.
+        spec: the model that it is encoded for.
         worker: which share of each global batch is wanted; default: all of it, at once.
         start: where to begin; `Batch.resume_at` of the last batch that was trained on.
         num_epochs: the epoch before which to end, counted from the beginning of training.
@@ -74,45 +74,47 @@ def stream_batches(
     Raises:
         ConfigError: data or checkpoint are not there, or `start` belongs to other data.
     """
-    pool = open_pool(config.datasets)
-    plan = make_plan(config, pool)
-    start = start or plan.start()
-    plan.check(start)
-    tasks = _list_tasks(plan, worker or Worker(), start, num_epochs)
+    datasets = open_datasets(config.datasets)
+    order = make_order(config, datasets)
+    start = start or order.start()
+    order.check(start)
+    tasks = _list_tasks(order, worker or WorkerRank(), start, num_epochs)
     if not config.num_readers:
-        maker = BatchMaker(config, checkpoint, pool)
+        maker = BatchBuilder(config, spec, datasets)
         return (maker.make(task) for task in tasks)
-    return _read_ahead(tasks, config, checkpoint, pool)
+    return _read_ahead(tasks, config, spec, datasets)
 
 
-def _list_tasks(plan: Plan, worker: Worker, position: Position, num_epochs: int) -> Iterator[_Task]:
-    if worker.num_workers * worker.accumulation > plan.batch_size:
+def _list_tasks(
+    order: SampleOrder, worker: WorkerRank, position: Position, num_epochs: int
+) -> Iterator[_BatchTask]:
+    if worker.num_workers * worker.accumulation > order.batch_size:
         raise ConfigError(
-            f"batch_size {plan.batch_size} is less than {worker.num_workers} workers x "
+            f"batch_size {order.batch_size} is less than {worker.num_workers} workers x "
             f"{worker.accumulation} accumulated batches: raise it, or lower these"
         )
     while position.epoch < num_epochs:
-        behind = plan.advance(position)
-        micros = plan.deal(
+        behind = order.advance(position)
+        micros = order.split_batch(
             position, num_workers=worker.num_workers, accumulation=worker.accumulation
         )[worker.rank]
         for i, numbers in enumerate(micros):
-            yield _Task(numbers, i == len(micros) - 1, behind)
+            yield _BatchTask(numbers, i == len(micros) - 1, behind)
         position = behind
 
 
 def _read_ahead(
-    tasks: Iterator[_Task], config: DataConfig, checkpoint: Checkpoint, pool: Pool
+    tasks: Iterator[_BatchTask], config: DataConfig, spec: EncoderSpec, datasets: ShardedDatasets
 ) -> Iterator[Batch]:
     start_ray()
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    remote: Any = ray.remote(BatchMaker).options(
+    remote: Any = ray.remote(BatchBuilder).options(
         num_cpus=config.reader_cpus,
         max_restarts=-1,
         max_task_retries=-1,
         scheduling_strategy=here,  # also keeps them out of a trainer's placement group
     )
-    readers = [remote.remote(config, checkpoint, pool) for _ in range(config.num_readers)]
+    readers = [remote.remote(config, spec, datasets) for _ in range(config.num_readers)]
     waiting: deque[Any] = deque()
     for reader, task in zip(cycle(readers), tasks, strict=False):
         waiting.append(reader.make.remote(task))
@@ -131,37 +133,39 @@ def _receive(batch: Any) -> Batch:
         raise
 
 
-class BatchMaker:
+class BatchBuilder:
     """Prepares batches, in a process of its own."""
 
-    def __init__(self, config: DataConfig, checkpoint: Checkpoint, pool: Pool) -> None:
+    def __init__(self, config: DataConfig, spec: EncoderSpec, datasets: ShardedDatasets) -> None:
         self._limits = config.limits
-        self._reader = PoolReader(pool)
+        self._reader = SampleReader(datasets)
         self._encoder = load_encoder(
-            checkpoint.path,
-            base=checkpoint.base,
-            vision_tower=checkpoint.vision_tower,
-            template=checkpoint.template,
+            spec.path,
+            base=spec.base,
+            vision_tower=spec.vision_tower,
+            template=spec.template,
             max_length=config.max_length,
             truncates=config.over_long == "truncate",
         )
 
-    def make(self, task: _Task) -> Batch:
+    def make(self, task: _BatchTask) -> Batch:
         """Return the batch of a task."""
         examples, dropped = self._encode(task.numbers.tolist())
         arrays = collate(examples, pad_token_id=self._encoder.pad_token_id)
         ids = tuple(example.sample_id for example in examples)
         return Batch(arrays, ids, dropped, task.is_last, task.resume_at)
 
-    def _encode(self, numbers: Sequence[int]) -> tuple[list[Example], tuple[Dropped, ...]]:
-        examples: list[Example] = []
-        dropped: list[Dropped] = []
+    def _encode(
+        self, numbers: Sequence[int]
+    ) -> tuple[list[EncodedSample], tuple[DroppedSample, ...]]:
+        examples: list[EncodedSample] = []
+        dropped: list[DroppedSample] = []
         for number in numbers:
             row = self._reader.read(number)
             try:
                 examples.append(self._encoder.encode(row, self._limits))
             except SampleError as error:
-                dropped.append(Dropped(row.sample.sample_id, error.reason, error.message))
+                dropped.append(DroppedSample(row.sample.sample_id, error.reason, error.message))
             except ImageError as error:
-                dropped.append(Dropped(row.sample.sample_id, "image", error.message))
+                dropped.append(DroppedSample(row.sample.sample_id, "image", error.message))
         return examples, tuple(dropped)

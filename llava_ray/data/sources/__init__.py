@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from llava_ray.data.sources.building import Raw, Row
+from llava_ray.data.sources.building import RawRow, Row
 from llava_ray.data.sources.coco import convert_coco, read_coco
 from llava_ray.data.sources.conversations import (
     convert_llava,
@@ -57,7 +57,7 @@ class Source(NamedTuple):
         images: the folder in it that the names of images are relative to.
     """
 
-    read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[Raw]]
+    read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[RawRow]]
     convert: Callable[[Row], Sample]
     images: str = ""
 

@@ -24,7 +24,7 @@ TEXT_TO_REGION = (
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-class Raw(NamedTuple):
+class RawRow(NamedTuple):
     """A row as it was found.
 
     Attributes:
@@ -65,7 +65,7 @@ def assistant(text: str) -> Message:
     return Message("assistant", (TextPart(text),))
 
 
-def ask_in_turn(turns: Sequence[tuple[str, str]], *, num_images: int = 1) -> tuple[Message, ...]:
+def make_turns(turns: Sequence[tuple[str, str]], *, num_images: int = 1) -> tuple[Message, ...]:
     """Return questions and answers about images, which stand before the first."""
     messages: list[Message] = []
     images = f"{IMAGE_TOKEN}\n" * num_images
@@ -120,7 +120,7 @@ def digest_content(content: object) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def sample_of(
+def make_sample(
     source: str, sample_id: object, messages: Sequence[Message], *images: bytes | str
 ) -> Sample:
     """Return a sample."""

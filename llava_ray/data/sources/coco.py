@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.data.sources.building import (
     ONE_SENTENCE,
     TEXT_TO_REGION,
-    Raw,
+    RawRow,
     Row,
-    ask_in_turn,
     choose,
-    sample_of,
+    make_sample,
+    make_turns,
     write_box,
 )
 from llava_ray.data.sources.readers import find_one, read_json
@@ -44,7 +44,7 @@ REQUESTS = (
 """LLaVA (Liu et al. 2023), table 11."""
 
 
-def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each caption, or for each image with captions and boxes."""
     wanted, split = config.prompt_format or FORMATS[0], config.split or "train2017"
     if wanted not in FORMATS:
@@ -55,7 +55,7 @@ def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iter
     if wanted == "pretrain":
         for i, caption in enumerate(captions["annotations"]):
             entry = entries.get(caption["image_id"], {})
-            yield Raw(
+            yield RawRow(
                 f"{name} annotations[{i}]", {"split": split, "entry": entry, "caption": caption}
             )
         return
@@ -66,7 +66,7 @@ def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iter
     for i, entry in enumerate(captions["images"]):
         found = sorted(by_image[entry["id"]], key=lambda caption: caption["id"])
         row = {"split": split, "entry": entry, "captions": found, "boxes": boxes[entry["id"]]}
-        yield Raw(f"{name} images[{i}]", row)
+        yield RawRow(f"{name} images[{i}]", row)
 
 
 def convert_coco(row: Row) -> Sample:
@@ -76,7 +76,7 @@ def convert_coco(row: Row) -> Sample:
     if "caption" in row:
         sample_id, text = row["caption"]["id"], row["caption"]["caption"].strip()
         request = REQUESTS[choose(str(sample_id), len(REQUESTS))]
-        return sample_of("coco", sample_id, ask_in_turn([(request, text)]), image)
+        return make_sample("coco", sample_id, make_turns([(request, text)]), image)
     size = (entry["width"], entry["height"])
     turns = [(ONE_SENTENCE, row["captions"][0]["caption"].strip())]
     counts = Counter(box["name"] for box in row["boxes"])
@@ -84,7 +84,7 @@ def convert_coco(row: Row) -> Sample:
         if counts[box["name"]] == 1 and not box["iscrowd"]:
             question = TEXT_TO_REGION.format(f"the {box['name']}")
             turns.append((question, write_box(*box["bbox"], size=size)))
-    return sample_of("coco", entry["id"], ask_in_turn(turns), image)
+    return make_sample("coco", entry["id"], make_turns(turns), image)
 
 
 def _read_boxes(folder: Folder, names: list[str], split: str) -> defaultdict[int, list[Row]]:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.config import LimitsConfig
-from llava_ray.data.sources.building import Raw, Row, read_id, sample_of, write_message
+from llava_ray.data.sources.building import RawRow, Row, make_sample, read_id, write_message
 from llava_ray.data.sources.readers import read_json_lines, read_json_list
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode_data_url
@@ -32,7 +32,9 @@ _SPEAKERS: dict[str, Role] = {
 }
 
 
-def read_conversations(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_conversations(
+    folder: Folder, names: list[str], config: "ConvertConfig"
+) -> Iterator[RawRow]:
     """Yield the rows of all `.json` and `.jsonl` files."""
     files = [name for name in names if name.lower().endswith((".json", ".jsonl"))]
     if not files:
@@ -61,7 +63,7 @@ def convert_turns(row: Row, turns: Sequence[Row], source: str) -> Sample:
     messages = [_convert_turn(turn) for turn in turns]
     if messages and messages[0].role == "assistant":
         messages = messages[1:]
-    return sample_of(source, read_id(row), messages, *_list_images(row))
+    return make_sample(source, read_id(row), messages, *_list_images(row))
 
 
 def convert_openai(row: Row) -> Sample:
@@ -75,7 +77,7 @@ def convert_openai(row: Row) -> Sample:
             continue
         parts = [_convert_part(part, images) for part in content]
         messages.append(Message(role, tuple(parts)))
-    return sample_of("openai", read_id(row), messages, *images)
+    return make_sample("openai", read_id(row), messages, *images)
 
 
 def _convert_turn(turn: Row) -> Message:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.sources.building import SHORT_ANSWER, Raw, Row, ask_in_turn, sample_of
+from llava_ray.data.sources.building import SHORT_ANSWER, RawRow, Row, make_sample, make_turns
 from llava_ray.data.sources.readers import find_one, read_json_dict
 from llava_ray.storage import Folder
 from llava_ray.types import Sample
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from llava_ray.config import ConvertConfig
 
 
-def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each image, with all its questions and short answers."""
     split = config.split or "train_balanced"
     name = find_one(folder, names, f"{split}_questions.json")
@@ -24,11 +24,11 @@ def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Itera
     for _, asked in read_json_dict(folder, name):
         turns[asked["imageId"]].append((asked["question"], asked["answer"]))
     for image_id, found in turns.items():
-        yield Raw(f"{name} image {image_id}", {"id": image_id, "turns": found})
+        yield RawRow(f"{name} image {image_id}", {"id": image_id, "turns": found})
 
 
 def convert_gqa(row: Row) -> Sample:
     """Return the sample of an image's questions."""
     (question, answer), *others = row["turns"]
     turns = [(f"{question}\n{SHORT_ANSWER}", answer), *others]
-    return sample_of("gqa", row["id"], ask_in_turn(turns), f"{row['id']}.jpg")
+    return make_sample("gqa", row["id"], make_turns(turns), f"{row['id']}.jpg")

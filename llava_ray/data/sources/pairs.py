@@ -7,7 +7,7 @@ import posixpath
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.sources.building import Raw, Row, ask_in_turn, choose, sample_of
+from llava_ray.data.sources.building import RawRow, Row, choose, make_sample, make_turns
 from llava_ray.data.sources.coco import REQUESTS
 from llava_ray.errors import ConfigError
 from llava_ray.storage import Folder
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 
-def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each image; one without a text has none in its row."""
     texts = {posixpath.splitext(name)[0]: name for name in names if name.endswith(".txt")}
     images = [name for name in names if name.lower().endswith(ENDINGS)]
@@ -29,11 +29,11 @@ def read_pairs(folder: Folder, names: list[str], config: "ConvertConfig") -> Ite
         row = {"id": name, "image": name}
         if text := texts.get(posixpath.splitext(name)[0]):
             row["text"] = folder.read(text).decode("utf-8", errors="replace")
-        yield Raw(name, row)
+        yield RawRow(name, row)
 
 
 def convert_pair(row: Row) -> Sample:
     """Return the sample of an image and its text."""
     request = REQUESTS[choose(row["image"], len(REQUESTS))]
-    messages = ask_in_turn([(request, row["text"].strip())])
-    return sample_of("pairs", row["id"], messages, row["image"])
+    messages = make_turns([(request, row["text"].strip())])
+    return make_sample("pairs", row["id"], messages, row["image"])

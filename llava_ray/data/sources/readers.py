@@ -6,7 +6,7 @@ from typing import Any
 
 import ijson
 
-from llava_ray.data.sources.building import Raw
+from llava_ray.data.sources.building import RawRow
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.storage import Folder
 
@@ -27,7 +27,7 @@ def read_json(folder: Folder, name: str) -> Any:
         raise ConfigError(_explain(folder, name, error)) from error
 
 
-def read_json_list(folder: Folder, name: str, place: str = "item") -> Iterator[Raw]:
+def read_json_list(folder: Folder, name: str, place: str = "item") -> Iterator[RawRow]:
     """Yield the entries of a list in a JSON file, which is never in memory as a whole.
 
     Args:
@@ -41,7 +41,7 @@ def read_json_list(folder: Folder, name: str, place: str = "item") -> Iterator[R
     with folder.open(name) as file:
         try:
             for i, row in enumerate(ijson.items(file, place, use_float=True)):
-                yield Raw(f"{name}[{i}]", row)
+                yield RawRow(f"{name}[{i}]", row)
         except ijson.JSONError as error:
             raise ConfigError(_explain(folder, name, error)) from error
 
@@ -59,7 +59,7 @@ def read_json_dict(folder: Folder, name: str) -> Iterator[tuple[str, Any]]:
             raise ConfigError(_explain(folder, name, error)) from error
 
 
-def read_json_lines(folder: Folder, name: str) -> Iterator[Raw]:
+def read_json_lines(folder: Folder, name: str) -> Iterator[RawRow]:
     """Yield the rows of a file with one JSON object a line; a broken line is a row of its own."""
     with folder.open(name) as file:
         for number, line in enumerate(file, 1):
@@ -70,10 +70,10 @@ def read_json_lines(folder: Folder, name: str) -> Iterator[Raw]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("no object")
-                yield Raw(where, row)
+                yield RawRow(where, row)
             except ValueError as error:
                 problem = f"line {number} of {name!r} is no JSON object ({error}): correct it"
-                yield Raw(where, SampleError(problem, reason="bad_row"))
+                yield RawRow(where, SampleError(problem, reason="bad_row"))
 
 
 def find_one(folder: Folder, names: list[str], *choices: str) -> str:

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from llava_ray.data.sources.building import (
     REGION_TO_TEXT,
     TEXT_TO_REGION,
-    Raw,
+    RawRow,
     Row,
-    ask_in_turn,
     choose,
-    sample_of,
+    make_sample,
+    make_turns,
     write_box,
 )
 from llava_ray.data.sources.readers import find_one, read_json, read_json_list
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_TURNS = 10
 
 
-def read_refcoco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_refcoco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each ten references to parts of one image."""
     split = config.split or "train"
     files = [name for name in names if name.rpartition("/")[2].startswith("refs(")]
@@ -52,7 +52,7 @@ def read_refcoco(folder: Folder, names: list[str], config: "ConvertConfig") -> I
                 "entry": entries.get(image_id, {}),
                 "regions": regions[first : first + MAX_TURNS],
             }
-            yield Raw(f"{name} image {image_id}", row)
+            yield RawRow(f"{name} image {image_id}", row)
 
 
 def convert_refcoco(row: Row) -> Sample:
@@ -62,7 +62,7 @@ def convert_refcoco(row: Row) -> Sample:
     return _convert_regions("refcoco", row, (entry["width"], entry["height"]), image)
 
 
-def read_vg(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_vg(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each image, with at most ten of its regions, drawn by its id."""
     data = read_json(folder, find_one(folder, names, "image_data.json"))
     entries = {entry["image_id"]: entry for entry in data}
@@ -75,7 +75,7 @@ def read_vg(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterat
             for r in drawn[:MAX_TURNS]
         ]
         row = {"id": image_id, "entry": entries.get(image_id, {}), "regions": regions}
-        yield Raw(raw.where, row)
+        yield RawRow(raw.where, row)
 
 
 def convert_vg(row: Row) -> Sample:
@@ -95,7 +95,7 @@ def _convert_regions(source: str, row: Row, size: tuple[int, int], image: str) -
             turns.append((REGION_TO_TEXT.format(box), text))
         else:
             turns.append((TEXT_TO_REGION.format(text), box))
-    return sample_of(source, row["id"], ask_in_turn(turns), image)
+    return make_sample(source, row["id"], make_turns(turns), image)
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from llava_ray.data.sources.building import (
     LETTERS,
-    Raw,
+    RawRow,
     Row,
     assistant,
-    sample_of,
+    make_sample,
     user,
     write_options,
 )
@@ -54,7 +54,7 @@ OUTPUTS = {
 }
 
 
-def read_scienceqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_scienceqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield the problems of a split, in its order."""
     wanted = config.prompt_format or DEFAULT_FORMAT
     _check_format(wanted)
@@ -65,7 +65,7 @@ def read_scienceqa(folder: Folder, names: list[str], config: "ConvertConfig") ->
         raise ConfigError(f"split={split!r}: pid_splits.json has {', '.join(splits)}")
     for i, pid in enumerate(splits[split]):
         row = {**problems.get(pid, {}), "id": pid, "format": wanted}
-        yield Raw(f"pid_splits.json {split}[{i}]", row)
+        yield RawRow(f"pid_splits.json {split}[{i}]", row)
 
 
 def convert_scienceqa(row: Row) -> Sample:
@@ -73,7 +73,7 @@ def convert_scienceqa(row: Row) -> Sample:
     images = [f"{row['split']}/{row['id']}/{row['image']}"] if row["image"] else []
     write = _write_short if row["format"] == SHORT_FORMAT else _write_long
     question, answer = write(row)
-    return sample_of("scienceqa", row["id"], (user(question), assistant(answer)), *images)
+    return make_sample("scienceqa", row["id"], (user(question), assistant(answer)), *images)
 
 
 def _write_short(row: Row) -> tuple[str, str]:

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from llava_ray.data.sources.building import Raw, Row, ask_in_turn, choose, sample_of
+from llava_ray.data.sources.building import RawRow, Row, choose, make_sample, make_turns
 from llava_ray.data.sources.coco import REQUESTS
 from llava_ray.data.sources.conversations import convert_openai, convert_turns
 from llava_ray.data.sources.pairs import ENDINGS
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _ROWS_AT_ONCE = 16
 
 
-def read_hf(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_hf(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield the rows of all Parquet and Arrow files of the split (all, by default)."""
     files = [name for name in names if name.endswith((".parquet", ".arrow"))]
     files = [name for name in files if config.split in name]
@@ -43,7 +43,7 @@ def read_hf(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterat
         with folder.open(name) as file:
             for batch in _read_batches(file, is_parquet=name.endswith(".parquet")):
                 for row in batch.to_pylist():
-                    yield Raw(f"{name}[{number}]", {"id": f"{name}[{number}]", **row})
+                    yield RawRow(f"{name}[{number}]", {"id": f"{name}[{number}]", **row})
                     number += 1
 
 
@@ -52,7 +52,7 @@ def convert_hf(row: Row) -> Sample:
     return _convert_table_row(row, "hf", _take_images(row))
 
 
-def read_webdataset(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_webdataset(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each group of files in each tar, images as bytes."""
     files = [name for name in names if name.endswith((".tar", ".tar.gz", ".tgz"))]
     if not files:
@@ -79,10 +79,10 @@ def convert_webdataset(row: Row) -> Sample:
 def _convert_table_row(row: Row, source: str, images: list[bytes | str]) -> Sample:
     if row.get("messages"):
         written = convert_openai({"id": row["id"], "messages": row["messages"]})
-        return sample_of(source, row["id"], written.messages, *(*images, *written.images))
+        return make_sample(source, row["id"], written.messages, *(*images, *written.images))
     if row.get("conversations"):
         written = convert_turns({"id": row["id"]}, row["conversations"], source)
-        return sample_of(source, row["id"], written.messages, *images)
+        return make_sample(source, row["id"], written.messages, *images)
     if row.get("texts"):
         turns = [(turn["user"], turn["assistant"]) for turn in row["texts"]]
     elif "question" in row:
@@ -91,7 +91,7 @@ def _convert_table_row(row: Row, source: str, images: list[bytes | str]) -> Samp
     else:
         text = row["text"] if "text" in row else row["caption"]
         turns = [(REQUESTS[choose(row["id"], len(REQUESTS))], text.strip())]
-    return sample_of(source, row["id"], ask_in_turn(turns, num_images=len(images)), *images)
+    return make_sample(source, row["id"], make_turns(turns, num_images=len(images)), *images)
 
 
 def _take_images(row: Row) -> list[bytes | str]:
@@ -116,7 +116,7 @@ def _read_batches(file: Any, *, is_parquet: bool) -> Iterator[pa.RecordBatch]:
         raise ConfigError(f"a table cannot be read ({error}): fetch it again") from error
 
 
-def _read_groups(archive: tarfile.TarFile, name: str) -> Iterator[Raw]:
+def _read_groups(archive: tarfile.TarFile, name: str) -> Iterator[RawRow]:
     key, group = "", {}
     for member in archive:
         if not member.isfile():
@@ -125,7 +125,7 @@ def _read_groups(archive: tarfile.TarFile, name: str) -> Iterator[Raw]:
         stem, _, ending = file.partition(".")
         place = posixpath.join(folder, stem)
         if place != key and group:
-            yield Raw(f"{name} {key}", group)
+            yield RawRow(f"{name} {key}", group)
             group = {}
         key = place
         group = group or {"id": f"{name}/{key}", "images": []}
@@ -136,4 +136,4 @@ def _read_groups(archive: tarfile.TarFile, name: str) -> Iterator[Raw]:
         else:
             group[ending.lower()] = reader.read()
     if group:
-        yield Raw(f"{name} {key}", group)
+        yield RawRow(f"{name} {key}", group)

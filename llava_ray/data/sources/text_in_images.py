@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from llava_ray.data.sources.building import (
     ONE_SENTENCE,
     SHORT_ANSWER,
-    Raw,
+    RawRow,
     Row,
-    ask_in_turn,
+    make_sample,
+    make_turns,
     most_frequent,
-    sample_of,
 )
 from llava_ray.data.sources.readers import find_one, read_json_dict, read_json_list
 from llava_ray.errors import ConfigError
@@ -30,24 +30,24 @@ if TYPE_CHECKING:
 OCR_VQA_SPLITS = {"train": 1, "val": 2, "test": 3}
 
 
-def read_textvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_textvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each question, with the words that were read in its image."""
     split = config.split or "train"
     name = find_one(folder, names, *(f"TextVQA_{v}_{split}.json" for v in ("0.5.1", "0.5")))
     words = _read_words(folder, names, split)
     for raw in read_json_list(folder, name, "data.item"):
         assert isinstance(raw.row, dict)
-        yield Raw(raw.where, {**raw.row, "words": words.get(raw.row.get("image_id", ""), [])})
+        yield RawRow(raw.where, {**raw.row, "words": words.get(raw.row.get("image_id", ""), [])})
 
 
 def convert_textvqa(row: Row) -> Sample:
     """Return the sample of a question about the text in an image."""
     question = f"{row['question']}{_write_words(row)}\n{SHORT_ANSWER}"
     turns = [(question, most_frequent(row["answers"]))]
-    return sample_of("textvqa", row["question_id"], ask_in_turn(turns), _name_image(row))
+    return make_sample("textvqa", row["question_id"], make_turns(turns), _name_image(row))
 
 
-def read_textcaps(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_textcaps(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for the first caption of each image."""
     split = config.split or "train"
     name = find_one(folder, names, f"TextCaps_0.1_{split}.json")
@@ -58,16 +58,16 @@ def read_textcaps(folder: Folder, names: list[str], config: "ConvertConfig") -> 
         image_id = raw.row.get("image_id", "")
         if image_id not in seen:
             seen.add(image_id)
-            yield Raw(raw.where, {**raw.row, "words": words.get(image_id, [])})
+            yield RawRow(raw.where, {**raw.row, "words": words.get(image_id, [])})
 
 
 def convert_textcaps(row: Row) -> Sample:
     """Return the sample of a caption."""
     turns = [(f"{ONE_SENTENCE}{_write_words(row)}", row["caption_str"].strip())]
-    return sample_of("textcaps", row["image_id"], ask_in_turn(turns), _name_image(row))
+    return make_sample("textcaps", row["image_id"], make_turns(turns), _name_image(row))
 
 
-def read_ocrvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_ocrvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each book cover of the split."""
     split = config.split or "train"
     if split not in OCR_VQA_SPLITS:
@@ -75,14 +75,14 @@ def read_ocrvqa(folder: Folder, names: list[str], config: "ConvertConfig") -> It
     name = find_one(folder, names, "dataset.json")
     for key, row in read_json_dict(folder, name):
         if row.get("split") == OCR_VQA_SPLITS[split]:
-            yield Raw(f"{name} {key}", {**row, "id": key})
+            yield RawRow(f"{name} {key}", {**row, "id": key})
 
 
 def convert_ocrvqa(row: Row) -> Sample:
     """Return the sample of a book cover's questions."""
     turns = list(zip(row["questions"], row["answers"], strict=True))
     turns[0] = (f"{turns[0][0]}\n{SHORT_ANSWER}", turns[0][1])
-    return sample_of("ocrvqa", row["id"], ask_in_turn(turns), f"{row['id']}.jpg")
+    return make_sample("ocrvqa", row["id"], make_turns(turns), f"{row['id']}.jpg")
 
 
 def _read_words(folder: Folder, names: list[str], split: str) -> dict[str, list[str]]:

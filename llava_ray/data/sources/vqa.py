@@ -15,11 +15,11 @@ from llava_ray.data.sources.building import (
     LETTER_ANSWER,
     LETTERS,
     SHORT_ANSWER,
-    Raw,
+    RawRow,
     Row,
-    ask_in_turn,
+    make_sample,
+    make_turns,
     most_frequent,
-    sample_of,
     write_options,
 )
 from llava_ray.data.sources.readers import read_json, read_json_list
@@ -37,7 +37,7 @@ _AOKVQA = re.compile(r"(?:.*/)?aokvqa_v1p0_(\w+)\.json")
 _VIZWIZ = re.compile(r"(?:.*/)?(train|val)\.json")
 
 
-def read_vqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[Raw]:
+def read_vqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Iterator[RawRow]:
     """Yield a row for each conversation, of every file of the split (all, by default)."""
     readers = ((_QUESTIONS, _read_merged), (_AOKVQA, _read_rotated), (_VIZWIZ, _read_vizwiz))
     num_files = 0
@@ -63,7 +63,7 @@ def convert_vqa(row: Row) -> Sample:
     turns = [(turn["question"], most_frequent(turn["answers"])) for turn in row["turns"]]
     hint = f"\n{UNANSWERABLE}" if row["kind"] == "vizwiz" else ""
     turns[0] = (f"{turns[0][0]}{hint}\n{SHORT_ANSWER}", turns[0][1])
-    return sample_of(row["kind"], row["id"], ask_in_turn(turns), row["image"])
+    return make_sample(row["kind"], row["id"], make_turns(turns), row["image"])
 
 
 def _convert_choices(row: Row) -> Sample:
@@ -73,10 +73,10 @@ def _convert_choices(row: Row) -> Sample:
     answer = LETTERS[rotated.index(choices[turn["correct_choice_idx"]])]
     question = f"{turn['question']}\n{write_options(rotated)}\n{LETTER_ANSWER}"
     sample_id = f"{turn['question_id']}-{shift}"
-    return sample_of("aokvqa", sample_id, ask_in_turn([(question, answer)]), row["image"])
+    return make_sample("aokvqa", sample_id, make_turns([(question, answer)]), row["image"])
 
 
-def _read_merged(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[Raw]:
+def _read_merged(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[RawRow]:
     """Yield a row for each image of VQAv2 or OK-VQA, with all its questions."""
     is_v2 = "v2_OpenEnded" in name
     annotations = name.replace("OpenEnded_", "").replace("_questions", "_annotations")
@@ -99,29 +99,29 @@ def _read_merged(folder: Folder, name: str, split: str, names: Sequence[str]) ->
             "image": _name_coco(split, image_id),
             "turns": found,
         }
-        yield Raw(f"{name} image {image_id}", row)
+        yield RawRow(f"{name} image {image_id}", row)
 
 
-def _read_rotated(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[Raw]:
+def _read_rotated(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[RawRow]:
     """Yield a row for each question of A-OKVQA and rotation of its choices."""
     for raw in read_json_list(folder, name):
         assert isinstance(raw.row, dict)
         for rotation in range(max(1, len(raw.row.get("choices", ())))):
             image = _name_coco(f"{split}2017", raw.row.get("image_id", 0))
-            yield Raw(
+            yield RawRow(
                 raw.where,
                 {"kind": "aokvqa", "choice": raw.row, "rotation": rotation, "image": image},
             )
 
 
-def _read_vizwiz(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[Raw]:
+def _read_vizwiz(folder: Folder, name: str, split: str, names: Sequence[str]) -> Iterator[RawRow]:
     for raw in read_json_list(folder, name):
         assert isinstance(raw.row, dict)
         answers = [answer["answer"] for answer in raw.row.get("answers", ())]
         image = raw.row.get("image", "")
         turns = [{"question": raw.row.get("question", ""), "answers": answers}]
         row = {"kind": "vizwiz", "id": image, "image": f"{split}/{image}", "turns": turns}
-        yield Raw(raw.where, row)
+        yield RawRow(raw.where, row)
 
 
 def _name_coco(split: str, image_id: int) -> str:
