@@ -16,7 +16,7 @@ from llava_ray.errors import LlavaRayError
 from llava_ray.template import IGNORED
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.param_groups import PartState, describe_parts
-from llava_ray.train.preflight import build_hollow, load_run_encoder
+from llava_ray.train.preflight import build_hollow, load_run_encoder, open_run
 
 _NUM_SHOWN = 3
 
@@ -29,14 +29,15 @@ def explain_run(config: TrainConfig) -> str:
     """
     pool = open_pool(config.data.datasets)
     plan = make_plan(config.data, pool)
-    model = build_hollow(config)
+    opened = open_run(config)
+    model = build_hollow(config, opened)
     parts = describe_parts(model, config)
     sections = {
         "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
         "parts": "\n".join(part.describe() for part in parts),
         "batches": explain_batches(config, plan),
         "memory a worker": explain_memory(config, model, parts),
-        "samples": "\n".join(show_samples(config, pool, plan)),
+        "samples": "\n".join(show_samples(config, pool, plan, load_run_encoder(config, opened))),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
 
@@ -89,9 +90,8 @@ def explain_memory(config: TrainConfig, model: Any, parts: list[PartState]) -> s
     return "\n".join([*lines, f"together about {sum(needs.values()) / 1e9:.2f} GB"])
 
 
-def show_samples(config: TrainConfig, pool: Pool, plan: Plan) -> Iterator[str]:
+def show_samples(config: TrainConfig, pool: Pool, plan: Plan, encoder: Encoder) -> Iterator[str]:
     """Yield a few of the first samples as they would be trained on."""
-    encoder = load_run_encoder(config)
     reader = PoolReader(pool)
     for number in plan.batch(plan.start())[:_NUM_SHOWN]:
         row = reader.read(int(number))
