@@ -54,15 +54,28 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
         return own
     if named is None:
         named = guess_template(checkpoint.metadata, processor.tokenizer)
+    check_template_name(name)
     try:
         return replace(find_template(named), notation=notation)
     except ConfigError as error:
-        if name:
-            raise ConfigError(f"template={name!r}: {error.message}") from error
         raise ConfigError(
             f"{checkpoint.folder / 'config.json'} (llava_ray_template): {error.message}; correct "
             "it there or give a template by name"
         ) from error
+
+
+def check_template_name(name: str | None) -> None:
+    """Check that a template that was asked for exists.
+
+    Raises:
+        ConfigError: there is no template of that name.
+    """
+    if name in (None, OWN):
+        return
+    try:
+        find_template(name)
+    except ConfigError as error:
+        raise ConfigError(f"template={name!r}: {error.message}") from error
 
 
 def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str:

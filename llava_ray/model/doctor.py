@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ConfigError, UserError
-from llava_ray.model.architecture import (
-    Architecture,
-    check_weights,
-    describe_model,
-    find_unmarked,
-)
-from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
+from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
+from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.locate import find_folder, read_json
-from llava_ray.model.checkpoint.weights import Stored, open_parts
-from llava_ray.model.choose_template import OWN, choose_template
-from llava_ray.model.loading import read_context_length, read_processor
+from llava_ray.model.checkpoint.weights import Stored
+from llava_ray.model.choose_template import OWN
+from llava_ray.model.open_checkpoint import (
+    OpenedCheckpoint,
+    open_checkpoint,
+    read_context_length,
+)
 
 _KINDS = {
     "full": "a LLaVA with all its weights",
@@ -67,15 +66,15 @@ def diagnose(
     try:
         folder = find_folder(path)
         found.facts["folder"] = str(folder)
-        checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+        opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
     except UserError as error:
         found.problems.append(error.message)
         return found
+    checkpoint = opened.checkpoint
     found.facts.update(_describe_files(checkpoint))
-    image_token_id, tokenizer = _add_processor(found, checkpoint)
+    image_token_id, tokenizer = _add_processor(found, opened)
     try:
-        stored = open_parts(checkpoint.parts)
-        architecture = describe_model(checkpoint, stored, image_token_id)
+        stored, architecture = opened.stored, opened.describe_model(image_token_id)
     except UserError as error:
         found.problems.append(error.message)
         return found
@@ -107,18 +106,17 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
     return facts
 
 
-def _add_processor(found: Diagnosis, checkpoint: Checkpoint) -> tuple[int, Any]:
+def _add_processor(found: Diagnosis, opened: OpenedCheckpoint) -> tuple[int, Any]:
     """Add what tokenizer, preprocessing and template are.
 
     Returns:
         The image token's id, and the tokenizer if it can be read.
     """
     try:
-        processor = read_processor(checkpoint)
-        template = choose_template(checkpoint, processor, None)
+        processor, template = opened.processor, opened.template
     except UserError as error:
         found.problems.append(error.message)
-        return int(checkpoint.config.get("image_token_index") or 0), None
+        return int(opened.checkpoint.config.get("image_token_index") or 0), None
     tokenizer = processor.tokenizer
     found.facts["tokenizer"] = (
         f"{type(tokenizer).__name__}, {len(tokenizer):,} tokens, image token "

@@ -3,8 +3,7 @@
 Below everything that computes: engines, training and evaluation all get their model from
 `load_model`, so that what a folder holds is decided here and only here, by what its files say.
 
-path -> checkpoint (what it is) -> weights (lazy tensors) -> processor -> architecture (what to
-build) -> transformers' model, adapters merged -> Core
+path -> OpenedCheckpoint (no weights read) -> transformers' model, adapters merged -> Core
 
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
@@ -20,24 +19,17 @@ import torch
 
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.anyres import count_image_tokens
-from llava_ray.model.architecture import (
-    Architecture,
-    check_weights,
-    describe_model,
-    find_unmarked,
-    read_published,
-)
-from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
-from llava_ray.model.checkpoint.llava_format import read_pinpoints
-from llava_ray.model.checkpoint.weights import Stored, check_deltas, open_parts
-from llava_ray.model.choose_template import OWN, choose_template, find_stop_ids
-from llava_ray.model.processor import encode_images, load_processor, mark_images
+from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
+from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.weights import Stored, check_deltas
+from llava_ray.model.choose_template import find_stop_ids
+from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
+from llava_ray.model.processor import encode_images, mark_images
 from llava_ray.model.quiet import choose_dtype, no_collecting, no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
     Template,
     check_images,
-    find_template,
     tokenize_pieces,
 )
 
@@ -143,7 +135,6 @@ class Core:
         return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
 
 
-@no_collecting()
 def load_model(
     path: str | Path,
     *,
@@ -181,26 +172,38 @@ def load_model(
             not fit together; the message names the file and what to do.
         MissingPackageError: an optional package is needed.
     """
-    if template not in (None, OWN):
-        find_template(template)  # a wrong name is told before gigabytes are read
-    checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
+    return load_opened(
+        opened, dtype=dtype, device=device, quantization=quantization, attention=attention
+    )
+
+
+@no_collecting()
+def load_opened(
+    opened: OpenedCheckpoint,
+    *,
+    dtype: str | torch.dtype = "bfloat16",
+    device: str = "auto",
+    quantization: Quantization | None = None,
+    attention: str = "sdpa",
+) -> Core:
+    """Load the model of a checkpoint that is opened already; see `load_model`."""
+    checkpoint = opened.checkpoint
     target = select_device(device)
     precision = torch.float32 if dtype == "stored" else select_dtype(dtype, target)
-    stored = open_parts(checkpoint.parts)
     if dtype == "stored" and not checkpoint.adapters:  # which would be merged in 16 bits
-        precision = _find_stored_dtype(stored.values())
-    config = read_published(checkpoint) if checkpoint.layout == "published" else None
-    processor = read_processor(checkpoint, config=config)
-    architecture = describe_model(checkpoint, stored, processor.image_token_id, config=config)
-    problems = check_weights(checkpoint, architecture, stored)
-    problems += find_unmarked(checkpoint, architecture, processor.tokenizer)
+        precision = _find_stored_dtype(opened.stored.values())
+    processor = opened.processor
+    problems = check_weights(checkpoint, opened.architecture, opened.stored)
+    problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
         raise ConfigError(problems[0])
+    template = opened.template
     check_deltas(checkpoint.parts, checkpoint.text_model_type)
     model = build_model(
         checkpoint,
-        architecture,
-        stored,
+        opened.architecture,
+        opened.stored,
         dtype=precision,
         device=target,
         quantization=quantization,
@@ -210,13 +213,12 @@ def load_model(
         from llava_ray.model.lora import apply_adapter
 
         model = apply_adapter(model, folder, merge=quantization is None)
-    chosen = choose_template(checkpoint, processor, template)
-    stop_ids = find_stop_ids(chosen, processor.tokenizer)
+    stop_ids = find_stop_ids(template, processor.tokenizer)
     return Core(
         model=model.eval(),
         processor=processor,
         tokenizer=processor.tokenizer,
-        template=chosen,
+        template=template,
         context_length=read_context_length(model.config.text_config),
         image_token_id=model.config.image_token_id,
         eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
@@ -232,21 +234,20 @@ def load_without_weights(path: str | Path, *, template: str | None = None) -> Co
     Raises:
         ConfigError: as of `load_model`.
     """
-    checkpoint = inspect_checkpoint(path)
+    opened = open_checkpoint(path, template=template)
+    checkpoint = opened.checkpoint
     if checkpoint.layout != "published":
         raise ConfigError(f"{str(path)!r} is not in transformers' layout: export it to hf")
-    config = read_published(checkpoint)
-    processor = read_processor(checkpoint, config=config)
-    chosen = choose_template(checkpoint, processor, template)
+    config, processor = opened.config, opened.processor
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
     model.generation_config = _read_generation_config(checkpoint, model)
-    stop_ids = find_stop_ids(chosen, processor.tokenizer)
+    stop_ids = find_stop_ids(opened.template, processor.tokenizer)
     return Core(
         model=model,
         processor=processor,
         tokenizer=processor.tokenizer,
-        template=chosen,
-        context_length=read_context_length(config.text_config),
+        template=opened.template,
+        context_length=opened.context_length,
         image_token_id=config.image_token_id,
         eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
         checkpoint=checkpoint,
@@ -347,16 +348,6 @@ def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str,
     return {"": attention, "vision_config": attention, "text_config": "eager"}
 
 
-def read_processor(checkpoint: Checkpoint, *, config: Any = None) -> Any:
-    """Return transformers' processor for a checkpoint; see `processing.load_processor`."""
-    if checkpoint.layout == "published":
-        config = config or read_published(checkpoint)
-    pinpoints = None
-    if checkpoint.layout == "original" and checkpoint.aspect_mode == "anyres":
-        pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
-    return load_processor(checkpoint, pinpoints=pinpoints, config=config)
-
-
 def _describe_quantization(quantization: Quantization | None, dtype: torch.dtype) -> Any:
     if quantization is None:
         return None
@@ -393,12 +384,6 @@ def _read_generation_config(checkpoint: Checkpoint, model: Any) -> Any:
                     f"{folder / 'generation_config.json'} cannot be used: {error}; remove it"
                 ) from error
     return model.generation_config
-
-
-def read_context_length(text_config: Any) -> int:
-    """Return how many tokens a language model was made for."""
-    length = getattr(text_config, "max_position_embeddings", None)
-    return length or text_config.max_seq_len  # MPT's name
 
 
 def _find_eos(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -16,7 +16,7 @@ from llava_ray.errors import LlavaRayError
 from llava_ray.template import IGNORED
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.param_groups import ParamGroupSummary, summarize_param_groups
-from llava_ray.train.preflight import build_meta_model, load_run_encoder
+from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
 
 _NUM_SHOWN = 3
 
@@ -29,14 +29,16 @@ def explain_run(config: TrainConfig) -> str:
     """
     datasets = open_datasets(config.data.datasets)
     order = make_order(config.data, datasets)
-    model = build_meta_model(config)
+    opened = open_run(config)
+    model = build_meta_model(config, opened)
     param_groups = summarize_param_groups(model, config)
+    encoder = load_run_encoder(config, opened)
     sections = {
         "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
         "parts": "\n".join(group.describe() for group in param_groups),
         "batches": explain_batches(config, order),
         "memory a worker": explain_memory(config, model, param_groups),
-        "samples": "\n".join(show_samples(config, datasets, order)),
+        "samples": "\n".join(show_samples(config, datasets, order, encoder)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
 
@@ -90,10 +92,9 @@ def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGrou
 
 
 def show_samples(
-    config: TrainConfig, datasets: ShardedDatasets, order: SampleOrder
+    config: TrainConfig, datasets: ShardedDatasets, order: SampleOrder, encoder: Encoder
 ) -> Iterator[str]:
     """Yield a few of the first samples as they would be trained on."""
-    encoder = load_run_encoder(config)
     reader = SampleReader(datasets)
     for number in order.batch(order.start())[:_NUM_SHOWN]:
         row = reader.read(int(number))

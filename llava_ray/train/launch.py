@@ -19,9 +19,10 @@ from ray.train.v2.api.validation_config import ValidationConfig
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
+from llava_ray.model.open_checkpoint import OpenedCheckpoint
 from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.log import print_line
-from llava_ray.train.preflight import build_meta_model, load_run_encoder
+from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
 from llava_ray.train.run_folder import (
     export_run,
     is_remote,
@@ -67,14 +68,15 @@ def launch(
             "launch(evaluate_checkpoint=prepare_benchmarks(config)), from "
             "llava_ray.evaluate.during_training"
         )
-    folder = check_run(config, resume=resume)
+    opened = open_run(config)
+    folder = check_run(config, opened, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     with open_run_folder(folder) as home:
         write_settings(home, config)
     best = fit(make_trainer(config, evaluate_checkpoint), config)
     with open_run_folder(folder) as home, best.as_directory() as checkpoint:
-        export_run(Path(checkpoint), home, config)
+        export_run(Path(checkpoint), home, config, begun_with=opened.checkpoint)
     return folder
 
 
@@ -137,7 +139,7 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
     return best or result.checkpoint
 
 
-def check_run(config: TrainConfig, *, resume: bool = False) -> str:
+def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = False) -> str:
     """Return a run's folder, once it is clear that the run can begin.
 
     Raises:
@@ -146,8 +148,8 @@ def check_run(config: TrainConfig, *, resume: bool = False) -> str:
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
         open_datasets([dataset])
-    build_meta_model(config)
-    load_run_encoder(config)
+    build_meta_model(config, opened)
+    load_run_encoder(config, opened)
     folder = f"{config.output_dir}/{config.name}"
     is_there = is_started(folder)
     if is_there and not resume:

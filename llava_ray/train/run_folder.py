@@ -18,7 +18,7 @@ import yaml
 import llava_ray
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import open_datasets
-from llava_ray.model.checkpoint.inspect import inspect_checkpoint
+from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.export.atomic_folder import write_json
 from llava_ray.model.export.export import export_model
 from llava_ray.storage import open_folder
@@ -93,22 +93,25 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
     (folder / "config.yaml").write_text(content)
 
 
-def export_run(checkpoint: Path, folder: Path, config: TrainConfig) -> Path:
+def export_run(
+    checkpoint: Path, folder: Path, config: TrainConfig, *, begun_with: Checkpoint
+) -> Path:
     """Write a checkpoint's model whole, with where it came from, and the curves; return the export.
 
     Args:
         checkpoint: the folder of one of the run's.
         folder: of the run.
         config: of the run.
+        begun_with: the checkpoint that the run began with, in whose format it is exported by
+            default.
 
     Raises:
         ConfigError: the form cannot express the model.
     """
-    begun = inspect_checkpoint(config.model, base=config.base, vision_tower=config.vision_tower)
     target = export_model(
         checkpoint / MODEL,
         folder / EXPORT,
-        to=config.export_to or ("hf" if begun.layout == "published" else "original"),
+        to=config.export_to or ("hf" if begun_with.layout == "published" else "original"),
         vision_tower=config.vision_tower if config.method == "lora" else None,
         overwrite=True,
     )

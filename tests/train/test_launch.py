@@ -227,17 +227,20 @@ def test_a_run_that_diverges_is_over_at_once_and_says_why(shards: Path, tmp_path
 def test_a_template_that_does_not_fit_is_said_before_anything_starts(
     shards: Path, tmp_path: Path
 ) -> None:
-    from llava_ray.train.launch import check_run
+    from llava_ray.train.preflight import open_run
 
+    config = make_config(shards, tmp_path, template="vicuna_v11")
     with pytest.raises(ConfigError, match="template"):
-        check_run(make_config(shards, tmp_path, template="vicuna_v11"))
+        open_run(config)
 
 
 def test_a_run_without_shards_says_so(tmp_path: Path) -> None:
     from llava_ray.train.launch import check_run
+    from llava_ray.train.preflight import open_run
 
+    config = make_config(tmp_path / "nothing", tmp_path)
     with pytest.raises(ConfigError, match="llava-ray convert"):
-        check_run(make_config(tmp_path / "nothing", tmp_path))
+        check_run(config, open_run(config))
 
 
 def wait_for_checkpoint(folder: Path) -> None:

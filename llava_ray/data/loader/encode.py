@@ -17,11 +17,7 @@ from llava_ray.data.shards import ShardRow
 from llava_ray.errors import SampleError
 from llava_ray.images import decode
 from llava_ray.model.anyres import count_image_tokens
-from llava_ray.model.architecture import describe_model
-from llava_ray.model.checkpoint.inspect import inspect_checkpoint
-from llava_ray.model.checkpoint.weights import open_parts
-from llava_ray.model.choose_template import choose_template
-from llava_ray.model.loading import read_context_length, read_processor
+from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from llava_ray.model.processor import encode_images
 from llava_ray.template import IGNORED, IMAGE_PLACEHOLDER, Template
 from llava_ray.template.tokens import Encoded
@@ -175,16 +171,20 @@ def load_encoder(
     Raises:
         ConfigError: it is no checkpoint, or does not hold together.
     """
-    checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
-    processor = read_processor(checkpoint)
-    stored = open_parts(checkpoint.parts)
-    config = describe_model(checkpoint, stored, processor.image_token_id).config
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
+    return make_encoder(opened, max_length=max_length, truncates=truncates)
+
+
+def make_encoder(
+    opened: OpenedCheckpoint, *, max_length: int | None = None, truncates: bool = False
+) -> Encoder:
+    """Return the encoder for a checkpoint that is opened already; see `load_encoder`."""
     return Encoder(
-        processor=processor,
-        template=choose_template(checkpoint, processor, template),
-        config=config,
-        counts_as_llava=checkpoint.layout == "original",
-        max_length=max_length or read_context_length(config.text_config),
+        processor=opened.processor,
+        template=opened.template,
+        config=opened.architecture.config,
+        counts_as_llava=opened.checkpoint.layout == "original",
+        max_length=max_length or opened.context_length,
         truncates=truncates,
     )
 

@@ -19,8 +19,8 @@ import torch
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.architecture import IDENTITY
-from llava_ray.model.checkpoint.inspect import PROCESSOR_FILES, Checkpoint, inspect_checkpoint
-from llava_ray.model.checkpoint.weights import Stored, open_parts
+from llava_ray.model.checkpoint.inspect import PROCESSOR_FILES, Checkpoint
+from llava_ray.model.checkpoint.weights import Stored
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, parse_size, write_folder
 from llava_ray.model.export.chat_template import add_beginning
@@ -32,7 +32,8 @@ from llava_ray.model.export.llava_writer import (
     write_projector,
 )
 from llava_ray.model.export.piecewise_tokenizer import agrees, join_pieces
-from llava_ray.model.loading import Core, load_model
+from llava_ray.model.loading import Core, load_opened
+from llava_ray.model.open_checkpoint import open_checkpoint
 
 Form = Literal["hf", "vllm", "original", "projector"]
 
@@ -72,10 +73,11 @@ def export_model(
             written; nothing is left there then.
         MissingPackageError: an adapter needs peft.
     """
-    checkpoint = inspect_checkpoint(path, base=base, vision_tower=vision_tower)
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+    checkpoint = opened.checkpoint
     form = to or ("hf" if checkpoint.layout == "published" else "original")
     _check_form(checkpoint, form, tower_name)
-    stored = open_parts(checkpoint.parts)
+    stored = opened.stored
     precision = dtype or _find_dtype(stored)
     num_bytes = sum(t.num_elements for t in stored.values()) * _BYTES.get(precision, 4)
     with write_folder(
@@ -84,7 +86,7 @@ def export_model(
         sources=(checkpoint.folder, checkpoint.base, checkpoint.tower_folder),
         num_bytes=0 if form == "projector" else num_bytes,
     ) as scratch:
-        core = load_model(path, base=base, vision_tower=vision_tower, dtype=precision, device="cpu")
+        core = load_opened(opened, dtype=precision, device="cpu")
         if dtype is None:
             _keep_precision(core.model, stored)
         ends = sorted(core.eos_token_ids)
