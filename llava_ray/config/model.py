@@ -69,7 +69,9 @@ class ModelConfig(Section):
     quantization: QuantizationName = Field(
         default="none",
         description="int8: the torch engine computes the language model's products in 8 bits, on "
-        "CPUs: a quarter of float32's memory, faster, and answers that differ a little.",
+        "CPUs: a quarter of float32's memory, faster, and answers that differ a little. Where the "
+        "rest is computed in bfloat16, no answer depends on the requests beside it; in float32, "
+        "the order of a sum may change its last digits, as without int8.",
     )
     device: str = Field(
         default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."

@@ -13,6 +13,7 @@ from llava_ray.engine.torch_engine.execution.cpu_attention import (
     attend_rows,
     turn_and_attend,
 )
+from llava_ray.engine.torch_engine.execution.cpu_layers import put, turn
 from llava_ray.engine.torch_engine.execution.numba_ops import compile_kept
 
 CPU_ATTENTION = "llava_ray.engine.torch_engine.execution.cpu_attention"
@@ -79,6 +80,62 @@ def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
             enable_gqa=True,
         )[0, :, 0]
         torch.testing.assert_close(found_TX[t].float(), expected_HE.flatten(), **tolerance)
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "size"), [(4, 4, 16), (6, 2, 64)])
+def test_one_call_gives_exactly_what_its_steps_give_one_by_one(num_heads, num_kv_heads, size):
+    """A decoding step uses the one, a step that also holds a prompt the others."""
+    torch.manual_seed(0)
+    num_rotated, num_tokens, length = num_heads + num_kv_heads, 7, 50
+    heads_TJE = torch.randn(num_tokens, num_rotated + num_kv_heads, size).bfloat16()
+    angles = 3 * torch.randn(num_tokens, 1, size // 2)
+    rotations_T1C = torch.polar(torch.ones_like(angles), angles)
+    pools = torch.randn(2, num_tokens * length * num_kv_heads, size).bfloat16()
+    sizes = torch.full((num_tokens,), length)
+    tokens = torch.arange(num_tokens)
+    slices = Singles(tokens, tokens * length, sizes, sizes, num_kv_heads=num_kv_heads)
+    rows = slices.find_rows(None)
+    one_call = pools.clone()
+    found_TX = turn_and_attend(
+        heads_TJE.flatten(1),
+        rotations_T1C,
+        *one_call,
+        Places.of(rows, pools[0], num_kv_heads=num_kv_heads),
+        num_kv_heads=num_kv_heads,
+        scaling=0.3,
+    )
+    turn(heads_TJE, rotations_T1C, num_rotated)
+    last_K = (torch.arange(num_kv_heads) + 1) * length - 1
+    written = (tokens[:, None] * length * num_kv_heads + last_K).flatten()
+    put(pools[0], written, heads_TJE[:, num_heads:num_rotated])
+    put(pools[1], written, heads_TJE[:, num_rotated:])
+    expected_THE = heads_TJE.new_empty(num_tokens, num_heads, size)
+    attend_rows(
+        heads_TJE[:, :num_heads],
+        *pools,
+        rows,
+        expected_THE,
+        num_kv_heads=num_kv_heads,
+        scaling=0.3,
+    )
+    assert torch.equal(one_call, pools)
+    assert torch.equal(found_TX, expected_THE.flatten(1))
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (5, 1)])
+def test_tokens_of_a_prompt_do_not_depend_on_how_it_is_divided(num_heads, num_kv_heads):
+    torch.manual_seed(0)
+    query_THE = torch.randn(40, num_heads, 16).bfloat16()
+    key_KSE, value_KSE = torch.randn(2, num_kv_heads, 40, 16).bfloat16()
+
+    def attend(begin: int, end: int) -> torch.Tensor:
+        return attend_prompt(
+            query_THE[begin:end], key_KSE[:, :end], value_KSE[:, :end], scaling=0.3, window=None
+        )
+
+    whole_THE = attend(0, 40)
+    for cut in (1, 17, 39):
+        assert torch.equal(torch.cat([attend(0, cut), attend(cut, 40)]), whole_THE)
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (5, 1)])

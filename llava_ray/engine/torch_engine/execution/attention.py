@@ -35,12 +35,20 @@ class Span(NamedTuple):
         length: how many they are.
         region: its part of the cache.
         past: how many tokens of it the cache holds already.
+        is_prompt: its tokens belong to a prompt. They are computed as such even if it is a single
+            one, so that keys and values do not depend on how a step divides the prompt.
     """
 
     offset: int
     length: int
     region: Region
     past: int
+    is_prompt: bool = False
+
+    @property
+    def is_single(self) -> bool:
+        """Whether this is one new token of an answer, or the last token of a prompt alone."""
+        return self.length == 1 and not self.is_prompt
 
 
 class Lanes:
@@ -151,8 +159,10 @@ class Step:
         spans: list[Span] = []
         offset = 0
         for piece in plan.pieces:
-            assert piece.sequence.region is not None
-            spans.append(Span(offset, piece.num_tokens, piece.sequence.region, piece.start))
+            region = piece.sequence.region
+            assert region is not None
+            is_prompt = piece.start < len(piece.sequence.prompt_ids)
+            spans.append(Span(offset, piece.num_tokens, region, piece.start, is_prompt))
             offset += piece.num_tokens
         positions = [p for span in spans for p in range(span.past, span.past + span.length)]
         self.positions_T = send(positions, cache.device)
@@ -163,7 +173,7 @@ class Step:
         complete = [
             span for span, piece in zip(spans, plan.pieces, strict=True) if piece.is_complete
         ]
-        if len(complete) < offset:
+        if len(complete) < offset or any(span.is_prompt for span in spans):
             last = [span.offset + span.length - 1 for span in complete]
             self.wanted = send(last, cache.device, torch.int64)
             self._last = _Looks(
@@ -236,7 +246,7 @@ class _Looks:
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
         self._cache = cache
         self._spans = spans
-        singles = [span for span in spans if span.length == 1]
+        singles = [span for span in spans if span.is_single]
         by_rows = cache.attend_rows is not None
         self._singles = _describe(singles, cache) if singles and by_rows else None
         self._lanes = [] if by_rows else [Lanes(group, cache) for group in group_lanes(singles)]
@@ -273,7 +283,7 @@ class _Looks:
         for lanes in self._lanes if window is None else ():
             lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)
         for span in self._spans:
-            if span.length > 1 or (window is not None and not self._singles):
+            if not span.is_single or (window is not None and not self._singles):
                 new = slice(span.offset, span.offset + span.length)
                 output_THE[new] = self._attend_span(
                     span, layer, query_THE[new], key_TKE[new], value_TKE[new], scaling, window

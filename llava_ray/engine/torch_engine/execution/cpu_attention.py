@@ -203,22 +203,24 @@ def _turn_and_attend(
         keys, values = key_pool[first : first + length], value_pool[first : first + length]
         heads, turns, output = heads_TX[token], turns_TC[token], output_TX[token]
         place = (num_heads + kv_head) * size
-        _turn(heads[place : place + size], turns, np.float32(1), turned)
+        _turn(heads[place : place + size], turns, turned)
         place += num_kv_heads * size
         new, new_key, new_value = heads[place : place + size], keys[length - 1], values[length - 1]
         for e in range(size):
             new_key[e] = convert(turned[e], new_key)
             new_value[e] = convert(new[e], new_value)
         for place in range(kv_head * num_groups * size, (kv_head + 1) * num_groups * size, size):
-            _turn(heads[place : place + size], turns, scaling, turned)
+            _turn(heads[place : place + size], turns, turned)
+            for e in range(size):  # rounded as where rotating is a step of its own
+                turned[e] = widen(convert(turned[e], heads)) * scaling
             _look(turned, keys, values, weights, output[place : place + size], sums)
 
 
 @numba.njit(**OPTIONS)
-def _turn(head, turns, scaling, turned):
-    """Rotate each pair of neighbours of a head by its angle, and scale it."""
+def _turn(head, turns, turned):
+    """Rotate each pair of neighbours of a head by its angle."""
     for c in range(len(turns)):
-        one, other = widen(head[2 * c]) * scaling, widen(head[2 * c + 1]) * scaling
+        one, other = widen(head[2 * c]), widen(head[2 * c + 1])
         turned[2 * c] = one * turns[c].real - other * turns[c].imag
         turned[2 * c + 1] = one * turns[c].imag + other * turns[c].real
 
