@@ -1,7 +1,12 @@
-"""Typed configuration: every field has a bound, a sentence and an environment variable.
+"""Typed configuration: pydantic sections in which every field has bounds and a description.
 
-Precedence, highest first: the arguments of the Serve config file or command line, environment
-variables `LLAVA_RAY_<FIELD>`, the defaults in these files. Unknown names are refused.
+The descriptions are the help texts of the command line. `ServeConfig`, `TrainConfig`,
+`EvaluateConfig` and `ConvertConfig` each configure one command; the others are sections of these.
+Unknown names are errors, with a suggestion.
+
+`ServeConfig` and `PageConfig` are also read from environment variables `LLAVA_RAY_<FIELD>`.
+Arguments of the command line or of a Serve config file take precedence over these, and these over
+the defaults.
 """
 
 from llava_ray.config.data import ConvertConfig, DataConfig, DatasetConfig

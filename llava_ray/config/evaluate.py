@@ -1,4 +1,4 @@
-"""An evaluation: `llava-ray evaluate`, `jobs/evaluate.py`, `benchmarks` of a training run."""
+"""The settings of an evaluation: `llava-ray evaluate`, and `benchmarks` of a training run."""
 
 from pydantic import Field, model_validator
 
@@ -14,69 +14,110 @@ from llava_ray.config.section import Section
 
 
 class TasksConfig(Section):
-    """Which tasks are asked, by how many actors, and what counts as enough."""
+    """Which tasks run, the actors that ask their questions, and the judge."""
 
-    tasks: list[str] = Field(min_length=1, description="Names of tasks (scienceqa_img, pope, ...).")
-    data: str = Field(min_length=1, description="Folder of the benchmarks, or of one task.")
-    limit: int | None = Field(default=None, ge=1, description="Ask only the first so many.")
-    num_actors: int = Field(default=1, ge=1, description="Engines side by side.")
-    num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray sets aside an actor.")
-    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray sets aside an actor.")
+    tasks: list[str] = Field(
+        min_length=1, description="Names of the tasks to run: scienceqa_img, pope, ..."
+    )
+    data: str = Field(
+        min_length=1,
+        description="Folder that holds the benchmarks' folders, or the folder of a single task.",
+    )
+    limit: int | None = Field(
+        default=None, ge=1, description="Ask only the first N questions of each task. Default: all."
+    )
+    num_actors: int = Field(
+        default=1,
+        ge=1,
+        description="Number of actors that answer in parallel; each loads its own engine.",
+    )
+    num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for each actor.")
+    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor.")
     concurrency: int = Field(
-        default=32, ge=1, le=1024, description="Questions that an actor asks at once."
+        default=32, ge=1, le=1024, description="Questions that an actor asks at the same time."
     )
     min_coverage: float = Field(
         default=0.99,
         ge=0,
         le=1,
-        description="Share of questions that must be scored for a headline number.",
+        description="Minimum share of questions that must be scored. Below it a task has no "
+        "headline number.",
     )
 
     judge_endpoint: str | None = Field(
         default=None,
-        description="OpenAI-compatible server that grades (llava_in_the_wild, mmvet); its key is "
-        "OPENAI_API_KEY.",
+        description="URL of an OpenAI-compatible server whose model grades the replies of "
+        "llava_in_the_wild and mmvet. Its API key is read from OPENAI_API_KEY. "
+        "Default: those tasks are not graded.",
     )
-    judge_model: str = Field(default="gpt-4o", min_length=1, description="Name of the judge there.")
+    judge_model: str = Field(
+        default="gpt-4o", min_length=1, description="Name of the judge model at judge_endpoint."
+    )
     judge_wording: str | None = Field(
         default=None,
-        description="File of the judge's instruction, in place of ours; LLaVA's rule.json will do.",
+        description="File with the instruction for the judge: plain text, or LLaVA's rule.json. "
+        "Default: the built-in wording.",
     )
     judge_concurrency: int = Field(
-        default=8, ge=1, le=256, description="Replies that the judge reads at once."
+        default=8, ge=1, le=256, description="Replies that the judge grades at the same time."
     )
 
 
 class EvaluateConfig(TasksConfig):
-    """An evaluation: which model answers which tasks, and how."""
+    """An evaluation: the model that is asked, its tasks, and the folder of results."""
 
     model: str = Field(
-        default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
+        default=DEMO_MODEL,
+        min_length=1,
+        description="Folder, hub name or address of the weights. 'demo' is the embedded model.",
     )
     endpoint: str | None = Field(
-        default=None, description="Ask this OpenAI-compatible server in place of loading a model."
+        default=None,
+        description="Ask the OpenAI-compatible server at this URL instead of loading a model.",
     )
     app: str | None = Field(
-        default=None, description="Ask this live Serve application in place of loading a model."
+        default=None,
+        description="Ask the Serve application of this name on the running cluster instead of "
+        "loading a model.",
     )
-    model_name: str = Field(default="", description="Name of the model at the server.")
-    output: str = Field(min_length=1, description="Folder of results; what it holds is resumed.")
-    engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
-    dtype: DtypeName = Field(default="auto", description="Precision of the weights.")
+    model_name: str = Field(
+        default="",
+        description="Name of the model at the endpoint or application. Default: the endpoint's "
+        "first model, or the name of model.",
+    )
+    output: str = Field(
+        min_length=1,
+        description="Folder for the results. A run that finds its earlier results there resumes.",
+    )
+    engine: EngineName = Field(
+        default="torch", description="Inference engine: torch, vllm, sglang or echo."
+    )
+    dtype: DtypeName = Field(
+        default="auto",
+        description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
+        "where the device computes in it at full speed, float32 otherwise.",
+    )
     quantization: QuantizationName = Field(
-        default="none", description="int8: what computing in 8 bits on CPUs costs in quality."
+        default="none",
+        description="int8: multiply in 8 bits on CPUs, to measure what it costs in quality. none: "
+        "no quantization.",
     )
-    template: str | None = Field(default=None, min_length=1, description="Conversation template.")
+    template: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of the conversation template. Default: what the checkpoint's files "
+        "indicate.",
+    )
 
     @model_validator(mode="after")
     def _check_source(self) -> "EvaluateConfig":
         if self.endpoint and self.app:
-            raise ValueError("endpoint and app are two ways to ask: give one")
+            raise ValueError("endpoint and app are both set: set only one of them")
         check_quantization(self.engine, self.quantization)
         return self
 
     def describe_model(self) -> ModelConfig:
-        """The model that an actor loads."""
+        """Return the settings of the model that each actor loads."""
         return ModelConfig(
             path=self.model,
             engine=self.engine,

@@ -1,4 +1,4 @@
-"""One served model: what is loaded, by which engine, on what, and how it scales."""
+"""The settings of one model: its weights, the engine that runs it, its device and its replicas."""
 
 import os
 from pathlib import PurePosixPath
@@ -9,7 +9,7 @@ from pydantic import Field, StringConstraints, model_validator
 from llava_ray.config.section import Section
 
 DEMO_MODEL = "demo"
-"""The name under which the embedded model is asked for and served."""
+"""The path that stands for the embedded model."""
 
 EngineName = Literal["torch", "vllm", "sglang", "echo"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -17,129 +17,157 @@ QuantizationName = Literal["none", "int8"]
 
 
 def check_quantization(engine: EngineName, quantization: QuantizationName) -> None:
-    """Raise a ValueError for an engine that has a quantization of its own."""
+    """Raise a ValueError if `quantization` is set for an engine that has its own setting for it."""
     if quantization != "none" and engine in ("vllm", "sglang"):
         raise ValueError(
-            f"quantization={quantization} is the torch engine's; engine={engine!r} has its own: "
-            "name it in engine_options.quantization"
+            f"quantization={quantization} works with engine='torch' only, not with "
+            f"engine={engine!r}: set engine_options.quantization instead"
         )
 
 
 PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
-"""The environment variables that name the Python of these engines' own environments."""
+"""Engine -> environment variable with the Python interpreter of that engine's own environment."""
 
 
 class ModelConfig(Section):
-    """One model: what is loaded, by which engine, on what, and how it scales."""
+    """One model: its weights, the engine that runs it, its device and its replicas."""
 
     renamed: ClassVar = {"picture_cache_mb": "image_cache_mb"}
 
     path: str = Field(
         default=DEMO_MODEL,
         min_length=1,
-        description="Folder or hub name of the weights; 'demo' is the embedded model.",
+        description="Folder, hub name or address (s3://...) of the weights. 'demo' is the embedded "
+        "model.",
     )
     name: str = Field(
         default="",
-        description="Name in the API and on the page; by default the last part of the path.",
+        description="Name of the model in the API and on the page. Default: the last part of the "
+        "path.",
     )
     adapters: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")], str] = Field(
         default_factory=dict,
-        description="LoRA adapters beside the weights: name to folder, hub name or address. "
-        "A request asks for one as NAME:ADAPTER.",
+        description="LoRA adapters that are served with the model: adapter name to folder, hub "
+        "name or address. A request selects one with the model name NAME:ADAPTER.",
     )
     engine: EngineName = Field(
         default="torch",
-        description="What computes: torch (CPU and GPU), vllm, sglang, or echo (a fake).",
+        description="Inference engine: torch (CPU and GPU), vllm, sglang, or echo, a fake that "
+        "repeats the question.",
     )
     engine_options: dict[str, Any] = Field(
         default_factory=dict,
-        description="For vllm and sglang: python (of their environment), start_timeout_s, "
-        "environment (variables), and any argument of the engine's own.",
+        description="Options of the vllm and sglang engines: python (the interpreter of their own "
+        "environment), start_timeout_s, environment (variables to set), and any "
+        "argument of the engine itself.",
     )
     echo_delay_s: float = Field(
-        default=0.0, ge=0, description="Seconds that the echo engine takes for each word."
+        default=0.0, ge=0, description="Seconds that the echo engine waits before each word."
     )
     dtype: DtypeName = Field(
         default="auto",
-        description="Precision of weights, keys and values; auto: bfloat16 where the device "
-        "computes in it, float32 elsewhere. A CPU that is slow in bfloat16 computes in float32, "
-        "with weights of 16 bits in memory.",
+        description="Precision of the weights and of the key-value cache. auto: bfloat16 where the "
+        "device computes in it at full speed, float32 otherwise. A CPU without fast "
+        "bfloat16 computes in float32 and keeps 16-bit weights in memory.",
     )
     quantization: QuantizationName = Field(
         default="none",
-        description="int8: the torch engine computes the language model's products in 8 bits, on "
-        "CPUs: a quarter of float32's memory, faster, and answers that differ a little. Where the "
-        "rest is computed in bfloat16, no answer depends on the requests beside it; in float32, "
-        "the order of a sum may change its last digits, as without int8.",
+        description="int8: the torch engine multiplies the language model's matrices in 8 bits on "
+        "CPUs. This needs a quarter of float32's memory and is faster, but the answers differ "
+        "slightly. In bfloat16 an answer never depends on the requests beside it; in float32 the "
+        "order of a sum may change its last digits, as it does without int8. none: no "
+        "quantization.",
     )
     device: str = Field(
-        default="auto", description="auto, cpu, cuda or cuda:N; auto takes a GPU if any."
+        default="auto",
+        description="Device of the torch engine: auto, cpu, cuda or cuda:N. auto uses a GPU if "
+        "there is one.",
     )
     template: str | None = Field(
         default=None,
         min_length=1,
-        description="Name of a conversation template (vicuna_v1, llava_v0, mistral_instruct, ...), "
-        "or own: the checkpoint's chat template; default: what its files point to.",
+        description="Name of the conversation template (vicuna_v1, llava_v0, mistral_instruct, "
+        "...), or own for the checkpoint's own chat template. Default: what the "
+        "checkpoint's files indicate.",
     )
     context_length: int | None = Field(
         default=None,
         ge=16,
-        description="Longest prompt plus answer in tokens; default: the model's own.",
+        description="Maximum length of prompt plus answer, in tokens. Default: the model's own "
+        "context length.",
     )
-    max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests computed at once.")
+    max_batch_size: int = Field(
+        default=32,
+        ge=1,
+        le=1024,
+        description="Maximum number of sequences in a batch of the engine.",
+    )
     cache_tokens: int = Field(
         default=16384,
         ge=64,
-        description="Size of the key-value cache in tokens, over all requests.",
+        description="Size of the key-value cache in tokens, shared by all running requests.",
     )
     prefix_cache: bool = Field(
         default=True,
-        description="Keep what was computed of ended requests while its place is free, for prompts "
-        "that begin alike: the next turn of a conversation, another question about an image.",
+        description="Keep the key-value cache of finished requests until its space is needed, so "
+        "that a prompt with the same beginning is not computed again: the next turn of "
+        "a conversation, or another question about the same image.",
     )
     image_cache_mb: int = Field(
         default=256,
         ge=0,
-        description="Memory of the torch engine for encoded images, in MiB: one that was asked "
-        "about before is not encoded again, wherever it stands in the prompt; 0 keeps none.",
+        description="Size in MiB of the torch engine's cache of encoded images. A cached image is "
+        "not encoded again, wherever it stands in the prompt. 0 turns the cache off.",
     )
     messages_per_s: int = Field(
         default=100,
         ge=1,
-        description="Pieces of answers that a replica sends each second, over all its streams; "
-        "and of one stream at most a third of them; tokens in between are joined. Each piece costs "
-        "gateway and proxy 1 to 2 ms of CPU.",
+        description="Maximum number of stream chunks that a replica sends per second over all its "
+        "streams; a single stream gets at most a third of them. Tokens that arrive in "
+        "between are joined into one chunk. Each chunk costs gateway and proxy 1 to 2 "
+        "ms of CPU time.",
     )
     num_cpus: float = Field(
-        default=1.0, ge=0, description="CPUs that Ray sets aside for each replica."
+        default=1.0, ge=0, description="CPUs that Ray reserves for each replica."
     )
     num_gpus: float = Field(
-        default=0.0, ge=0, description="GPUs that Ray sets aside for each replica."
+        default=0.0, ge=0, description="GPUs that Ray reserves for each replica."
     )
     num_threads: int | None = Field(
         default=None,
         ge=1,
-        description="Threads of torch on the CPU; default: all cores for one replica, num_cpus "
-        "where there may be several.",
+        description="Threads of the torch engine on a CPU. Default: all cores if max_replicas is "
+        "1, otherwise num_cpus.",
     )
-    min_replicas: int = Field(default=1, ge=0, description="Replicas kept when nobody asks.")
-    max_replicas: int = Field(default=1, ge=1, description="Replicas at most, under load.")
+    min_replicas: int = Field(
+        default=1,
+        ge=0,
+        description="Replicas that are kept when there are no requests. 0 lets the model scale to "
+        "zero.",
+    )
+    max_replicas: int = Field(default=1, ge=1, description="Maximum number of replicas under load.")
     target_ongoing_requests: int = Field(
-        default=16, ge=1, description="Requests for each replica at which Ray starts another."
+        default=16,
+        ge=1,
+        description="Average number of running requests per replica above which Ray Serve starts "
+        "another replica.",
     )
     max_ongoing_requests: int = Field(
         default=64,
         ge=1,
-        description="Requests that one replica accepts from a gateway; more wait in its queue.",
+        description="Maximum number of requests that a gateway sends to one replica at the same "
+        "time. Further requests wait at the gateway.",
     )
     max_queued_requests: int = Field(
-        default=256, ge=-1, description="Requests that wait at the gateway before it answers 503."
+        default=256,
+        ge=-1,
+        description="Maximum number of requests that wait for the model at a gateway. Further "
+        "requests are answered with status 503. -1: no maximum.",
     )
 
     @property
     def names(self) -> list[str]:
-        """Under which it can be asked: its own, and one for each adapter."""
+        """The names that a request may use: the model's own, and one for each adapter."""
         return [self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters)]
 
     @model_validator(mode="after")
@@ -159,9 +187,10 @@ def _last_part(path: str) -> str:
 
 
 def count_threads(config: ModelConfig) -> int:
-    """All cores for one replica; only its own where several may share a machine.
+    """Return the number of threads for the torch engine on a CPU.
 
-    Threads that outnumber the cores wait for one another, which costs most of the speed.
+    A single replica uses all cores. Where several replicas may share a machine, each uses only
+    its own CPUs: threads that outnumber the cores wait for one another and lose most of the speed.
     """
     if config.num_threads:
         return config.num_threads

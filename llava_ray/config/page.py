@@ -1,4 +1,4 @@
-"""The page: as an application of its own, and who checks its questions."""
+"""The settings of the page when it is an application of its own, and of its moderation."""
 
 from typing import Any
 
@@ -9,25 +9,31 @@ from llava_ray.config.section import Section, refuse_unknown
 
 
 class ModerationConfig(Section):
-    """An endpoint that is asked before a question from the page goes to a model."""
+    """A moderation API that checks each question from the page before a model sees it."""
 
     url: str = Field(
         default="",
-        description="Address of an OpenAI-compatible moderation API up to /v1; empty: nothing is "
-        "checked.",
+        description="Base URL (up to /v1) of an OpenAI-compatible moderation API. Empty: nothing "
+        "is checked.",
     )
-    key: SecretStr = Field(default=SecretStr(""), description="Its API key, if it wants one.")
+    key: SecretStr = Field(
+        default=SecretStr(""), description="API key for the moderation API, if it needs one."
+    )
     model: str = Field(
-        default="omni-moderation-latest", min_length=1, description="The model that judges."
+        default="omni-moderation-latest", min_length=1, description="Name of the moderation model."
     )
-    timeout_s: float = Field(default=5, gt=0, le=60, description="Seconds to wait for a verdict.")
+    timeout_s: float = Field(
+        default=5, gt=0, le=60, description="Maximum time to wait for a verdict, in seconds."
+    )
     allow_on_failure: bool = Field(
-        default=False, description="Send a question unchecked when the endpoint does not answer."
+        default=False,
+        description="Send a question to the model unchecked if the moderation API fails. Default: "
+        "refuse the question.",
     )
 
 
 class PageConfig(BaseSettings):
-    """The page as an application of its own."""
+    """The page as a Serve application of its own, apart from the gateway."""
 
     model_config = SettingsConfigDict(
         env_prefix="LLAVA_RAY_", env_nested_delimiter="__", extra="forbid"
@@ -35,19 +41,20 @@ class PageConfig(BaseSettings):
 
     gateway_url: str | None = Field(
         default="http://127.0.0.1:8000",
-        description="Where the gateway answers, seen from the page; null: where the page does.",
+        description="URL of the gateway, as the page's server reaches it. null: the gateway has "
+        "the same address as the page.",
     )
     root_path: str | None = Field(
         default=None,
-        description="Path or address of the page as people see it, if a reverse proxy changes it.",
+        description="Path or URL under which browsers see the page, if a reverse proxy changes it.",
     )
     feedback_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder of the log of conversations and votes; default: nothing is kept.",
+        description="Folder for the log of conversations and votes. Default: nothing is logged.",
     )
     moderation: ModerationConfig = Field(
-        default_factory=ModerationConfig, description="Who checks questions beforehand."
+        default_factory=ModerationConfig, description="Moderation of questions from the page."
     )
     uploads_kept_s: int = Field(
         default=24 * 3600, ge=1, description="Seconds after which an uploaded image is deleted."

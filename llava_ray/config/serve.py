@@ -1,4 +1,4 @@
-"""The Serve application as a whole."""
+"""The settings of the Serve application: `llava-ray serve` and `llava_ray.app:build_app`."""
 
 import os
 import re
@@ -24,70 +24,88 @@ from llava_ray.config.section import Section, refuse_unknown
 WORKER_ADDRESS = (
     r"^https?://([A-Za-z0-9_.-]+|\[[0-9a-fA-F:.]+\])(:([0-9]{1,5}|\*))?(/[A-Za-z0-9_./~-]*)?$"
 )
-"""Of a worker that may register; the port may be a star, the rest is taken by the letter."""
+"""Pattern of an allowed worker's URL. The port may be `*`; everything else matches literally."""
 
 
 class LlavaProtocolConfig(Section):
-    """The protocol of LLaVA's own controller and workers, for clients and workers in use."""
+    """Compatibility with LLaVA's own controller protocol, for its existing clients and workers."""
 
     enabled: bool = Field(
         default=True,
-        description="Answer LLaVA's own clients (its page, test_message) as its controller does.",
+        description="Answer LLaVA's own clients (its page, test_message) the way LLaVA's "
+        "controller does.",
     )
     address: str = Field(
         default="",
         pattern=r"^(https?://[^\s/]+.*[^/])?$",
-        description="Where clients reach this gateway; default: the address that they asked.",
+        description="URL at which LLaVA's clients reach this gateway. Default: the URL that they "
+        "used for the request.",
     )
     workers: list[Annotated[str, StringConstraints(pattern=WORKER_ADDRESS)]] = Field(
         default_factory=list,
-        description="Addresses of LLaVA's own workers that may register, http://host:port or "
-        "http://host:*; no other is ever called. Empty: none may.",
+        description="URLs of LLaVA model workers that may register: http://host:port, or "
+        "http://host:* for any port. No other worker is ever called. Empty: none may "
+        "register.",
     )
     worker_timeout_s: float = Field(
         default=60.0,
         gt=0,
-        description="A worker that sent no heart beat for so long is gone; they come every 15 s.",
+        description="Seconds without a heartbeat after which a worker counts as gone. Workers send "
+        "one every 15 s.",
     )
     dispatch_method: Literal["shortest_queue", "lottery"] = Field(
         default="shortest_queue",
-        description="Which of several workers of a model answers: the one with the shortest "
-        "queue for its speed, or one drawn by speed.",
+        description="How to choose among several workers of one model. shortest_queue: the one "
+        "with the shortest queue relative to its speed. lottery: at random, weighted "
+        "by speed.",
     )
 
 
 _OTHER_VARIABLES = {CLIENT_KEY_VARIABLE, *PYTHON_VARIABLES.values()}
-"""Variables with our prefix that are no settings of the application's."""
+"""Environment variables that have the prefix but are not settings of the application."""
 
 
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
-    `model`, `engine`, `dtype` and `quantization` describe one model in short; `models` describes
-    one or several at length.
+    `model`, `engine`, `dtype` and `quantization` are a shorthand for one model; `models` describes
+    one or more models in full.
     """
 
     model_config = SettingsConfigDict(
         env_prefix="LLAVA_RAY_",
         env_nested_delimiter="__",
         extra="forbid",
-        hide_input_in_errors=True,  # it may be a key
+        hide_input_in_errors=True,  # an API key may be in it
     )
 
     model: str = Field(
-        default=DEMO_MODEL, min_length=1, description="Folder or hub name of the weights."
+        default=DEMO_MODEL,
+        min_length=1,
+        description="Folder, hub name or address of the weights. 'demo' is the embedded model.",
     )
-    engine: EngineName = Field(default="torch", description="torch, vllm, sglang or echo.")
-    dtype: DtypeName = Field(default="auto", description="Precision of the weights.")
+    engine: EngineName = Field(
+        default="torch",
+        description="Inference engine: torch (CPU and GPU), vllm, sglang, or echo, a fake that "
+        "repeats the question.",
+    )
+    dtype: DtypeName = Field(
+        default="auto",
+        description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
+        "where the device computes in it at full speed, float32 otherwise.",
+    )
     quantization: QuantizationName = Field(
-        default="none", description="int8: computed in 8 bits, on CPUs."
+        default="none",
+        description="int8: multiply the language model's matrices in 8 bits on CPUs. none: no "
+        "quantization.",
     )
     models: list[ModelConfig] = Field(
         default_factory=list,
-        description="Models served side by side; replaces model, engine, dtype and quantization.",
+        description="Models that are served side by side. Replaces model, engine, dtype and "
+        "quantization.",
     )
     num_gateways: int = Field(
-        default=1, ge=1, le=64, description="Gateways that answer, each with its own queues."
+        default=1, ge=1, le=64, description="Number of gateway replicas. Each has its own queues."
     )
     page: bool = Field(
         default=True, description="Serve the Gradio page at / together with the API."
@@ -95,32 +113,35 @@ class ServeConfig(BaseSettings):
     feedback_dir: str | None = Field(
         default=None,
         min_length=1,
-        description="Folder in which the page logs conversations and votes; default: none are.",
+        description="Folder in which the page logs conversations and votes. Default: nothing is "
+        "logged.",
     )
     moderation: ModerationConfig = Field(
-        default_factory=ModerationConfig, description="Who checks questions from the page."
+        default_factory=ModerationConfig, description="Moderation of questions from the page."
     )
-    limits: LimitsConfig = Field(
-        default_factory=LimitsConfig, description="What a request may bring."
-    )
+    limits: LimitsConfig = Field(default_factory=LimitsConfig, description="Limits on one request.")
     llava_protocol: LlavaProtocolConfig = Field(
-        default_factory=LlavaProtocolConfig, description="For LLaVA's own clients and workers."
+        default_factory=LlavaProtocolConfig,
+        description="Support for LLaVA's own clients and model workers.",
     )
     api_keys: Annotated[list[KeyConfig], NoDecode] = Field(
         default_factory=list,
-        description="API keys, one of which a request must have; by default none is needed. In the "
-        "environment: the keys themselves, as name=key, separated by commas.",
+        description="API keys, one of which every request must carry. Default: no key is needed. "
+        "In the environment variable, give the keys themselves as name=key, separated "
+        "by commas.",
     )
     api_keys_file: str | None = Field(
-        default=None, description="YAML or JSON file with a list of more such keys, hashed."
+        default=None, description="YAML or JSON file with a list of further keys, hashed."
     )
     page_key: SecretStr | None = Field(
-        default=None, description="Key with which the page at / asks, on behalf of all who see it."
+        default=None,
+        description="API key with which the page at / sends its requests, for everyone who can "
+        "open it.",
     )
     cors_origins: list[str] = Field(
         default_factory=list,
-        description="Web sites, like https://example.org, whose scripts may call the API; * for "
-        "all.",
+        description="Origins of web sites, such as https://example.org, whose scripts may call the "
+        "API. * allows all.",
     )
 
     @model_validator(mode="before")
@@ -148,7 +169,7 @@ class ServeConfig(BaseSettings):
             self.api_keys_file = None
         names = [key.name for key in self.api_keys]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two API keys are named {twice}: give each a name of its own")
+            raise ValueError(f"two API keys are named {twice}: give each its own name")
         return self
 
     @model_validator(mode="after")
@@ -164,5 +185,5 @@ class ServeConfig(BaseSettings):
             ]
         names = [name for model in self.models for name in model.names]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"two models are named {twice}: give each a `name` of its own")
+            raise ValueError(f"two models are named {twice}: give each its own `name`")
         return self

@@ -1,7 +1,7 @@
-"""A training run: what of a model is trained on what, how, on how many workers, what is kept.
+"""The settings of a training run: `llava-ray train` and `llava_ray.train.launch`.
 
 Names follow Hugging Face Trainer, DeepSpeed and LLaVA where these have one, so that a recipe can be
-read beside the script it came from.
+compared with the script that it comes from.
 """
 
 from typing import Literal
@@ -17,68 +17,102 @@ Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class BenchmarksConfig(TasksConfig):
-    """Tasks of `llava-ray evaluate` by which checkpoints are measured while training goes on."""
+    """Tasks of `llava-ray evaluate` that evaluate checkpoints while training continues."""
 
     steps: int | None = Field(
         default=None,
         ge=1,
-        description="Steps from one to the next, a multiple of save_steps; default: each save. "
-        "The last checkpoint is always measured.",
+        description="Number of steps between two evaluations; a multiple of save_steps. Default: "
+        "every checkpoint is evaluated. The last checkpoint always is.",
     )
 
 
 class TrainConfig(Section):
-    """One run: what is trained on what, how, on how many workers, and what is kept of it."""
+    """A training run: model, data, optimization, workers, and the checkpoints that are kept."""
 
-    # The model and what of it is trained.
+    # The model, and which parts of it are trained.
     model: str = Field(
-        min_length=1, description="Folder or hub name of the LLaVA to begin with; see `build`."
+        min_length=1,
+        description="Folder, hub name or address of the LLaVA checkpoint to start from. llava-ray "
+        "build makes one from a language model and a vision tower.",
     )
-    base: str | None = Field(default=None, description="The model below a projector or adapter.")
+    base: str | None = Field(
+        default=None, description="Base model, if model is a projector or adapter without one."
+    )
     vision_tower: str | None = Field(
-        default=None, description="The tower, of LLaVA's own layout, if not where it says."
+        default=None,
+        description="Vision tower of a checkpoint in LLaVA's original format, if it is not where "
+        "the checkpoint says.",
     )
     pretrain_mm_mlp_adapter: str | None = Field(
         default=None,
-        description="Folder of a trained projector to begin with: a run's export, or any "
+        description="Folder of a trained projector to start from: a run's export, or any "
         "checkpoint of the same sizes.",
     )
     template: str | None = Field(
-        default=None, description="Conversation template; default: what the model's files say."
+        default=None,
+        description="Name of the conversation template. Default: what the checkpoint's files "
+        "indicate.",
     )
     method: Method = Field(
         default="full",
-        description="What is trained beside the projector: nothing (projector), the language "
-        "model (full), or low-rank adapters in it (lora).",
+        description="How the language model is trained. projector: it is frozen. full: all its "
+        "weights. lora: low-rank adapters in it.",
     )
-    train_projector: bool = Field(default=True, description="The projector is trained too.")
-    train_vision_tower: bool = Field(default=False, description="The vision tower is trained too.")
+    train_projector: bool = Field(default=True, description="Train the projector.")
+    train_vision_tower: bool = Field(default=False, description="Train the vision tower.")
     quantization: Literal["4bit", "8bit"] | None = Field(
-        default=None, description="Precision of the frozen language model below adapters (QLoRA)."
+        default=None,
+        description="Quantization of the frozen language model under LoRA adapters (QLoRA). "
+        "Default: none.",
     )
-    lora_r: int = Field(default=128, ge=1, le=4096, description="Rank of the adapters.")
-    lora_alpha: int = Field(default=256, ge=1, description="Their scale is lora_alpha / lora_r.")
-    lora_dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout before them.")
+    lora_r: int = Field(default=128, ge=1, le=4096, description="Rank of the LoRA adapters.")
+    lora_alpha: int = Field(
+        default=256,
+        ge=1,
+        description="Scale of the LoRA adapters: their output is multiplied by lora_alpha / "
+        "lora_r.",
+    )
+    lora_dropout: float = Field(
+        default=0.05,
+        ge=0,
+        lt=1,
+        description="Dropout probability on the input of the LoRA adapters.",
+    )
 
     # The data.
-    data: DataConfig = Field(description="What is read; its batch_size is train_batch_size.")
+    data: DataConfig = Field(
+        description="Training data. Its batch_size and seed are set from train_batch_size and seed."
+    )
     eval_datasets: list[DatasetConfig] = Field(
-        default_factory=list, description="Shards on which the loss is measured while training."
+        default_factory=list,
+        description="Held-out shards on which the loss is measured during training.",
     )
     eval_steps: int | None = Field(
-        default=None, ge=1, description="Steps from one evaluation to the next; default: each save."
+        default=None,
+        ge=1,
+        description="Number of steps between two measurements on eval_datasets, in addition to the "
+        "one at each checkpoint. Default: only at each checkpoint.",
     )
 
     num_generations: int = Field(
-        default=0, ge=0, le=64, description="Held-out questions answered at each evaluation."
+        default=0,
+        ge=0,
+        le=64,
+        description="Number of held-out questions that the model answers at each evaluation, for "
+        "the log. Needs eval_datasets.",
     )
     benchmarks: BenchmarksConfig | None = Field(
-        default=None, description="Tasks that checkpoints are measured by while training goes on."
+        default=None,
+        description="Tasks of llava-ray evaluate on which checkpoints are evaluated while training "
+        "continues.",
     )
 
     # Batches.
     train_batch_size: int = Field(
-        default=128, ge=1, description="Samples of a step, over all workers and accumulation."
+        default=128,
+        ge=1,
+        description="Samples in one optimizer step, over all workers and accumulation steps.",
     )
     per_device_train_batch_size: int = Field(
         default=16, ge=1, description="Samples that a worker computes at once."
@@ -86,131 +120,202 @@ class TrainConfig(Section):
     gradient_accumulation_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Batches of a worker in a step; default: what train_batch_size leaves.",
+        description="Forward and backward passes of a worker in one optimizer step. Default: "
+        "train_batch_size / (per_device_train_batch_size x workers).",
     )
-    num_train_epochs: int = Field(default=1, ge=1, description="Times that the data is gone over.")
-    max_steps: int | None = Field(default=None, ge=1, description="Ends earlier, after so many.")
+    num_train_epochs: int = Field(
+        default=1, ge=1, description="Number of passes over the training data."
+    )
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of optimizer steps. Default: all steps of num_train_epochs.",
+    )
 
     # Optimisation: AdamW.
-    learning_rate: float = Field(default=2e-5, gt=0, description="Highest learning rate.")
+    learning_rate: float = Field(default=2e-5, gt=0, description="Peak learning rate.")
     mm_projector_lr: float | None = Field(
-        default=None, gt=0, description="The projector's; default: learning_rate."
+        default=None,
+        gt=0,
+        description="Peak learning rate of the projector. Default: learning_rate.",
     )
     vision_lr: float | None = Field(
-        default=None, gt=0, description="The vision tower's; default: learning_rate."
+        default=None,
+        gt=0,
+        description="Peak learning rate of the vision tower. Default: learning_rate.",
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, description="Of matrices; never of norms and biases."
+        default=0.0,
+        ge=0,
+        description="Weight decay of matrices. Norms and biases are never decayed.",
     )
     mm_projector_weight_decay: float | None = Field(
-        default=None, ge=0, description="The projector's; default: weight_decay."
+        default=None, ge=0, description="Weight decay of the projector. Default: weight_decay."
     )
     vision_weight_decay: float | None = Field(
-        default=None, ge=0, description="The vision tower's; default: weight_decay."
+        default=None, ge=0, description="Weight decay of the vision tower. Default: weight_decay."
     )
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the mean gradient.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="Decay of its square's mean.")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="Keeps AdamW from dividing by 0.")
-    max_grad_norm: float = Field(default=1.0, ge=0, description="Gradients are clipped to; 0: not.")
+    adam_beta1: float = Field(
+        default=0.9,
+        ge=0,
+        lt=1,
+        description="Decay rate of AdamW's first moment (the mean gradient).",
+    )
+    adam_beta2: float = Field(
+        default=0.999,
+        ge=0,
+        lt=1,
+        description="Decay rate of AdamW's second moment (the mean squared gradient).",
+    )
+    adam_epsilon: float = Field(
+        default=1e-8, gt=0, description="Constant that AdamW adds to the denominator of a step."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, ge=0, description="Norm to which gradients are clipped. 0: no clipping."
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = Field(
-        default="cosine", description="How the learning rate falls after its warm-up."
+        default="cosine",
+        description="Shape of the learning rate after warm-up: cosine and linear decay to 0, or "
+        "constant.",
     )
     warmup_ratio: float = Field(
-        default=0.03, ge=0, le=1, description="Share of the steps in which it rises from 0."
+        default=0.03,
+        ge=0,
+        le=1,
+        description="Share of all steps over which the learning rate rises from 0 to its peak.",
     )
     warmup_steps: int | None = Field(
-        default=None, ge=0, description="The same in steps, in place of warmup_ratio."
+        default=None, ge=0, description="Number of warm-up steps. Replaces warmup_ratio."
     )
 
-    # How it is computed.
+    # Precision, memory and kernels.
     bf16: bool | Literal["auto"] = Field(
-        default="auto", description="bfloat16 weights; auto: on GPUs; otherwise float32."
+        default="auto",
+        description="Keep the weights and compute in bfloat16; otherwise in float32. auto: "
+        "bfloat16 on GPUs.",
     )
-    tf32: bool = Field(default=True, description="GPUs may round float32 products to TF32.")
+    tf32: bool = Field(
+        default=True, description="Let GPUs round the inputs of float32 matrix products to TF32."
+    )
     gradient_checkpointing: bool = Field(
-        default=True, description="Computes activations twice rather than keep them."
+        default=True,
+        description="Recompute activations in the backward pass instead of keeping them, which "
+        "saves memory and costs time.",
     )
     attention: str = Field(
-        default="sdpa", description="sdpa, flash_attention_2 or eager; as transformers names them."
+        default="sdpa",
+        description="Attention implementation, as transformers names them: sdpa, flash_attention_2 "
+        "or eager.",
     )
     use_liger_kernel: bool = Field(
-        default=False, description="Liger's fused kernels, on GPUs: pip install liger-kernel."
+        default=False,
+        description="Use Liger's fused kernels on GPUs. Needs: pip install liger-kernel.",
     )
     deepspeed: str | None = Field(
         default=None,
-        description='A DeepSpeed JSON; values "auto" are filled in; in place of zero_stage.',
+        description='Path of a DeepSpeed JSON configuration. Its "auto" values are filled in. '
+        "Replaces zero_stage and offload.",
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         default=2,
-        description="ZeRO: what is divided among workers: 1 the optimizer's state, 2 also "
-        "gradients, 3 also weights.",
+        description="ZeRO stage, which decides what is partitioned among workers: 1 the optimizer "
+        "states, 2 gradients too, 3 weights too. 0: nothing.",
     )
     offload: Literal["none", "optimizer", "all"] = Field(
-        default="none", description="What is kept in the CPUs' memory; all: weights too (ZeRO 3)."
+        default="none",
+        description="What is kept in CPU memory: nothing (none), the optimizer states (optimizer), "
+        "or weights too (all; needs zero_stage=3).",
     )
-    seed: int = Field(default=42, ge=0, description="Of data order, dropout and new weights.")
+    seed: int = Field(
+        default=42, ge=0, description="Random seed of the data order, dropout and new weights."
+    )
 
-    # Where it runs.
-    num_workers: int = Field(default=1, ge=1, description="Training processes, one a GPU.")
+    # Workers.
+    num_workers: int = Field(
+        default=1, ge=1, description="Number of training processes, one for each GPU."
+    )
     min_workers: int | None = Field(
         default=None,
         ge=1,
-        description="Workers with which a run begins, or goes on after a machine was lost, while "
-        "there is no room for num_workers; default: it waits for room for all.",
+        description="Minimum number of workers. The run starts, or resumes after a machine was "
+        "lost, with at least this many while there is no room for num_workers. "
+        "Default: it waits until there is room for all.",
     )
     grow_every_s: float = Field(
         default=60.0,
         gt=0,
-        description="With min_workers: how often a run looks for room for more workers. With those "
-        "it goes on from its last checkpoint.",
+        description="With min_workers: seconds between two checks for room for more workers. If "
+        "there is room, the run resumes from its last checkpoint with more workers.",
     )
     use_gpu: bool | Literal["auto"] = Field(
-        default="auto", description="auto: if this cluster has any."
+        default="auto", description="Train on GPUs. auto: if the cluster has any."
     )
-    cpus_per_worker: float = Field(default=1.0, ge=0, description="CPUs set aside for each.")
+    cpus_per_worker: float = Field(
+        default=1.0, ge=0, description="CPUs that Ray reserves for each worker."
+    )
     max_failures: int = Field(
-        default=3, ge=-1, description="Times a run goes on from its last checkpoint; -1: always."
+        default=3,
+        ge=-1,
+        description="Number of times that the run is restarted from its last checkpoint after a "
+        "failure. -1: no limit.",
     )
 
-    # What is kept.
-    name: str = Field(pattern=r"^[\w][\w.-]*$", description="Of the run: its folder in output_dir.")
-    output_dir: str = Field(
-        default="outputs", min_length=1, description="Folder or address (s3://...) of all runs."
+    # Checkpoints, export and logs.
+    name: str = Field(
+        pattern=r"^[\w][\w.-]*$", description="Name of the run, and of its folder in output_dir."
     )
-    save_steps: int = Field(default=500, ge=1, description="Steps from one checkpoint to the next.")
+    output_dir: str = Field(
+        default="outputs",
+        min_length=1,
+        description="Folder or address (s3://...) that holds the folders of all runs.",
+    )
+    save_steps: int = Field(
+        default=500, ge=1, description="Number of steps between two checkpoints."
+    )
     save_total_limit: int | None = Field(
-        default=1, ge=1, description="Checkpoints kept; without a metric the newest."
+        default=1,
+        ge=1,
+        description="Maximum number of checkpoints that are kept. Without metric_for_best_model, "
+        "the newest ones are kept. null: all.",
     )
     metric_for_best_model: str | None = Field(
         default=None,
-        description="Keeps the checkpoints that are best by it, and the newest; the best is "
-        "exported. Lowest: loss, eval_loss; highest: a task of benchmarks.",
+        description="Metric that decides which checkpoints are kept, besides the newest, and which "
+        "one is exported: loss or eval_loss (lowest is best), or a task of benchmarks "
+        "(highest is best). Default: the last checkpoint is exported.",
     )
     export_to: Literal["hf", "original"] | None = Field(
-        default=None, description="Form of the run's export; default: that of the model."
+        default=None,
+        description="Format of the run's export: hf (transformers) or original (LLaVA). Default: "
+        "that of the starting model.",
     )
-    logging_steps: int = Field(default=1, ge=1, description="Steps from one line to the next.")
+    logging_steps: int = Field(
+        default=1, ge=1, description="Number of steps between two lines of the log."
+    )
     peak_tflops: float | None = Field(
         default=None,
         gt=0,
-        description="What a GPU can do in bfloat16, for MFU; default: known for common ones.",
+        description="Peak bfloat16 TFLOP/s of one GPU, to compute model FLOPs utilization (MFU). "
+        "Default: known for common GPUs.",
     )
     report_to: list[Tracker] = Field(
-        default_factory=list, description="tensorboard, wandb, mlflow; beside train_log.jsonl."
+        default_factory=list,
+        description="Trackers that get the metrics, in addition to train_log.jsonl: tensorboard, "
+        "wandb, mlflow.",
     )
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":
         if self.quantization and self.method == "full":
             raise ValueError(
-                "quantized weights cannot be trained: set method=lora, or leave quantization away"
+                "quantized weights cannot be trained: set method=lora, or remove quantization"
             )
         if self.method == "projector" and not self.train_projector:
             raise ValueError("method=projector with train_projector=false leaves nothing to train")
         if self.offload == "all" and self.zero_stage != 3 and not self.deepspeed:
-            raise ValueError("offload=all needs zero_stage=3, which divides the weights")
+            raise ValueError("offload=all needs zero_stage=3, which partitions the weights")
         if self.quantization and self.zero_stage == 3:
-            raise ValueError("quantized weights cannot be divided: set zero_stage=2 or lower")
+            raise ValueError("quantized weights cannot be partitioned: set zero_stage=2 or lower")
         if self.eval_steps and not self.eval_datasets:
             raise ValueError("eval_steps needs eval_datasets")
         if self.num_generations and not self.eval_datasets:
@@ -218,13 +323,13 @@ class TrainConfig(Section):
         self._check_metric()
         if self.benchmarks and (self.benchmarks.steps or 0) % self.save_steps:
             raise ValueError(
-                f"benchmarks.steps={self.benchmarks.steps} is no multiple of "
-                f"save_steps={self.save_steps}: checkpoints are what is measured"
+                f"benchmarks.steps={self.benchmarks.steps} is not a multiple of "
+                f"save_steps={self.save_steps}, but only checkpoints are evaluated: change one"
             )
         if self.min_workers and self.min_workers > self.num_workers:
             raise ValueError(
                 f"min_workers={self.min_workers} is more than num_workers={self.num_workers}: "
-                "lower it, or leave it away"
+                "lower or remove it"
             )
         self._share_with_data()
         self.count_accumulation(self.num_workers)
@@ -237,31 +342,31 @@ class TrainConfig(Section):
         tasks = self.benchmarks.tasks if self.benchmarks else []
         if metric and metric not in ("loss", "eval_loss", *tasks):
             raise ValueError(
-                f"metric_for_best_model={metric}: it is loss, eval_loss or a task of benchmarks "
-                f"({', '.join(tasks) or 'there are none'})"
+                f"metric_for_best_model={metric}: use loss, eval_loss or a task of benchmarks "
+                f"({', '.join(tasks) or 'this run has none'})"
             )
 
     def _share_with_data(self) -> None:
-        """Give the data the settings that are the whole run's."""
+        """Copy the batch size and the seed of the run into `data`."""
         for name, value in (("batch_size", self.train_batch_size), ("seed", self.seed)):
             if name in self.data.model_fields_set and getattr(self.data, name) != value:
                 said = "train_batch_size" if name == "batch_size" else "seed"
                 raise ValueError(
-                    f"data.{name}={getattr(self.data, name)} and {said}={value} say two things: "
-                    f"leave data.{name} away"
+                    f"data.{name}={getattr(self.data, name)} contradicts {said}={value}: "
+                    f"remove data.{name}"
                 )
         self.data = self.data.model_copy(
             update={"batch_size": self.train_batch_size, "seed": self.seed}
         )
 
     def count_accumulation(self, num_workers: int) -> int:
-        """Return how many batches each of so many workers computes in a step.
+        """Return how many batches each worker computes in one optimizer step.
 
-        Where there are other workers than the run asks for, some may have a sample less than
-        others.
+        With a different number of workers than the run asks for (see `min_workers`), some may get
+        one sample less than others.
 
         Raises:
-            ValueError: the batch does not divide among the workers that the run asks for.
+            ValueError: the batch cannot be divided evenly among the workers that the run asks for.
         """
         at_once = self.per_device_train_batch_size * num_workers
         steps, rest = divmod(self.train_batch_size, at_once)
@@ -269,7 +374,7 @@ class TrainConfig(Section):
             return steps + bool(rest)
         if rest or not steps:
             raise ValueError(
-                f"train_batch_size={self.train_batch_size} is no multiple of "
+                f"train_batch_size={self.train_batch_size} is not a multiple of "
                 f"per_device_train_batch_size={self.per_device_train_batch_size} x {num_workers} "
                 f"workers = {at_once}: change one of them"
             )
@@ -278,7 +383,7 @@ class TrainConfig(Section):
             raise ValueError(
                 f"gradient_accumulation_steps={given} x per_device_train_batch_size="
                 f"{self.per_device_train_batch_size} x {num_workers} workers is "
-                f"{given * at_once}, not train_batch_size={self.train_batch_size}: leave "
-                "gradient_accumulation_steps away"
+                f"{given * at_once}, not train_batch_size={self.train_batch_size}: remove "
+                "gradient_accumulation_steps"
             )
         return steps

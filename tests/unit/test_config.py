@@ -86,5 +86,5 @@ def test_an_older_name_of_a_setting_works_and_says_what_it_is_called_now(
     with pytest.warns(FutureWarning, match=f"{old} is now called {new}"):
         described = section(**required, **{old: value})
     assert getattr(described, new) == value
-    with pytest.raises(ValueError, match=f"give {new} alone"):
+    with pytest.raises(ValueError, match=f"give only {new}"):
         section(**required, **{old: value, new: value})
