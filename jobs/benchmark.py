@@ -1,4 +1,4 @@
-"""Speed, measured: `python jobs/benchmark.py serve` prints what the README's table holds.
+"""Speed, measured: `python jobs/benchmark.py serve` prints what docs/benchmarks.md holds.
 
 Each command measures this project and its point of comparison in one run on one machine, and
 prints a table and one JSON line.
