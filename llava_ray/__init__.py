@@ -3,4 +3,4 @@
 Importing the package imports neither torch, Ray nor Gradio; each part imports what it needs.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
