@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llava_ray.llava import LLaVA
     from llava_ray.model.loading import load_model
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Client",

@@ -243,6 +243,7 @@ def test_shards_are_written_to_and_read_from_addresses(tmp_path: Path) -> None:
     assert reader.read(2).sample.sample_id == "row-6"
 
 
+@pytest.mark.slow
 def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 8)
     (raw / "3.png").write_bytes(b"")

@@ -249,6 +249,7 @@ def single_rows(shards: Path, **settings: Any) -> list[Batch]:
     return list(stream)
 
 
+@pytest.mark.slow
 def test_readers_on_ray_give_the_same_batches_ahead_of_the_trainer(
     cluster: None, shards: Path
 ) -> None:

@@ -53,7 +53,7 @@ def endless() -> Iterator[EndlessServer]:
 
 
 def test_the_version_is_printed() -> None:
-    assert run("--version").stdout == "llava-ray 0.1.0\n"
+    assert run("--version").stdout == "llava-ray 0.2.0\n"
 
 
 def test_one_question_about_two_images_prints_the_answer_alone(served: str, image: str) -> None:

@@ -360,6 +360,7 @@ def test_any_text_survives_the_tokenizer(tokenizer):
     assert len(tokenizer(" 42")["input_ids"]) == 3  # every digit is a token
 
 
+@pytest.mark.slow
 def test_seconds_of_training_lowers_every_stage_s_loss(tokenizer, tmp_path, capsys):
     from jobs.embedded_model import joined, reader, tower
     from jobs.embedded_model.pace import Pace

@@ -158,6 +158,7 @@ LONG = [
 
 # Resident memory grew by 1 to 6 MiB and by less than 1 MiB: the first thousand requests find the
 # allocator still growing. The bounds are three times that and more.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_first", "num_more", "more_mib"),
     [(500, 1500, 20), pytest.param(2000, 10_000, 10, marks=LONG)],

@@ -26,7 +26,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from model import test_hf_format
 from PIL import Image
 from support import hf_checkpoints, llava_checkpoints
 from support.llava_checkpoints import Original

@@ -63,6 +63,7 @@ def find_client(server: ScriptedOpenAI) -> int:
     return pid
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_killed_actor_loses_no_rows(tmp_path: Path) -> None:
     killed: list[int] = []
@@ -83,6 +84,7 @@ def test_a_killed_actor_loses_no_rows(tmp_path: Path) -> None:
     check(result, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_question_that_kills_its_actor_is_given_up_and_the_others_are_answered(
     tmp_path: Path,

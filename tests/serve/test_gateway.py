@@ -479,6 +479,7 @@ def test_the_gateway_holds_no_torch() -> None:
     assert loaded.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_a_hundred_clients_that_hang_up_leave_nothing_running(served: str) -> None:
     from ray import serve
 

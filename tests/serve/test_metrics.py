@@ -48,6 +48,7 @@ def read(name: str, labels: dict[str, str]) -> float:
     return total
 
 
+@pytest.mark.slow
 def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
     def call(method: str, path: str, name: str, **options: object) -> httpx.Response:
         headers = {"Authorization": f"Bearer {KEYS[name]}"}
@@ -86,6 +87,7 @@ def test_what_each_key_used_is_scraped_and_told(measured: str) -> None:
     assert own["total_tokens"] == 20
 
 
+@pytest.mark.slow
 def test_what_waits_in_a_gateway_is_scraped(measured: str) -> None:
     header = {"Authorization": f"Bearer {KEYS['ben']}"}
     body = {**BODY, "model": "slow", "stream": True, "ignore_eos": True}
@@ -159,6 +161,7 @@ class Run:
         self.metrics.write(figures, step=7)
 
 
+@pytest.mark.slow
 def test_what_a_training_run_says_is_scraped(cluster: None) -> None:
     run = Run.remote()
     ray.get(run.write.remote())

@@ -84,6 +84,7 @@ def test_the_workers_of_ray_train_share_each_global_batch(undisturbed: Path) -> 
     assert list(map(sorted, steps)) == [sorted(batch.sample_ids) for batch in whole]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_loss(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     from llava_ray.train.launch import launch
 
@@ -214,6 +215,7 @@ def test_benchmarks_that_are_not_there_are_named_before_anything_starts(
         assert said in result.exception.message
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_is_over_at_once_and_says_why(shards: Path, tmp_path: Path) -> None:
     from llava_ray.train.launch import launch
 
