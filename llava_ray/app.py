@@ -14,7 +14,7 @@ from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import log
 from llava_ray.serve.gateway.deployment import Gateway
-from llava_ray.serve.llava.worker_registry import Workers
+from llava_ray.serve.llava.worker_registry import WorkerRegistry
 from llava_ray.serve.replica.deployment import Replica
 
 _QUIET = LoggingConfig(enable_access_log=False)
@@ -73,7 +73,7 @@ def _bind_workers(config: LlavaProtocolConfig) -> Application:
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
-    )(Workers)
+    )(WorkerRegistry)
     return workers.bind(config)
 
 

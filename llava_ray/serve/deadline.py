@@ -26,19 +26,19 @@ class Deadline:
         )
         self._timers: set[asyncio.Timeout] = set()
 
-    def end_now(self, error: LlavaRayError) -> None:
+    def expire_now(self, error: LlavaRayError) -> None:
         """Stop the request at once, and tell its client this."""
         self._ends_at, self._error = time.monotonic(), error
         for timer in self._timers:
             timer.reschedule(0)
 
     def release(self, timer: asyncio.Timeout) -> None:
-        """Let what one `hold` yielded go on to its end."""
+        """Let what one `enforce` yielded go on to its end."""
         self._timers.discard(timer)
         timer.reschedule(None)
 
     @asynccontextmanager
-    async def hold(self) -> AsyncIterator[asyncio.Timeout]:
+    async def enforce(self) -> AsyncIterator[asyncio.Timeout]:
         """Cancel what is done inside at the deadline.
 
         Raises:
@@ -61,7 +61,7 @@ class Deadline:
         """Yield the items, each of which has to come before the deadline."""
         iterator = aiter(items)
         while True:
-            async with self.hold():
+            async with self.enforce():
                 try:
                     item = await anext(iterator)
                 except StopAsyncIteration:

@@ -14,48 +14,48 @@ if TYPE_CHECKING:
     pass
 
 
-_CLIENT_GONE = 499  # nginx's number for it, in our log only
+CLIENT_CLOSED_REQUEST = 499  # nginx's number for it, in our log only
 
 
 @dataclass(slots=True)
-class Visit:
+class RequestContext:
     """One HTTP request on its way through the gateway."""
 
     request_id: str
     what: str
     started_at: float = field(default_factory=time.monotonic)
-    first_after_s: float | None = None
+    first_chunk_s: float | None = None
     fetch_s: float | None = None
     status: int = 0
     error: str = ""
     model: str = ""
     completion_id: str = ""
     answers_each: int = 1
-    latest: dict[int, Chunk] = field(default_factory=dict)  # of each answer
+    last_chunks: dict[int, Chunk] = field(default_factory=dict)  # of each answer
     is_model_known: bool = False
     key: str = ""
     deadline: Deadline = field(default_factory=Deadline)
-    retry_key: str = ""
+    idempotency_key: str = ""
     is_over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def usage(self) -> Usage:
         """Tokens that its answers have taken so far."""
-        return count_usage(self.latest.values(), answers_each=self.answers_each)
+        return count_usage(self.last_chunks.values(), answers_each=self.answers_each)
 
     def note_chunk(self, chunk: Chunk) -> None:
-        self.latest[chunk.answer] = chunk
+        self.last_chunks[chunk.answer] = chunk
 
-    def note_first(self) -> None:
-        self.first_after_s = time.monotonic() - self.started_at
+    def note_first_chunk(self) -> None:
+        self.first_chunk_s = time.monotonic() - self.started_at
 
     def note_fetched(self, started_at: float) -> None:
         """The images behind its addresses are there."""
         self.fetch_s = time.monotonic() - started_at
 
-    def note_gone(self) -> None:
+    def note_disconnect(self) -> None:
         """The client hung up before the end."""
-        self.status = _CLIENT_GONE
+        self.status = CLIENT_CLOSED_REQUEST
 
     def report(self, error: Exception) -> ErrorReply:
         """Log an error that nobody foresaw, and return what the client is told about it."""
@@ -79,17 +79,17 @@ class Visit:
         if self.error:
             words.append(self.error)
         if self.model:
-            words.append(_printable(self.model))
-        if self.latest:
+            words.append(to_printable(self.model))
+        if self.last_chunks:
             words.append(f"{self.usage.num_prompt_tokens}+{self.usage.num_tokens} tokens")
         if self.fetch_s is not None:
             words.append(f"fetched {self.fetch_s:.3f} s")
-        if self.first_after_s is not None:
-            words.append(f"first {self.first_after_s:.3f} s")
+        if self.first_chunk_s is not None:
+            words.append(f"first {self.first_chunk_s:.3f} s")
         words.append(f"total {self.total_s:.3f} s")
         return ", ".join(words) + f" [{self.request_id} {self.completion_id}".rstrip() + "]"
 
 
-def _printable(text: str) -> str:
+def to_printable(text: str) -> str:
     """Return a stranger's text fit for one line of a log."""
     return text[:80].encode("unicode_escape").decode()

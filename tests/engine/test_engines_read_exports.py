@@ -25,8 +25,8 @@ from typing import Any
 
 import peft
 import pytest
-from model import test_hf_format
 import torch
+from model import test_hf_format
 from PIL import Image
 from support import llava_checkpoints
 from support.llava_checkpoints import Original

@@ -15,7 +15,7 @@ from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
 from llava_ray.errors import AuthError, OverloadedError, RateLimitError
-from llava_ray.serve.backends.admission_queue import WaitingRoom
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
 from llava_ray.types import Usage
@@ -249,13 +249,13 @@ def test_a_full_gateway_says_so_at_once() -> None:
 def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rooms: list[WaitingRoom] = []
+    queues: list[AdmissionQueue] = []
 
-    def build_room(*args: Any, **options: Any) -> WaitingRoom:
-        rooms.append(WaitingRoom(*args, **options))
-        return rooms[0]
+    def build_queue(*args: Any, **options: Any) -> AdmissionQueue:
+        queues.append(AdmissionQueue(*args, **options))
+        return queues[0]
 
-    monkeypatch.setattr(openai_routes, "WaitingRoom", build_room)
+    monkeypatch.setattr(openai_routes, "AdmissionQueue", build_queue)
 
     async def scene(there: Nearby) -> None:
         log, talker = there.log, there.talker
@@ -264,12 +264,12 @@ def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
             for number, name in enumerate(["alice", "alice", "alice", "bob"], 1):
                 words = f"{name} {number}"
                 tasks[words] = asyncio.create_task(there.say(words, name))
-                await there.until(lambda: rooms[0].num_waiting == min(number, 3))  # noqa: B023
+                await there.until(lambda: queues[0].num_waiting == min(number, 3))  # noqa: B023
             # three may wait: bob took the place of the last of alice, who had them all
             assert error_of(await tasks.pop("alice 3")) == (503, "overloaded")
             refused = await there.say("alice 5", "alice")
             assert error_of(refused) == (503, "overloaded")
-            assert "3 requests wait already" in refused.json()["error"]["message"]
+            assert "3 requests are waiting already" in refused.json()["error"]["message"]
             assert len(log) == 2
         for task in tasks.values():
             assert (await task).status_code == 200
@@ -284,67 +284,67 @@ def test_waiting_has_an_end() -> None:
         async with there.stream("linger"):
             refused = await there.say("Hello")
             assert error_of(refused) == (503, "overloaded")
-            assert "had no room for 1 s" in refused.json()["error"]["message"]
+            assert "had no free slot for 1 s" in refused.json()["error"]["message"]
         await there.until(lambda: there.talker.num_running == 0)
         assert (await there.say("Hello")).status_code == 200
 
     play(scene, limits=LimitsConfig(max_wait_s=1), model={"max_ongoing_requests": 1})
 
 
-def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
+def test_slots_go_to_the_keys_in_turn_and_none_is_lost() -> None:
     async def scene() -> None:
         told: list[int] = []
-        room = WaitingRoom(
-            "m", num_seats=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
+        queue = AdmissionQueue(
+            "m", num_slots=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
         )
         order: list[str] = []
 
         async def visit(key: str) -> None:
-            await room.enter(key)
+            await queue.acquire(key)
             order.append(key)
             await asyncio.sleep(0)
-            room.leave()
+            queue.release()
 
-        await room.enter("first")
+        await queue.acquire("first")
         tasks = [asyncio.create_task(visit(key)) for key in "aaaabbc"]
         await asyncio.sleep(0)
-        assert room.num_waiting == 7
+        assert queue.num_waiting == 7
         tasks[1].cancel()
         await asyncio.sleep(0)
-        room.leave()
-        tasks[0].cancel()  # in the moment in which it got its seat
+        queue.release()
+        tasks[0].cancel()  # in the moment in which it got its slot
         await asyncio.wait(tasks)
         assert order == ["b", "c", "a", "b", "a"]
-        assert room.num_waiting == 0
+        assert queue.num_waiting == 0
         assert told[:8] == [1, 2, 3, 4, 5, 6, 7, 6]
         assert told[-1] == 0
-        await room.enter("last")
+        await queue.acquire("last")
 
     asyncio.run(scene())
 
 
-def test_who_leaves_when_its_place_is_taken_gives_up_no_seat() -> None:
+def test_who_leaves_when_its_place_is_taken_gives_up_no_slot() -> None:
     async def scene() -> None:
-        room = WaitingRoom("m", num_seats=1, max_waiting=2, max_wait_s=30)
-        await room.enter("first")
-        tasks = [asyncio.create_task(room.enter("many")) for _ in range(2)]
+        queue = AdmissionQueue("m", num_slots=1, max_waiting=2, max_wait_s=30)
+        await queue.acquire("first")
+        tasks = [asyncio.create_task(queue.acquire("many")) for _ in range(2)]
         await asyncio.sleep(0)
-        late = asyncio.create_task(room.enter("one"))
+        late = asyncio.create_task(queue.acquire("one"))
         await asyncio.sleep(0)  # its place is that of the last of the others
         tasks[1].cancel()
         await asyncio.wait(tasks[1:])
-        assert room.num_waiting == 2
+        assert queue.num_waiting == 2
         assert not late.done()
 
     asyncio.run(scene())
 
 
-def test_a_room_without_places_to_wait_refuses_at_once() -> None:
+def test_a_queue_without_places_to_wait_refuses_at_once() -> None:
     async def scene() -> None:
-        room = WaitingRoom("m", num_seats=1, max_waiting=0, max_wait_s=30)
-        await room.enter("a")
-        with pytest.raises(OverloadedError, match="0 requests wait already"):
-            await room.enter("b")
+        queue = AdmissionQueue("m", num_slots=1, max_waiting=0, max_wait_s=30)
+        await queue.acquire("a")
+        with pytest.raises(OverloadedError, match="0 requests are waiting already"):
+            await queue.acquire("b")
 
     asyncio.run(scene())
 

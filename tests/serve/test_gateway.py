@@ -21,7 +21,7 @@ from PIL import Image
 from support.wait import PATIENCE_S, wait_until, wait_until_ready
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
-from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.types import ChatRequest, Chunk
 
@@ -204,14 +204,14 @@ def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         def __init__(self, folder: Path) -> None:
             self._folder = folder
             self._num_running = 0
-            self._lines = Lines()
+            self._senders = StreamSenders()
 
         async def stats(self) -> dict[str, float]:
             return {"num_running": self._num_running}
 
-        async def chat(self, request: ChatRequest, post: Post) -> AsyncIterator[Chunk]:
+        async def chat(self, request: ChatRequest, post: StreamAddress) -> AsyncIterator[Chunk]:
             async with aclosing(self._talk(request)) as chunks:
-                async for chunk in self._lines.pass_on(chunks, post):
+                async for chunk in self._senders.forward(chunks, post):
                     yield chunk
 
         async def _talk(self, request: ChatRequest) -> AsyncGenerator[Chunk]:

@@ -1,7 +1,7 @@
 """A model that one of LLaVA's own workers serves, as the gateway sees it.
 
-Request -> worker_call.Call -> the worker's HTTP -> objects of the protocol -> Chunk
-Which worker answers, `Workers` says.
+Request -> worker_call.WorkerRequest -> the worker's HTTP -> objects of the protocol -> Chunk
+Which worker answers, `WorkerRegistry` says.
 """
 
 import asyncio
@@ -12,10 +12,10 @@ import httpx
 
 from llava_ray.engine.detokenizer import TextStream
 from llava_ray.errors import EngineError, RequestError, UnreachableError, UnsupportedError
-from llava_ray.serve.backends.replicas import Answer, Backend
+from llava_ray.serve.backends.replicas import Backend, BackendResponse
 from llava_ray.serve.llava.protocol import END, OK, AnswerBody, parse
-from llava_ray.serve.llava.worker_request import Call, build_call
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.llava.worker_request import WorkerRequest, build_worker_request
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, Tokens
 
 MAX_TRIES = 3
@@ -26,10 +26,10 @@ _CONNECT_S = 5.0
 _OBJECT_BYTES = 16 << 20
 
 
-class WorkerBackend(Backend):
+class LlavaWorkerBackend(Backend):
     """A model of one or several registered workers; see `Backend`.
 
-    Its handle is that of the deployment of `Workers`.
+    Its handle is that of the deployment of `WorkerRegistry`.
     """
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
@@ -48,32 +48,34 @@ class WorkerBackend(Backend):
             param="model",
         )
 
-    async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> Answer:
+    async def _start_once(
+        self, request: Request | CompletionRequest, context: RequestContext
+    ) -> BackendResponse:
         """Return the answer once it has begun; a worker that does not begin is forgotten."""
         if isinstance(request, CompletionRequest):
             raise self._cannot("continue plain texts")
-        call = build_call(request)
+        call = build_worker_request(request)
         trouble = "it has left"
         for _ in range(MAX_TRIES):
             address = await self._handle.choose.remote(self.name)
             if not address:
                 break
-            reply = WorkerReply(address, call)
+            reply = WorkerStream(address, call)
             try:
                 first = await anext(reply)
             except UnreachableError as error:
                 trouble = error.message
                 await self._handle.forget.remote(address, trouble)
             else:
-                visit.note_first()
-                return Answer(self, first, reply, visit, num_answers=1)
+                context.note_first_chunk()
+                return BackendResponse(self, first, reply, context, num_answers=1)
         raise UnreachableError(f"no worker of {self.name!r} answers: {trouble}; try again")
 
 
-class WorkerReply:
+class WorkerStream:
     """The chunks of one answer, as they come from a worker."""
 
-    def __init__(self, address: str, call: Call) -> None:
+    def __init__(self, address: str, call: WorkerRequest) -> None:
         objects = read_objects(address, call)
         self._chunks = read_chunks(objects, call, address)
         self._closing: asyncio.Future[None] | None = None
@@ -89,7 +91,7 @@ class WorkerReply:
         self._closing = asyncio.ensure_future(self._chunks.aclose())
 
 
-async def read_objects(address: str, call: Call) -> AsyncGenerator[AnswerBody]:
+async def read_objects(address: str, call: WorkerRequest) -> AsyncGenerator[AnswerBody]:
     """Yield what a worker answers, object by object.
 
     Raises:
@@ -130,7 +132,7 @@ def _check(item: AnswerBody, address: str) -> AnswerBody:
 
 
 async def read_chunks(
-    objects: AsyncGenerator[AnswerBody], call: Call, address: str
+    objects: AsyncGenerator[AnswerBody], call: WorkerRequest, address: str
 ) -> AsyncGenerator[Chunk]:
     """Yield the answer piece by piece; how many tokens it has, such workers do not tell.
 

@@ -9,19 +9,19 @@ from ray.serve.handle import DeploymentHandle
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import ModelNotFoundError
 from llava_ray.serve import log
-from llava_ray.serve.backends.admission_queue import WaitingRoom
-from llava_ray.serve.backends.llava_worker import WorkerBackend
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
+from llava_ray.serve.backends.llava_worker import LlavaWorkerBackend
 from llava_ray.serve.backends.replicas import Backend
 
 
-class Directory:
+class ModelRegistry:
     """Finds the model that a request names.
 
     A name that both have is this application's: a model moves over by being served here too.
 
     Args:
         backends: this application's own models.
-        workers: the deployment of `Workers`, if LLaVA's own workers may register.
+        workers: the deployment of `WorkerRegistry`, if LLaVA's own workers may register.
         limits: how many requests a gateway has at once; such workers have queues of their own.
     """
 
@@ -36,7 +36,7 @@ class Directory:
         self._workers = workers
         self._foreign: dict[str, Backend] = {}
 
-    async def names(self) -> list[str]:
+    async def list_names(self) -> list[str]:
         """Return the names of all models, this application's own first."""
         await self._look_for_workers()
         return [*self._own, *self._foreign]
@@ -45,7 +45,7 @@ class Directory:
         """Return the model of that name; raises `ModelNotFoundError` with those that there are."""
         if name in self._own:
             return self._own[name]
-        names = await self.names()
+        names = await self.list_names()
         if name in self._foreign:
             return self._foreign[name]
         raise ModelNotFoundError(
@@ -67,10 +67,10 @@ class Directory:
         }
 
     def _build_foreign(self, name: str, workers: DeploymentHandle) -> Backend:
-        room = WaitingRoom(
+        queue = AdmissionQueue(
             name,
-            num_seats=self._limits.max_in_flight,
+            num_slots=self._limits.max_in_flight,
             max_waiting=None,
             max_wait_s=self._limits.max_wait_s,
         )
-        return WorkerBackend(name, workers, room)
+        return LlavaWorkerBackend(name, workers, queue)

@@ -1,6 +1,6 @@
 """Fetches the images that a request names by web addresses, and trusts none of them.
 
-    ImagePart with a url -> check_link -> resolve, check every address, connect to a checked one
+    ImagePart with a url -> check_url -> resolve, check every address, connect to a checked one
     -> redirect: from the start | bytes, at most so many, in so many seconds
 
 A name is resolved once a connection, and the connection goes to what was checked, so a second
@@ -24,7 +24,7 @@ import llava_ray
 from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import FetchError, LinkError
 from llava_ray.serve.fetch.ip_policy import Address, parse_address, read_address
-from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_link, is_allowed
+from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_url, is_allowed
 from llava_ray.types import ChatRequest, ImagePart
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -64,7 +64,7 @@ class Fetcher:
             network_backend=_CheckedNetwork(self._config, resolve or _Resolver().resolve),
         )
 
-    async def fill(self, request: ChatRequest) -> ChatRequest:
+    async def fetch_images(self, request: ChatRequest) -> ChatRequest:
         """Return the request with all its images there, each address fetched once.
 
         Raises:
@@ -119,7 +119,7 @@ class Fetcher:
                 link = link.join(headers[b"location"])
             except (KeyError, httpx.InvalidURL):
                 raise _UnusableError("redirects to nothing that is an address") from None
-            link = check_link(str(link), self._config, param=param)
+            link = check_url(str(link), self._config, param=param)
         raise _UnusableError(f"redirects more often than the {self._config.max_redirects} allowed")
 
     async def _read(self, answer: httpcore.Response, length: str, allowance: "_Allowance") -> bytes:

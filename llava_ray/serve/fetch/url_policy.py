@@ -24,15 +24,15 @@ def read_image_url(url: str, *, limits: LimitsConfig, param: str) -> ImagePart:
 
     Raises:
         ImageError: see `images.decode_data_url`; web addresses end there too if none are fetched.
-        LinkError: see `check_link`.
+        LinkError: see `check_url`.
     """
     is_web = url.strip().partition(":")[0].lower() in DEFAULT_PORTS
     if is_web and limits.fetch.hosts:
-        return ImagePart(b"", param, str(check_link(url.strip(), limits.fetch, param=param)))
+        return ImagePart(b"", param, str(check_url(url.strip(), limits.fetch, param=param)))
     return ImagePart(images.decode_data_url(url, limits=limits, param=param), param)
 
 
-def check_link(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
+def check_url(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
     """Return a web address from which an image may be fetched, as far as it can be told from it.
 
     What the name of its host leads to is checked where the connection is made.

@@ -1,6 +1,6 @@
 """Who may come in, and how much at once: API keys, budgets, deadlines, one run for each retry.
 
-    VisitMiddleware -> DoorMiddleware -> routes
+    RequestLogMiddleware -> AuthMiddleware -> routes
     key -> account (429) -> place of an earlier try taken -> room in the gateway (503) -> deadline
 
 Everything here is one gateway's own, but what keys have used: see `ledger.py`.
@@ -28,12 +28,12 @@ from llava_ray.errors import (
 from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.gateway.rate_limit import Account
 from llava_ray.serve.gateway.request_log import send_reply
-from llava_ray.serve.gateway.usage_ledger import Exchange, SharedUsage
+from llava_ray.serve.gateway.usage_ledger import ExchangeCounts, SharedUsage
 from llava_ray.serve.openai.errors import ErrorReply, describe_error
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 
 
-class Login(NamedTuple):
+class BasicCredentials(NamedTuple):
     """A name and password, as they stand in an address before its host."""
 
     name: str
@@ -46,13 +46,13 @@ def read_key(headers: Headers) -> str:
     It is a bearer token, or the password of a login: LLaVA's own clients send what stands in the
     address that they are given, http://any:KEY@host:8000, and nothing else.
     """
-    if login := read_login(headers):
+    if login := read_basic_credentials(headers):
         return login.password.strip()
     scheme, _, key = headers.get("authorization", "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def read_login(headers: Headers) -> Login | None:
+def read_basic_credentials(headers: Headers) -> BasicCredentials | None:
     """Return the login of HTTP's basic authentication (RFC 7617), if that is what came."""
     scheme, _, encoded = headers.get("authorization", "").partition(" ")
     if scheme.lower() != "basic":
@@ -61,7 +61,7 @@ def read_login(headers: Headers) -> Login | None:
         name, mark, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except ValueError:
         return None
-    return Login(name, password) if mark else None
+    return BasicCredentials(name, password) if mark else None
 
 
 Describe = Callable[[LlavaRayError], ErrorReply]
@@ -70,7 +70,7 @@ _ANYBODY = KeyConfig(name="anybody", sha256="0" * 64, is_admin=True)
 _GIVING_WAY_S = 1.0  # for the first try to be gone, when the second one comes
 
 
-class Door:
+class AccessControl:
     """Knows the keys, and what is going on under each.
 
     Args:
@@ -78,13 +78,13 @@ class Door:
         exchange: reaches the ledger that all gateways share; None: there is this one alone.
     """
 
-    def __init__(self, config: ServeConfig, exchange: Exchange | None = None) -> None:
+    def __init__(self, config: ServeConfig, exchange: ExchangeCounts | None = None) -> None:
         self.limits = config.limits
         self._is_open = not config.api_keys
         self._accounts = [Account(key) for key in config.api_keys or [_ANYBODY]]
         self._usage = SharedUsage(self._accounts, exchange)
         self._num_in_flight = 0
-        self._tries: dict[tuple[str, str], Visit] = {}
+        self._tries: dict[tuple[str, str], RequestContext] = {}
 
     def find_account(self, headers: Headers) -> Account:
         """Return the account of the key in the header `Authorization`, see `read_key`.
@@ -116,7 +116,7 @@ class Door:
         seen = self._accounts if own[0].key.is_admin else own
         return await self._usage.describe(seen)
 
-    async def begin(self, account: Account, visit: Visit, headers: Headers) -> None:
+    async def begin(self, account: Account, context: RequestContext, headers: Headers) -> None:
         """Let a request in; `end` is called when it is over.
 
         Raises:
@@ -124,10 +124,10 @@ class Door:
             RateLimitError: the key has used up what it may.
             OverloadedError: the gateway has too much to do.
         """
-        visit.deadline = Deadline(self._read_timeout(headers))
-        visit.retry_key = headers.get("idempotency-key", "")[:255]
-        if visit.retry_key:
-            await self._take_the_place(account, visit)
+        context.deadline = Deadline(self._read_timeout(headers))
+        context.idempotency_key = headers.get("idempotency-key", "")[:255]
+        if context.idempotency_key:
+            await self._take_the_place(account, context)
         if self._num_in_flight >= self.limits.max_in_flight:
             raise OverloadedError(
                 f"the gateway has {self.limits.max_in_flight:,} requests to do, as many as it may: "
@@ -136,23 +136,23 @@ class Door:
         self._usage.sync_soon()  # a refusal counts too
         account.begin()
         self._num_in_flight += 1
-        if visit.retry_key:
-            self._tries[account.key.name, visit.retry_key] = visit
+        if context.idempotency_key:
+            self._tries[account.key.name, context.idempotency_key] = context
 
-    def end(self, account: Account, visit: Visit) -> None:
+    def end(self, account: Account, context: RequestContext) -> None:
         """Count what a request used; a later one may use its Idempotency-Key."""
         self._num_in_flight -= 1
-        account.end(visit.usage, is_error=bool(visit.error))
+        account.end(context.usage, is_error=bool(context.error))
         self._usage.sync_soon()
-        visit.is_over.set()
-        if self._tries.get((account.key.name, visit.retry_key)) is visit:
-            del self._tries[account.key.name, visit.retry_key]
+        context.is_over.set()
+        if self._tries.get((account.key.name, context.idempotency_key)) is context:
+            del self._tries[account.key.name, context.idempotency_key]
 
-    async def _take_the_place(self, account: Account, visit: Visit) -> None:
-        earlier = self._tries.get((account.key.name, visit.retry_key))
+    async def _take_the_place(self, account: Account, context: RequestContext) -> None:
+        earlier = self._tries.get((account.key.name, context.idempotency_key))
         if earlier is None:
             return
-        earlier.deadline.end_now(
+        earlier.deadline.expire_now(
             SupersededError(
                 "a second request with the same Idempotency-Key came and took the place of this "
                 "one: read its answer instead"
@@ -178,22 +178,24 @@ class Door:
         return min(timeout_s, self.limits.request_timeout_s)
 
 
-class DoorMiddleware:
-    """Stands before the routes that take an API key, and behind `VisitMiddleware`.
+class AuthMiddleware:
+    """Stands before the routes that take an API key, and behind `RequestLogMiddleware`.
 
     Args:
         app: the routes.
-        door: the gateway's.
+        access: the gateway's.
         describe: how errors are written to the clients of these routes.
     """
 
-    def __init__(self, app: ASGIApp, door: Door, describe: Describe = describe_error) -> None:
-        self._app, self._door, self._describe = app, door, describe
+    def __init__(
+        self, app: ASGIApp, access: AccessControl, describe: Describe = describe_error
+    ) -> None:
+        self._app, self._access, self._describe = app, access, describe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        visit: Visit = scope["state"]["visit"]
+        context: RequestContext = scope["state"]["context"]
         extra: dict[str, str] = {}
 
         async def send_with_limits(message: Message) -> None:
@@ -202,32 +204,34 @@ class DoorMiddleware:
             await send(message)
 
         try:
-            account = self._door.find_account(Headers(scope=scope))
-            visit.key = account.key.name
+            account = self._access.find_account(Headers(scope=scope))
+            context.key = account.key.name
             if scope["method"] != "POST":
                 return await self._app(scope, receive, send)
             try:
-                await self._door.begin(account, visit, Headers(scope=scope))
+                await self._access.begin(account, context, Headers(scope=scope))
             finally:
                 extra |= account.describe_limits()
             try:
-                await self._run(visit, scope, receive, send_with_limits)
+                await self._run(context, scope, receive, send_with_limits)
             except LlavaRayError as error:
-                visit.error = error.code
+                context.error = error.code
                 raise
             finally:
-                self._door.end(account, visit)
+                self._access.end(account, context)
         except LlavaRayError as error:
-            visit.error = error.code
+            context.error = error.code
             await send_reply(self._describe(error), send_with_limits)
 
-    async def _run(self, visit: Visit, scope: Scope, receive: Receive, send: Send) -> None:
-        """Run the routes; once they have begun to answer, `Answer` heeds the deadline."""
-        async with visit.deadline.hold() as timer:
+    async def _run(
+        self, context: RequestContext, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """Run the routes; once they have begun to answer, `BackendResponse` heeds the deadline."""
+        async with context.deadline.enforce() as timer:
 
             async def send_and_release(message: Message) -> None:
                 if message["type"] == "http.response.start":
-                    visit.deadline.release(timer)
+                    context.deadline.release(timer)
                 await send(message)
 
             await self._app(scope, receive, send_and_release)

@@ -27,13 +27,13 @@ from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
 from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
-from llava_ray.serve.backends.registry import Directory
-from llava_ray.serve.backends.replicas import Answer
-from llava_ray.serve.gateway.auth import read_login
+from llava_ray.serve.backends.registry import ModelRegistry
+from llava_ray.serve.backends.replicas import BackendResponse
+from llava_ray.serve.gateway.auth import read_basic_credentials
 from llava_ray.serve.gateway.responses import read_body
 from llava_ray.serve.llava import protocol
 from llava_ray.serve.llava.worker_registry import check_address
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, PromptRequest
 
 
@@ -50,7 +50,7 @@ def find_address(request: Request, configured: str) -> str:
     scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
     address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
     scheme, mark, rest = address.partition("://")
-    if login := read_login(request.headers):
+    if login := read_basic_credentials(request.headers):
         rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
     return scheme + mark + rest
 
@@ -74,14 +74,14 @@ PATHS = (
 
 
 def build_llava_app(
-    config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+    config: ServeConfig, models: ModelRegistry, workers: DeploymentHandle | None
 ) -> Starlette:
-    """Return the application that answers `PATHS`; it expects a `Visit` with each request.
+    """Return the application that answers `PATHS`; it expects a `RequestContext` with each request.
 
     Args:
-        config: its limits and its `llava_protocol` hold.
+        config: its limits and its `llava_protocol` enforce.
         models: those that can be asked.
-        workers: the deployment of `Workers`, if any may register.
+        workers: the deployment of `WorkerRegistry`, if any may register.
     """
     routes = LlavaRoutes(config, models, workers)
     answers = (
@@ -106,7 +106,7 @@ class LlavaRoutes:
     """What is answered where."""
 
     def __init__(
-        self, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+        self, config: ServeConfig, models: ModelRegistry, workers: DeploymentHandle | None
     ) -> None:
         self._limits = config.limits
         self._protocol = config.llava_protocol
@@ -115,7 +115,7 @@ class LlavaRoutes:
         self._num_running = 0
 
     async def list_models(self, _: Request) -> Response:
-        return _json({"models": await self._models.names()})
+        return _json({"models": await self._models.list_names()})
 
     async def refresh_all_workers(self, _: Request) -> Response:
         if self._workers:
@@ -125,12 +125,12 @@ class LlavaRoutes:
     async def get_worker_address(self, request: Request) -> Response:
         """Always the gateway itself, which hands on what is for a worker, or nothing."""
         asked = protocol.parse(protocol.ModelBody, await self._read(request)).model
-        is_here = asked in await self._models.names()
+        is_here = asked in await self._models.list_names()
         return _json({"address": find_address(request, self._protocol.address) if is_here else ""})
 
     async def get_status(self, _: Request) -> Response:
         """As a worker would answer another controller: one of speed 1 for each model."""
-        names = await self._models.names()
+        names = await self._models.list_names()
         status = {"model_names": names, "speed": len(names), "queue_length": self._num_running}
         return _json(status)
 
@@ -153,7 +153,7 @@ class LlavaRoutes:
         return _json({"exist": exists})
 
     async def generate(self, request: Request) -> Response:
-        visit: Visit = request.state.visit
+        context: RequestContext = request.state.context
         body = await self._read(request)
         call = await asyncio.to_thread(
             protocol.parse_generate,
@@ -161,52 +161,52 @@ class LlavaRoutes:
             limits=self._limits,
             request_id=f"llava-{uuid.uuid4().hex}",
         )
-        visit.model, visit.completion_id = call.model, call.request_id
-        return TextResponse(self._say(call, visit))
+        context.model, context.completion_id = call.model, call.request_id
+        return TextResponse(self._say(call, context))
 
     async def _read(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
-    async def _say(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[bytes]:
+    async def _say(self, call: PromptRequest, context: RequestContext) -> AsyncGenerator[bytes]:
         """Yield the answer's objects; an error is the last of them."""
         self._num_running += 1
         is_over, said = False, call.prompt
         try:
-            async with aclosing(_with_pauses(self._answer(call, visit))) as chunks:
+            async with aclosing(_with_pauses(self._answer(call, context))) as chunks:
                 async for chunk in chunks:
                     said += chunk.text if chunk else ""
                     yield protocol.encode_text(said)
             is_over = True
         except LlavaRayError as error:
-            visit.error = error.code
+            context.error = error.code
             yield protocol.encode_error(error)
         except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
-            message = visit.report(error).body["error"]["message"]
+            message = context.report(error).body["error"]["message"]
             yield protocol.encode_text(message, protocol.FAILED)
         finally:
             self._num_running -= 1
-            if not (is_over or visit.error):
-                visit.note_gone()
+            if not (is_over or context.error):
+                context.note_disconnect()
 
-    async def _answer(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[Chunk]:
-        async with visit.deadline.hold():  # the door holds no longer: the status is out
-            answer = await self._start(call, visit)
+    async def _answer(self, call: PromptRequest, context: RequestContext) -> AsyncGenerator[Chunk]:
+        async with context.deadline.enforce():  # the access holds no longer: the status is out
+            answer = await self._start(call, context)
         try:
             async for chunk in answer:
                 yield chunk
         finally:
             answer.close()
 
-    async def _start(self, call: PromptRequest, visit: Visit) -> Answer:
+    async def _start(self, call: PromptRequest, context: RequestContext) -> BackendResponse:
         """Begin an answer of at most `max_new_tokens`; of fewer if the context ends before."""
         backend = await self._models.find(call.model)
         try:
-            return await backend.start(call, visit)
+            return await backend.start(call, context)
         except ContextLengthError as error:
             if error.param != "max_tokens":
                 raise
         as_many_as_fit = replace(call.sampling, max_tokens=None)
-        return await backend.start(replace(call, sampling=as_many_as_fit), visit)
+        return await backend.start(replace(call, sampling=as_many_as_fit), context)
 
 
 class TextResponse(StreamingResponse):
@@ -259,7 +259,7 @@ def _json(body: Any, status: int = 200) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LlavaRayError)
-    request.state.visit.error = error.code
+    request.state.context.error = error.code
     body = protocol.encode_error(error)
     if request.url.path.endswith(_GENERATE):  # its clients look for the end of an object
         return Response(body, error.status)
@@ -268,7 +268,7 @@ async def _answer_error(request: Request, error: Exception) -> Response:
 
 async def _answer_no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    request.state.visit.error = "method_not_allowed"
+    request.state.context.error = "method_not_allowed"
     message = f"{request.method} is not answered here: use POST"
     body = {"text": message, "error_code": protocol.FAILED}
     return Response(

@@ -3,7 +3,7 @@
 from ray.serve.metrics import Gauge
 from ray.util.metrics import Counter, Histogram
 
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 
 _SECONDS = [0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300]
 
@@ -51,11 +51,11 @@ class Metrics:
         """Take how many requests wait for a model here, of this moment."""
         self._queued.set(num_waiting, {"model": model})
 
-    def count(self, visit: Visit) -> None:
+    def count_request(self, context: RequestContext) -> None:
         """Count a request that is over."""
-        tags = {"key": visit.key, "model": visit.model if visit.is_model_known else ""}
-        self._requests.inc(1, {**tags, "status": str(visit.status), "error": visit.error})
-        used = visit.usage
+        tags = {"key": context.key, "model": context.model if context.is_model_known else ""}
+        self._requests.inc(1, {**tags, "status": str(context.status), "error": context.error})
+        used = context.usage
         for kind, count in (
             ("prompt", used.num_prompt_tokens),
             ("completion", used.num_tokens),
@@ -64,8 +64,8 @@ class Metrics:
         ):
             if count:
                 self._tokens.inc(count, {**tags, "kind": kind})
-        if visit.fetch_s is not None:
-            self._fetch.observe(visit.fetch_s, tags)
-        if visit.first_after_s is not None:
-            self._first.observe(visit.first_after_s, tags)
-        self._total.observe(visit.total_s, tags)
+        if context.fetch_s is not None:
+            self._fetch.observe(context.fetch_s, tags)
+        if context.first_chunk_s is not None:
+            self._first.observe(context.first_chunk_s, tags)
+        self._total.observe(context.total_s, tags)

@@ -1,6 +1,6 @@
 """What the keys have used at all gateways of an application together, kept while these come and go.
 
-    Door.end -> SharedUsage.sync_soon -> Ledger.exchange (an actor) -> what the others have counted
+    AccessControl.end -> SharedUsage.sync_soon -> UsageLedger.exchange (an actor) -> LedgerReply
 
 The actor belongs to no application: it lives as long as the cluster. A gateway tells it all that it
 has counted since it started, so that a call that is lost or comes twice changes nothing.
@@ -22,11 +22,11 @@ from llava_ray.serve.gateway.rate_limit import Account
 Counts = dict[str, Counter[str]]
 """For each key's name what it has used; see `Totals.describe`."""
 
-PAUSE_S = 1.0  # between two exchanges; what a gateway counts in it is lost if it dies
+SYNC_DELAY_S = 1.0  # between two exchanges; what a gateway counts in it is lost if it dies
 _PATIENCE_S = 3.0
 
 
-class Told(NamedTuple):
+class LedgerReply(NamedTuple):
     """What the ledger tells a gateway.
 
     Attributes:
@@ -38,32 +38,32 @@ class Told(NamedTuple):
     others: Counts
 
 
-Exchange = Callable[[str, Counts], Awaitable[Told]]
+ExchangeCounts = Callable[[str, Counts], Awaitable[LedgerReply]]
 
 
-class Ledger:
+class UsageLedger:
     """The actor."""
 
     def __init__(self) -> None:
         self._since = int(time.time())
         self._pages: dict[str, Counts] = {}
 
-    def exchange(self, gateway: str, counts: Counts) -> Told:
+    def exchange(self, gateway: str, counts: Counts) -> LedgerReply:
         """Write down what a gateway has counted since it started."""
         self._pages[gateway] = counts
         others: Counts = {}
         for name, page in self._pages.items():
             for key, used in page.items() if name != gateway else ():
                 others[key] = others.get(key, Counter()) + used
-        return Told(self._since, others)
+        return LedgerReply(self._since, others)
 
 
-def open_ledger(application: str) -> Exchange:
+def open_ledger(application: str) -> ExchangeCounts:
     """Return how to reach the ledger of a Serve application; the first gateway opens it.
 
     It starts at once, while the models load, and not with the first request.
     """
-    remote: Any = ray.remote(Ledger)
+    remote: Any = ray.remote(UsageLedger)
     actor = remote.options(
         name=f"usage of {application}",
         namespace="llava-ray",
@@ -74,7 +74,7 @@ def open_ledger(application: str) -> Exchange:
     )
     actor.remote()
 
-    async def exchange(gateway: str, counts: Counts) -> Told:
+    async def exchange(gateway: str, counts: Counts) -> LedgerReply:
         answer = actor.remote().exchange.remote(gateway, counts)
         return await asyncio.wait_for(answer, _PATIENCE_S)
 
@@ -91,7 +91,7 @@ class SharedUsage:
         exchange: reaches the ledger; None: there are no others.
     """
 
-    def __init__(self, accounts: Sequence[Account], exchange: Exchange | None) -> None:
+    def __init__(self, accounts: Sequence[Account], exchange: ExchangeCounts | None) -> None:
         self._accounts, self._exchange = accounts, exchange
         self._gateway = uuid.uuid4().hex
         self._since = int(time.time())
@@ -99,7 +99,7 @@ class SharedUsage:
         self._next: asyncio.Task[None] | None = None
 
     def sync_soon(self) -> None:
-        """Exchange counts in a moment; many calls are one exchange."""
+        """ExchangeCounts counts in a moment; many calls are one exchange."""
         if self._exchange and (self._next is None or self._next.done()):
             self._next = asyncio.create_task(self._sync_later())
 
@@ -111,11 +111,11 @@ class SharedUsage:
         return {"object": "list", "since": self._since, "complete": is_complete, "data": usage}
 
     async def _sync_later(self) -> None:
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(SYNC_DELAY_S)
         await self._sync()
 
     async def _sync(self) -> bool:
-        """Exchange counts; return whether those of all gateways are known now."""
+        """ExchangeCounts counts; return whether those of all gateways are known now."""
         if self._exchange is None:
             return True
         counts = {account.key.name: account.totals.count() for account in self._accounts}

@@ -28,10 +28,8 @@ from llava_ray.errors import (
     UnreachableError,
 )
 from llava_ray.images import decode_base64
-from llava_ray.serve.openai import errors as openai_answers
-from llava_ray.serve.openai.chat import load_json
-from llava_ray.serve.openai.errors import ErrorReply
-from llava_ray.serve.openai.validation import show
+from llava_ray.serve.openai.errors import ErrorReply, describe_error
+from llava_ray.serve.openai.validation import load_json, show
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 END = b"\0"
@@ -176,9 +174,9 @@ def encode_error(error: LlavaRayError) -> bytes:
     return encode_text(error.message, find_code(error))
 
 
-def describe_error(error: LlavaRayError) -> ErrorReply:
+def describe_llava_error(error: LlavaRayError) -> ErrorReply:
     """Return the answer for a request that is refused at the door."""
-    reply = openai_answers.describe_error(error)
+    reply = describe_error(error)
     return reply._replace(body={"text": error.message, "error_code": find_code(error)})
 
 

@@ -1,7 +1,7 @@
 """LLaVA's own workers that have registered here: what its controller knows of them.
 
-One replica of `Workers` holds the table for all gateways. Who may register is decided before, by
-`check_address`; a worker whose heart beats stop is forgotten, and one that nobody knows, because
+One replica of `WorkerRegistry` holds the table for all gateways. `check_address` decides who may
+register; a worker whose heart beats stop is forgotten, and one that nobody knows, because
 this process was started anew, is asked by the answer to its next heart beat to register again.
 """
 
@@ -25,7 +25,7 @@ _STATUS_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
-class Worker:
+class RegisteredWorker:
     """A worker as it described itself last.
 
     Attributes:
@@ -38,7 +38,7 @@ class Worker:
     heard_at: float
 
 
-class Workers:
+class WorkerRegistry:
     """The table of workers, by address.
 
     Args:
@@ -51,7 +51,7 @@ class Workers:
     ) -> None:
         self._config = config
         self._clock = clock
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
         self._http = httpx.AsyncClient(timeout=STATUS_TIMEOUT_S, trust_env=False)
 
     async def register(self, address: str, is_watched: bool, status: StatusBody | None) -> str:
@@ -64,7 +64,7 @@ class Workers:
                 status = await self._ask(address)
             except (httpx.HTTPError, httpx.InvalidURL, RequestError) as error:
                 return f"the worker at {address} does not tell its status: {error!r}"
-        self._workers[address] = Worker(status, is_watched, self._clock())
+        self._workers[address] = RegisteredWorker(status, is_watched, self._clock())
         log.logger.info(f"LLaVA's worker at {address} serves {', '.join(status.model_names)}")
         return ""
 

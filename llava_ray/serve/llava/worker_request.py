@@ -16,7 +16,7 @@ _MAX_NEW_TOKENS = 1024
 _KNOWN_SAMPLING = {"max_tokens", "temperature", "top_p", "stop"}
 
 
-class Call(NamedTuple):
+class WorkerRequest(NamedTuple):
     """What a worker is asked, and how its answer is read.
 
     Attributes:
@@ -30,7 +30,7 @@ class Call(NamedTuple):
     is_chat: bool
 
 
-def build_call(request: Request) -> Call:
+def build_worker_request(request: Request) -> WorkerRequest:
     """Return the call of a worker for a request.
 
     A conversation is rendered with the template that LLaVA's page takes for the model's name.
@@ -76,7 +76,7 @@ def build_call(request: Request) -> Call:
         "stop": stop[-1] if stop else "</s>",  # without one, such a worker fails
         "images": [base64.b64encode(image.data).decode() for image in images],
     }
-    return Call(body, stop, is_chat=isinstance(request, ChatRequest))
+    return WorkerRequest(body, stop, is_chat=isinstance(request, ChatRequest))
 
 
 def name_template(model: str) -> str:

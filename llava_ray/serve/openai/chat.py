@@ -17,7 +17,7 @@ from typing import Any
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.serve.fetch.url_policy import read_image_url
-from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.call import ApiCall
 from llava_ray.serve.openai.protocol import (
     ChatBody,
     check_options,
@@ -25,7 +25,7 @@ from llava_ray.serve.openai.protocol import (
     read_sampling,
     wants_usage,
 )
-from llava_ray.serve.openai.streaming import ChatForm, Head
+from llava_ray.serve.openai.streaming import ChatFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,
     is_one_of,
@@ -123,7 +123,9 @@ _OTHER_PARTS = {
 }
 
 
-def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> Call:
+def parse_chat(
+    body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str
+) -> ApiCall:
     """Check the JSON body of `/v1/chat/completions` and return what it asks for.
 
     Raises:
@@ -140,10 +142,10 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
     )
     num_answers = read_num_answers(options, limits)
     request = ChatRequest(request_id, options.model, messages, sampling, num_answers)
-    return Call(
+    return ApiCall(
         request,
-        ChatForm(has_logprobs=sampling.num_logprobs is not None),
-        Head(request_id, options.model, int(time.time()), num_answers, num_answers),
+        ChatFormatter(has_logprobs=sampling.num_logprobs is not None),
+        ResponseMeta(request_id, options.model, int(time.time()), num_answers, num_answers),
         stream=bool(options.stream),
         include_usage=wants_usage(options),
     )

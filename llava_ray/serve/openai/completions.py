@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError
-from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.call import ApiCall
 from llava_ray.serve.openai.chat import read_messages
 from llava_ray.serve.openai.protocol import (
     LARGEST_TOKEN_ID,
@@ -24,13 +24,13 @@ from llava_ray.serve.openai.protocol import (
     read_sampling,
     wants_usage,
 )
-from llava_ray.serve.openai.streaming import Head, TextForm
+from llava_ray.serve.openai.streaming import CompletionFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,
-    explain,
     kind_of,
     load_json,
     refuse_unknown,
+    to_request_error,
 )
 from llava_ray.types import ChatRequest, CompletionRequest, TokenizeRequest
 
@@ -42,7 +42,7 @@ _PROMPT_REMEDY = "send a text, a list of texts, a list of token ids, or a list o
 
 def parse_completion(
     body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str
-) -> Call:
+) -> ApiCall:
     """Check the JSON body of `/v1/completions` and return what it asks for.
 
     Raises:
@@ -67,12 +67,12 @@ def parse_completion(
         )
     max_tokens = options.max_tokens or DEFAULT_MAX_TOKENS
     sampling = read_sampling(options, max_tokens=max_tokens, num_logprobs=options.logprobs)
-    return Call(
+    return ApiCall(
         CompletionRequest(
             request_id, options.model, prompts, sampling, answers_each, bool(options.echo)
         ),
-        TextForm(has_logprobs=options.logprobs is not None),
-        Head(request_id, options.model, int(time.time()), answers_each, num_answers),
+        CompletionFormatter(has_logprobs=options.logprobs is not None),
+        ResponseMeta(request_id, options.model, int(time.time()), answers_each, num_answers),
         stream=bool(options.stream),
         include_usage=wants_usage(options),
     )
@@ -114,7 +114,7 @@ def _check(body: dict[str, Any], kind: type[Body]) -> Body:
     try:
         return kind(**body)
     except ValidationError as error:
-        raise explain(error, kind) from None
+        raise to_request_error(error, kind) from None
 
 
 def _read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:

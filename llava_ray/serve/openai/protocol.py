@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
-from llava_ray.serve.openai.validation import explain, is_one_of, refuse_unknown, show
+from llava_ray.serve.openai.validation import is_one_of, refuse_unknown, show, to_request_error
 from llava_ray.types import Sampling
 
 MAX_TOP_LOGPROBS = 20
@@ -184,7 +184,7 @@ def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
     try:
         options = kind(**{name: body[name] for name in own if name in body})
     except ValidationError as error:
-        raise explain(error, kind) from None
+        raise to_request_error(error, kind) from None
     if options.stream_options and not options.stream:
         raise RequestError(
             "stream_options is set, but stream is not: set stream to true or leave it out",

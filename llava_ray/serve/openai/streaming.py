@@ -15,7 +15,7 @@ from llava_ray.types import Chunk, FinishReason, TokenLogprob, count_usage
 _LOWEST = -9999.0  # JSON has no infinity
 
 
-class Head(NamedTuple):
+class ResponseMeta(NamedTuple):
     """What all objects of one answer have in common.
 
     Attributes:
@@ -33,53 +33,53 @@ class Head(NamedTuple):
     num_answers: int = 1
 
 
-class Form(Protocol):
-    """How one kind of answer is written. Implementations: ChatForm, TextForm."""
+class ResponseFormatter(Protocol):
+    """How one kind of answer is written. Implementations: ChatFormatter, CompletionFormatter."""
 
-    whole_name: str
-    piece_name: str
+    object_name: str
+    chunk_object_name: str
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
+    def final(self, chunk: Chunk) -> dict[str, Any]:
         """Return the choice for an answer whose chunks were joined."""
         ...
 
-    def opening(self) -> dict[str, Any] | None:
+    def first(self) -> dict[str, Any] | None:
         """Return what the first event of an answer's choice holds, if there is such an event."""
         ...
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
         """Return what an event's choice holds for a chunk's text and logprobs."""
         ...
 
-    def ending(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         """Return what the last event of an answer's choice holds beside the reason."""
         ...
 
 
-class ChatForm:
+class ChatFormatter:
     """Choices of a chat.
 
     Args:
         has_logprobs: they were asked for.
     """
 
-    whole_name = "chat.completion"
-    piece_name = "chat.completion.chunk"
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
 
     def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
+    def final(self, chunk: Chunk) -> dict[str, Any]:
         message = {"role": "assistant", "content": chunk.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(chunk)}
 
-    def opening(self) -> dict[str, Any]:
+    def first(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
         return {"delta": {"content": chunk.text}, "logprobs": self._logprobs(chunk)}
 
-    def ending(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any] | None:
@@ -93,29 +93,29 @@ class ChatForm:
         return {"content": content, "refusal": None}
 
 
-class TextForm:
+class CompletionFormatter:
     """Choices of a plain completion.
 
     Args:
         has_logprobs: they were asked for.
     """
 
-    whole_name = piece_name = "text_completion"
+    object_name = chunk_object_name = "text_completion"
 
     def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
         self._offsets: dict[int, int] = {}  # answer -> characters that its logprobs stand for
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
-        return self.piece(chunk)
+    def final(self, chunk: Chunk) -> dict[str, Any]:
+        return self.delta(chunk)
 
-    def opening(self) -> None:
+    def first(self) -> None:
         return None
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
         return {"text": chunk.text, "logprobs": self._logprobs(chunk)}
 
-    def ending(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any] | None:
@@ -135,20 +135,22 @@ class TextForm:
         }
 
 
-def build_completion(chunks: Iterable[Chunk], form: Form, head: Head) -> dict[str, Any]:
+def build_completion(
+    chunks: Iterable[Chunk], formatter: ResponseFormatter, meta: ResponseMeta
+) -> dict[str, Any]:
     """Return all the answers to a request as one object."""
     answers: dict[int, Chunk] = {}
     for chunk in chunks:
         before = answers.get(chunk.answer)
         answers[chunk.answer] = before.join(chunk) if before else chunk
-    usage = count_usage(answers.values(), answers_each=head.answers_each)
+    usage = count_usage(answers.values(), answers_each=meta.answers_each)
     return {
-        "id": head.completion_id,
-        "object": form.whole_name,
-        "created": head.created,
-        "model": head.model,
+        "id": meta.completion_id,
+        "object": formatter.object_name,
+        "created": meta.created,
+        "model": meta.model,
         "choices": [
-            {"index": index, **form.whole(answer), "finish_reason": answer.finish_reason}
+            {"index": index, **formatter.final(answer), "finish_reason": answer.finish_reason}
             for index, answer in sorted(answers.items())
         ],
         "usage": describe_usage(usage),
@@ -157,7 +159,7 @@ def build_completion(chunks: Iterable[Chunk], form: Form, head: Head) -> dict[st
 
 
 @dataclass
-class _Written:
+class _ChoiceState:
     """What is known of one answer while it is written: the text of its events around its own."""
 
     before: str
@@ -171,21 +173,23 @@ class ChunkEncoder:
     A token costs one `json.dumps` of its text; all that stays the same is written once.
     """
 
-    def __init__(self, form: Form, head: Head, *, include_usage: bool) -> None:
+    def __init__(
+        self, formatter: ResponseFormatter, meta: ResponseMeta, *, include_usage: bool
+    ) -> None:
         fields = {
-            "id": head.completion_id,
-            "object": form.piece_name,
-            "created": head.created,
-            "model": head.model,
+            "id": meta.completion_id,
+            "object": formatter.chunk_object_name,
+            "created": meta.created,
+            "model": meta.model,
             "system_fingerprint": None,
         }
-        self._form = form
-        self._answers_each = head.answers_each
-        self._num_open = head.num_answers
+        self._formatter = formatter
+        self._answers_each = meta.answers_each
+        self._num_open = meta.num_answers
         self._include_usage = include_usage
         self._head = "data: " + json.dumps(fields)[:-1]
         self._tail = ', "usage": null}\n\n' if include_usage else "}\n\n"
-        self._written: dict[int, _Written] = {}
+        self._written: dict[int, _ChoiceState] = {}
 
     def encode(self, chunk: Chunk) -> bytes:
         """Return the events for a chunk; nothing for one that adds nothing."""
@@ -193,24 +197,24 @@ class ChunkEncoder:
         written = self._written.get(chunk.answer)
         if written is None:
             written = self._written[chunk.answer] = self._begin(chunk.answer)
-            if opening := self._form.opening():
+            if opening := self._formatter.first():
                 events = self._event(chunk.answer, opening)
         if chunk.logprobs:
-            events += self._event(chunk.answer, self._form.piece(chunk))
+            events += self._event(chunk.answer, self._formatter.delta(chunk))
         elif chunk.text:
             events += f"{written.before}{json.dumps(chunk.text)}{written.after}"
         if chunk.finish_reason:
             written.latest = chunk
             self._num_open -= 1
-            events += self._event(chunk.answer, self._form.ending(), chunk.finish_reason)
+            events += self._event(chunk.answer, self._formatter.finish(), chunk.finish_reason)
             if self._include_usage and not self._num_open:
                 events += self._write_usage()
         return events.encode()
 
-    def _begin(self, index: int) -> _Written:
+    def _begin(self, index: int) -> _ChoiceState:
         empty = Chunk("", None, 0, 0, 0, index)
-        before, _, after = self._event(index, self._form.piece(empty)).rpartition('""')
-        return _Written(before, after)
+        before, _, after = self._event(index, self._formatter.delta(empty)).rpartition('""')
+        return _ChoiceState(before, after)
 
     def _event(
         self, index: int, fields: dict[str, Any], finish_reason: FinishReason | None = None

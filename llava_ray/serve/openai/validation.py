@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from llava_ray.errors import RequestError
 
 
-def explain(error: ValidationError, body: type[BaseModel]) -> RequestError:
+def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestError:
     """Return what pydantic found wrong with a body; a field's description is the remedy."""
     detail = error.errors(include_url=False)[0]
     path = _path(detail["loc"])

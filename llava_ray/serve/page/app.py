@@ -61,7 +61,7 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
 
     from llava_ray.serve.page.handlers import Handlers
     from llava_ray.serve.page.layout import build_layout
-    from llava_ray.serve.page.upload_guard import MAX_UPLOAD_BYTES, Door
+    from llava_ray.serve.page.upload_guard import MAX_UPLOAD_BYTES, UploadGuard
     from llava_ray.serve.page.wiring import wire
 
     handlers = Handlers(config)
@@ -76,7 +76,7 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
         api,
         layout.page,
         path="/",
-        app_kwargs={"middleware": [Middleware(Door)]},
+        app_kwargs={"middleware": [Middleware(UploadGuard)]},
         root_path=config.root_path,
         enable_monitoring=False,
         theme=theme,

@@ -30,7 +30,7 @@ _NOTE = "note"
 
 
 @dataclass(slots=True)
-class Answer:
+class PageAnswer:
     """One question on its way to a model, and what came back so far.
 
     Attributes:
@@ -60,7 +60,7 @@ class Answer:
         return [{"role": "assistant", "content": content, "metadata": {"id": self.answer_id}}]
 
 
-async def stream_answer(url: str, answer: Answer) -> AsyncGenerator[Chat]:
+async def stream_answer(url: str, answer: PageAnswer) -> AsyncGenerator[Chat]:
     """Yield the messages to show after the history, again and again as the answer grows.
 
     Args:

@@ -16,7 +16,7 @@ from llava_ray.config import ModelConfig, PageConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.serve.page import conversation
 from llava_ray.serve.page.compare import stream_together
-from llava_ray.serve.page.conversation import Answer, Chat
+from llava_ray.serve.page.conversation import Chat, PageAnswer
 from llava_ray.serve.page.download import pack_conversations
 from llava_ray.serve.page.feedback import Comparison, FeedbackLog, Vote
 from llava_ray.serve.page.image_modes import ImageMode
@@ -80,12 +80,12 @@ class Handlers:
         image_mode: ImageMode,
         request: gr.Request,
     ) -> AsyncGenerator[list[Any]]:
-        """Answer the last question, by one model or by two at once."""
+        """PageAnswer the last question, by one model or by two at once."""
         if not conversation.is_question(left):
             return
         sampling = Sampling(int(max_tokens), temperature, top_p)
         sides = [(model, left), (other_model, right)][: 1 + is_double]
-        answers = [Answer(name or "", chat, sampling, image_mode) for name, chat in sides]
+        answers = [PageAnswer(name or "", chat, sampling, image_mode) for name, chat in sides]
         if refusal := await self._moderate(left):
             yield _show(answers, [[refusal]] * len(answers))
             return
@@ -139,7 +139,7 @@ class Handlers:
             return conversation.show_error(error)
         return None
 
-    def _log_answers(self, answers: list[Answer]) -> dict[str, Any] | None:
+    def _log_answers(self, answers: list[PageAnswer]) -> dict[str, Any] | None:
         """The note that tells why answers could not be logged, if so."""
         try:
             for answer in answers:
@@ -223,7 +223,7 @@ def describe_model(name: str | None) -> Any:
     return gr.Markdown(demo.KNOWS, visible=name == ModelConfig(path="demo").name)
 
 
-def _show(answers: list[Answer], shown: list[Any]) -> list[Any]:
+def _show(answers: list[PageAnswer], shown: list[Any]) -> list[Any]:
     chats = [
         [*answer.history, *(messages or [])]
         for answer, messages in zip(answers, shown, strict=True)

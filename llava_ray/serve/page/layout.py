@@ -41,7 +41,7 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class PageLayout:
     """The components that do something, by what they are for."""
 
     page: gr.Blocks
@@ -73,7 +73,7 @@ class Layout:
     settings: list[Any]
 
 
-def build_layout(config: PageConfig) -> Layout:
+def build_layout(config: PageConfig) -> PageLayout:
     """Return the page without any behaviour."""
     parts: dict[str, Any] = {"is_logged": bool(config.feedback_dir)}
     with GuardedBlocks(
@@ -101,7 +101,7 @@ def build_layout(config: PageConfig) -> Layout:
                 label="Camera", show_label=False, sources=["webcam"], height=320, buttons=[]
             )
         parts["settings"] = _build_settings()
-    return Layout(**parts)
+    return PageLayout(**parts)
 
 
 def _build_head() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Gradio fetches addresses that stand in a value where a file is expected, builds components that a
 chat message names, gives out what handlers name, and has many routes that this page does not use.
-Here: `Door` lets through the routes of the page and bounds what they bring; `GuardedBlocks` looks
+`UploadGuard` lets through the routes of the page and bounds what they bring; `GuardedBlocks` looks
 at every value before Gradio does. A file is an upload of a visitor, or nothing.
 """
 
@@ -89,7 +89,7 @@ def is_upload(path: str) -> bool:
     return place.is_absolute() and is_inside and resolved.is_file()
 
 
-class Door:
+class UploadGuard:
     """ASGI middleware around Gradio's application: its routes, and the bytes they may bring."""
 
     def __init__(self, app: ASGIApp) -> None:

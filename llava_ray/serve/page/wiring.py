@@ -8,7 +8,7 @@ import gradio as gr
 from llava_ray.serve.page import handlers as do
 from llava_ray.serve.page.conversation import Chat, find_answer, find_questions
 from llava_ray.serve.page.handlers import Handlers
-from llava_ray.serve.page.layout import Layout
+from llava_ray.serve.page.layout import PageLayout
 
 # Not queue=False: Gradio then forgets the prefix of the page in the addresses of images.
 QUICK: dict[str, Any] = {
@@ -19,7 +19,7 @@ QUICK: dict[str, Any] = {
 CLICK_DOWNLOAD = "() => document.querySelector('#download a, a#download, #download').click()"
 
 
-def wire(layout: Layout, handlers: Handlers) -> None:
+def wire(layout: PageLayout, handlers: Handlers) -> None:
     """Give the page its behaviour."""
     with layout.page:
         _wire_models(layout, handlers)
@@ -29,7 +29,7 @@ def wire(layout: Layout, handlers: Handlers) -> None:
         _wire_results(layout, handlers)
 
 
-def _wire_models(on: Layout, handlers: Handlers) -> None:
+def _wire_models(on: PageLayout, handlers: Handlers) -> None:
     models = [on.model, on.other_model]
     on.page.load(handlers.load, None, [*models, on.knows, on.left], **QUICK)
     on.reload.click(handlers.reload, models, models, **QUICK)
@@ -39,14 +39,14 @@ def _wire_models(on: Layout, handlers: Handlers) -> None:
     on.is_double.change(_lay_out_sides, [on.is_double, on.left], changed, **QUICK)
 
 
-def _wire_images(on: Layout) -> None:
+def _wire_images(on: PageLayout) -> None:
     on.draw.click(do.draw, None, [on.box, *on.chips], **QUICK)
     # Not preprocessed: Gradio would decode the image, and whatever a visitor sends as one.
     places = [on.box, on.camera, on.camera_panel]
     on.camera.input(do.add_image, [on.camera, on.box], places, preprocess=False, **QUICK)
 
 
-def _wire_starts(on: Layout) -> list[Any]:
+def _wire_starts(on: PageLayout) -> list[Any]:
     """All that asks a question."""
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     examples: list[Any] = list(on.left.examples or [])
@@ -70,7 +70,7 @@ def _wire_starts(on: Layout) -> list[Any]:
     ]
 
 
-def _answer_after(start: Any, on: Layout, handlers: Handlers) -> Any:
+def _answer_after(start: Any, on: PageLayout, handlers: Handlers) -> Any:
     begun = start.then(lambda: _wait(on), None, _controls(on), **QUICK)
     answering = begun.then(
         handlers.answer,
@@ -82,7 +82,7 @@ def _answer_after(start: Any, on: Layout, handlers: Handlers) -> Any:
     return answering
 
 
-def _wire_ends(on: Layout, running: list[Any]) -> None:
+def _wire_ends(on: PageLayout, running: list[Any]) -> None:
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     stopping = on.box.stop(None, cancels=running)
     _get_ready_after(stopping.then(do.mark_stopped, sides, chats, **QUICK), on)
@@ -92,7 +92,7 @@ def _wire_ends(on: Layout, running: list[Any]) -> None:
     on.edit.click(do.take_back, sides, changed, **QUICK)
 
 
-def _wire_results(on: Layout, handlers: Handlers) -> None:
+def _wire_results(on: PageLayout, handlers: Handlers) -> None:
     """What can be done with answers."""
     chats = [on.left, on.right]
     packed = on.save.click(handlers.save, chats, on.download, **QUICK)
@@ -135,14 +135,14 @@ def _lay_out_sides(is_double: bool, left: Chat) -> tuple[Any, ...]:
     return gr.Dropdown(visible=is_double), gr.Column(visible=is_double), right, hidden, hidden
 
 
-def _controls(on: Layout) -> list[Any]:
+def _controls(on: PageLayout) -> list[Any]:
     """What changes while an answer comes."""
     rows = [on.vote_row, on.verdict_row, on.correction.panel]
     buttons = [on.regenerate, on.edit, on.save, on.clear, on.draw, *on.chips]
     return [on.box, on.is_double, *rows, *buttons]
 
 
-def _wait(on: Layout) -> list[Any]:
+def _wait(on: PageLayout) -> list[Any]:
     """What the controls are while an answer comes."""
     return [
         gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
@@ -152,7 +152,7 @@ def _wait(on: Layout) -> list[Any]:
     ]
 
 
-def _get_ready_after(event: Any, on: Layout) -> None:
+def _get_ready_after(event: Any, on: PageLayout) -> None:
     def get_ready(left: Chat, right: Chat, is_double: bool) -> list[Any]:
         has_asked = bool(find_questions(left))
         has_answer = find_answer(left) is not None

@@ -12,7 +12,7 @@ from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.errors import EngineError
 from llava_ray.serve import log
-from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.replica.metrics import ReplicaMetrics
 from llava_ray.types import (
@@ -51,7 +51,7 @@ class Replica:
         self._engine = load_engine(model, note_images=self._metrics.note_images)
         self._limits = limits
         self._messages_per_s = model.messages_per_s
-        self._lines = Lines()
+        self._senders = StreamSenders()
         self._num_streams = 0
         self._num_failed_checks = 0
         self._deadlines: set[Deadline] = set()  # of what is being answered
@@ -60,12 +60,14 @@ class Replica:
         self._engine.template.render([hello])  # compiled before the first user waits for it
         log.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: Request, post: Post | None = None) -> AsyncGenerator[Chunk]:
+    async def chat(
+        self, request: Request, address: StreamAddress | None = None
+    ) -> AsyncGenerator[Chunk]:
         """Stream the answer; leaving the iterator aborts the request in the engine.
 
         Args:
             request: what to answer.
-            post: where all chunks but the first may be sent instead of being yielded.
+            address: where all chunks but the first may be sent instead of being yielded.
         """
         answer = chat(
             self._engine,
@@ -76,16 +78,16 @@ class Replica:
             note_render=self._metrics.note_render,
         )
         async with aclosing(self._send(answer, request)) as chunks:
-            async for chunk in self._lines.pass_on(chunks, post):
+            async for chunk in self._senders.forward(chunks, address):
                 yield chunk
 
     async def complete(
-        self, request: CompletionRequest, post: Post | None = None
+        self, request: CompletionRequest, address: StreamAddress | None = None
     ) -> AsyncGenerator[Chunk]:
         """Stream the answers to plain prompts, as `chat` does."""
         answers = complete(self._engine, request)
         async with aclosing(self._send(answers, request)) as chunks:
-            async for chunk in self._lines.pass_on(chunks, post):
+            async for chunk in self._senders.forward(chunks, address):
                 yield chunk
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
@@ -94,7 +96,7 @@ class Replica:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._engine.detokenize(token_ids)
 
-    async def tell_context_length(self) -> int:
+    async def get_context_length(self) -> int:
         return self._engine.context_length
 
     async def _send(
@@ -104,15 +106,17 @@ class Replica:
         deadline = Deadline()
         self._deadlines.add(deadline)
         try:
-            with self._metrics.follow(request) as progress:
-                async with aclosing(self._join(answer, request.num_answers)) as pieces:
+            with self._metrics.track(request) as progress:
+                async with aclosing(self._coalesce(answer, request.num_answers)) as pieces:
                     async for piece in deadline.watch(pieces):
-                        progress.note_piece(piece)
+                        progress.note_chunk(piece)
                         yield piece
         finally:
             self._deadlines.discard(deadline)
 
-    async def _join(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
+    async def _coalesce(
+        self, answer: AsyncGenerator[Chunk], num_answers: int
+    ) -> AsyncGenerator[Chunk]:
         """Yield an answer, joined to the pieces that are sent.
 
         The first piece goes out at once. Later ones are joined while the replica as a whole would
@@ -150,7 +154,7 @@ class Replica:
             self._num_failed_checks += 1
             if self._num_failed_checks >= FAILED_CHECKS:
                 for deadline in self._deadlines:
-                    deadline.end_now(
+                    deadline.expire_now(
                         EngineError("the engine does not work and is being replaced: try again")
                     )
             raise

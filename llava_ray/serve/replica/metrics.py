@@ -25,7 +25,7 @@ _STATS = {
 }
 
 
-class Progress:
+class RequestTracker:
     """One request on its way through a replica."""
 
     def __init__(self, metrics: "ReplicaMetrics") -> None:
@@ -34,7 +34,7 @@ class Progress:
         self._noted_at: dict[int, float] = {}
         self.latest: dict[int, Chunk] = {}  # of each answer
 
-    def note_piece(self, chunk: Chunk) -> None:
+    def note_chunk(self, chunk: Chunk) -> None:
         """A piece of an answer goes out; `chunk` is the last that is joined in it."""
         now = time.monotonic()
         if before := self.latest.get(chunk.answer):
@@ -119,9 +119,9 @@ class ReplicaMetrics:
                 self._images.inc(count, {"kind": kind})
 
     @contextmanager
-    def follow(self, request: Request | CompletionRequest) -> Iterator[Progress]:
+    def track(self, request: Request | CompletionRequest) -> Iterator[RequestTracker]:
         """Count the request that the block answers, and log how it ended."""
-        progress = Progress(self)
+        progress = RequestTracker(self)
         end = ""
         try:
             yield progress
