@@ -59,7 +59,10 @@ def test_without_keys_the_door_is_open() -> None:
 def test_with_keys_only_those_who_have_one_come_in() -> None:
     async def scene(there: Nearby) -> None:
         paths = ("/v1/models", "/v1/models/talker", "/v1/usage", "/v1/nothing")
-        for name, words in (("", "wants an API key"), ("lr-mallory-0123456789", "not known here")):
+        for name, words in (
+            ("", "requires an API key"),
+            ("lr-mallory-0123456789", "unknown API key"),
+        ):
             for reply in [
                 *[await there.get(path, name) for path in paths],
                 await there.say("", name),
@@ -88,7 +91,7 @@ def test_our_own_client_sends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
         async with Client(there.url) as client:
             assert await client.list_models() == ["talker"]
         async with Client(there.url, api_key="") as client:
-            with pytest.raises(AuthError, match="wants an API key"):
+            with pytest.raises(AuthError, match="requires an API key"):
                 await client.list_models()
 
     play(scene, **LOCKED)
@@ -169,7 +172,7 @@ def test_requests_a_minute_are_counted_for_each_key() -> None:
             "0",
         ]
         assert error_of(replies[-1]) == (429, "rate_limit_exceeded")
-        assert "used up its 2 requests a minute" in replies[-1].json()["error"]["message"]
+        assert "used up its 2 requests per minute" in replies[-1].json()["error"]["message"]
         assert 0 < int(replies[-1].headers["retry-after"]) <= 30
         assert replies[-1].headers["x-ratelimit-limit-requests"] == "2"
         assert (await there.get("/v1/models", "alice")).status_code == 200  # costs nothing
@@ -188,7 +191,7 @@ def test_tokens_are_counted_when_an_answer_ends_also_when_it_is_broken_off() -> 
         assert reply.headers["x-ratelimit-remaining-tokens"] == "2"
         refused = await there.say("Hello", "alice")  # 7 + 3 more: overdrawn
         assert error_of(refused) == (429, "rate_limit_exceeded")
-        assert "10 tokens a day" in refused.json()["error"]["message"]
+        assert "10 tokens per day" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) > 3600
         assert refused.headers["x-should-retry"] == "false"
 
@@ -210,7 +213,7 @@ def test_budgets_are_filled_again_evenly() -> None:
     account.begin()
     account.end(Usage(num_prompt_tokens=50, num_tokens=100), is_error=False)  # 90 below zero
     now[0] += 60
-    with pytest.raises(RateLimitError, match="60 tokens a minute: try again in 31 s"):
+    with pytest.raises(RateLimitError, match="60 tokens per minute: try again in 31 s"):
         account.begin()
     now[0] += 31
     account.begin()
@@ -238,7 +241,7 @@ def test_a_full_gateway_says_so_at_once() -> None:
         async with there.stream("linger"):
             refused = await there.say("Hello")
             assert error_of(refused) == (503, "overloaded")
-            assert "1 requests to do, as many as it may" in refused.json()["error"]["message"]
+            assert "1 requests in flight, its maximum" in refused.json()["error"]["message"]
             assert refused.headers["retry-after"] == "1"
             assert (await there.get("/healthz")).status_code == 200
             assert (await there.get("/v1/models")).status_code == 200

@@ -1,6 +1,6 @@
-"""The routes access: the deployment, its applications, and the guard before them. No torch here.
+"""The gateway: the ingress deployment, which assembles routes and middleware. It needs no torch.
 
-`routes.py` has the routes of our API, `llava_routes.py` those of LLaVA's own protocol.
+`openai_routes.py` has the routes of the OpenAI API, `llava_routes.py` those of LLaVA's protocol.
 """
 
 import os
@@ -34,9 +34,9 @@ class Gateway:
     """The ingress deployment: the API, and the page if the configuration has it.
 
     Args:
-        config: the application's.
-        models: for each model's name the handle of its deployment of `Replica`.
-        workers: the handle of the deployment of `WorkerRegistry`, if any may register.
+        config: the application's configuration.
+        models: for each model's name the handle of its `Replica` deployment.
+        workers: the handle of the `WorkerRegistry` deployment; None: no workers may register.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Gateway:
         return api
 
     def _hand_over_key(self) -> None:
-        """The page is a client like any other: its key comes from the environment."""
+        """Set the environment variable from which the page, as a client, takes its key."""
         os.environ.pop(CLIENT_KEY_VARIABLE, None)
         if self._config.page_key:
             os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
@@ -83,11 +83,11 @@ def build_api(
     """Return the HTTP application, on which a page may be mounted.
 
     Args:
-        config: the application's; its limits enforce here.
-        models: for each model's name a handle on which `chat` and `stats` can be called.
-        workers: a handle on `WorkerRegistry`, if any may register.
-        exchange: reaches the ledger of usage that several gateways share.
-        receiver: where replicas may send chunks past Ray.
+        config: the application's configuration.
+        models: for each model's name the handle of its `Replica` deployment.
+        workers: the handle of the `WorkerRegistry` deployment; None: no workers may register.
+        exchange: reaches the usage ledger that all gateways share; None: one gateway.
+        receiver: receives chunks that bypass Ray; None: all chunks come through Ray.
     """
     access = AccessControl(config, exchange)
     metrics = Metrics()
@@ -112,7 +112,7 @@ def build_api(
     api.add_api_route("/readyz", routes.check_readiness)
     api.add_api_route("/openapi.json", routes.show_openapi)
     api.mount("/v1", v1)
-    for path in ("/usage", "/tokenize", "/detokenize"):  # the last two are there in vLLM
+    for path in ("/usage", "/tokenize", "/detokenize"):  # vLLM has the last two without /v1
         api.router.routes.append(Route(path, v1))
     if config.llava_protocol.enabled:
         llava = build_llava_app(config, routes.models, workers)
@@ -128,7 +128,7 @@ def _guard(
     metrics: Metrics,
     describe: Describe = describe_error,
 ) -> None:
-    """Let nothing come to the routes of an application but through the access."""
+    """Wrap an application in the request log, access control and CORS middleware."""
     api.add_middleware(AuthMiddleware, access=access, describe=describe)
     api.add_middleware(RequestLogMiddleware, metrics=metrics)
     if config.cors_origins:

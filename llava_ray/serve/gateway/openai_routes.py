@@ -1,7 +1,7 @@
-"""The routes of the OpenAI API, of health and of usage.
+"""The routes of the OpenAI API, and of health checks and usage.
 
-The way of a request: read_body -> parse -> Fetcher.fill -> Backend.start -> BackendResponse
--> completion | events
+read_body -> parse_chat -> Fetcher.fetch_images -> Backend.start -> BackendResponse
+-> build_completion (JSON) | EventResponse (server-sent events)
 """
 
 import asyncio
@@ -37,7 +37,7 @@ from llava_ray.types import ChatRequest, CompletionRequest
 
 
 class OpenAIRoutes:
-    """The routes."""
+    """The handlers of the routes; `gateway/deployment.py` gives them their paths."""
 
     def __init__(
         self,
@@ -140,15 +140,15 @@ class OpenAIRoutes:
         return json_response(describe_api(list(self._backends)))
 
     async def show_usage(self, request: Request) -> Response:
-        """`GET /usage`: of the caller's key, or of all keys for an admin's."""
+        """`GET /usage`: the usage of the caller's key, or of all keys for an admin key."""
         return json_response(await self._access.describe_usage(request.state.context.key))
 
     async def check_liveness(self) -> Response:
-        """`GET /healthz`: this process answers."""
+        """`GET /healthz`: this process is alive."""
         return json_response({"status": "alive"})
 
     async def check_readiness(self) -> Response:
-        """`GET /readyz`: every model that is to be up answers; else 503 and what is missing."""
+        """`GET /readyz`: 200 if all models that must run respond, else 503 and which do not."""
         awake = [
             backend for name, backend in self._backends.items() if name not in self._scale_to_zero
         ]
@@ -165,7 +165,7 @@ class OpenAIRoutes:
     async def _describe_model(self, backend: Backend) -> dict[str, Any]:
         is_asleep = (
             backend.parent or backend.name
-        ) in self._scale_to_zero  # a question would wake it
+        ) in self._scale_to_zero  # a call would start a replica
         return describe_model(
             backend.name,
             created=self._created,
@@ -174,12 +174,10 @@ class OpenAIRoutes:
         )
 
     async def _find_backend(self, name: str | None) -> Backend:
-        """The model of that name, or the only one."""
+        """Return the model of that name; None: the only model there is."""
         names = await self.models.list_names()
         if name is None and len(names) > 1:
-            raise RequestError(
-                f"model is missing, and there are {', '.join(names)}: name one", param="model"
-            )
+            raise RequestError(f"model is missing: name one of {', '.join(names)}", param="model")
         return await self.models.find(names[0] if name is None else name)
 
     async def _read(self, request: Request) -> bytes:
@@ -189,17 +187,17 @@ class OpenAIRoutes:
 def cap_tokens(
     request: ChatRequest | CompletionRequest, limits: LimitsConfig
 ) -> ChatRequest | CompletionRequest:
-    """Return the request with as many tokens for its answer as are allowed at most.
+    """Return the request with `max_tokens` set to the limit if it sets none.
 
     Raises:
-        RequestError: it asks for more.
+        RequestError: it asks for more than the limit.
     """
     most, asked = limits.max_tokens, request.sampling.max_tokens
     if most is None:
         return request
     if asked is not None and asked > most:
         raise RequestError(
-            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for less",
+            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for fewer",
             param="max_tokens",
         )
     return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))

@@ -1,6 +1,7 @@
-"""What the gateway notes about a request: its id, a line in the log, and what nobody foresaw.
+"""The request log: ASGI middleware that gives a request its id and context, and logs its end.
 
-Neither bodies nor keys get into the log: a line has the key's name, the model's and figures.
+It also answers unexpected exceptions with a 500. Bodies and API keys are never logged: a line has
+the key's name, the model's name, the status, token counts and times.
 """
 
 import asyncio
@@ -21,8 +22,8 @@ from llava_ray.serve.request_context import CLIENT_CLOSED_REQUEST, RequestContex
 class RequestLogMiddleware:
     """Gives each request its context (`request.state.context`) and logs it when it has ended.
 
-    The id is that of the header `x-request-id`, which Serve's proxy makes where the client did not,
-    and sends back.
+    The id comes from the header `x-request-id`. Serve's proxy adds that header if the client did
+    not send it, and returns it in the response.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics | None = None) -> None:
@@ -53,7 +54,7 @@ class RequestLogMiddleware:
         except Exception as error:
             reply = context.report(error)
             if has_begun:
-                raise  # half an answer is out: the connection has to break
+                raise  # part of the response has been sent: break the connection
             await send_reply(reply, send_and_note)
         finally:
             context.status = context.status or CLIENT_CLOSED_REQUEST

@@ -1,6 +1,6 @@
-"""How the gateway answers: JSON, server-sent events, errors.
+"""HTTP bodies of the gateway: reads requests; writes JSON, server-sent events and errors.
 
-`backend.explain` makes errors of ours of Ray's; `openai_errors.describe_error` says their status.
+`serve/openai/errors.py` decides status and body of an error.
 """
 
 import json
@@ -23,12 +23,12 @@ def json_response(
     body: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return a body as JSON."""
-    # Escaped to ASCII: a name that is quoted back may not be valid Unicode.
+    # json.dumps escapes to ASCII: a name from the request may not be valid Unicode.
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 class EventResponse(StreamingResponse):
-    """An answer as server-sent events. However it ends, the replica stops working on it."""
+    """A response as server-sent events; however it ends, the replica's work is cancelled."""
 
     def __init__(
         self, answer: BackendResponse, encoder: ChunkEncoder, context: RequestContext
@@ -53,7 +53,7 @@ class EventResponse(StreamingResponse):
         except LlavaRayError as error:
             self._context.error = error.code
             yield encode_error(describe_error(error))
-        except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
+        except Exception as error:  # noqa: BLE001 - the status is sent: report it as an event
             yield encode_error(self._context.report(error))
         else:
             yield DONE
@@ -83,23 +83,23 @@ async def answer_no_route(request: Request, error: Exception) -> Response:
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Return the body of a request; reading stops where it becomes too large.
+    """Return the body of a request; reading stops as soon as it is too large.
 
     Raises:
-        RequestTooLargeError: it has, or says that it has, more than `max_bytes`.
+        RequestTooLargeError: it has, or declares, more than `max_bytes`.
     """
     declared = request.headers.get("content-length", "")
     num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
-    pieces = []
+    chunks = []
     if num_bytes <= max_bytes:
         num_bytes = 0
-        async for piece in request.stream():
-            pieces.append(piece)
-            num_bytes += len(piece)
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 break
         else:
-            return b"".join(pieces)
+            return b"".join(chunks)
     raise RequestTooLargeError(
         f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller images"
     )

@@ -1,4 +1,4 @@
-"""What every body of the OpenAI API begins as, and what it becomes: JSON -> a call."""
+"""A parsed call of the OpenAI API: the request, and how to write its response."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,12 @@ _LARGE_BODY_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class ApiCall:
-    """A request, and how its answers are to be written."""
+    """A request, and how to write its answers.
+
+    Attributes:
+        stream: as server-sent events instead of one JSON object.
+        include_usage: whether the stream ends with the token counts.
+    """
 
     request: ChatRequest | CompletionRequest
     formatter: ResponseFormatter
@@ -25,7 +30,7 @@ class ApiCall:
 
 
 async def parse_body(parse: Callable[..., Parsed], body: bytes, **options: Any) -> Parsed:
-    """Return what `parse` makes of a body; of a large one in a thread, so that others go on."""
+    """Return `parse(body, **options)`; large bodies are parsed in a thread, not to block others."""
     if len(body) > _LARGE_BODY_BYTES:
         return await asyncio.to_thread(parse, body, **options)
     return parse(body, **options)

@@ -1,4 +1,7 @@
-"""What is said about a bad field of a request: its path, the value seen and the remedy."""
+"""Error messages for invalid fields: the path of the field, the value seen and what to do.
+
+Also the strict JSON reader of request bodies.
+"""
 
 import difflib
 import json
@@ -11,7 +14,7 @@ from llava_ray.errors import RequestError
 
 
 def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestError:
-    """Return what pydantic found wrong with a body; a field's description is the remedy."""
+    """Turn pydantic's first error into ours; the field's description is the advice."""
     detail = error.errors(include_url=False)[0]
     path = _path(detail["loc"])
     field = body.model_fields[str(detail["loc"][0])]
@@ -27,7 +30,7 @@ def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestEr
 
 
 def refuse_unknown(value: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-    """Raise a `RequestError` with "did you mean" for the first field that is not known."""
+    """Raise a `RequestError` with "did you mean" for the first unknown field."""
     known = set(known)
     for name in value:
         if name not in known:
@@ -41,14 +44,14 @@ def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
 
 
 def is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
-    """Whether a value is null or neutral; true is not 1 here, unlike in Python."""
+    """Whether a value is null or one of `neutral`; unlike in Python, true does not equal 1."""
     return value is None or any(
         value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral
     )
 
 
 def check_unicode(text: str, path: str) -> None:
-    """Raise a `RequestError` for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    """Raise a `RequestError` for a lone surrogate, which JSON can express and UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -62,10 +65,10 @@ def _path(places: Iterable[int | str]) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """Say in JSON's terms what a value is instead of what was expected."""
+    """Return the JSON type of a value in words, for an error message."""
     if value is None:
         return "missing or null"
-    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
+    kinds = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
     return kinds.get(type(value), "a number")
 
 
