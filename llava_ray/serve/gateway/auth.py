@@ -32,38 +32,6 @@ from llava_ray.serve.gateway.usage_ledger import ExchangeCounts, SharedUsage
 from llava_ray.serve.openai.errors import ErrorReply, describe_error
 from llava_ray.serve.request_context import RequestContext
 
-
-class BasicCredentials(NamedTuple):
-    """The name and password of HTTP basic authentication, as in http://name:password@host."""
-
-    name: str
-    password: str
-
-
-def read_key(headers: Headers) -> str:
-    """Return the API key of a request; "" if it has none.
-
-    The key is a bearer token or the password of basic authentication. LLaVA's own clients cannot
-    set headers: they send what their server address contains, http://any:KEY@host:8000.
-    """
-    if login := read_basic_credentials(headers):
-        return login.password.strip()
-    scheme, _, key = headers.get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def read_basic_credentials(headers: Headers) -> BasicCredentials | None:
-    """Return the credentials of HTTP basic authentication (RFC 7617); None without any."""
-    scheme, _, encoded = headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "basic":
-        return None
-    try:
-        name, mark, password = base64.b64decode(encoded, validate=True).decode().partition(":")
-    except ValueError:
-        return None
-    return BasicCredentials(name, password) if mark else None
-
-
 Describe = Callable[[LlavaRayError], ErrorReply]
 
 _ANYBODY = KeyConfig(name="anybody", sha256="0" * 64, is_admin=True)
@@ -74,7 +42,7 @@ class AccessControl:
     """The API keys of one gateway, and the requests in flight under each.
 
     Args:
-        config: the application's.
+        config: the application's configuration.
         exchange: reaches the usage ledger of all gateways; None: this is the only gateway.
     """
 
@@ -234,3 +202,34 @@ class AuthMiddleware:
                 await send(message)
 
             await self._app(scope, receive, send_and_release)
+
+
+class BasicCredentials(NamedTuple):
+    """The name and password of HTTP basic authentication, as in http://name:password@host."""
+
+    name: str
+    password: str
+
+
+def read_key(headers: Headers) -> str:
+    """Return the API key of a request; "" if it has none.
+
+    The key is a bearer token or the password of basic authentication. LLaVA's own clients cannot
+    set headers: they send what their server address contains, http://any:KEY@host:8000.
+    """
+    if login := read_basic_credentials(headers):
+        return login.password.strip()
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def read_basic_credentials(headers: Headers) -> BasicCredentials | None:
+    """Return the credentials of HTTP basic authentication (RFC 7617); None without any."""
+    scheme, _, encoded = headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "basic":
+        return None
+    try:
+        name, mark, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except ValueError:
+        return None
+    return BasicCredentials(name, password) if mark else None

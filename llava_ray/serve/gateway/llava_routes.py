@@ -35,24 +35,6 @@ from llava_ray.serve.llava.worker_registry import check_address
 from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, PromptRequest
 
-
-def find_address(request: Request, configured: str) -> str:
-    """Return the address at which the client of a request reaches this gateway.
-
-    This is the configured address if there is one, else the one that the client called, which a
-    proxy may have recorded in `X-Forwarded-Host` and `X-Forwarded-Proto`. The client's basic
-    credentials are included, because LLaVA's clients can only send those in an address.
-    """
-    url = request.base_url
-    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
-    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
-    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
-    scheme, mark, rest = address.partition("://")
-    if login := read_basic_credentials(request.headers):
-        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
-    return scheme + mark + rest
-
-
 REPEAT_AFTER_S = 3.0
 """After this time without news the last text is sent again: LLaVA's page gives up after ten seconds
 of silence, its controller after five."""
@@ -219,6 +201,23 @@ class TextResponse(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._content):
             await super().__call__(scope, receive, send)
+
+
+def find_address(request: Request, configured: str) -> str:
+    """Return the address at which the client of a request reaches this gateway.
+
+    This is the configured address if there is one, else the one that the client called, which a
+    proxy may have recorded in `X-Forwarded-Host` and `X-Forwarded-Proto`. The client's basic
+    credentials are included, because LLaVA's clients can only send those in an address.
+    """
+    url = request.base_url
+    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
+    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
+    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
+    scheme, mark, rest = address.partition("://")
+    if login := read_basic_credentials(request.headers):
+        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
+    return scheme + mark + rest
 
 
 async def _with_pauses(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk | None]:

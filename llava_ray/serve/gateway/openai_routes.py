@@ -99,30 +99,35 @@ class OpenAIRoutes:
         return json_response({"prompt": text})
 
     async def _answer(
-        self, request: Request, parse: Callable[..., ApiCall], prefix: str
+        self, http_request: Request, parse: Callable[..., ApiCall], prefix: str
     ) -> Response:
-        context: RequestContext = request.state.context
-        body = await self._read(request)
-        name = f"{prefix}-{uuid.uuid4().hex}"
-        call = await parse_body(parse, body, limits=self._limits, request_id=name)
-        context.model, context.completion_id = call.request.model, name
-        asked = cap_tokens(call.request, self._limits)
-        if isinstance(asked, ChatRequest):
-            started_at, bare = time.monotonic(), asked
-            asked = await self._fetcher.fetch_images(bare)
-            if asked is not bare:
-                context.note_fetched(started_at)
-        backend = await self.models.find(asked.model)
-        answer = await backend.start(asked, context)
+        """Answer a chat or a plain completion; each line is a stage of the request."""
+        context: RequestContext = http_request.state.context
+        body = await self._read(http_request)
+        completion_id = f"{prefix}-{uuid.uuid4().hex}"
+        call = await parse_body(parse, body, limits=self._limits, request_id=completion_id)
+        context.model, context.completion_id = call.request.model, completion_id
+        request = cap_tokens(call.request, self._limits)
+        if isinstance(request, ChatRequest):
+            request = await self._fetch_images(request, context)
+        backend = await self.models.find(request.model)
+        response = await backend.start(request, context)
         context.answers_each = call.meta.answers_each
         if call.stream:
             encoder = ChunkEncoder(call.formatter, call.meta, include_usage=call.include_usage)
-            return EventResponse(answer, encoder, context)
+            return EventResponse(response, encoder, context)
         try:
-            chunks = [chunk async for chunk in answer]
+            chunks = [chunk async for chunk in response]
         finally:
-            answer.close()
+            response.close()
         return json_response(build_completion(chunks, call.formatter, call.meta))
+
+    async def _fetch_images(self, request: ChatRequest, context: RequestContext) -> ChatRequest:
+        started_at = time.monotonic()
+        fetched = await self._fetcher.fetch_images(request)
+        if fetched is not request:
+            context.note_fetched(started_at)
+        return fetched
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""

@@ -13,6 +13,23 @@ from pydantic import BaseModel, ValidationError
 from llava_ray.errors import RequestError
 
 
+def load_json(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in a body; raises `RequestError` for anything else."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    if not body.strip():
+        raise RequestError("the body is empty: send a JSON object")
+    try:
+        value = json.loads(body, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON ({error}): send a JSON object") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
+    return value
+
+
 def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestError:
     """Turn pydantic's first error into ours; the field's description is the advice."""
     detail = error.errors(include_url=False)[0]
@@ -37,12 +54,6 @@ def refuse_unknown(value: Mapping[str, Any], known: Iterable[str], path: str) ->
             raise _unknown(name, known, f"{path}.{name[:100]}" if path else name[:100])
 
 
-def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
-    close = difflib.get_close_matches(name[:100], sorted(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return RequestError(f"unknown field {show(name)}: {hint}", param=path)
-
-
 def is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
     """Whether a value is null or one of `neutral`; unlike in Python, true does not equal 1."""
     return value is None or any(
@@ -58,10 +69,6 @@ def check_unicode(text: str, path: str) -> None:
         raise RequestError(
             f"character {error.start} is half of a surrogate pair: send valid Unicode", param=path
         ) from None
-
-
-def _path(places: Iterable[int | str]) -> str:
-    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in places).removeprefix(".")
 
 
 def kind_of(value: Any) -> str:
@@ -83,18 +90,11 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def load_json(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in a body; raises `RequestError` for anything else."""
+def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
+    close = difflib.get_close_matches(name[:100], sorted(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+    return RequestError(f"unknown field {show(name)}: {hint}", param=path)
 
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
 
-    if not body.strip():
-        raise RequestError("the body is empty: send a JSON object")
-    try:
-        value = json.loads(body, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"the body is not JSON ({error}): send a JSON object") from None
-    if not isinstance(value, dict):
-        raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
-    return value
+def _path(places: Iterable[int | str]) -> str:
+    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in places).removeprefix(".")
