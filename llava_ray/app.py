@@ -1,7 +1,7 @@
 """The Serve application: `serve run llava_ray.app:deployment`, then open http://localhost:8000.
 
-The application is a Gateway (HTTP and the page, no torch) in front of one deployment of `Replica`
-for each model, and Ray scales each of these on its own.
+The application is one `Gateway` deployment (HTTP and the page, no torch) in front of one `Replica`
+deployment per model. Ray Serve scales each deployment on its own.
 """
 
 import signal
@@ -16,22 +16,22 @@ from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import log
 from llava_ray.serve.gateway.deployment import Gateway
-from llava_ray.serve.llava.worker_registry import Workers
+from llava_ray.serve.llava.worker_registry import WorkerRegistry
 from llava_ray.serve.replica.deployment import Replica
 
 _QUIET = LoggingConfig(enable_access_log=False)
 
 
 def build_app(config: ServeConfig) -> Application:
-    """Return the bound application for a Serve config file or `serve run ... key=value`."""
+    """Build the application; Serve config files and `serve run ... key=value` call this."""
     log.set_up()
     if not ray.is_initialized():
-        give_way()  # so will the Ray that is started next
+        give_way()  # inherited by the Ray processes started next
         slow_down_serve()
     for model in config.models:
         log.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
     log.logger.info(
-        f"once Ray has started (a quarter of a minute): {'the page and ' * config.page}"
+        f"starting Ray takes about 15 s; then {'the page and ' * config.page}"
         "the API are at http://localhost:8000, unless another port is set"
     )
     models = {model.name: _bind_model(model, config) for model in config.models}
@@ -39,9 +39,9 @@ def build_app(config: ServeConfig) -> Application:
     gateway = serve.deployment(
         name="gateway",
         num_replicas=config.num_gateways,
-        # Beside the API's requests: the page's open streams and questions about health.
+        # Room for the page's open streams and health checks beside the API's requests.
         max_ongoing_requests=config.limits.max_in_flight + 1000,
-        health_check_period_s=2,  # one that died is missed no longer
+        health_check_period_s=2,  # a dead gateway is noticed within this time
         graceful_shutdown_timeout_s=config.limits.drain_s,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
@@ -76,7 +76,7 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
 def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:
     replica = serve.deployment(
         name=model.name,
-        # No gateway takes another's room: Serve does not queue fairly among them.
+        # Each gateway has all slots of a replica: Serve does not queue fairly among gateways.
         max_ongoing_requests=model.max_ongoing_requests * config.num_gateways,
         max_queued_requests=model.max_queued_requests,
         health_check_period_s=5,
@@ -95,16 +95,16 @@ def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:
 
 def _bind_workers(config: LlavaProtocolConfig) -> Application:
     workers = serve.deployment(
-        name="llava-workers",  # one replica: all gateways see the same workers
+        name="llava-workers",  # one replica, so that all gateways see the same workers
         max_ongoing_requests=1000,
         ray_actor_options={"num_cpus": 0},
         logging_config=_QUIET,
-    )(Workers)
+    )(WorkerRegistry)
     return workers.bind(config)
 
 
 def __getattr__(name: str) -> Application:
-    """`deployment`, built when it is asked for: importing this module does nothing."""
+    """Build `deployment` on first access, so that importing this module has no side effects."""
     if name == "deployment":
         return build_app(ServeConfig())
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

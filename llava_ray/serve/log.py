@@ -1,8 +1,8 @@
-"""What a person sees in the terminal of `serve run`: a dozen lines of ours, not a flood.
+"""The application's log: a few lines in the terminal of `serve run`, without Ray Serve's own.
 
-Ray Serve's own log stays complete in its session's folder (`session_latest/logs/serve` under Ray's
-temporary directory); set `RAY_SERVE_LOG_TO_STDERR=1` to see it in the terminal as well. Our lines
-are there too, with the id of the request that each belongs to.
+Ray Serve's complete log is in `session_latest/logs/serve` under Ray's temporary directory; set
+`RAY_SERVE_LOG_TO_STDERR=1` to see it in the terminal as well. It includes the lines of this logger,
+each with the id of its request.
 """
 
 import logging
@@ -13,14 +13,14 @@ logger = logging.getLogger("ray.serve.llava_ray")
 
 
 def set_up(*, in_replica: bool = False) -> None:
-    """Make this process, and the Ray processes that it starts, log in the short form.
+    """Configure short logging for this process and the Ray processes that it starts.
 
     Args:
-        in_replica: Serve's log is a file here, which takes the lines as well.
+        in_replica: whether this runs in a Serve replica, whose log file also gets the lines.
     """
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
     if not logger.handlers:
-        # The real one: Serve puts another in its place that leads to its log files alone.
+        # Not sys.stderr: Serve replaces it by a stream that writes to its log files only.
         handler = logging.StreamHandler(sys.__stderr__)
         handler.setFormatter(logging.Formatter("%(asctime)s llava_ray: %(message)s", "%H:%M:%S"))
         logger.addHandler(handler)

@@ -112,7 +112,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: EndlessServer) -> 
     [
         (["chat", "--url", "http://127.0.0.1:9", "-p", "x"], "no server answers at"),
         (["chat", "--url", "ftp://here", "-p", "x"], "not the address of a server"),
-        (["chat", "--url", "SERVED", "--model", "nope", "-p", "x"], "there is echo, other"),
+        (["chat", "--url", "SERVED", "--model", "nope", "-p", "x"], "use one of echo, other"),
         (["chat", "nowhere.png", "-p", "x"], "cannot read 'nowhere.png'"),
         (["chat", __file__, "-p", "x"], "not an image"),
         (["chat", "--local", "--url", "http://x", "-p", "x"], "give one of them"),

@@ -15,7 +15,7 @@ from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
 from llava_ray.errors import AuthError, OverloadedError, RateLimitError
-from llava_ray.serve.backends.admission_queue import WaitingRoom
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
 from llava_ray.types import Usage
@@ -59,7 +59,10 @@ def test_without_keys_the_door_is_open() -> None:
 def test_with_keys_only_those_who_have_one_come_in() -> None:
     async def scene(there: Nearby) -> None:
         paths = ("/v1/models", "/v1/models/talker", "/v1/usage", "/v1/nothing")
-        for name, words in (("", "wants an API key"), ("lr-mallory-0123456789", "not known here")):
+        for name, words in (
+            ("", "requires an API key"),
+            ("lr-mallory-0123456789", "unknown API key"),
+        ):
             for reply in [
                 *[await there.get(path, name) for path in paths],
                 await there.say("", name),
@@ -88,7 +91,7 @@ def test_our_own_client_sends_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
         async with Client(there.url) as client:
             assert await client.list_models() == ["talker"]
         async with Client(there.url, api_key="") as client:
-            with pytest.raises(AuthError, match="wants an API key"):
+            with pytest.raises(AuthError, match="requires an API key"):
                 await client.list_models()
 
     play(scene, **LOCKED)
@@ -169,7 +172,7 @@ def test_requests_a_minute_are_counted_for_each_key() -> None:
             "0",
         ]
         assert error_of(replies[-1]) == (429, "rate_limit_exceeded")
-        assert "used up its 2 requests a minute" in replies[-1].json()["error"]["message"]
+        assert "used up its 2 requests per minute" in replies[-1].json()["error"]["message"]
         assert 0 < int(replies[-1].headers["retry-after"]) <= 30
         assert replies[-1].headers["x-ratelimit-limit-requests"] == "2"
         assert (await there.get("/v1/models", "alice")).status_code == 200  # costs nothing
@@ -188,7 +191,7 @@ def test_tokens_are_counted_when_an_answer_ends_also_when_it_is_broken_off() -> 
         assert reply.headers["x-ratelimit-remaining-tokens"] == "2"
         refused = await there.say("Hello", "alice")  # 7 + 3 more: overdrawn
         assert error_of(refused) == (429, "rate_limit_exceeded")
-        assert "10 tokens a day" in refused.json()["error"]["message"]
+        assert "10 tokens per day" in refused.json()["error"]["message"]
         assert int(refused.headers["retry-after"]) > 3600
         assert refused.headers["x-should-retry"] == "false"
 
@@ -210,7 +213,7 @@ def test_budgets_are_filled_again_evenly() -> None:
     account.begin()
     account.end(Usage(num_prompt_tokens=50, num_tokens=100), is_error=False)  # 90 below zero
     now[0] += 60
-    with pytest.raises(RateLimitError, match="60 tokens a minute: try again in 31 s"):
+    with pytest.raises(RateLimitError, match="60 tokens per minute: try again in 31 s"):
         account.begin()
     now[0] += 31
     account.begin()
@@ -238,7 +241,7 @@ def test_a_full_gateway_says_so_at_once() -> None:
         async with there.stream("linger"):
             refused = await there.say("Hello")
             assert error_of(refused) == (503, "overloaded")
-            assert "1 requests to do, as many as it may" in refused.json()["error"]["message"]
+            assert "1 requests in flight, its maximum" in refused.json()["error"]["message"]
             assert refused.headers["retry-after"] == "1"
             assert (await there.get("/healthz")).status_code == 200
             assert (await there.get("/v1/models")).status_code == 200
@@ -249,13 +252,13 @@ def test_a_full_gateway_says_so_at_once() -> None:
 def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rooms: list[WaitingRoom] = []
+    queues: list[AdmissionQueue] = []
 
-    def build_room(*args: Any, **options: Any) -> WaitingRoom:
-        rooms.append(WaitingRoom(*args, **options))
-        return rooms[0]
+    def build_queue(*args: Any, **options: Any) -> AdmissionQueue:
+        queues.append(AdmissionQueue(*args, **options))
+        return queues[0]
 
-    monkeypatch.setattr(openai_routes, "WaitingRoom", build_room)
+    monkeypatch.setattr(openai_routes, "AdmissionQueue", build_queue)
 
     async def scene(there: Nearby) -> None:
         log, talker = there.log, there.talker
@@ -264,12 +267,12 @@ def test_the_queue_before_a_model_is_bounded_and_fair_between_keys(
             for number, name in enumerate(["alice", "alice", "alice", "bob"], 1):
                 words = f"{name} {number}"
                 tasks[words] = asyncio.create_task(there.say(words, name))
-                await there.until(lambda: rooms[0].num_waiting == min(number, 3))  # noqa: B023
+                await there.until(lambda: queues[0].num_waiting == min(number, 3))  # noqa: B023
             # three may wait: bob took the place of the last of alice, who had them all
             assert error_of(await tasks.pop("alice 3")) == (503, "overloaded")
             refused = await there.say("alice 5", "alice")
             assert error_of(refused) == (503, "overloaded")
-            assert "3 requests wait already" in refused.json()["error"]["message"]
+            assert "3 requests are waiting already" in refused.json()["error"]["message"]
             assert len(log) == 2
         for task in tasks.values():
             assert (await task).status_code == 200
@@ -284,67 +287,67 @@ def test_waiting_has_an_end() -> None:
         async with there.stream("linger"):
             refused = await there.say("Hello")
             assert error_of(refused) == (503, "overloaded")
-            assert "had no room for 1 s" in refused.json()["error"]["message"]
+            assert "had no free slot for 1 s" in refused.json()["error"]["message"]
         await there.until(lambda: there.talker.num_running == 0)
         assert (await there.say("Hello")).status_code == 200
 
     play(scene, limits=LimitsConfig(max_wait_s=1), model={"max_ongoing_requests": 1})
 
 
-def test_seats_go_to_the_keys_in_turn_and_none_is_lost() -> None:
+def test_slots_go_to_the_keys_in_turn_and_none_is_lost() -> None:
     async def scene() -> None:
         told: list[int] = []
-        room = WaitingRoom(
-            "m", num_seats=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
+        queue = AdmissionQueue(
+            "m", num_slots=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
         )
         order: list[str] = []
 
         async def visit(key: str) -> None:
-            await room.enter(key)
+            await queue.acquire(key)
             order.append(key)
             await asyncio.sleep(0)
-            room.leave()
+            queue.release()
 
-        await room.enter("first")
+        await queue.acquire("first")
         tasks = [asyncio.create_task(visit(key)) for key in "aaaabbc"]
         await asyncio.sleep(0)
-        assert room.num_waiting == 7
+        assert queue.num_waiting == 7
         tasks[1].cancel()
         await asyncio.sleep(0)
-        room.leave()
-        tasks[0].cancel()  # in the moment in which it got its seat
+        queue.release()
+        tasks[0].cancel()  # in the moment in which it got its slot
         await asyncio.wait(tasks)
         assert order == ["b", "c", "a", "b", "a"]
-        assert room.num_waiting == 0
+        assert queue.num_waiting == 0
         assert told[:8] == [1, 2, 3, 4, 5, 6, 7, 6]
         assert told[-1] == 0
-        await room.enter("last")
+        await queue.acquire("last")
 
     asyncio.run(scene())
 
 
-def test_who_leaves_when_its_place_is_taken_gives_up_no_seat() -> None:
+def test_who_leaves_when_its_place_is_taken_gives_up_no_slot() -> None:
     async def scene() -> None:
-        room = WaitingRoom("m", num_seats=1, max_waiting=2, max_wait_s=30)
-        await room.enter("first")
-        tasks = [asyncio.create_task(room.enter("many")) for _ in range(2)]
+        queue = AdmissionQueue("m", num_slots=1, max_waiting=2, max_wait_s=30)
+        await queue.acquire("first")
+        tasks = [asyncio.create_task(queue.acquire("many")) for _ in range(2)]
         await asyncio.sleep(0)
-        late = asyncio.create_task(room.enter("one"))
+        late = asyncio.create_task(queue.acquire("one"))
         await asyncio.sleep(0)  # its place is that of the last of the others
         tasks[1].cancel()
         await asyncio.wait(tasks[1:])
-        assert room.num_waiting == 2
+        assert queue.num_waiting == 2
         assert not late.done()
 
     asyncio.run(scene())
 
 
-def test_a_room_without_places_to_wait_refuses_at_once() -> None:
+def test_a_queue_without_places_to_wait_refuses_at_once() -> None:
     async def scene() -> None:
-        room = WaitingRoom("m", num_seats=1, max_waiting=0, max_wait_s=30)
-        await room.enter("a")
-        with pytest.raises(OverloadedError, match="0 requests wait already"):
-            await room.enter("b")
+        queue = AdmissionQueue("m", num_slots=1, max_waiting=0, max_wait_s=30)
+        await queue.acquire("a")
+        with pytest.raises(OverloadedError, match="0 requests are waiting already"):
+            await queue.acquire("b")
 
     asyncio.run(scene())
 

@@ -17,7 +17,7 @@ from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import FetchError, ImageError, LinkError, LlavaRayError
 from llava_ray.serve.fetch.client import Fetcher
 from llava_ray.serve.fetch.ip_policy import is_public
-from llava_ray.serve.fetch.url_policy import check_link, read_image_url
+from llava_ray.serve.fetch.url_policy import check_url, read_image_url
 from llava_ray.types import ChatRequest, ImagePart, Message, TextPart
 
 OPEN = FetchConfig(hosts=["*"])
@@ -93,7 +93,7 @@ def test_addresses_that_are_not_public_are_not(address: str) -> None:
 )
 def test_an_address_that_leads_elsewhere_is_refused_with_the_remedy(url: str, words: str) -> None:
     with pytest.raises(LinkError, match=words) as caught:
-        check_link(url, OPEN, param=PARAM)
+        check_url(url, OPEN, param=PARAM)
     assert (caught.value.status, caught.value.code) == (400, "image_url_refused")
     assert caught.value.param == PARAM
     assert "data:image/png;base64" in caught.value.message
@@ -110,16 +110,16 @@ def test_names_that_are_fine_are_fine() -> None:
         "http://[2606:4700::1]:80/",
         "http://3com.example/",
     ):
-        assert check_link(url, OPEN, param=PARAM).host
+        assert check_url(url, OPEN, param=PARAM).host
 
 
 def test_with_a_list_of_hosts_there_are_no_others() -> None:
     config = FetchConfig(hosts=["Images.example", "*.trusted.example"])
     for host in ("images.example", "a.trusted.example", "a.b.trusted.example"):
-        assert check_link(f"http://{host}/", config, param=PARAM).host == host
+        assert check_url(f"http://{host}/", config, param=PARAM).host == host
     for host in ("example.org", "trusted.example", "untrusted.example", "x.images.example"):
         with pytest.raises(LinkError, match=r"not among those allowed; use Images\.example"):
-            check_link(f"http://{host}/", config, param=PARAM)
+            check_url(f"http://{host}/", config, param=PARAM)
 
 
 def test_nothing_is_fetched_unless_the_configuration_names_hosts() -> None:
@@ -172,7 +172,7 @@ class World:
             for number, path in enumerate(paths)
         ]
         request = ChatRequest("1", "m", (Message("user", (TextPart("Look"), *parts)),))
-        filled = await self.fetcher.fill(request)
+        filled = await self.fetcher.fetch_images(request)
         assert filled.messages[0].parts[0] == TextPart("Look")
         return [part.data for part in filled.messages[0].parts if isinstance(part, ImagePart)]
 
@@ -207,7 +207,7 @@ def test_images_are_fetched_by_name_each_address_once() -> None:
 
 def test_a_request_without_addresses_is_left_as_it_is() -> None:
     request = ChatRequest("1", "m", (Message("user", (ImagePart(b"data"),)),))
-    assert run(lambda there: there.fetcher.fill(request)) is request
+    assert run(lambda there: there.fetcher.fetch_images(request)) is request
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from PIL import Image
 from support.wait import PATIENCE_S, wait_until, wait_until_ready
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
-from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.types import ChatRequest, Chunk
 
@@ -94,9 +94,9 @@ def test_an_answer_of_the_client_can_be_sent_back_as_a_turn(client: openai.OpenA
 def test_the_models_are_listed_and_found(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["echo", "other"]
     assert client.models.retrieve("other").id == "other"
-    with pytest.raises(openai.NotFoundError, match="there is echo, other"):
+    with pytest.raises(openai.NotFoundError, match="use one of echo, other"):
         client.models.retrieve("a/b")
-    with pytest.raises(openai.NotFoundError, match="there is echo, other") as caught:
+    with pytest.raises(openai.NotFoundError, match="use one of echo, other") as caught:
         client.chat.completions.create(**say("Hello", model="gpt"))
     assert caught.value.code == "model_not_found"
     assert caught.value.param == "model"
@@ -204,14 +204,14 @@ def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         def __init__(self, folder: Path) -> None:
             self._folder = folder
             self._num_running = 0
-            self._lines = Lines()
+            self._senders = StreamSenders()
 
         async def stats(self) -> dict[str, float]:
             return {"num_running": self._num_running}
 
-        async def chat(self, request: ChatRequest, post: Post) -> AsyncIterator[Chunk]:
+        async def chat(self, request: ChatRequest, post: StreamAddress) -> AsyncIterator[Chunk]:
             async with aclosing(self._talk(request)) as chunks:
-                async for chunk in self._lines.pass_on(chunks, post):
+                async for chunk in self._senders.forward(chunks, post):
                     yield chunk
 
         async def _talk(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
@@ -321,8 +321,8 @@ def test_a_replica_that_dies_before_the_first_token_is_replaced_unseen(troubled:
     [
         ("die later", "engine_error", "died and is being replaced"),
         ("break later", "engine_error", "the engine broke: try again"),
-        ("break off", "engine_error", "broke off in the middle"),
-        ("bug later", "internal_error", "the log of the server says what"),
+        ("break off", "engine_error", "stopped in the middle"),
+        ("bug later", "internal_error", "the server's log has the details"),
     ],
 )
 def test_an_error_in_the_middle_of_a_stream_ends_it(
@@ -353,7 +353,7 @@ def test_a_bug_is_a_500_with_the_request_id_and_no_traceback(troubled: str, word
 def test_an_engine_that_says_nothing_is_an_engine_error(troubled: str) -> None:
     reply = ask(troubled, "nothing")
     assert reply.status_code == 500
-    assert "ended before it said anything" in reply.json()["error"]["message"]
+    assert "ended the response before its first chunk" in reply.json()["error"]["message"]
 
 
 def test_a_full_model_says_so_at_once_and_when_to_come_back(troubled: str) -> None:

@@ -22,7 +22,7 @@ from support.local_page import PARAMETERS, Visitor, said, texts
 from support.wait import PATIENCE_S, wait_until
 
 from llava_ray.config import ModelConfig, PageConfig, ServeConfig
-from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.types import ChatRequest, Chunk
 
 pytestmark = pytest.mark.slow
@@ -64,13 +64,13 @@ def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
 
     class Lasting:  # in here, so that Ray sends it to its workers by value
         def __init__(self) -> None:
-            self._lines = Lines()
+            self._senders = StreamSenders()
 
         async def stats(self) -> dict[str, float]:
             return {}
 
-        async def chat(self, request: ChatRequest, post: Post) -> AsyncIterator[Chunk]:
-            async for chunk in self._lines.pass_on(self._talk(request), post):
+        async def chat(self, request: ChatRequest, post: StreamAddress) -> AsyncIterator[Chunk]:
+            async for chunk in self._senders.forward(self._talk(request), post):
                 yield chunk
 
         async def _talk(self, request: ChatRequest) -> AsyncIterator[Chunk]:

@@ -105,7 +105,7 @@ def test_a_model_that_is_not_there_is_error_2_and_has_no_address(served: str) ->
     assert ask(served, "/get_worker_address", {"model": "gpt"}) == {"address": ""}
     text, code = generate(served, "gpt", "Hello")
     assert code == 2
-    assert "there is echo, other" in text
+    assert "use one of echo, other" in text
 
 
 @pytest.mark.parametrize(
@@ -359,7 +359,7 @@ def slow(served: str) -> Iterator[str]:
     [
         ("die later", "died and is being replaced"),
         ("break later", "the engine broke: try again"),
-        ("bug later", "the log of the server says what"),
+        ("bug later", "the server's log has the details"),
     ],
 )
 def test_an_error_in_the_middle_is_the_last_object_and_tells_the_cause(

@@ -16,8 +16,8 @@ from support.llava_worker import LlavaWorker
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.errors import NotAllowedError
 from llava_ray.serve.llava.protocol import StatusBody
-from llava_ray.serve.llava.worker_registry import MAX_WORKERS, Workers, check_address
-from llava_ray.serve.llava.worker_request import build_call, name_template
+from llava_ray.serve.llava.worker_registry import MAX_WORKERS, WorkerRegistry, check_address
+from llava_ray.serve.llava.worker_request import build_worker_request, name_template
 from llava_ray.template import TEMPLATES
 from llava_ray.types import PromptRequest, Sampling
 
@@ -151,7 +151,7 @@ def test_a_worker_that_breaks_off_in_the_middle_is_error_3(
     assert read(before) == (prompt + " please do", 0)
     text, code = read(last)
     assert code == 3
-    assert f"{worker.address} does not answer as it should" in text
+    assert f"{worker.address} did not respond as expected" in text
 
 
 def test_when_a_worker_dies_another_one_answers_and_without_one_the_error_says_so(
@@ -167,7 +167,7 @@ def test_when_a_worker_dies_another_one_answers_and_without_one_the_error_says_s
         assert len(other.asked) == 1
     text, code = generate(gateway, MODEL, render("third"))
     assert code == 3
-    assert f"no worker of {MODEL!r} answers" in text
+    assert f"no worker of {MODEL!r} is available" in text
     assert other.address in text
     assert ask(gateway, "/list_models") == {"models": ["echo"]}
     assert generate(gateway, MODEL, render("fourth"))[1] == 2
@@ -204,7 +204,7 @@ def test_a_worker_without_a_status_is_asked_for_it(gateway: str) -> None:
         body = {"worker_name": address, "check_heart_beat": False}
         reply = post(gateway, "/register_worker", body)
         assert reply.status == 400
-        assert "does not tell its status" in json.loads(reply.body)["text"]
+        assert "did not report its status" in json.loads(reply.body)["text"]
 
 
 GOOD = {"worker_name": "http://127.0.0.1:1", "check_heart_beat": True}
@@ -312,7 +312,7 @@ def status(*models: str, speed: float = 1, queue_length: int = 0) -> StatusBody:
 
 def test_the_shortest_queue_for_its_speed_is_chosen() -> None:
     async def choose() -> list[str]:
-        workers = Workers(LlavaProtocolConfig())
+        workers = WorkerRegistry(LlavaProtocolConfig())
         await workers.register("http://fast:1", False, status("m", speed=2, queue_length=1))
         await workers.register("http://slow:1", False, status("m", queue_length=1))
         await workers.register("http://other:1", False, status("n"))
@@ -324,7 +324,7 @@ def test_the_shortest_queue_for_its_speed_is_chosen() -> None:
 
 def test_a_lottery_draws_by_speed() -> None:
     async def draw() -> list[str]:
-        workers = Workers(LlavaProtocolConfig(dispatch_method="lottery"))
+        workers = WorkerRegistry(LlavaProtocolConfig(dispatch_method="lottery"))
         await workers.register("http://fast:1", False, status("m", speed=3))
         await workers.register("http://slow:1", False, status("m", speed=1))
         return [await workers.choose("m") for _ in range(1000)]
@@ -336,7 +336,7 @@ def test_a_heart_beat_keeps_a_worker_and_only_those_that_promised_some_expire() 
     now = [0.0]
 
     async def live() -> None:
-        workers = Workers(LlavaProtocolConfig(worker_timeout_s=60), clock=lambda: now[0])
+        workers = WorkerRegistry(LlavaProtocolConfig(worker_timeout_s=60), clock=lambda: now[0])
         await workers.register("http://a:1", True, status("a"))
         await workers.register("http://b:1", False, status("b"))
         for now[0] in (15.0, 30.0, 45.0):
@@ -352,13 +352,13 @@ def test_a_heart_beat_keeps_a_worker_and_only_those_that_promised_some_expire() 
 
 def test_the_table_of_workers_does_not_grow_without_end() -> None:
     async def fill() -> str:
-        workers = Workers(LlavaProtocolConfig())
+        workers = WorkerRegistry(LlavaProtocolConfig())
         for port in range(1, MAX_WORKERS + 1):
             assert not await workers.register(f"http://a:{port}", False, status("m"))
         assert not await workers.register("http://a:1", False, status("m"))
         return await workers.register("http://a:9999", False, status("m"))
 
-    assert "256 workers already" in asyncio.run(fill())
+    assert "already 256 workers" in asyncio.run(fill())
 
 
 @pytest.mark.parametrize(
@@ -388,6 +388,6 @@ def test_the_template_of_a_name_is_the_one_of_llavas_page(model: str, template: 
 
 def test_a_worker_is_never_asked_for_more_than_it_says_and_always_gets_a_stop_text() -> None:
     sampling = Sampling(max_tokens=None, stop=())
-    call = build_call(PromptRequest("r", "m", "p", (), sampling))
+    call = build_worker_request(PromptRequest("r", "m", "p", (), sampling))
     assert call.body["max_new_tokens"] == 1024
     assert call.body["stop"] == "</s>"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.openai_bodies import IMAGE, LIMITS
 
 from llava_ray.errors import RequestError
-from llava_ray.serve.openai.chat import parse
+from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.serve.openai.openapi import describe_api
 
@@ -23,7 +23,7 @@ GOOD = {
     "DetokenizeBody": {"tokens": [1]},
 }
 PARSERS = {
-    "ChatBody": lambda body: parse(body, limits=LIMITS, request_id="x"),
+    "ChatBody": lambda body: parse_chat(body, limits=LIMITS, request_id="x"),
     "CompletionBody": lambda body: parse_completion(body, limits=LIMITS, request_id="x"),
     "TokenizeBody": lambda body: parse_tokenize(body, limits=LIMITS),
     "DetokenizeBody": parse_detokenize,
@@ -115,4 +115,4 @@ def test_any_messages_are_a_conversation_or_a_400(messages: list[Any]) -> None:
 def test_usual_requests_are_taken_and_described(body: dict[str, Any]) -> None:
     body = GOOD["ChatBody"] | body
     describe("ChatBody").validate(body)
-    parse(encode(body), limits=LIMITS, request_id="x")
+    parse_chat(encode(body), limits=LIMITS, request_id="x")

@@ -68,7 +68,7 @@ def test_images_of_all_turns_reach_the_model(served: str) -> None:
 
 def test_an_error_shows_its_cause_and_the_request_id(served: str) -> None:
     told = Visitor(served).answer([said("Hello")], model="nope")[-1][-1]
-    assert "there is no model &#x27;nope&#x27; here; there is echo, other" in told
+    assert "unknown model &#x27;nope&#x27;: use one of echo, other" in told
     assert re.search(r"\[request page-[0-9a-f]{32}\]", told)
 
 

@@ -8,17 +8,17 @@ from typing import Any
 from support.local_gateway import KEYS, Nearby, run_nearby
 
 from llava_ray.config import KeyConfig, hash_key
-from llava_ray.serve.gateway.usage_ledger import Counts, Exchange, Ledger, Told
+from llava_ray.serve.gateway.usage_ledger import Counts, ExchangeCounts, LedgerReply, UsageLedger
 
 Scene = Callable[[Nearby, Nearby, Callable[[], Awaitable[Nearby]]], Awaitable[None]]
 
 
-def play(scene: Scene, exchange: Exchange | None = None, **limits: Any) -> None:
+def play(scene: Scene, exchange: ExchangeCounts | None = None, **limits: Any) -> None:
     """Play a scene at two gateways that share a ledger; a third one starts when it is asked for."""
     keys = [KeyConfig(name=name, sha256=hash_key(key), **limits) for name, key in KEYS.items()]
-    ledger = Ledger()
+    ledger = UsageLedger()
 
-    async def tell(gateway: str, counts: Counts) -> Told:
+    async def tell(gateway: str, counts: Counts) -> LedgerReply:
         return ledger.exchange(gateway, counts)
 
     async def go() -> None:
@@ -72,10 +72,10 @@ def test_a_budget_is_one_over_all_gateways() -> None:
 
 
 def test_counts_are_exchanged_by_themselves() -> None:
-    ledger = Ledger()
+    ledger = UsageLedger()
     told = asyncio.Event()
 
-    async def exchange(gateway: str, counts: Counts) -> Told:
+    async def exchange(gateway: str, counts: Counts) -> LedgerReply:
         if counts["alice"]["requests"]:
             told.set()
         return ledger.exchange(gateway, counts)
@@ -88,7 +88,7 @@ def test_counts_are_exchanged_by_themselves() -> None:
 
 
 def test_without_the_ledger_a_gateway_tells_what_it_knows_and_that_it_is_not_all() -> None:
-    async def exchange(gateway: str, counts: Counts) -> Told:
+    async def exchange(gateway: str, counts: Counts) -> LedgerReply:
         raise TimeoutError
 
     async def scene(one: Nearby, two: Nearby, _: Any) -> None:

@@ -16,7 +16,7 @@ import uvicorn
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.serve import log
 from llava_ray.serve.gateway.deployment import build_api
-from llava_ray.serve.gateway.usage_ledger import Exchange
+from llava_ray.serve.gateway.usage_ledger import ExchangeCounts
 from llava_ray.types import Chunk, ImagePart, PromptRequest, Request, TextPart
 
 PATH = "/v1/chat/completions"
@@ -37,7 +37,7 @@ class Talker:
         self.last_request: Request | None = None
 
     chat = stats = property(lambda self: self)
-    tell_context_length = property(lambda self: _Told(4096))
+    get_context_length = property(lambda self: _Told(4096))
 
     def options(self, **_: Any) -> "Talker":
         return self
@@ -175,7 +175,7 @@ class _Lines(logging.Handler):
 
 @asynccontextmanager
 async def run_nearby(
-    *, model: dict[str, Any] | None = None, exchange: Exchange | None = None, **config: Any
+    *, model: dict[str, Any] | None = None, exchange: ExchangeCounts | None = None, **config: Any
 ) -> AsyncIterator[Nearby]:
     """Run a gateway with these fields of `ServeConfig`, and of `ModelConfig` for its one model."""
     models = [ModelConfig(path="talker", engine="echo", **(model or {}))]

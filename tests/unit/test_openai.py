@@ -1,4 +1,4 @@
-"""`serve/openai*.py`: what is read from a request, what is refused and how, what is written."""
+"""`serve/openai/`: what is read from a request, what is refused and how, what is written."""
 
 import copy
 import json
@@ -20,14 +20,14 @@ from llava_ray.errors import (
     RequestTooLargeError,
     UnsupportedError,
 )
-from llava_ray.serve.openai import errors as answers
-from llava_ray.serve.openai.call import Call
-from llava_ray.serve.openai.chat import parse
+from llava_ray.serve.openai import errors
+from llava_ray.serve.openai.call import ApiCall
+from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.streaming import (
-    ChatForm,
+    ChatFormatter,
     ChunkEncoder,
-    Head,
-    TextForm,
+    CompletionFormatter,
+    ResponseMeta,
     build_completion,
 )
 from llava_ray.types import (
@@ -42,9 +42,9 @@ from llava_ray.types import (
 )
 
 
-def read(value: Any) -> Call:
+def read(value: Any) -> ApiCall:
     data = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return parse(data, limits=LIMITS, request_id="chatcmpl-1")
+    return parse_chat(data, limits=LIMITS, request_id="chatcmpl-1")
 
 
 def refuse(value: Any) -> RequestError:
@@ -58,9 +58,9 @@ def test_a_plain_request_becomes_a_record_with_openais_defaults() -> None:
     call = read(body())
     messages = (Message("user", (TextPart("Hello"),)),)
     assert call.request == ChatRequest("chatcmpl-1", "m", messages, Sampling())
-    assert (call.stream, call.include_usage, call.head.num_answers) == (False, False, 1)
+    assert (call.stream, call.include_usage, call.meta.num_answers) == (False, False, 1)
     assert call.request.sampling == Sampling(None, 1.0, 1.0, (), None, False)
-    assert parse(body(), limits=LIMITS, request_id="chatcmpl-1").request == call.request
+    assert parse_chat(body(), limits=LIMITS, request_id="chatcmpl-1").request == call.request
 
 
 def test_every_option_arrives() -> None:
@@ -88,7 +88,7 @@ def test_every_option_arrives() -> None:
             best_of=3,
         )
     )
-    assert call.request.num_answers == call.head.num_answers == call.head.answers_each == 3
+    assert call.request.num_answers == call.meta.num_answers == call.meta.answers_each == 3
     assert call.request.sampling == Sampling(
         max_tokens=7,
         temperature=0,
@@ -199,22 +199,22 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
             "stream_options.include_usge",
             "did you mean 'include_usage'?",
         ),
-        ({"max_tokens": 0}, "max_tokens", "a whole number from 1"),
-        ({"max_tokens": 1.5}, "max_tokens", "a whole number from 1"),
-        ({"max_tokens": True}, "max_tokens", "a whole number from 1"),
-        ({"max_tokens": "9"}, "max_tokens", "a whole number from 1"),
+        ({"max_tokens": 0}, "max_tokens", "an integer of at least 1"),
+        ({"max_tokens": 1.5}, "max_tokens", "an integer of at least 1"),
+        ({"max_tokens": True}, "max_tokens", "an integer of at least 1"),
+        ({"max_tokens": "9"}, "max_tokens", "an integer of at least 1"),
         ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "disagree"),
         ({"temperature": -0.1}, "temperature", "a number from 0 to 2"),
         ({"temperature": 2.1}, "temperature", "a number from 0 to 2"),
         ({"temperature": "hot"}, "temperature", "a number from 0 to 2"),
         ({"temperature": 10**400}, "temperature", "a number from 0 to 2"),
-        ({"top_p": 0}, "top_p", "a number over 0"),
-        ({"top_p": 1.01}, "top_p", "a number over 0"),
+        ({"top_p": 0}, "top_p", "a number greater than 0"),
+        ({"top_p": 1.01}, "top_p", "a number greater than 0"),
         ({"seed": 2**63}, "seed", "64 bits"),
-        ({"seed": 1.5}, "seed", "whole number"),
+        ({"seed": 1.5}, "seed", "an integer"),
         ({"stop": 3}, "stop", "a list of at most 16"),
-        ({"stop": [""]}, "stop[0]", "not empty"),
-        ({"stop": ["a", 1]}, "stop[1]", "a text"),
+        ({"stop": [""]}, "stop[0]", "non-empty"),
+        ({"stop": ["a", 1]}, "stop[1]", "a non-empty string"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"stop": "\ud800"}, "stop[0]", "unicode"),
         ({"ignore_eos": 1}, "ignore_eos", "true or false"),
@@ -239,7 +239,7 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 3}}},
             "response_format.json_schema.name",
-            "a text",
+            "a string",
         ),
         ({"n": 0}, "n", "from 1 to 128"),
         ({"n": True}, "n", "from 1 to 128"),
@@ -251,7 +251,7 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ({"min_p": 1.5}, "min_p", "a number from 0 to 1"),
         ({"presence_penalty": 2.1}, "presence_penalty", "a number from -2 to 2"),
         ({"frequency_penalty": "x"}, "frequency_penalty", "a number from -2 to 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty", "a number over 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "a number greater than 0"),
         ({"logit_bias": {"red": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"-1": 1}}, "logit_bias", "token ids"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "from -100 to 100"),
@@ -302,7 +302,7 @@ def test_a_response_format_becomes_a_json_schema() -> None:
         ({"role": "user", "content": " \n"}, "messages[0].content", "is empty"),
         ({"role": "user", "content": []}, "messages[0].content", "is empty"),
         ({"role": "user", "content": "\udfff"}, "messages[0].content[0].text", "surrogate"),
-        ({"role": "user", "content": "x", "name": 3}, "messages[0].name", "a text"),
+        ({"role": "user", "content": "x", "name": 3}, "messages[0].name", "a string"),
         ({"role": "user", "content": "x", "contnt": 3}, "messages[0].contnt", "'content'"),
         ({"role": "user", "content": "x", "refusal": 0}, "messages[0].refusal", "leave it out"),
         ({"role": "assistant", "content": "x"}, "messages[0].role", "end with a user message"),
@@ -328,8 +328,8 @@ def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words:
         ({}, ".type", "use text or image_url"),
         ({"type": "txt", "text": "x"}, ".type", "use text or image_url"),
         ({"type": ["text"]}, ".type", "use text or image_url"),
-        ({"type": "text"}, ".text", "send a text"),
-        ({"type": "text", "text": 3}, ".text", "send a text"),
+        ({"type": "text"}, ".text", "send a string"),
+        ({"type": "text", "text": 3}, ".text", "send a string"),
         ({"type": "text", "text": "x", "txt": 1}, ".txt", "did you mean 'text'?"),
         ({"type": "input_audio", "input_audio": {}}, ".type", "audio in messages"),
         ({"type": "video_url", "video_url": {}}, ".type", "video in messages"),
@@ -407,7 +407,7 @@ def test_deep_and_long_values_are_refused_in_a_short_message() -> None:
 
 def test_nan_in_a_dictionary_is_refused_like_any_number_out_of_bounds() -> None:
     with pytest.raises(RequestError, match="a number from 0 to 2"):
-        parse(body(temperature=float("nan")), limits=LIMITS, request_id="x")
+        parse_chat(body(temperature=float("nan")), limits=LIMITS, request_id="x")
 
 
 def test_mutated_requests_give_a_request_or_a_request_error_and_nothing_else() -> None:
@@ -423,9 +423,9 @@ def test_mutated_requests_give_a_request_or_a_request_error_and_nothing_else() -
         for _ in range(dice.choice((1, 1, 2, 4))):
             mutate(value, dice, odd)
         try:
-            num_good += isinstance(read(value), Call)
+            num_good += isinstance(read(value), ApiCall)
         except RequestError as error:
-            json.dumps(answers.describe_error(error).body)
+            json.dumps(errors.describe_error(error).body)
     assert 100 < num_good < 3000
 
 
@@ -469,7 +469,7 @@ def test_errors_have_the_status_type_and_headers_that_clients_expect() -> None:
         LlavaRayError: (500, "server_error", "internal_error"),
     }
     for kind, (status, error_type, code) in cases.items():
-        reply = answers.describe_error(pickle.loads(pickle.dumps(kind("what", param="where"))))
+        reply = errors.describe_error(pickle.loads(pickle.dumps(kind("what", param="where"))))
         expected = {"message": "what", "type": error_type, "param": "where", "code": code}
         assert reply.status == status
         assert reply.body == {"error": expected}
@@ -485,7 +485,7 @@ CHUNKS = [
 ]
 
 
-HEAD = Head("chatcmpl-1", '"m"', 5)
+META = ResponseMeta("chatcmpl-1", '"m"', 5)
 
 
 def decode(events: bytes) -> list[dict[str, Any]]:
@@ -495,7 +495,7 @@ def decode(events: bytes) -> list[dict[str, Any]]:
 
 
 def test_a_completion_joins_the_chunks_and_counts_image_tokens() -> None:
-    value = build_completion(CHUNKS, ChatForm(has_logprobs=False), HEAD)
+    value = build_completion(CHUNKS, ChatFormatter(has_logprobs=False), META)
     assert value["choices"][0]["message"]["content"] == 'A "\u00e9\n\U0001f600.'
     assert value["choices"][0]["finish_reason"] == "stop"
     assert value["choices"][0]["logprobs"] is None
@@ -514,7 +514,7 @@ def test_a_completion_joins_the_chunks_and_counts_image_tokens() -> None:
 
 @pytest.mark.parametrize("include_usage", [False, True])
 def test_a_stream_is_role_then_text_then_the_reason_then_usage(include_usage: bool) -> None:
-    encoder = ChunkEncoder(ChatForm(has_logprobs=False), HEAD, include_usage=include_usage)
+    encoder = ChunkEncoder(ChatFormatter(has_logprobs=False), META, include_usage=include_usage)
     assert encoder.encode(Chunk("", None, 0, 10, 4)).startswith(b"data: {")
     assert encoder.encode(Chunk("", None, 0, 10, 4)) == b""
     values = decode(b"".join(encoder.encode(chunk) for chunk in CHUNKS))
@@ -522,7 +522,7 @@ def test_a_stream_is_role_then_text_then_the_reason_then_usage(include_usage: bo
     if include_usage:
         usage = values.pop()
         assert usage["choices"] == []
-        assert usage["usage"] == answers.describe_usage(count_usage(CHUNKS[-1:]))
+        assert usage["usage"] == errors.describe_usage(count_usage(CHUNKS[-1:]))
         assert all(value["usage"] is None for value in values)
     else:
         assert all("usage" not in value for value in values)
@@ -543,13 +543,13 @@ TWO = [
 
 
 def test_several_answers_are_told_apart_and_their_prompt_counts_once() -> None:
-    head = HEAD._replace(answers_each=2, num_answers=2)
-    value = build_completion(TWO, ChatForm(has_logprobs=False), head)
+    meta = META._replace(answers_each=2, num_answers=2)
+    value = build_completion(TWO, ChatFormatter(has_logprobs=False), meta)
     told = [(c["index"], c["message"]["content"], c["finish_reason"]) for c in value["choices"]]
     assert told == [(0, "Bb", "length"), (1, "Aa", "stop")]
     usage = value["usage"]
     assert (usage["prompt_tokens"], usage["completion_tokens"]) == (10, 5)
-    encoder = ChunkEncoder(ChatForm(has_logprobs=False), head, include_usage=True)
+    encoder = ChunkEncoder(ChatFormatter(has_logprobs=False), meta, include_usage=True)
     *events, last = decode(b"".join(encoder.encode(chunk) for chunk in TWO))
     choices = [event["choices"][0] for event in events]
     assert [choice["index"] for choice in choices] == [1, 1, 0, 0, 0, 0, 1, 1]
@@ -574,8 +574,8 @@ SPELLED = [
 
 
 def test_logprobs_of_a_chat_are_a_list_of_tokens_with_their_bytes() -> None:
-    form = ChatForm(has_logprobs=True)
-    whole = build_completion(SPELLED, form, HEAD)["choices"][0]["logprobs"]
+    formatter = ChatFormatter(has_logprobs=True)
+    whole = build_completion(SPELLED, formatter, META)["choices"][0]["logprobs"]
     assert whole == {
         "content": [
             {
@@ -592,14 +592,14 @@ def test_logprobs_of_a_chat_are_a_list_of_tokens_with_their_bytes() -> None:
         ],
         "refusal": None,
     }
-    encoder = ChunkEncoder(form, HEAD, include_usage=False)
+    encoder = ChunkEncoder(formatter, META, include_usage=False)
     events = decode(b"".join(encoder.encode(chunk) for chunk in SPELLED))
     streamed = [event["choices"][0]["logprobs"] for event in events]
     assert [part for told in streamed if told for part in told["content"]] == whole["content"]
 
 
 def test_logprobs_of_a_plain_completion_are_lists_side_by_side() -> None:
-    whole = build_completion(SPELLED, TextForm(has_logprobs=True), HEAD)
+    whole = build_completion(SPELLED, CompletionFormatter(has_logprobs=True), META)
     assert whole["object"] == "text_completion"
     assert whole["choices"][0]["text"] == "A \u00e9"
     assert whole["choices"][0]["logprobs"] == {
@@ -608,7 +608,7 @@ def test_logprobs_of_a_plain_completion_are_lists_side_by_side() -> None:
         "top_logprobs": [{"A ": -0.5, "B": -1.0}, {"\ufffd": -0.25}, {"\ufffd": -9999.0}],
         "text_offset": [0, 2, 3],
     }
-    encoder = ChunkEncoder(TextForm(has_logprobs=True), HEAD, include_usage=False)
+    encoder = ChunkEncoder(CompletionFormatter(has_logprobs=True), META, include_usage=False)
     events = decode(b"".join(encoder.encode(chunk) for chunk in SPELLED))
     told = [event["choices"][0]["logprobs"] for event in events]
     assert [part["text_offset"] for part in told if part] == [[0], [2, 3]]

@@ -17,11 +17,11 @@ from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import ImageError, LinkError, NotAllowedError, RequestError
 from llava_ray.serve.fetch.ip_policy import is_public, read_address
-from llava_ray.serve.fetch.url_policy import check_link
-from llava_ray.serve.gateway.auth import Login, read_key, read_login
+from llava_ray.serve.fetch.url_policy import check_url
+from llava_ray.serve.gateway.auth import BasicCredentials, read_basic_credentials, read_key
 from llava_ray.serve.llava import protocol
 from llava_ray.serve.llava.worker_registry import check_address
-from llava_ray.serve.llava.worker_request import build_call
+from llava_ray.serve.llava.worker_request import build_worker_request
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 LIMITS = LimitsConfig(max_images=2)
@@ -128,7 +128,7 @@ def test_what_a_worker_is_asked_comes_out_of_the_parser_as_it_went_in(
         (ImagePart(image or b"x", "images[0]"),),
         Sampling(9, 0.5, 0.5, tuple(text for text in stop if text.strip())[:1]),
     )
-    body = encode(build_call(asked).body)
+    body = encode(build_worker_request(asked).body)
     understood = protocol.parse_generate(body, limits=LIMITS, request_id="r")
     assert understood.images == asked.images
     assert understood.prompt == asked.prompt
@@ -162,7 +162,7 @@ PIECES = st.lists(st.text(max_size=4) | st.sampled_from([*ODD, "http:", "//", "/
 @THOROUGH
 def test_any_text_is_a_public_web_address_or_refused(text: str) -> None:
     try:
-        link = check_link(text, FetchConfig(hosts=["*"]), param="p")
+        link = check_url(text, FetchConfig(hosts=["*"]), param="p")
     except LinkError as error:
         encode(error.message)
         return
@@ -197,7 +197,9 @@ def test_any_header_is_a_key_or_none(text: str) -> None:
 def test_a_login_comes_out_as_it_went_in(name: str, password: str) -> None:
     password = password.encode(errors="ignore").decode()
     encoded = base64.b64encode(f"{name}:{password}".encode()).decode()
-    assert read_login(Headers({"authorization": f"Basic {encoded}"})) == Login(name, password)
+    assert read_basic_credentials(
+        Headers({"authorization": f"Basic {encoded}"})
+    ) == BasicCredentials(name, password)
 
 
 @given(

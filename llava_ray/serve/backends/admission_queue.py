@@ -1,4 +1,4 @@
-"""Where requests wait for a busy model: so many at most, so long at most, and fair between keys."""
+"""The admission queue of one model: bounded in length and wait, and fair between API keys."""
 
 import asyncio
 from collections import deque
@@ -7,81 +7,82 @@ from collections.abc import Callable
 from llava_ray.errors import OverloadedError
 
 
-class WaitingRoom:
-    """Seats at one model, and a queue for each API key in front of them.
+class AdmissionQueue:
+    """Slots of one model, and a queue of waiting requests for each API key.
 
-    A free seat goes to the keys in turn, however many requests each has there. In a full room a
-    newcomer takes the place of the last request of the key that has the most, if that is another.
+    A free slot goes to the keys in turn (round robin), however many requests each key has waiting.
+    When the queue is full, a new request evicts the last request of the key that has the most
+    waiting, unless that is its own key; then the new request is refused.
 
     Args:
-        model: its name, for messages.
-        num_seats: requests that the model may have at once.
-        max_waiting: requests that may wait; None: any number.
-        max_wait_s: seconds that one waits.
-        note_waiting: told how many wait, when one begins or ends to.
+        model: the model's name, for error messages.
+        num_slots: requests that the model may process at once.
+        max_waiting: requests that may wait; None: no limit.
+        max_wait_s: seconds after which a waiting request is refused.
+        note_waiting: called with the number of waiting requests whenever it changes.
     """
 
     def __init__(
         self,
         model: str,
         *,
-        num_seats: int,
+        num_slots: int,
         max_waiting: int | None,
         max_wait_s: float,
         note_waiting: Callable[[int], None] = lambda num_waiting: None,
     ) -> None:
         self._model, self._max_wait_s = model, max_wait_s
-        self._num_free, self._max_waiting = num_seats, max_waiting
+        self._num_free, self._max_waiting = num_slots, max_waiting
         self._note_waiting = note_waiting
-        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # the key in front is next
+        self._queues: dict[str, deque[asyncio.Future[None]]] = {}  # the first key is next in turn
 
     @property
     def num_waiting(self) -> int:
         return sum(map(len, self._queues.values()))
 
-    async def enter(self, key: str) -> None:
-        """Return once there is a seat; whoever got one calls `leave`.
+    async def acquire(self, key: str) -> None:
+        """Wait for a slot; whoever gets one calls `release`.
 
         Raises:
-            OverloadedError: the room is full, or none became free in time.
+            OverloadedError: the queue is full, or no slot became free in time.
         """
         if self._num_free:
             self._num_free -= 1
             return
         if self._max_waiting is not None and self.num_waiting >= self._max_waiting:
-            self._make_room(key)
-        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(key, deque()).append(place)
+            self._evict_for(key)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queues.setdefault(key, deque()).append(waiter)
         self._note_waiting(self.num_waiting)
         try:
             async with asyncio.timeout(self._max_wait_s):
-                await place
+                await waiter
         except TimeoutError:
-            self._give_up(key, place)
+            self._withdraw(key, waiter)
             raise OverloadedError(
-                f"{self._model!r} had no room for {self._max_wait_s:g} s: try again later"
+                f"{self._model!r} had no free slot for {self._max_wait_s:g} s: try again later"
             ) from None
         except asyncio.CancelledError:
-            self._give_up(key, place)
+            self._withdraw(key, waiter)
             raise
         finally:
             self._note_waiting(self.num_waiting)
 
-    def leave(self) -> None:
-        """Give the seat to the next key's first request, if any waits."""
+    def release(self) -> None:
+        """Pass the slot to the first waiting request of the next key, if there is one."""
         for key in list(self._queues):
             queue = self._queues.pop(key)
-            place = queue.popleft()
+            waiter = queue.popleft()
             if queue:
-                self._queues[key] = queue  # behind the others
-            if not place.done():
-                place.set_result(None)
+                self._queues[key] = queue  # now the last in turn
+            if not waiter.done():
+                waiter.set_result(None)
                 return
         self._num_free += 1
 
-    def _make_room(self, key: str) -> None:
+    def _evict_for(self, key: str) -> None:
         error = OverloadedError(
-            f"{self._model!r} is busy and {self._max_waiting:,} requests wait already: "
+            f"{self._model!r} is busy and {self._max_waiting:,} requests are waiting already: "
             "try again in a moment"
         )
         longest = max(self._queues, key=lambda other: len(self._queues[other]), default=key)
@@ -89,10 +90,10 @@ class WaitingRoom:
             raise error
         self._queues[longest].pop().set_exception(error)
 
-    def _give_up(self, key: str, place: asyncio.Future[None]) -> None:
-        if place.done() and not place.cancelled() and place.exception() is None:
-            self.leave()  # the seat came in the same moment
-        elif place in self._queues.get(key, ()):
-            self._queues[key].remove(place)
+    def _withdraw(self, key: str, waiter: asyncio.Future[None]) -> None:
+        if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+            self.release()  # it got a slot at the same moment
+        elif waiter in self._queues.get(key, ()):
+            self._queues[key].remove(waiter)
             if not self._queues[key]:
                 del self._queues[key]

@@ -1,7 +1,8 @@
-"""A model that one of LLaVA's own workers serves, as the gateway sees it.
+"""A model served by LLaVA's own workers, as the gateway sees it.
 
-Request -> worker_call.Call -> the worker's HTTP -> objects of the protocol -> Chunk
-Which worker answers, `Workers` says.
+    Request -> WorkerRequest -> POST /worker_generate_stream -> JSON objects -> Chunk
+
+`WorkerRegistry` chooses the worker.
 """
 
 import asyncio
@@ -12,24 +13,24 @@ import httpx
 
 from llava_ray.engine.detokenizer import TextStream
 from llava_ray.errors import EngineError, RequestError, UnreachableError, UnsupportedError
-from llava_ray.serve.backends.replicas import Answer, Backend
+from llava_ray.serve.backends.replicas import Backend, BackendResponse
 from llava_ray.serve.llava.protocol import END, OK, AnswerBody, parse
-from llava_ray.serve.llava.worker_request import Call, build_call
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.llava.worker_request import WorkerRequest, build_worker_request
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, Tokens
 
 MAX_TRIES = 3
 SILENCE_S = 120.0
-"""A worker that says nothing for so long has lost the request."""
+"""A worker that is silent for this long is considered to have lost the request."""
 
 _CONNECT_S = 5.0
 _OBJECT_BYTES = 16 << 20
 
 
-class WorkerBackend(Backend):
+class LlavaWorkerBackend(Backend):
     """A model of one or several registered workers; see `Backend`.
 
-    Its handle is that of the deployment of `Workers`.
+    Its handle is that of the `WorkerRegistry` deployment.
     """
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
@@ -48,32 +49,34 @@ class WorkerBackend(Backend):
             param="model",
         )
 
-    async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> Answer:
-        """Return the answer once it has begun; a worker that does not begin is forgotten."""
+    async def _start_once(
+        self, request: Request | CompletionRequest, context: RequestContext
+    ) -> BackendResponse:
+        """Return the response once it has begun; a worker that cannot be reached is removed."""
         if isinstance(request, CompletionRequest):
-            raise self._cannot("continue plain texts")
-        call = build_call(request)
-        trouble = "it has left"
+            raise self._cannot("continue plain text")
+        call = build_worker_request(request)
+        trouble = "it is no longer registered"
         for _ in range(MAX_TRIES):
             address = await self._handle.choose.remote(self.name)
             if not address:
                 break
-            reply = WorkerReply(address, call)
+            reply = WorkerStream(address, call)
             try:
                 first = await anext(reply)
             except UnreachableError as error:
                 trouble = error.message
                 await self._handle.forget.remote(address, trouble)
             else:
-                visit.note_first()
-                return Answer(self, first, reply, visit, num_answers=1)
-        raise UnreachableError(f"no worker of {self.name!r} answers: {trouble}; try again")
+                context.note_first_chunk()
+                return BackendResponse(self, first, reply, context, num_answers=1)
+        raise UnreachableError(f"no worker of {self.name!r} is available: {trouble}; try again")
 
 
-class WorkerReply:
-    """The chunks of one answer, as they come from a worker."""
+class WorkerStream:
+    """The chunks of one answer from a worker."""
 
-    def __init__(self, address: str, call: Call) -> None:
+    def __init__(self, address: str, call: WorkerRequest) -> None:
         objects = read_objects(address, call)
         self._chunks = read_chunks(objects, call, address)
         self._closing: asyncio.Future[None] | None = None
@@ -85,20 +88,20 @@ class WorkerReply:
         return await anext(self._chunks)
 
     def cancel(self) -> None:
-        """Hang up. LLaVA's workers do not notice before they have finished."""
+        """Disconnect. LLaVA's workers generate the rest of the answer nevertheless."""
         self._closing = asyncio.ensure_future(self._chunks.aclose())
 
 
-async def read_objects(address: str, call: Call) -> AsyncGenerator[AnswerBody]:
-    """Yield what a worker answers, object by object.
+async def read_objects(address: str, call: WorkerRequest) -> AsyncGenerator[AnswerBody]:
+    """Yield the JSON objects of a worker's response.
 
     Raises:
-        UnreachableError: it cannot be reached, breaks off, or does not speak the protocol.
-        EngineError: it reports an error.
+        UnreachableError: the worker cannot be reached, disconnects, or violates the protocol.
+        EngineError: the worker reports an error.
     """
     timeout = httpx.Timeout(SILENCE_S, connect=_CONNECT_S)
     url = f"{address}/worker_generate_stream"
-    is_tls = not address.startswith("http:")  # or no certificates are read, which takes 40 ms
+    is_tls = not address.startswith("http:")  # loading certificates takes 40 ms
     try:
         async with (
             httpx.AsyncClient(timeout=timeout, trust_env=False, verify=is_tls) as client,
@@ -109,14 +112,14 @@ async def read_objects(address: str, call: Call) -> AsyncGenerator[AnswerBody]:
             async for piece in reply.aiter_bytes():
                 *objects, rest = (rest + piece).split(END)
                 if len(rest) > _OBJECT_BYTES:
-                    raise RequestError(f"an object of more than {_OBJECT_BYTES:,} bytes")
+                    raise RequestError(f"it sent an object of more than {_OBJECT_BYTES:,} bytes")
                 for item in objects:
                     yield _check(parse(AnswerBody, item), address)
             if rest:
-                raise RequestError("it broke off within an object")
+                raise RequestError("it disconnected in the middle of an object")
     except (httpx.HTTPError, httpx.InvalidURL, RequestError) as error:
         raise UnreachableError(
-            f"LLaVA's worker at {address} does not answer as it should: {str(error) or repr(error)}"
+            f"LLaVA's worker at {address} did not respond as expected: {str(error) or repr(error)}"
         ) from error
 
 
@@ -130,12 +133,12 @@ def _check(item: AnswerBody, address: str) -> AnswerBody:
 
 
 async def read_chunks(
-    objects: AsyncGenerator[AnswerBody], call: Call, address: str
+    objects: AsyncGenerator[AnswerBody], call: WorkerRequest, address: str
 ) -> AsyncGenerator[Chunk]:
-    """Yield the answer piece by piece; how many tokens it has, such workers do not tell.
+    """Yield the answer as chunks without token counts, which these workers do not report.
 
     Raises:
-        UnreachableError: the worker said nothing at all; and see `read_objects`.
+        UnreachableError: the worker sent nothing; see also `read_objects`.
     """
     pieces: list[str] = []
     text = TextStream(lambda ids: "".join(pieces[i] for i in ids), stop=call.stop)
@@ -144,7 +147,7 @@ async def read_chunks(
     async with aclosing(objects):
         async for item in objects:
             answer = item.text[len(call.body["prompt"]) :]
-            if not answer.startswith(said):  # the worker has taken a stop text off its end
+            if not answer.startswith(said):  # the worker removed a stop text from the end
                 yield Chunk("", "stop", 0, 0, 0)
                 return
             pieces.append(answer[len(said) :])
@@ -157,5 +160,5 @@ async def read_chunks(
             if text.is_stopped:
                 return
     if not pieces:
-        raise UnreachableError(f"LLaVA's worker at {address} ended before it said anything")
+        raise UnreachableError(f"LLaVA's worker at {address} sent an empty response")
     yield Chunk(text.flush(), "stop", 0, 0, 0)

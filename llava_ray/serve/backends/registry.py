@@ -1,4 +1,4 @@
-"""The models that can be asked here, by name: this application's own, then those of workers."""
+"""The models that requests can name: this application's own, and those of LLaVA's workers."""
 
 from collections.abc import Mapping
 
@@ -9,20 +9,21 @@ from ray.serve.handle import DeploymentHandle
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import ModelNotFoundError
 from llava_ray.serve import log
-from llava_ray.serve.backends.admission_queue import WaitingRoom
-from llava_ray.serve.backends.llava_worker import WorkerBackend
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
+from llava_ray.serve.backends.llava_worker import LlavaWorkerBackend
 from llava_ray.serve.backends.replicas import Backend
 
 
-class Directory:
+class ModelRegistry:
     """Finds the model that a request names.
 
-    A name that both have is this application's: a model moves over by being served here too.
+    If both have a name, this application's own model answers, so that a model can be moved here
+    from a worker without a break.
 
     Args:
         backends: this application's own models.
-        workers: the deployment of `Workers`, if LLaVA's own workers may register.
-        limits: how many requests a gateway has at once; such workers have queues of their own.
+        workers: the deployment of `WorkerRegistry`, if LLaVA's own workers may register.
+        limits: bounds the requests in flight to workers, which have queues of their own.
     """
 
     def __init__(
@@ -32,45 +33,45 @@ class Directory:
         limits: LimitsConfig,
     ) -> None:
         self._limits = limits
-        self._own = backends
+        self._local = backends
         self._workers = workers
-        self._foreign: dict[str, Backend] = {}
+        self._external: dict[str, Backend] = {}
 
-    async def names(self) -> list[str]:
+    async def list_names(self) -> list[str]:
         """Return the names of all models, this application's own first."""
-        await self._look_for_workers()
-        return [*self._own, *self._foreign]
+        await self._refresh_workers()
+        return [*self._local, *self._external]
 
     async def find(self, name: str) -> Backend:
-        """Return the model of that name; raises `ModelNotFoundError` with those that there are."""
-        if name in self._own:
-            return self._own[name]
-        names = await self.names()
-        if name in self._foreign:
-            return self._foreign[name]
+        """Return the model of that name; raises `ModelNotFoundError`, which lists all names."""
+        if name in self._local:
+            return self._local[name]
+        names = await self.list_names()
+        if name in self._external:
+            return self._external[name]
         raise ModelNotFoundError(
-            f"there is no model {name[:100]!r} here; there is {', '.join(names)}", param="model"
+            f"unknown model {name[:100]!r}: use one of {', '.join(names)}", param="model"
         )
 
-    async def _look_for_workers(self) -> None:
+    async def _refresh_workers(self) -> None:
         if self._workers is None:
             return
         names = []
         try:
             names = await self._workers.list_models.remote()
-        except (RayError, RayServeException) as error:  # Serve is starting it anew
-            log.logger.warning(f"the workers cannot be listed: {type(error).__name__}")
-        self._foreign = {
-            name: self._foreign.get(name) or self._build_foreign(name, self._workers)
+        except (RayError, RayServeException) as error:  # Serve is restarting it
+            log.logger.warning(f"cannot list LLaVA's workers: {type(error).__name__}")
+        self._external = {
+            name: self._external.get(name) or self._build_external(name, self._workers)
             for name in names
-            if name not in self._own
+            if name not in self._local
         }
 
-    def _build_foreign(self, name: str, workers: DeploymentHandle) -> Backend:
-        room = WaitingRoom(
+    def _build_external(self, name: str, workers: DeploymentHandle) -> Backend:
+        queue = AdmissionQueue(
             name,
-            num_seats=self._limits.max_in_flight,
+            num_slots=self._limits.max_in_flight,
             max_waiting=None,
             max_wait_s=self._limits.max_wait_s,
         )
-        return WorkerBackend(name, workers, room)
+        return LlavaWorkerBackend(name, workers, queue)

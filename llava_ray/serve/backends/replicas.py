@@ -1,4 +1,7 @@
-"""One model behind the gateway: calls its replicas, and makes our errors of Ray's."""
+"""One model as the gateway sees it: calls its replicas and translates Ray's errors into ours.
+
+Backend.start -> AdmissionQueue -> Ray Serve handle -> BackendResponse -> the routes
+"""
 
 import asyncio
 import copy
@@ -13,28 +16,28 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.errors import EngineError, LlavaRayError, OverloadedError
 from llava_ray.serve import log
-from llava_ray.serve.backends.admission_queue import WaitingRoom
-from llava_ray.serve.backends.stream_transport import Postbox
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
+from llava_ray.serve.backends.stream_transport import StreamReceiver
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, CompletionRequest, Request, TokenizeRequest, Tokens
 
 READY_TIMEOUT_S = 3.0
-_FRESH_S = 10.0
-_QUICK_S = 1.0
+_HEALTHY_FOR_S = 10.0  # a model counts as healthy for this long after its last chunk
+_CONTEXT_LENGTH_TIMEOUT_S = 1.0
 
 
 @dataclass
-class Signs:
-    """What was heard of a model's replicas, through the model or any of its adapters.
+class ReplicaHealth:
+    """The last signs of life of a model's replicas; its adapters share this object.
 
     Attributes:
-        asked_at: of requests of which nothing has been heard yet, the oldest first.
-        answered_at: when the last chunk came.
-        context_length: once a replica has told it.
+        pending_since: start times of the requests without a first chunk, the oldest first.
+        last_chunk_at: when the last chunk arrived.
+        context_length: None until a replica has reported it.
     """
 
-    asked_at: list[float] = field(default_factory=list)
-    answered_at: float = float("-inf")
+    pending_since: list[float] = field(default_factory=list)
+    last_chunk_at: float = float("-inf")
     context_length: int | None = None
 
 
@@ -42,13 +45,13 @@ class Backend:
     """A model, as the gateway sees it.
 
     Args:
-        name: the model's, for messages.
-        handle: of its deployment of `Replica`.
-        room: where requests wait while its replicas are busy.
-        postbox: where replicas may send chunks past Ray; None: they do not.
+        name: the model's name, for messages.
+        handle: the Serve handle of its `Replica` deployment.
+        queue: where requests wait while all replicas are busy.
+        receiver: receives chunks that bypass Ray; None: all chunks come through Ray.
 
     Attributes:
-        parent: the name of the model that this is an adapter of; None: it is none.
+        parent: the base model's name if this is an adapter, else None.
     """
 
     parent: str | None = None
@@ -58,51 +61,53 @@ class Backend:
         self,
         name: str,
         handle: DeploymentHandle,
-        room: WaitingRoom,
-        postbox: Postbox | None = None,
+        queue: AdmissionQueue,
+        receiver: StreamReceiver | None = None,
     ) -> None:
         self.name = name
-        self._postbox = postbox
-        self._room = room
+        self._receiver = receiver
+        self._queue = queue
         self._handle = handle
         self._stream_handle = handle.options(stream=True)
-        self._signs = Signs()
+        self._health = ReplicaHealth()
 
     def with_adapter(self, adapter: str) -> "Backend":
-        """Return one of this model's adapters: the same replicas, the same room."""
+        """Return the backend of an adapter; it shares this model's replicas and queue."""
         adapted = copy.copy(self)
         adapted.name, adapted.parent = f"{self.name}:{adapter}", self.name
         adapted._adapter = adapter
         return adapted
 
-    async def start(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
-        """Return the answer once its first chunk is there, so that an error still has a status.
+    async def start(
+        self, request: Request | CompletionRequest, context: RequestContext
+    ) -> "BackendResponse":
+        """Return the response once its first chunk has arrived, so that errors set the status.
 
-        A replica that dies before that is replaced by another one, once.
+        If the replica dies before that, another one is tried once.
 
         Raises:
-            LlavaRayError: the request was refused, or no replica could begin.
+            LlavaRayError: the request was refused, or no replica could start it.
         """
-        visit.is_model_known = True
-        await self._room.enter(visit.key)
+        context.is_model_known = True
+        await self._queue.acquire(context.key)
         try:
             try:
-                return await self._start_once(request, visit)
+                return await self._start_once(request, context)
             except RayActorError:
-                log.logger.warning(f"a replica of {self.name!r} died; asking another one")
-                return await self._start_once(request, visit)
+                log.logger.warning(f"a replica of {self.name!r} died; trying another one")
+                return await self._start_once(request, context)
         except BaseException as error:
-            self._room.leave()
+            self._queue.release()
             if isinstance(error, RayError | RayServeException):
-                raise explain(error, self.name) from error
+                raise translate_error(error, self.name) from error
             raise
 
     async def check(self) -> str:
-        """Return what keeps the model from answering, or nothing if it answers.
+        """Return why the model does not respond; "" if it does.
 
-        A model that sent a chunk a moment ago, or is too busy to be asked, is well.
+        A model that sent a chunk recently, or whose queue is full, counts as healthy.
         """
-        if time.monotonic() - self._signs.answered_at < _FRESH_S:
+        if time.monotonic() - self._health.last_chunk_at < _HEALTHY_FOR_S:
             return ""
         response = self._handle.stats.remote()
         try:
@@ -116,15 +121,15 @@ class Backend:
             return f"not answering: {type(error).__name__}"
         return ""
 
-    def describe_sleep(self) -> str:
-        """Return how a model is that nobody keeps awake."""
-        if not self._signs.asked_at:
+    def describe_idle_state(self) -> str:
+        """Return the state of a model that scales to zero."""
+        if not self._health.pending_since:
             return "asleep: the first request starts it"
         now = time.monotonic()
-        if now - self._signs.answered_at < _FRESH_S:
+        if now - self._health.last_chunk_at < _HEALTHY_FOR_S:
             return "ready"
-        waited_s = now - max(self._signs.asked_at[0], self._signs.answered_at)
-        return f"waking: no answer for {waited_s:.0f} s; `serve status` says what it waits for"
+        waited_s = now - max(self._health.pending_since[0], self._health.last_chunk_at)
+        return f"waking: no response for {waited_s:.0f} s; `serve status` says what it waits for"
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
         """Return the tokens of a prompt; raises a `LlavaRayError`."""
@@ -135,64 +140,81 @@ class Backend:
         return await self._ask(self._handle.detokenize.remote(token_ids))
 
     async def find_context_length(self) -> int | None:
-        """Return how long prompt and answer may be; None if no replica says so at once."""
-        if self._signs.context_length is None:
-            response = self._handle.tell_context_length.remote()
+        """Return the maximum of prompt plus answer tokens; None if no replica reports it."""
+        if self._health.context_length is None:
+            response = self._handle.get_context_length.remote()
             try:
-                self._signs.context_length = await asyncio.wait_for(response, _QUICK_S)
+                self._health.context_length = await asyncio.wait_for(
+                    response, _CONTEXT_LENGTH_TIMEOUT_S
+                )
             except TimeoutError:
                 response.cancel()
             except (RayError, RayServeException):
-                pass  # told without it; /readyz says what is wrong
-        return self._signs.context_length
+                pass  # the model is listed without it; /readyz says what is wrong
+        return self._health.context_length
 
     async def _ask(self, response: Any) -> Any:
         try:
             return await response
         except (RayError, RayServeException) as error:
-            raise explain(error, self.name) from error
+            raise translate_error(error, self.name) from error
 
-    async def _start_once(self, request: Request | CompletionRequest, visit: Visit) -> "Answer":
+    async def _start_once(
+        self, request: Request | CompletionRequest, context: RequestContext
+    ) -> "BackendResponse":
         is_completion = isinstance(request, CompletionRequest)
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
-        mail = await self._postbox.register() if self._postbox else None
-        post = [mail.post] if mail else []
-        response: Any = method.remote(replace(request, adapter=self._adapter), *post)
-        asked_at = time.monotonic()
-        self._signs.asked_at.append(asked_at)
+        stream = await self._receiver.register() if self._receiver else None
+        address = [stream.address] if stream else []
+        response: Any = method.remote(replace(request, adapter=self._adapter), *address)
+        pending_since = time.monotonic()
+        self._health.pending_since.append(pending_since)
         try:
             first = await anext(response)
         except StopAsyncIteration:
-            raise EngineError(f"{self.name!r} ended before it said anything: try again") from None
+            raise EngineError(
+                f"{self.name!r} ended the response before its first chunk: try again"
+            ) from None
         except BaseException:
             response.cancel()
-            if mail:
-                mail.forget()
+            if stream:
+                stream.discard()
             raise
         finally:
-            self._signs.asked_at.remove(asked_at)
-        visit.note_first()
-        if mail:
-            mail.follow(first, response, num_answers=request.num_answers)
-        return Answer(self, first, mail or response, visit, num_answers=request.num_answers)
+            self._health.pending_since.remove(pending_since)
+        context.note_first_chunk()
+        if stream:
+            stream.follow(first, response, num_answers=request.num_answers)
+        return BackendResponse(
+            self, first, stream or response, context, num_answers=request.num_answers
+        )
 
     def note_alive(self) -> None:
-        """A chunk came: the model is well."""
-        self._signs.answered_at = time.monotonic()
+        """Note that a chunk has arrived, so the model is healthy."""
+        self._health.last_chunk_at = time.monotonic()
 
     def end(self) -> None:
-        """An answer is over: the next request may have its seat."""
-        self._room.leave()
+        """Release the slot of a finished response to the next request."""
+        self._queue.release()
 
 
-class Answer:
-    """The answers to one request, as chunks. Whoever holds it calls `close`, whatever happened."""
+class BackendResponse:
+    """The chunks of a request's answers. Its owner must call `close`, whatever happens.
+
+    Iteration enforces the deadline, and raises errors of ours instead of Ray's.
+    """
 
     def __init__(
-        self, backend: Backend, first: Chunk, response: Any, visit: Visit, *, num_answers: int
+        self,
+        backend: Backend,
+        first: Chunk,
+        response: Any,
+        context: RequestContext,
+        *,
+        num_answers: int,
     ) -> None:
         self._backend, self._first, self._response = backend, first, response
-        self._visit = visit
+        self._context = context
         self._num_open = num_answers
         self._is_closed = False
         self.is_over = False
@@ -200,22 +222,24 @@ class Answer:
     async def __aiter__(self) -> AsyncIterator[Chunk]:
         try:
             yield self._note(self._first)
-            async for chunk in self._visit.deadline.watch(self._response):
+            async for chunk in self._context.deadline.watch(self._response):
                 yield self._note(chunk)
             self.is_over = True
         except (RayError, RayServeException) as error:
-            raise explain(error, self._backend.name) from error
+            raise translate_error(error, self._backend.name) from error
         if self._num_open:
-            raise EngineError(f"{self._backend.name!r} broke off in the middle: try again")
+            raise EngineError(
+                f"{self._backend.name!r} stopped in the middle of its answer: try again"
+            )
 
     def _note(self, chunk: Chunk) -> Chunk:
-        self._visit.note_chunk(chunk)
+        self._context.note_chunk(chunk)
         self._backend.note_alive()
         self._num_open -= chunk.finish_reason is not None
         return chunk
 
     def close(self) -> None:
-        """Stop the replica's work on it, if there is any left, and give up the seat."""
+        """Cancel what is left of the request on the replica, and release the slot."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -225,8 +249,8 @@ class Answer:
         self._backend.end()
 
 
-def explain(error: Exception, model: str) -> Exception:
-    """Return our error for one that Ray raised; one that nobody foresaw comes back as it is."""
+def translate_error(error: Exception, model: str) -> Exception:
+    """Return our error for an exception of Ray's; an unknown exception is returned as it is."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, LlavaRayError):
         return cause
@@ -241,5 +265,5 @@ def explain(error: Exception, model: str) -> Exception:
     if isinstance(cause, TaskCancelledError):
         return OverloadedError(f"the replica of {model!r} was stopped: try again in a moment")
     if isinstance(cause, RayServeException):
-        return OverloadedError(f"{model!r} is not up; /readyz says why: try again later")
+        return OverloadedError(f"{model!r} is not running; /readyz says why: try again later")
     return error

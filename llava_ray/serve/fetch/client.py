@@ -1,11 +1,11 @@
-"""Fetches the images that a request names by web addresses, and trusts none of them.
+"""Fetches the images that a request names by URL, without trusting the URLs.
 
-    ImagePart with a url -> check_link -> resolve, check every address, connect to a checked one
-    -> redirect: from the start | bytes, at most so many, in so many seconds
+    ImagePart with a url -> check_url -> resolve, check every IP address, connect to a checked one
+    -> redirect: start again | bytes, limited in size and time
 
-A name is resolved once a connection, and the connection goes to what was checked, so a second
-answer of the name server changes nothing; TLS still verifies the name. Nothing is decompressed,
-no cookie or credential is sent, and no proxy of the environment is used.
+A name is resolved once per connection and the connection goes to the checked address, so DNS
+rebinding has no effect; TLS still verifies the name. Nothing is decompressed, no cookies or
+credentials are sent, and proxies in the environment are ignored.
 """
 
 import asyncio
@@ -24,25 +24,25 @@ import llava_ray
 from llava_ray.config import FetchConfig, LimitsConfig
 from llava_ray.errors import FetchError, LinkError
 from llava_ray.serve.fetch.ip_policy import Address, parse_address, read_address
-from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_link, is_allowed
+from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_url, is_allowed
 from llava_ray.types import ChatRequest, ImagePart
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
-_CONNECT_TIMEOUT_S = 3.0  # for one address; there may be several
-_NUM_ADDRESSES = 4  # tried, of those that a name has
+_CONNECT_TIMEOUT_S = 3.0  # per IP address
+_NUM_ADDRESSES = 4  # how many IP addresses of a host are tried
 _REDIRECTS = (301, 302, 303, 307, 308)
 _MEDIA_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
 _REMEDY = "check the address, or send the image as a data URL"
 
 
 class Fetcher:
-    """Fetches images for one gateway; a slow web server holds up those alone who named it.
+    """Fetches images for one gateway; a slow web server only delays requests that use it.
 
     Args:
         limits: bytes allowed, and `limits.fetch`.
-        resolve: gives the addresses of a host and port; by default the system's resolver.
-        ssl_context: says which certificates are trusted; by default the usual authorities.
+        resolve: returns the IP addresses of a host and port; default: the system's resolver.
+        ssl_context: the trusted certificates; default: the usual authorities.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Fetcher:
         ssl_context: SSLContext | None = None,
     ) -> None:
         self._limits, self._config = limits, limits.fetch
-        self._places = asyncio.Semaphore(self._config.max_at_once)
-        self._places_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self._slots = asyncio.Semaphore(self._config.max_at_once)
+        self._slots_by_host: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
         if ssl_context is None and self._config.hosts:
             ssl_context = httpx.create_ssl_context()
         self._pool = httpcore.AsyncConnectionPool(
@@ -64,41 +64,40 @@ class Fetcher:
             network_backend=_CheckedNetwork(self._config, resolve or _Resolver().resolve),
         )
 
-    async def fill(self, request: ChatRequest) -> ChatRequest:
-        """Return the request with all its images there, each address fetched once.
+    async def fetch_images(self, request: ChatRequest) -> ChatRequest:
+        """Return the request with the bytes of all images filled in; each URL is fetched once.
 
         Raises:
-            LinkError: an address, or one that it leads to, is refused.
-            FetchError: an address gave no image, or too large a one, or none in time.
+            LinkError: a URL, or one that it redirects to, is not allowed.
+            FetchError: a URL returned no image, one that is too large, or none in time.
         """
         links = {part.url: part for part in _parts(request) if part.url and not part.data}
         if not links:
             return request
-        allowance = _Allowance(self._limits.max_body_bytes)
+        budget = _ByteBudget(self._limits.max_body_bytes)
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = {
-                    url: group.create_task(self._fetch(part, allowance))
-                    for url, part in links.items()
+                    url: group.create_task(self._fetch(part, budget)) for url, part in links.items()
                 }
         except ExceptionGroup as errors:
             raise errors.exceptions[0] from None
         return _put_in(request, {url: task.result() for url, task in tasks.items()})
 
-    async def _fetch(self, part: ImagePart, allowance: "_Allowance") -> bytes:
-        """Return the bytes behind the address of one image."""
+    async def _fetch(self, part: ImagePart, budget: "_ByteBudget") -> bytes:
+        """Return the bytes of one image."""
         link = httpx.URL(part.url)
-        places = self._places_by_host.setdefault(
+        places = self._slots_by_host.setdefault(
             link.host, asyncio.Semaphore(self._config.max_per_host)
         )
         try:
-            async with asyncio.timeout(self._config.timeout_s), places, self._places:
-                return await self._follow(link, part.param, allowance)
+            async with asyncio.timeout(self._config.timeout_s), places, self._slots:
+                return await self._follow(link, part.param, budget)
         except TimeoutError:
             problem = f"took longer than the {self._config.timeout_s:g} s allowed"
         except _NotAllowedError:
             raise LinkError(
-                f"no image is fetched from {link.host}: it leads to an address that is not on "
+                f"no image is fetched from {link.host}: its IP address is not on "
                 "the public internet; send the image as a data URL",
                 param=part.param,
             ) from None
@@ -108,21 +107,21 @@ class Fetcher:
             problem = str(error)
         raise FetchError(f"{link.host} {problem}: {_REMEDY}", param=part.param)
 
-    async def _follow(self, link: httpx.URL, param: str, allowance: "_Allowance") -> bytes:
+    async def _follow(self, link: httpx.URL, param: str, budget: "_ByteBudget") -> bytes:
         for _ in range(self._config.max_redirects + 1):
             async with self._pool.stream("GET", _target(link), headers=_headers(link)) as answer:
                 headers = {key.lower(): value.decode("latin-1") for key, value in answer.headers}
                 if answer.status not in _REDIRECTS:
                     _check_head(answer.status, headers)
-                    return await self._read(answer, headers.get(b"content-length", ""), allowance)
+                    return await self._read(answer, headers.get(b"content-length", ""), budget)
             try:
                 link = link.join(headers[b"location"])
             except (KeyError, httpx.InvalidURL):
                 raise _UnusableError("redirects to nothing that is an address") from None
-            link = check_link(str(link), self._config, param=param)
+            link = check_url(str(link), self._config, param=param)
         raise _UnusableError(f"redirects more often than the {self._config.max_redirects} allowed")
 
-    async def _read(self, answer: httpcore.Response, length: str, allowance: "_Allowance") -> bytes:
+    async def _read(self, answer: httpcore.Response, length: str, budget: "_ByteBudget") -> bytes:
         max_bytes = self._limits.max_image_bytes
         too_long = _UnusableError(f"sent more than the {max_bytes:,} bytes allowed for an image")
         if length.isdecimal() and int(length) > max_bytes:
@@ -130,14 +129,14 @@ class Fetcher:
         data = bytearray()
         async for piece in answer.aiter_stream():
             data += piece
-            allowance.take(len(piece))
+            budget.take(len(piece))
             if len(data) > max_bytes:
                 raise too_long
         return bytes(data)
 
 
 class _CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """Connects to hosts of which every address is allowed, and to one that it has seen itself."""
+    """Connects to a host only if all its IP addresses are allowed, and only to one of these."""
 
     def __init__(self, config: FetchConfig, resolve: Resolve) -> None:
         self._config, self._resolve = config, resolve
@@ -171,7 +170,7 @@ class _CheckedNetwork(httpcore.AsyncNetworkBackend):
 
 
 class _Resolver:
-    """The system's resolver, in threads of its own: nobody else waits for a slow name server."""
+    """The system's resolver, in its own threads: a slow name server delays nothing else."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(16, thread_name_prefix="resolve")
@@ -184,8 +183,8 @@ class _Resolver:
         return [str(place[4][0]) for place in found]
 
 
-class _Allowance:
-    """Bytes that the images of one request may have together."""
+class _ByteBudget:
+    """Bounds the bytes of all images of one request together."""
 
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = self._num_left = num_bytes
@@ -199,11 +198,11 @@ class _Allowance:
 
 
 class _NotAllowedError(Exception):
-    """A host has an address to which no connection may be made."""
+    """A host has an IP address that is not allowed."""
 
 
 class _UnusableError(Exception):
-    """What is wrong with the answer of a web server, said after the name of its host."""
+    """A web server's response cannot be used; the message continues "<host> ..."."""
 
 
 def _check_head(status: int, headers: dict[bytes, str]) -> None:

@@ -1,8 +1,8 @@
-"""Which addresses on the internet are public: the only ones from which strangers' images come.
+"""Which IP addresses are public: by default the only ones from which images are fetched.
 
-Sources: the IANA registries of special-purpose addresses for IPv4 and IPv6. They are written out
-because Python's `is_global` changes between its releases, and takes 6to4 and NAT64, in which any
-IPv4 address can hide, for global.
+Sources: the IANA registries of special-purpose addresses for IPv4 and IPv6. They are listed here
+because Python's `is_global` changes between releases and counts 6to4 and NAT64 as global, in which
+any IPv4 address can be hidden.
 """
 
 from collections.abc import Iterable
@@ -40,23 +40,23 @@ _IPV6_UNICAST = ip_network("2000::/3")  # what lies outside is local, mapped, NA
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet's."""
+    """Whether an IP address is on the public internet."""
     if address.version == 6 and address not in _IPV6_UNICAST:
         return False
     return not is_within(address, _NOT_PUBLIC)
 
 
 def is_within(address: Address, networks: Iterable[Network]) -> bool:
-    """Whether an address lies in one of some networks."""
+    """Whether an IP address is in any of the networks."""
     return any(address in network for network in networks)
 
 
 def read_address(host: str) -> Address | None:
-    """Return the address that a host of a URL spells, or None for a name.
+    """Return the IP address that the host of a URL spells out; None for a name.
 
     Raises:
         ValueError: it is neither: a short, decimal, octal or hexadecimal spelling of an IPv4
-            address, which some resolvers take and others do not, or one with a zone.
+            address, which only some resolvers accept, or an IPv6 address with a zone.
     """
     if ":" in host:
         if "%" in host:
@@ -69,5 +69,5 @@ def read_address(host: str) -> Address | None:
 
 
 def parse_address(text: str) -> Address:
-    """Return the address that a resolver gave; its zone is left away."""
+    """Return a resolver's result as an IP address, without its zone."""
     return ip_address(text.partition("%")[0])

@@ -1,6 +1,6 @@
-"""The address of an image in a request: a data URL is read, a web address is checked.
+"""Which image URLs are accepted: a data URL is decoded, a web URL is checked but not fetched.
 
-Nothing is fetched here (`fetch.py` does that, and asks here again for each redirect).
+`fetch/client.py` fetches it, and checks every redirect here again.
 """
 
 import re
@@ -20,25 +20,25 @@ _REMEDY = "or send the image as a data URL, data:image/png;base64,..."
 
 
 def read_image_url(url: str, *, limits: LimitsConfig, param: str) -> ImagePart:
-    """Return the image in a data URL, or one that has yet to be fetched.
+    """Return the image of a data URL, or an image part that has yet to be fetched.
 
     Raises:
-        ImageError: see `images.decode_data_url`; web addresses end there too if none are fetched.
-        LinkError: see `check_link`.
+        ImageError: see `images.decode_data_url`, also for web URLs if fetching is disabled.
+        LinkError: see `check_url`.
     """
     is_web = url.strip().partition(":")[0].lower() in DEFAULT_PORTS
     if is_web and limits.fetch.hosts:
-        return ImagePart(b"", param, str(check_link(url.strip(), limits.fetch, param=param)))
+        return ImagePart(b"", param, str(check_url(url.strip(), limits.fetch, param=param)))
     return ImagePart(images.decode_data_url(url, limits=limits, param=param), param)
 
 
-def check_link(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
-    """Return a web address from which an image may be fetched, as far as it can be told from it.
+def check_url(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
+    """Return a web URL, without its fragment, if the URL itself is allowed.
 
-    What the name of its host leads to is checked where the connection is made.
+    The IP addresses of its host are checked when the connection is made.
 
     Raises:
-        LinkError: it names no such host, another scheme or port, or has credentials in it.
+        LinkError: host, scheme or port are not allowed, or the URL has credentials in it.
     """
     try:
         if len(url) > MAX_URL_LENGTH:
@@ -53,7 +53,7 @@ def check_link(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
 
 
 def is_allowed(address: Address, config: FetchConfig) -> bool:
-    """Whether a connection may be made to an address."""
+    """Whether a connection to an IP address is allowed."""
     return is_public(address) or is_within(address, config.networks)
 
 

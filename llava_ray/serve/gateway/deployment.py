@@ -1,6 +1,6 @@
-"""The front door: the deployment, its applications, and the guard before them. No torch here.
+"""The gateway: the ingress deployment, which assembles routes and middleware. It needs no torch.
 
-`front.py` has the routes of our API, `llava_routes.py` those of LLaVA's own protocol.
+`openai_routes.py` has the routes of the OpenAI API, `llava_routes.py` those of LLaVA's protocol.
 """
 
 import os
@@ -17,16 +17,16 @@ from starlette.routing import Route
 from llava_ray.config import CLIENT_KEY_VARIABLE, PageConfig, ServeConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.serve import log
-from llava_ray.serve.backends.stream_transport import Postbox
-from llava_ray.serve.gateway.auth import Describe, Door, DoorMiddleware
+from llava_ray.serve.backends.stream_transport import StreamReceiver
+from llava_ray.serve.gateway.auth import AccessControl, AuthMiddleware, Describe
 from llava_ray.serve.gateway.llava_routes import PATHS, build_llava_app
 from llava_ray.serve.gateway.metrics import Metrics
-from llava_ray.serve.gateway.openai_routes import Front
-from llava_ray.serve.gateway.request_log import VisitMiddleware
+from llava_ray.serve.gateway.openai_routes import OpenAIRoutes
+from llava_ray.serve.gateway.request_log import RequestLogMiddleware
 from llava_ray.serve.gateway.responses import answer_error, answer_no_route
-from llava_ray.serve.gateway.usage_ledger import Exchange, open_ledger
-from llava_ray.serve.llava import protocol as llava_protocol
-from llava_ray.serve.openai import errors as answers
+from llava_ray.serve.gateway.usage_ledger import ExchangeCounts, open_ledger
+from llava_ray.serve.llava.protocol import describe_llava_error
+from llava_ray.serve.openai.errors import describe_error
 
 
 @serve.ingress()
@@ -34,9 +34,9 @@ class Gateway:
     """The ingress deployment: the API, and the page if the configuration has it.
 
     Args:
-        config: the application's.
-        models: for each model's name the handle of its deployment of `Replica`.
-        workers: the handle of the deployment of `Workers`, if any may register.
+        config: the application's configuration.
+        models: for each model's name the handle of its `Replica` deployment.
+        workers: the handle of the `WorkerRegistry` deployment; None: no workers may register.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Gateway:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve in the gateway's process, after the constructor."""
         exchange = open_ledger(serve.get_replica_context().app_name)
-        api = build_api(self._config, self._models, self._workers, exchange, Postbox())
+        api = build_api(self._config, self._models, self._workers, exchange, StreamReceiver())
         if self._config.page:
             self._hand_over_key()
             from llava_ray.serve.page import mount_page
@@ -67,7 +67,7 @@ class Gateway:
         return api
 
     def _hand_over_key(self) -> None:
-        """The page is a client like any other: its key comes from the environment."""
+        """Set the environment variable from which the page, as a client, takes its key."""
         os.environ.pop(CLIENT_KEY_VARIABLE, None)
         if self._config.page_key:
             os.environ[CLIENT_KEY_VARIABLE] = self._config.page_key.get_secret_value()
@@ -77,21 +77,21 @@ def build_api(
     config: ServeConfig,
     models: Mapping[str, DeploymentHandle],
     workers: DeploymentHandle | None = None,
-    exchange: Exchange | None = None,
-    postbox: Postbox | None = None,
+    exchange: ExchangeCounts | None = None,
+    receiver: StreamReceiver | None = None,
 ) -> FastAPI:
     """Return the HTTP application, on which a page may be mounted.
 
     Args:
-        config: the application's; its limits hold here.
-        models: for each model's name a handle on which `chat` and `stats` can be called.
-        workers: a handle on `Workers`, if any may register.
-        exchange: reaches the ledger of usage that several gateways share.
-        postbox: where replicas may send chunks past Ray.
+        config: the application's configuration.
+        models: for each model's name the handle of its `Replica` deployment.
+        workers: the handle of the `WorkerRegistry` deployment; None: no workers may register.
+        exchange: reaches the usage ledger that all gateways share; None: one gateway.
+        receiver: receives chunks that bypass Ray; None: all chunks come through Ray.
     """
-    door = Door(config, exchange)
+    access = AccessControl(config, exchange)
     metrics = Metrics()
-    front = Front(config, models, workers, door, metrics, postbox)
+    routes = OpenAIRoutes(config, models, workers, access, metrics, receiver)
     v1 = FastAPI(
         docs_url=None,
         redoc_url=None,
@@ -99,38 +99,38 @@ def build_api(
         redirect_slashes=False,
         exception_handlers={LlavaRayError: answer_error, HTTPException: answer_no_route},
     )
-    v1.add_api_route("/models", front.list_models)
-    v1.add_api_route("/models/{name:path}", front.get_model)
-    v1.add_api_route("/chat/completions", front.chat, methods=["POST"])
-    v1.add_api_route("/completions", front.complete, methods=["POST"])
-    v1.add_api_route("/tokenize", front.tokenize, methods=["POST"])
-    v1.add_api_route("/detokenize", front.detokenize, methods=["POST"])
-    v1.add_api_route("/usage", front.show_usage)
-    _guard(v1, door, config, metrics)
+    v1.add_api_route("/models", routes.list_models)
+    v1.add_api_route("/models/{name:path}", routes.get_model)
+    v1.add_api_route("/chat/completions", routes.chat, methods=["POST"])
+    v1.add_api_route("/completions", routes.complete, methods=["POST"])
+    v1.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
+    v1.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
+    v1.add_api_route("/usage", routes.show_usage)
+    _guard(v1, access, config, metrics)
     api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_api_route("/healthz", front.say_alive)
-    api.add_api_route("/readyz", front.say_ready)
-    api.add_api_route("/openapi.json", front.describe)
+    api.add_api_route("/healthz", routes.check_liveness)
+    api.add_api_route("/readyz", routes.check_readiness)
+    api.add_api_route("/openapi.json", routes.show_openapi)
     api.mount("/v1", v1)
-    for path in ("/usage", "/tokenize", "/detokenize"):  # the last two are there in vLLM
+    for path in ("/usage", "/tokenize", "/detokenize"):  # vLLM has the last two without /v1
         api.router.routes.append(Route(path, v1))
     if config.llava_protocol.enabled:
-        llava = build_llava_app(config, front.models, workers)
-        _guard(llava, door, config, metrics, describe=llava_protocol.describe_error)
+        llava = build_llava_app(config, routes.models, workers)
+        _guard(llava, access, config, metrics, describe=describe_llava_error)
         api.router.routes += [Route(path, llava) for path in PATHS]
     return api
 
 
 def _guard(
     api: Starlette,
-    door: Door,
+    access: AccessControl,
     config: ServeConfig,
     metrics: Metrics,
-    describe: Describe = answers.describe_error,
+    describe: Describe = describe_error,
 ) -> None:
-    """Let nothing come to the routes of an application but through the door."""
-    api.add_middleware(DoorMiddleware, door=door, describe=describe)
-    api.add_middleware(VisitMiddleware, metrics=metrics)
+    """Wrap an application in the request log, access control and CORS middleware."""
+    api.add_middleware(AuthMiddleware, access=access, describe=describe)
+    api.add_middleware(RequestLogMiddleware, metrics=metrics)
     if config.cors_origins:
         api.add_middleware(
             CORSMiddleware,

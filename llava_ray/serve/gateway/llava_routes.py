@@ -1,11 +1,10 @@
-"""The routes of LLaVA's controller, for its own clients: its page, `test_message`, its workers.
+"""The routes of LLaVA's controller, for LLaVA's own clients: its page, `test_message`, its workers.
 
-They stand at the root of the gateway, so that the gateway's address is all that a client is given
-in place of its controller's:
-body -> llava_protocol.parse_generate -> Backend.start -> Chunk -> llava_protocol.encode_text
+    body -> protocol.parse_generate -> Backend.start -> Chunk -> protocol.encode_text
 
-An error that LLaVA's worker or controller would report is an object with a code, and HTTP's 200;
-only a body that is no request at all has a status of its own.
+They are at the root of the gateway: a client gets the gateway's address in place of a controller's.
+Errors that LLaVA's worker or controller would report are JSON objects with an error code and HTTP
+status 200. Only an invalid body has an HTTP error status.
 """
 
 import asyncio
@@ -27,37 +26,18 @@ from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
 from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
-from llava_ray.serve.backends.registry import Directory
-from llava_ray.serve.backends.replicas import Answer
-from llava_ray.serve.gateway.auth import read_login
+from llava_ray.serve.backends.registry import ModelRegistry
+from llava_ray.serve.backends.replicas import BackendResponse
+from llava_ray.serve.gateway.auth import read_basic_credentials
 from llava_ray.serve.gateway.responses import read_body
 from llava_ray.serve.llava import protocol
 from llava_ray.serve.llava.worker_registry import check_address
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import Chunk, PromptRequest
 
-
-def find_address(request: Request, configured: str) -> str:
-    """Return where the client of a request reaches this gateway, as far as can be known.
-
-    That is the configured address if there is one, else the one that it asked, which a proxy in
-    front may have noted in `X-Forwarded-Host` and `X-Forwarded-Proto`. A name and password that
-    the client sent are in it, since LLaVA's clients can only send those of the address that they
-    call.
-    """
-    url = request.base_url
-    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
-    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
-    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
-    scheme, mark, rest = address.partition("://")
-    if login := read_login(request.headers):
-        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
-    return scheme + mark + rest
-
-
 REPEAT_AFTER_S = 3.0
-"""While nothing new comes, what is known is said again: LLaVA's page takes ten seconds of silence
-for a broken connection, its controller five."""
+"""After this time without news the last text is sent again: LLaVA's page gives up after ten seconds
+of silence, its controller after five."""
 
 _GENERATE = "/worker_generate_stream"
 
@@ -74,14 +54,14 @@ PATHS = (
 
 
 def build_llava_app(
-    config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+    config: ServeConfig, models: ModelRegistry, workers: DeploymentHandle | None
 ) -> Starlette:
-    """Return the application that answers `PATHS`; it expects a `Visit` with each request.
+    """Return the application that serves `PATHS`, to be wrapped in `RequestLogMiddleware`.
 
     Args:
-        config: its limits and its `llava_protocol` hold.
-        models: those that can be asked.
-        workers: the deployment of `Workers`, if any may register.
+        config: its `limits` and `llava_protocol` apply.
+        models: the models to list and call.
+        workers: the handle of the `WorkerRegistry` deployment; None: no workers may register.
     """
     routes = LlavaRoutes(config, models, workers)
     answers = (
@@ -103,10 +83,10 @@ def build_llava_app(
 
 
 class LlavaRoutes:
-    """What is answered where."""
+    """The handlers of `PATHS`."""
 
     def __init__(
-        self, config: ServeConfig, models: Directory, workers: DeploymentHandle | None
+        self, config: ServeConfig, models: ModelRegistry, workers: DeploymentHandle | None
     ) -> None:
         self._limits = config.limits
         self._protocol = config.llava_protocol
@@ -115,7 +95,7 @@ class LlavaRoutes:
         self._num_running = 0
 
     async def list_models(self, _: Request) -> Response:
-        return _json({"models": await self._models.names()})
+        return _json({"models": await self._models.list_names()})
 
     async def refresh_all_workers(self, _: Request) -> Response:
         if self._workers:
@@ -123,22 +103,22 @@ class LlavaRoutes:
         return _json(None)
 
     async def get_worker_address(self, request: Request) -> Response:
-        """Always the gateway itself, which hands on what is for a worker, or nothing."""
+        """Return the gateway's own address, as it forwards to workers; "" for an unknown model."""
         asked = protocol.parse(protocol.ModelBody, await self._read(request)).model
-        is_here = asked in await self._models.names()
+        is_here = asked in await self._models.list_names()
         return _json({"address": find_address(request, self._protocol.address) if is_here else ""})
 
     async def get_status(self, _: Request) -> Response:
-        """As a worker would answer another controller: one of speed 1 for each model."""
-        names = await self._models.names()
+        """Answer as a worker would: with a speed of 1 for each model."""
+        names = await self._models.list_names()
         status = {"model_names": names, "speed": len(names), "queue_length": self._num_running}
         return _json(status)
 
     async def register_worker(self, request: Request) -> Response:
-        """Unlike a controller, says so if it comes to nothing."""
+        """Register a worker; unlike LLaVA's controller, report a failure."""
         body = protocol.parse(protocol.RegisterBody, await self._read(request))
         address = check_address(body.worker_name, self._protocol.workers)
-        assert self._workers is not None  # or no address is allowed
+        assert self._workers is not None  # otherwise check_address refuses every address
         status = body.worker_status
         trouble = await self._workers.register.remote(address, body.check_heart_beat, status)
         if trouble:
@@ -153,7 +133,7 @@ class LlavaRoutes:
         return _json({"exist": exists})
 
     async def generate(self, request: Request) -> Response:
-        visit: Visit = request.state.visit
+        context: RequestContext = request.state.context
         body = await self._read(request)
         call = await asyncio.to_thread(
             protocol.parse_generate,
@@ -161,56 +141,58 @@ class LlavaRoutes:
             limits=self._limits,
             request_id=f"llava-{uuid.uuid4().hex}",
         )
-        visit.model, visit.completion_id = call.model, call.request_id
-        return TextResponse(self._say(call, visit))
+        context.model, context.completion_id = call.model, call.request_id
+        return TextResponse(self._stream_objects(call, context))
 
     async def _read(self, request: Request) -> bytes:
         return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
-    async def _say(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[bytes]:
-        """Yield the answer's objects; an error is the last of them."""
+    async def _stream_objects(
+        self, call: PromptRequest, context: RequestContext
+    ) -> AsyncGenerator[bytes]:
+        """Yield the encoded objects of the response; an error comes last."""
         self._num_running += 1
-        is_over, said = False, call.prompt
+        is_over, text_so_far = False, call.prompt
         try:
-            async with aclosing(_with_pauses(self._answer(call, visit))) as chunks:
+            async with aclosing(_with_pauses(self._answer(call, context))) as chunks:
                 async for chunk in chunks:
-                    said += chunk.text if chunk else ""
-                    yield protocol.encode_text(said)
+                    text_so_far += chunk.text if chunk else ""
+                    yield protocol.encode_text(text_so_far)
             is_over = True
         except LlavaRayError as error:
-            visit.error = error.code
+            context.error = error.code
             yield protocol.encode_error(error)
-        except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
-            message = visit.report(error).body["error"]["message"]
+        except Exception as error:  # noqa: BLE001 - the status is sent: report it as an object
+            message = context.report(error).body["error"]["message"]
             yield protocol.encode_text(message, protocol.FAILED)
         finally:
             self._num_running -= 1
-            if not (is_over or visit.error):
-                visit.note_gone()
+            if not (is_over or context.error):
+                context.note_disconnect()
 
-    async def _answer(self, call: PromptRequest, visit: Visit) -> AsyncGenerator[Chunk]:
-        async with visit.deadline.hold():  # the door holds no longer: the status is out
-            answer = await self._start(call, visit)
+    async def _answer(self, call: PromptRequest, context: RequestContext) -> AsyncGenerator[Chunk]:
+        async with context.deadline.enforce():  # the middleware's deadline ended with the status
+            answer = await self._start(call, context)
         try:
             async for chunk in answer:
                 yield chunk
         finally:
             answer.close()
 
-    async def _start(self, call: PromptRequest, visit: Visit) -> Answer:
-        """Begin an answer of at most `max_new_tokens`; of fewer if the context ends before."""
+    async def _start(self, call: PromptRequest, context: RequestContext) -> BackendResponse:
+        """Start a response of at most `max_new_tokens`, or of as many as fit in the context."""
         backend = await self._models.find(call.model)
         try:
-            return await backend.start(call, visit)
+            return await backend.start(call, context)
         except ContextLengthError as error:
             if error.param != "max_tokens":
                 raise
         as_many_as_fit = replace(call.sampling, max_tokens=None)
-        return await backend.start(replace(call, sampling=as_many_as_fit), visit)
+        return await backend.start(replace(call, sampling=as_many_as_fit), context)
 
 
 class TextResponse(StreamingResponse):
-    """A stream whose source is closed at once when the client has gone."""
+    """A stream whose source is closed as soon as the client disconnects."""
 
     def __init__(self, content: AsyncGenerator[bytes]) -> None:
         super().__init__(content, headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
@@ -221,8 +203,25 @@ class TextResponse(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+def find_address(request: Request, configured: str) -> str:
+    """Return the address at which the client of a request reaches this gateway.
+
+    This is the configured address if there is one, else the one that the client called, which a
+    proxy may have recorded in `X-Forwarded-Host` and `X-Forwarded-Proto`. The client's basic
+    credentials are included, because LLaVA's clients can only send those in an address.
+    """
+    url = request.base_url
+    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
+    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
+    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
+    scheme, mark, rest = address.partition("://")
+    if login := read_basic_credentials(request.headers):
+        rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"
+    return scheme + mark + rest
+
+
 async def _with_pauses(chunks: AsyncGenerator[Chunk]) -> AsyncGenerator[Chunk | None]:
-    """Yield what comes, and None each time that nothing came for `REPEAT_AFTER_S`."""
+    """Yield the chunks, and None whenever there was none for `REPEAT_AFTER_S`."""
     news: asyncio.Queue[Chunk | Exception | None] = asyncio.Queue(maxsize=1)
 
     async def listen() -> None:
@@ -259,17 +258,17 @@ def _json(body: Any, status: int = 200) -> Response:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LlavaRayError)
-    request.state.visit.error = error.code
+    request.state.context.error = error.code
     body = protocol.encode_error(error)
-    if request.url.path.endswith(_GENERATE):  # its clients look for the end of an object
+    if request.url.path.endswith(_GENERATE):  # its clients wait for the end marker
         return Response(body, error.status)
     return Response(body.removesuffix(protocol.END), error.status, media_type="application/json")
 
 
 async def _answer_no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    request.state.visit.error = "method_not_allowed"
-    message = f"{request.method} is not answered here: use POST"
+    request.state.context.error = "method_not_allowed"
+    message = f"{request.method} is not allowed here: use POST"
     body = {"text": message, "error_code": protocol.FAILED}
     return Response(
         json.dumps(body), error.status_code, error.headers, media_type="application/json"

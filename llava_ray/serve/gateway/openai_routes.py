@@ -1,7 +1,7 @@
-"""The routes of the OpenAI API, of health and of usage.
+"""The routes of the OpenAI API, and of health checks and usage.
 
-The way of a request: read_body -> parse -> Fetcher.fill -> Backend.start -> Answer
--> completion | events
+read_body -> parse_chat -> Fetcher.fetch_images -> Backend.start -> BackendResponse
+-> build_completion (JSON) | EventResponse (server-sent events)
 """
 
 import asyncio
@@ -18,37 +18,37 @@ from ray.serve.handle import DeploymentHandle
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.errors import RequestError
-from llava_ray.serve.backends.admission_queue import WaitingRoom
-from llava_ray.serve.backends.registry import Directory
+from llava_ray.serve.backends.admission_queue import AdmissionQueue
+from llava_ray.serve.backends.registry import ModelRegistry
 from llava_ray.serve.backends.replicas import Backend
-from llava_ray.serve.backends.stream_transport import Postbox
+from llava_ray.serve.backends.stream_transport import StreamReceiver
 from llava_ray.serve.fetch.client import Fetcher
-from llava_ray.serve.gateway.auth import Door
+from llava_ray.serve.gateway.auth import AccessControl
 from llava_ray.serve.gateway.metrics import Metrics
 from llava_ray.serve.gateway.responses import EventResponse, json_response, read_body
-from llava_ray.serve.openai import chat as openai
-from llava_ray.serve.openai import errors as answers
-from llava_ray.serve.openai.call import Call, parse_aside
+from llava_ray.serve.openai.call import ApiCall, parse_body
+from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openai.errors import describe_model
 from llava_ray.serve.openai.openapi import describe_api
 from llava_ray.serve.openai.streaming import ChunkEncoder, build_completion
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 from llava_ray.types import ChatRequest, CompletionRequest
 
 
-class Front:
-    """The routes."""
+class OpenAIRoutes:
+    """The handlers of the routes; `gateway/deployment.py` gives them their paths."""
 
     def __init__(
         self,
         config: ServeConfig,
         models: Mapping[str, DeploymentHandle],
         workers: DeploymentHandle | None,
-        door: Door,
+        access: AccessControl,
         metrics: Metrics,
-        postbox: Postbox | None = None,
+        receiver: StreamReceiver | None = None,
     ) -> None:
-        self._door = door
+        self._access = access
         self._limits = config.limits
         self._fetcher = Fetcher(config.limits)
         self._created = int(time.time())
@@ -56,8 +56,8 @@ class Front:
             model.name: Backend(
                 model.name,
                 models[model.name],
-                _build_room(model, config.limits, metrics),
-                postbox,
+                _build_queue(model, config.limits, metrics),
+                receiver,
             )
             for model in config.models
         }
@@ -67,12 +67,12 @@ class Front:
             for adapter in model.adapters
         ]
         own = self._backends | {each.name: each for each in adapted}
-        self.models = Directory(own, workers, config.limits)
-        self._sleepers = {model.name for model in config.models if model.min_replicas == 0}
+        self.models = ModelRegistry(own, workers, config.limits)
+        self._scale_to_zero = {model.name for model in config.models if model.min_replicas == 0}
 
     async def chat(self, request: Request) -> Response:
         """`POST /v1/chat/completions`"""
-        return await self._answer(request, openai.parse, "chatcmpl")
+        return await self._answer(request, parse_chat, "chatcmpl")
 
     async def complete(self, request: Request) -> Response:
         """`POST /v1/completions`"""
@@ -81,8 +81,8 @@ class Front:
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`"""
         body = await self._read(request)
-        options, asked = await parse_aside(parse_tokenize, body, limits=self._limits)
-        tokens = await (await self._choose(options.model)).tokenize(asked)
+        options, asked = await parse_body(parse_tokenize, body, limits=self._limits)
+        tokens = await (await self._find_backend(options.model)).tokenize(asked)
         return json_response(
             {
                 "count": len(tokens.ids),
@@ -94,62 +94,71 @@ class Front:
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`"""
-        options = await parse_aside(parse_detokenize, await self._read(request))
-        text = await (await self._choose(options.model)).detokenize(options.tokens)
+        options = await parse_body(parse_detokenize, await self._read(request))
+        text = await (await self._find_backend(options.model)).detokenize(options.tokens)
         return json_response({"prompt": text})
 
-    async def _answer(self, request: Request, parse: Callable[..., Call], prefix: str) -> Response:
-        visit: Visit = request.state.visit
-        body = await self._read(request)
-        name = f"{prefix}-{uuid.uuid4().hex}"
-        call = await parse_aside(parse, body, limits=self._limits, request_id=name)
-        visit.model, visit.completion_id = call.request.model, name
-        asked = cap_tokens(call.request, self._limits)
-        if isinstance(asked, ChatRequest):
-            started_at, bare = time.monotonic(), asked
-            asked = await self._fetcher.fill(bare)
-            if asked is not bare:
-                visit.note_fetched(started_at)
-        backend = await self.models.find(asked.model)
-        answer = await backend.start(asked, visit)
-        visit.answers_each = call.head.answers_each
+    async def _answer(
+        self, http_request: Request, parse: Callable[..., ApiCall], prefix: str
+    ) -> Response:
+        """Answer a chat or a plain completion; each line is a stage of the request."""
+        context: RequestContext = http_request.state.context
+        body = await self._read(http_request)
+        completion_id = f"{prefix}-{uuid.uuid4().hex}"
+        call = await parse_body(parse, body, limits=self._limits, request_id=completion_id)
+        context.model, context.completion_id = call.request.model, completion_id
+        request = cap_tokens(call.request, self._limits)
+        if isinstance(request, ChatRequest):
+            request = await self._fetch_images(request, context)
+        backend = await self.models.find(request.model)
+        response = await backend.start(request, context)
+        context.answers_each = call.meta.answers_each
         if call.stream:
-            encoder = ChunkEncoder(call.form, call.head, include_usage=call.include_usage)
-            return EventResponse(answer, encoder, visit)
+            encoder = ChunkEncoder(call.formatter, call.meta, include_usage=call.include_usage)
+            return EventResponse(response, encoder, context)
         try:
-            chunks = [chunk async for chunk in answer]
+            chunks = [chunk async for chunk in response]
         finally:
-            answer.close()
-        return json_response(build_completion(chunks, call.form, call.head))
+            response.close()
+        return json_response(build_completion(chunks, call.formatter, call.meta))
+
+    async def _fetch_images(self, request: ChatRequest, context: RequestContext) -> ChatRequest:
+        started_at = time.monotonic()
+        fetched = await self._fetcher.fetch_images(request)
+        if fetched is not request:
+            context.note_fetched(started_at)
+        return fetched
 
     async def list_models(self) -> Response:
         """`GET /v1/models`"""
-        names = await self.models.names()
+        names = await self.models.list_names()
         found = [await self.models.find(name) for name in names]
-        models = await asyncio.gather(*map(self._describe, found))
+        models = await asyncio.gather(*map(self._describe_model, found))
         return json_response({"object": "list", "data": models})
 
     async def get_model(self, name: str) -> Response:
         """`GET /v1/models/{name}`"""
-        return json_response(await self._describe(await self.models.find(name)))
+        return json_response(await self._describe_model(await self.models.find(name)))
 
-    async def describe(self) -> Response:
+    async def show_openapi(self) -> Response:
         """`GET /openapi.json`"""
         return json_response(describe_api(list(self._backends)))
 
     async def show_usage(self, request: Request) -> Response:
-        """`GET /usage`: of the caller's key, or of all keys for an admin's."""
-        return json_response(await self._door.describe_usage(request.state.visit.key))
+        """`GET /usage`: the usage of the caller's key, or of all keys for an admin key."""
+        return json_response(await self._access.describe_usage(request.state.context.key))
 
-    async def say_alive(self) -> Response:
-        """`GET /healthz`: this process answers."""
+    async def check_liveness(self) -> Response:
+        """`GET /healthz`: this process is alive."""
         return json_response({"status": "alive"})
 
-    async def say_ready(self) -> Response:
-        """`GET /readyz`: every model that is to be up answers; else 503 and what is missing."""
-        awake = [backend for name, backend in self._backends.items() if name not in self._sleepers]
+    async def check_readiness(self) -> Response:
+        """`GET /readyz`: 200 if all models that must run respond, else 503 and which do not."""
+        awake = [
+            backend for name, backend in self._backends.items() if name not in self._scale_to_zero
+        ]
         troubles = await asyncio.gather(*(backend.check() for backend in awake))
-        states = {name: self._backends[name].describe_sleep() for name in self._sleepers}
+        states = {name: self._backends[name].describe_idle_state() for name in self._scale_to_zero}
         states |= {
             backend.name: trouble or "ready"
             for backend, trouble in zip(awake, troubles, strict=True)
@@ -158,22 +167,22 @@ class Front:
         body = {"status": "ready" if is_ready else "not ready", "models": states}
         return json_response(body, 200 if is_ready else 503)
 
-    async def _describe(self, backend: Backend) -> dict[str, Any]:
-        is_asleep = (backend.parent or backend.name) in self._sleepers  # a question would wake it
-        return answers.describe_model(
+    async def _describe_model(self, backend: Backend) -> dict[str, Any]:
+        is_asleep = (
+            backend.parent or backend.name
+        ) in self._scale_to_zero  # a call would start a replica
+        return describe_model(
             backend.name,
             created=self._created,
             context_length=None if is_asleep else await backend.find_context_length(),
             parent=backend.parent,
         )
 
-    async def _choose(self, name: str | None) -> Backend:
-        """The model of that name, or the only one."""
-        names = await self.models.names()
+    async def _find_backend(self, name: str | None) -> Backend:
+        """Return the model of that name; None: the only model there is."""
+        names = await self.models.list_names()
         if name is None and len(names) > 1:
-            raise RequestError(
-                f"model is missing, and there are {', '.join(names)}: name one", param="model"
-            )
+            raise RequestError(f"model is missing: name one of {', '.join(names)}", param="model")
         return await self.models.find(names[0] if name is None else name)
 
     async def _read(self, request: Request) -> bytes:
@@ -183,27 +192,27 @@ class Front:
 def cap_tokens(
     request: ChatRequest | CompletionRequest, limits: LimitsConfig
 ) -> ChatRequest | CompletionRequest:
-    """Return the request with as many tokens for its answer as are allowed at most.
+    """Return the request with `max_tokens` set to the limit if it sets none.
 
     Raises:
-        RequestError: it asks for more.
+        RequestError: it asks for more than the limit.
     """
     most, asked = limits.max_tokens, request.sampling.max_tokens
     if most is None:
         return request
     if asked is not None and asked > most:
         raise RequestError(
-            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for less",
+            f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for fewer",
             param="max_tokens",
         )
     return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))
 
 
-def _build_room(model: ModelConfig, limits: LimitsConfig, metrics: Metrics) -> WaitingRoom:
+def _build_queue(model: ModelConfig, limits: LimitsConfig, metrics: Metrics) -> AdmissionQueue:
     max_waiting = model.max_queued_requests
-    return WaitingRoom(
+    return AdmissionQueue(
         model.name,
-        num_seats=model.max_replicas * model.max_ongoing_requests,
+        num_slots=model.max_replicas * model.max_ongoing_requests,
         max_waiting=None if max_waiting < 0 else max_waiting,
         max_wait_s=limits.max_wait_s,
         note_waiting=partial(metrics.note_queued, model.name),

@@ -1,6 +1,6 @@
-"""What each API key has used and may still use, as one gateway has seen it since it started.
+"""Rate limits and usage of each API key, as this gateway has counted them since it started.
 
-What other gateways have seen comes from `ledger.py`.
+`usage_ledger.py` adds what other gateways have counted.
 """
 
 import math
@@ -19,7 +19,7 @@ Clock = Callable[[], float]
 
 @dataclass(slots=True)
 class Totals:
-    """Counts of requests, and of their tokens."""
+    """Counts of requests and their tokens."""
 
     num_requests: int = 0
     num_errors: int = 0
@@ -29,7 +29,7 @@ class Totals:
     num_completion_tokens: int = 0
 
     def count(self) -> Counter[str]:
-        """The counts under their names in `/usage`; those of several gateways can be added."""
+        """Return the counts under their names in `/usage`; counts of several gateways add up."""
         return Counter(
             requests=self.num_requests,
             errors=self.num_errors,
@@ -50,14 +50,14 @@ class Totals:
 
 
 class Budget:
-    """A token bucket: full at first, refilled evenly over its period.
+    """A token bucket: it starts full and is refilled evenly over its period.
 
-    It may be overdrawn, since the tokens of an answer are known when they are out.
+    It may be overdrawn, because the tokens of an answer are only known once it is generated.
 
     Args:
-        amount: what it holds, and what comes in a period.
+        amount: its capacity, and what is refilled in one period.
         period_s: seconds.
-        what: of what, for messages and headers: "requests", "tokens".
+        what: its unit in messages and headers: "requests" or "tokens".
     """
 
     def __init__(self, amount: int, period_s: float, what: str, clock: Clock) -> None:
@@ -72,7 +72,7 @@ class Budget:
         return self._left
 
     def wait_s(self, wanted: float) -> float:
-        """Seconds until so much is there; 0 if it is."""
+        """Return the seconds until `wanted` is available; 0 if it is now."""
         return max(wanted - self.left, 0) * self.period_s / self.amount
 
     def take(self, amount: float) -> None:
@@ -80,7 +80,7 @@ class Budget:
 
 
 class Account:
-    """One key's budgets, what it has running, and its usage."""
+    """One API key: its budgets, its requests in flight and its usage."""
 
     def __init__(self, key: KeyConfig, *, clock: Clock = time.monotonic) -> None:
         self.key = key
@@ -96,10 +96,10 @@ class Account:
                 budgets.append(Budget(amount, period_s, what, clock))
 
     def begin(self) -> None:
-        """Count a request that begins; `end` is called when it is over.
+        """Record the start of a request; the caller calls `end` when it has ended.
 
         Raises:
-            RateLimitError: the key has used up what it may use for now.
+            RateLimitError: the key has reached a limit.
         """
         try:
             self._check()
@@ -111,20 +111,20 @@ class Account:
         self.num_in_flight += 1
 
     def end(self, used: Usage, *, is_error: bool) -> None:
-        """Count what a request has used, whichever way it ended."""
+        """Record what a request has used, however it ended."""
         self.num_in_flight -= 1
         for budget in self._tokens:
             budget.take(used.num_prompt_tokens + used.num_tokens)
         self.totals.add(used, is_error=is_error)
 
-    def take_elsewhere(self, num_requests: int, num_tokens: int) -> None:
-        """Take from the budgets what the key has used at other gateways."""
+    def charge_remote_usage(self, num_requests: int, num_tokens: int) -> None:
+        """Subtract from the budgets what the key has used at other gateways."""
         for budgets, amount in ((self._requests, num_requests), (self._tokens, num_tokens)):
             for budget in budgets:
                 budget.take(amount)
 
     def describe_limits(self) -> dict[str, str]:
-        """The headers of OpenAI's API that say what is left, of the tightest budget of a kind."""
+        """Return OpenAI's `x-ratelimit-*` headers for the tightest budget of each kind."""
         headers = {}
         for budgets in (self._requests, self._tokens):
             if budgets:
@@ -136,7 +136,11 @@ class Account:
         return headers
 
     def describe(self, elsewhere: Mapping[str, int] | None = None) -> dict[str, Any]:
-        """The object of `/usage`, with what other gateways counted; in flight: here alone."""
+        """Return this key's object in `/usage`; `in_flight` counts this gateway only.
+
+        Args:
+            elsewhere: counts of the other gateways, which are added.
+        """
         used = self.totals.count()
         used.update(elsewhere or {})
         return {"key": self.key.name, "in_flight": self.num_in_flight, **used}
@@ -145,14 +149,14 @@ class Account:
         most, name = self.key.max_in_flight, self.key.name
         if most is not None and self.num_in_flight >= most:
             raise RateLimitError(
-                f"the API key {name!r} has {most} requests running, as many as it may: "
+                f"the API key {name!r} already has {most} requests in flight, its maximum: "
                 "wait until one has ended"
             )
         for budget in (*self._requests, *self._tokens):
             if wait_s := budget.wait_s(1):
                 period = "minute" if budget.period_s == 60 else "day"
                 error = RateLimitError(
-                    f"the API key {name!r} has used up its {budget.amount:,} {budget.what} a "
+                    f"the API key {name!r} has used up its {budget.amount:,} {budget.what} per "
                     f"{period}: try again in {math.ceil(wait_s):,} s"
                 )
                 error.retry_after_s = wait_s

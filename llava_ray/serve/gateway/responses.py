@@ -1,6 +1,6 @@
-"""How the gateway answers: JSON, server-sent events, errors.
+"""HTTP bodies of the gateway: reads requests; writes JSON, server-sent events and errors.
 
-`backend.explain` makes errors of ours of Ray's; `openai_answers.describe_error` says their status.
+`serve/openai/errors.py` decides status and body of an error.
 """
 
 import json
@@ -13,25 +13,27 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.errors import LlavaRayError, RequestTooLargeError
-from llava_ray.serve.backends.replicas import Answer
-from llava_ray.serve.openai import errors as answers
+from llava_ray.serve.backends.replicas import BackendResponse
+from llava_ray.serve.openai.errors import DONE, describe_error, describe_failure, encode_error
 from llava_ray.serve.openai.streaming import ChunkEncoder
-from llava_ray.serve.request_context import Visit
+from llava_ray.serve.request_context import RequestContext
 
 
 def json_response(
     body: Any, status: int = 200, headers: Mapping[str, str] | None = None
 ) -> Response:
     """Return a body as JSON."""
-    # Escaped to ASCII: a name that is quoted back may not be valid Unicode.
+    # json.dumps escapes to ASCII: a name from the request may not be valid Unicode.
     return Response(json.dumps(body), status, headers, media_type="application/json")
 
 
 class EventResponse(StreamingResponse):
-    """An answer as server-sent events. However it ends, the replica stops working on it."""
+    """A response as server-sent events; however it ends, the replica's work is cancelled."""
 
-    def __init__(self, answer: Answer, encoder: ChunkEncoder, visit: Visit) -> None:
-        self._answer, self._encoder, self._visit = answer, encoder, visit
+    def __init__(
+        self, answer: BackendResponse, encoder: ChunkEncoder, context: RequestContext
+    ) -> None:
+        self._answer, self._encoder, self._context = answer, encoder, context
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(self._encode(), media_type="text/event-stream", headers=headers)
 
@@ -39,8 +41,8 @@ class EventResponse(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            if not (self._answer.is_over or self._visit.error):
-                self._visit.note_gone()
+            if not (self._answer.is_over or self._context.error):
+                self._context.note_disconnect()
             self._answer.close()
 
     async def _encode(self) -> AsyncIterator[bytes]:
@@ -49,18 +51,18 @@ class EventResponse(StreamingResponse):
                 if events := self._encoder.encode(chunk):
                     yield events
         except LlavaRayError as error:
-            self._visit.error = error.code
-            yield answers.encode_error(answers.describe_error(error))
-        except Exception as error:  # noqa: BLE001 - the status is out: tell the client what we can
-            yield answers.encode_error(self._visit.report(error))
+            self._context.error = error.code
+            yield encode_error(describe_error(error))
+        except Exception as error:  # noqa: BLE001 - the status is sent: report it as an event
+            yield encode_error(self._context.report(error))
         else:
-            yield answers.DONE
+            yield DONE
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, LlavaRayError)
-    request.state.visit.error = error.code
-    reply = answers.describe_error(error)
+    request.state.context.error = error.code
+    reply = describe_error(error)
     return json_response(reply.body, reply.status, reply.headers)
 
 
@@ -69,35 +71,35 @@ async def answer_no_route(request: Request, error: Exception) -> Response:
     asked = f"{request.method} {request.url.path[:100]}"
     if error.status_code == 405:
         message = f"there is no {asked}: use {(error.headers or {}).get('Allow', 'POST')}"
-        reply = answers.describe_failure(405, message, code="method_not_allowed")
+        reply = describe_failure(405, message, code="method_not_allowed")
     else:
         message = (
             f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}}, "
             "POST /v1/chat/completions, POST /v1/completions, POST /tokenize and POST /detokenize"
         )
-        reply = answers.describe_failure(error.status_code, message, code="not_found")
-    request.state.visit.error = reply.body["error"]["code"]
+        reply = describe_failure(error.status_code, message, code="not_found")
+    request.state.context.error = reply.body["error"]["code"]
     return json_response(reply.body, reply.status, {**reply.headers, **(error.headers or {})})
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:
-    """Return the body of a request; reading stops where it becomes too large.
+    """Return the body of a request; reading stops as soon as it is too large.
 
     Raises:
-        RequestTooLargeError: it has, or says that it has, more than `max_bytes`.
+        RequestTooLargeError: it has, or declares, more than `max_bytes`.
     """
     declared = request.headers.get("content-length", "")
     num_bytes = int(declared) if declared.isascii() and declared.isdigit() else 0
-    pieces = []
+    chunks = []
     if num_bytes <= max_bytes:
         num_bytes = 0
-        async for piece in request.stream():
-            pieces.append(piece)
-            num_bytes += len(piece)
+        async for chunk in request.stream():
+            chunks.append(chunk)
+            num_bytes += len(chunk)
             if num_bytes > max_bytes:
                 break
         else:
-            return b"".join(pieces)
+            return b"".join(chunks)
     raise RequestTooLargeError(
         f"the body has more than the {max_bytes:,} bytes allowed: send fewer or smaller images"
     )

@@ -1,9 +1,9 @@
-"""What the keys have used at all gateways of an application together, kept while these come and go.
+"""The usage ledger: what each API key has used at all gateways together, kept across restarts.
 
-    Door.end -> SharedUsage.sync_soon -> Ledger.exchange (an actor) -> what the others have counted
+    AccessControl.end -> SharedUsage.sync_soon -> UsageLedger.exchange (an actor) -> LedgerReply
 
-The actor belongs to no application: it lives as long as the cluster. A gateway tells it all that it
-has counted since it started, so that a call that is lost or comes twice changes nothing.
+The ledger is a detached actor that lives as long as the cluster. A gateway always reports its
+totals since it started, so a report that is lost or arrives twice does no harm.
 """
 
 import asyncio
@@ -20,50 +20,50 @@ from llava_ray.serve import log
 from llava_ray.serve.gateway.rate_limit import Account
 
 Counts = dict[str, Counter[str]]
-"""For each key's name what it has used; see `Totals.describe`."""
+"""For each key's name what it has used; see `Totals.count`."""
 
-PAUSE_S = 1.0  # between two exchanges; what a gateway counts in it is lost if it dies
-_PATIENCE_S = 3.0
+SYNC_DELAY_S = 1.0  # between two exchanges; if a gateway dies, it loses at most this much
+_TIMEOUT_S = 3.0
 
 
-class Told(NamedTuple):
-    """What the ledger tells a gateway.
+class LedgerReply(NamedTuple):
+    """The ledger's answer to a gateway.
 
     Attributes:
-        since: when it was opened, in seconds since 1970.
-        others: what all other gateways have counted since then.
+        since: when the ledger was created, in seconds since 1970.
+        others: what the other gateways have counted since then.
     """
 
     since: int
     others: Counts
 
 
-Exchange = Callable[[str, Counts], Awaitable[Told]]
+ExchangeCounts = Callable[[str, Counts], Awaitable[LedgerReply]]
 
 
-class Ledger:
-    """The actor."""
+class UsageLedger:
+    """The actor that adds up the counts of all gateways."""
 
     def __init__(self) -> None:
         self._since = int(time.time())
-        self._pages: dict[str, Counts] = {}
+        self._by_gateway: dict[str, Counts] = {}
 
-    def exchange(self, gateway: str, counts: Counts) -> Told:
-        """Write down what a gateway has counted since it started."""
-        self._pages[gateway] = counts
+    def exchange(self, gateway: str, counts: Counts) -> LedgerReply:
+        """Store what a gateway has counted since it started; return what the others have."""
+        self._by_gateway[gateway] = counts
         others: Counts = {}
-        for name, page in self._pages.items():
-            for key, used in page.items() if name != gateway else ():
+        for name, counted in self._by_gateway.items():
+            for key, used in counted.items() if name != gateway else ():
                 others[key] = others.get(key, Counter()) + used
-        return Told(self._since, others)
+        return LedgerReply(self._since, others)
 
 
-def open_ledger(application: str) -> Exchange:
-    """Return how to reach the ledger of a Serve application; the first gateway opens it.
+def open_ledger(application: str) -> ExchangeCounts:
+    """Return a function that exchanges counts with the ledger of a Serve application.
 
-    It starts at once, while the models load, and not with the first request.
+    The first gateway creates the ledger, at once, so that it is ready when the models are loaded.
     """
-    remote: Any = ray.remote(Ledger)
+    remote: Any = ray.remote(UsageLedger)
     actor = remote.options(
         name=f"usage of {application}",
         namespace="llava-ray",
@@ -74,24 +74,24 @@ def open_ledger(application: str) -> Exchange:
     )
     actor.remote()
 
-    async def exchange(gateway: str, counts: Counts) -> Told:
+    async def exchange(gateway: str, counts: Counts) -> LedgerReply:
         answer = actor.remote().exchange.remote(gateway, counts)
-        return await asyncio.wait_for(answer, _PATIENCE_S)
+        return await asyncio.wait_for(answer, _TIMEOUT_S)
 
     return exchange
 
 
 class SharedUsage:
-    """The accounts of one gateway, and what other gateways have counted for the same keys.
+    """The accounts of one gateway, kept in step with the other gateways through the ledger.
 
-    What others let through is taken from the budgets here as well, a moment later.
+    What other gateways admit is subtracted from the budgets here too, about a second later.
 
     Args:
         accounts: this gateway's.
-        exchange: reaches the ledger; None: there are no others.
+        exchange: reaches the ledger; None: there are no other gateways.
     """
 
-    def __init__(self, accounts: Sequence[Account], exchange: Exchange | None) -> None:
+    def __init__(self, accounts: Sequence[Account], exchange: ExchangeCounts | None) -> None:
         self._accounts, self._exchange = accounts, exchange
         self._gateway = uuid.uuid4().hex
         self._since = int(time.time())
@@ -99,7 +99,7 @@ class SharedUsage:
         self._next: asyncio.Task[None] | None = None
 
     def sync_soon(self) -> None:
-        """Exchange counts in a moment; many calls are one exchange."""
+        """ExchangeCounts counts in a moment; many calls are one exchange."""
         if self._exchange and (self._next is None or self._next.done()):
             self._next = asyncio.create_task(self._sync_later())
 
@@ -111,24 +111,24 @@ class SharedUsage:
         return {"object": "list", "since": self._since, "complete": is_complete, "data": usage}
 
     async def _sync_later(self) -> None:
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(SYNC_DELAY_S)
         await self._sync()
 
     async def _sync(self) -> bool:
-        """Exchange counts; return whether those of all gateways are known now."""
+        """ExchangeCounts counts; return whether those of all gateways are known now."""
         if self._exchange is None:
             return True
         counts = {account.key.name: account.totals.count() for account in self._accounts}
         try:
-            told = await self._exchange(self._gateway, counts)
+            reply = await self._exchange(self._gateway, counts)
         except (RayError, TimeoutError) as error:
-            log.logger.warning(f"the ledger of usage does not answer: {type(error).__name__}")
+            log.logger.warning(f"the usage ledger does not respond: {type(error).__name__}")
             return False
-        before, self._since, self._others = self._others, told.since, told.others
-        if before is not None:  # what was used before this gateway came is not charged again
+        before, self._since, self._others = self._others, reply.since, reply.others
+        if before is not None:  # usage from before this gateway started is not charged
             for account in self._accounts:
                 name = account.key.name
-                new = Counter(told.others.get(name, {}))
+                new = Counter(reply.others.get(name, {}))
                 new.subtract(before.get(name, {}))
-                account.take_elsewhere(new["requests"], new["total_tokens"])
+                account.charge_remote_usage(new["requests"], new["total_tokens"])
         return True

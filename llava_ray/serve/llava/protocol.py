@@ -1,10 +1,10 @@
-"""The wire format of LLaVA's own controller and workers, in both directions; pure functions.
+"""The wire format of LLaVA's own controller and workers, in both directions, as pure functions.
 
     bytes -> parse_generate -> PromptRequest;  text so far -> encode_text -> bytes
 
-A client sends a prompt that it has rendered itself, with one `<image>` for each image. An answer
-is a row of JSON objects, each ended by a zero byte: the prompt and all that has been said so far,
-and an error code. What is answered where is in `llava_routes`.
+A client sends a rendered prompt with one `<image>` for each image. A response is a sequence of JSON
+objects, each followed by a zero byte, with an error code and the prompt plus the whole answer so
+far. The routes are in `gateway/llava_routes.py`.
 """
 
 import json
@@ -28,21 +28,19 @@ from llava_ray.errors import (
     UnreachableError,
 )
 from llava_ray.images import decode_base64
-from llava_ray.serve.openai import errors as openai_answers
-from llava_ray.serve.openai.chat import load_json
-from llava_ray.serve.openai.errors import ErrorReply
-from llava_ray.serve.openai.validation import show
+from llava_ray.serve.openai.errors import ErrorReply, describe_error
+from llava_ray.serve.openai.validation import load_json, show
 from llava_ray.types import ImagePart, PromptRequest, Sampling
 
 END = b"\0"
 
 OK = 0
 FAILED = 1
-"""The worker could not answer."""
+"""The worker failed."""
 NO_MODEL = 2
 """No worker has that model."""
 UNREACHABLE = 3
-"""The worker cannot be reached, or has no time."""
+"""The worker cannot be reached or is overloaded."""
 
 _GREEDY_BELOW = 0.001
 
@@ -60,7 +58,7 @@ _Name = Annotated[str, StringConstraints(min_length=1, max_length=500)]
 
 
 class Body(BaseModel):
-    """A body of the protocol; unknown fields are let pass, as by LLaVA's own code."""
+    """A JSON body of the protocol; unknown fields are ignored, as in LLaVA's own code."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -119,7 +117,7 @@ def parse(kind: type[B], body: bytes) -> B:
     """Return the checked fields of a body.
 
     Raises:
-        RequestError: not a JSON object, or a field is missing or not what it should be.
+        RequestError: the body is not a JSON object, or a field is missing or invalid.
     """
     try:
         return kind.model_validate(load_json(body))
@@ -136,13 +134,13 @@ def parse(kind: type[B], body: bytes) -> B:
 
 
 def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> PromptRequest:
-    """Return what the body of `/worker_generate_stream` asks for.
+    """Parse the body of `/worker_generate_stream`.
 
-    A stop text of nothing but white space is passed over, as LLaVA's workers do: its `test_message`
-    sends one with every request and expects more than a word.
+    Stop texts that are only white space are ignored, as LLaVA's workers do: `test_message` sends
+    one with every request and expects more than a word.
 
     Raises:
-        RequestError: it cannot be served; the message says why and what to do.
+        RequestError: the request is invalid; the message says why and what to do.
     """
     fields = parse(GenerateBody, body)
     encoded = fields.images or []
@@ -167,23 +165,23 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Pro
 
 
 def encode_text(text: str, code: int = OK) -> bytes:
-    """Return one object of an answer: the prompt and what has been said, or an error's cause."""
+    """Encode one object of a response: prompt and answer so far, or an error message."""
     return json.dumps({"text": text, "error_code": code}).encode() + END
 
 
 def encode_error(error: LlavaRayError) -> bytes:
-    """Return the object that tells an error."""
+    """Encode the object for an error."""
     return encode_text(error.message, find_code(error))
 
 
-def describe_error(error: LlavaRayError) -> ErrorReply:
-    """Return the answer for a request that is refused at the door."""
-    reply = openai_answers.describe_error(error)
+def describe_llava_error(error: LlavaRayError) -> ErrorReply:
+    """Return the HTTP response for a request that is refused before it is parsed."""
+    reply = describe_error(error)
     return reply._replace(body={"text": error.message, "error_code": find_code(error)})
 
 
 def find_code(error: LlavaRayError) -> int:
-    """Return the protocol's number for an error of ours."""
+    """Return the protocol's error code for an error of ours."""
     match error:
         case ModelNotFoundError():
             return NO_MODEL

@@ -1,8 +1,8 @@
-"""LLaVA's own workers that have registered here: what its controller knows of them.
+"""The registry of LLaVA's own workers, which takes the place of LLaVA's controller.
 
-One replica of `Workers` holds the table for all gateways. Who may register is decided before, by
-`check_address`; a worker whose heart beats stop is forgotten, and one that nobody knows, because
-this process was started anew, is asked by the answer to its next heart beat to register again.
+One replica of `WorkerRegistry` holds the table for all gateways. `check_address` decides who may
+register. A worker whose heartbeats stop is removed. A worker that is unknown, because this process
+was restarted, is told so in the answer to its next heartbeat and registers again.
 """
 
 import asyncio
@@ -25,12 +25,12 @@ _STATUS_BYTES = 64 << 10
 
 
 @dataclass(slots=True)
-class Worker:
-    """A worker as it described itself last.
+class RegisteredWorker:
+    """A worker, as it last described itself.
 
     Attributes:
-        is_watched: it sends heart beats, and is forgotten when they stop.
-        heard_at: when it was heard of last, in seconds of a monotonic clock.
+        is_watched: whether it sends heartbeats, and is removed when they stop.
+        heard_at: when it last made contact, in seconds of a monotonic clock.
     """
 
     status: StatusBody
@@ -38,12 +38,12 @@ class Worker:
     heard_at: float
 
 
-class Workers:
+class WorkerRegistry:
     """The table of workers, by address.
 
     Args:
-        config: how long a silent one is kept, and which of several answers.
-        clock: seconds; to be replaced in tests.
+        config: how long a silent worker is kept, and how one of several is chosen.
+        clock: returns seconds; replaced in tests.
     """
 
     def __init__(
@@ -51,25 +51,25 @@ class Workers:
     ) -> None:
         self._config = config
         self._clock = clock
-        self._workers: dict[str, Worker] = {}
+        self._workers: dict[str, RegisteredWorker] = {}
         self._http = httpx.AsyncClient(timeout=STATUS_TIMEOUT_S, trust_env=False)
 
     async def register(self, address: str, is_watched: bool, status: StatusBody | None) -> str:
-        """Note a worker, asking it for its status if it sent none; return what went wrong."""
+        """Add a worker, asking for its status if it sent none; return an error message or ""."""
         self._forget_silent()
         if len(self._workers) >= MAX_WORKERS and address not in self._workers:
-            return f"there are {MAX_WORKERS} workers already, and no more are taken"
+            return f"there are already {MAX_WORKERS} workers, the maximum: stop one first"
         if status is None:
             try:
                 status = await self._ask(address)
             except (httpx.HTTPError, httpx.InvalidURL, RequestError) as error:
-                return f"the worker at {address} does not tell its status: {error!r}"
-        self._workers[address] = Worker(status, is_watched, self._clock())
+                return f"the worker at {address} did not report its status: {error!r}"
+        self._workers[address] = RegisteredWorker(status, is_watched, self._clock())
         log.logger.info(f"LLaVA's worker at {address} serves {', '.join(status.model_names)}")
         return ""
 
     async def note_heart_beat(self, address: str, queue_length: int) -> bool:
-        """Return whether the worker is known; one that is not registers again."""
+        """Record a heartbeat; return whether the worker is known. If not, it registers again."""
         self._forget_silent()
         if worker := self._workers.get(address):
             worker.heard_at = self._clock()
@@ -77,7 +77,7 @@ class Workers:
         return worker is not None
 
     async def refresh(self) -> None:
-        """Ask every worker for its status, and forget those that do not answer."""
+        """Ask all workers for their status, and remove those that do not respond."""
         self._forget_silent()
         addresses = list(self._workers)
         replies = await asyncio.gather(*map(self._ask, addresses), return_exceptions=True)
@@ -95,7 +95,7 @@ class Workers:
         )
 
     async def choose(self, model: str) -> str:
-        """Return the address of the worker that is to answer next; "" if none has the model."""
+        """Return the address of the worker to use next; "" if none has the model."""
         self._forget_silent()
         able = {
             address: worker.status
@@ -108,12 +108,12 @@ class Workers:
             speeds = [status.speed for status in able.values()]
             return random.choices(list(able), speeds)[0]
         chosen = min(able, key=lambda address: able[address].queue_length / able[address].speed)
-        able[chosen].queue_length += 1  # until its next heart beat says how long it is
+        able[chosen].queue_length += 1  # until its next heartbeat reports the true length
         return chosen
 
     async def forget(self, address: str, reason: str) -> None:
         if self._workers.pop(address, None):
-            log.logger.warning(f"LLaVA's worker at {address} is gone: {reason[:200]}")
+            log.logger.warning(f"LLaVA's worker at {address} was removed: {reason[:200]}")
 
     async def _ask(self, address: str) -> StatusBody:
         async with self._http.stream("POST", f"{address}/worker_get_status") as reply:
@@ -122,7 +122,7 @@ class Workers:
             async for piece in reply.aiter_bytes():
                 body += piece
                 if len(body) > _STATUS_BYTES:
-                    raise RequestError(f"a status of more than {_STATUS_BYTES:,} bytes")
+                    raise RequestError(f"it sent a status of more than {_STATUS_BYTES:,} bytes")
         return parse(StatusBody, body)
 
     def _forget_silent(self) -> None:
@@ -130,26 +130,26 @@ class Workers:
         for address, worker in list(self._workers.items()):
             if worker.is_watched and worker.heard_at < oldest:
                 del self._workers[address]
-                log.logger.warning(f"LLaVA's worker at {address} is gone: no heart beat")
+                log.logger.warning(f"LLaVA's worker at {address} was removed: no heartbeat")
 
 
 def check_address(address: str, allowed: Sequence[str]) -> str:
     """Return a worker's address, without a slash at its end.
 
     Raises:
-        NotAllowedError: it is none of those allowed; an allowed port may be a star.
+        NotAllowedError: it is not among `allowed`, in which a port may be `*`.
     """
     address = address.rstrip("/")
     if not re.fullmatch(WORKER_ADDRESS, address) or "*" in address:
         raise NotAllowedError(
-            f"worker_name={address[:100]!r} is no address of a worker: register as http://host:port",
+            f"worker_name={address[:100]!r} is not a worker's address: register as http://host:port",
             param="worker_name",
         )
     either = (address, _star_port(address))
     if not any(pattern.rstrip("/") in either for pattern in allowed):
         raise NotAllowedError(
-            f"the worker {address[:100]} may not register here: the operator of this gateway has "
-            "to add it to llava_protocol.workers",
+            f"the worker {address[:100]} may not register here: the operator of this gateway must "
+            "add it to llava_protocol.workers",
             param="worker_name",
         )
     return address

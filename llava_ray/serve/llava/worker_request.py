@@ -1,6 +1,6 @@
-"""What one of LLaVA's own workers is asked: Request -> the body of its `/worker_generate_stream`.
+"""Requests to LLaVA's own workers: Request -> the JSON body of `/worker_generate_stream`.
 
-A conversation is rendered here, since such a worker takes prompts only.
+Conversations are rendered here, because these workers only take prompts.
 """
 
 import base64
@@ -12,17 +12,17 @@ from llava_ray.template import check_images, find_template
 from llava_ray.types import ChatRequest, ImagePart, PromptRequest, Request, Sampling
 
 _MAX_NEW_TOKENS = 1024
-"""More than this LLaVA's workers never say."""
+"""LLaVA's workers never generate more than this."""
 _KNOWN_SAMPLING = {"max_tokens", "temperature", "top_p", "stop"}
 
 
-class Call(NamedTuple):
-    """What a worker is asked, and how its answer is read.
+class WorkerRequest(NamedTuple):
+    """The body for a worker, and how to read its response.
 
     Attributes:
         body: of `/worker_generate_stream`.
-        stop: the texts that end the answer; the worker itself heeds one at most.
-        is_chat: white space at the answer's beginning is left out.
+        stop: the texts that end the answer; the worker itself applies at most one.
+        is_chat: whether white space at the start of the answer is removed.
     """
 
     body: dict[str, Any]
@@ -30,15 +30,15 @@ class Call(NamedTuple):
     is_chat: bool
 
 
-def build_call(request: Request) -> Call:
-    """Return the call of a worker for a request.
+def build_worker_request(request: Request) -> WorkerRequest:
+    """Return what to send to a worker for a request.
 
-    A conversation is rendered with the template that LLaVA's page takes for the model's name.
+    A conversation is rendered with the template that LLaVA's page uses for the model's name.
 
     Raises:
-        UnsupportedError: it asks for what such workers cannot do.
-        RequestError: the template does not accept the conversation, or the prompt does not name
-            its images.
+        UnsupportedError: the request uses what these workers cannot do.
+        RequestError: the template does not accept the conversation, or the number of image
+            placeholders in the prompt is not the number of images.
     """
     sampling = request.sampling
     for field in fields(Sampling):
@@ -73,14 +73,14 @@ def build_call(request: Request) -> Call:
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "max_new_tokens": min(sampling.max_tokens or _MAX_NEW_TOKENS, _MAX_NEW_TOKENS),
-        "stop": stop[-1] if stop else "</s>",  # without one, such a worker fails
+        "stop": stop[-1] if stop else "</s>",  # these workers fail without one
         "images": [base64.b64encode(image.data).decode() for image in images],
     }
-    return Call(body, stop, is_chat=isinstance(request, ChatRequest))
+    return WorkerRequest(body, stop, is_chat=isinstance(request, ChatRequest))
 
 
 def name_template(model: str) -> str:
-    """Return the name of the template that LLaVA's page takes for a model of that name."""
+    """Return the name of the template that LLaVA's page uses for a model name."""
     name = model.lower()
     is_tagged = "mmtag" in name or ("plain" in name and "finetune" not in name)
     if "llava" not in name:

@@ -1,11 +1,11 @@
-"""What every body of the OpenAI API begins as, and what it becomes: JSON -> a call."""
+"""A parsed call of the OpenAI API: the request, and how to write its response."""
 
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from llava_ray.serve.openai.streaming import Form, Head
+from llava_ray.serve.openai.streaming import ResponseFormatter, ResponseMeta
 from llava_ray.types import ChatRequest, CompletionRequest
 
 Parsed = TypeVar("Parsed")
@@ -14,18 +14,23 @@ _LARGE_BODY_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    """A request, and how its answers are to be written."""
+class ApiCall:
+    """A request, and how to write its answers.
+
+    Attributes:
+        stream: as server-sent events instead of one JSON object.
+        include_usage: whether the stream ends with the token counts.
+    """
 
     request: ChatRequest | CompletionRequest
-    form: Form
-    head: Head
+    formatter: ResponseFormatter
+    meta: ResponseMeta
     stream: bool
     include_usage: bool
 
 
-async def parse_aside(parse: Callable[..., Parsed], body: bytes, **options: Any) -> Parsed:
-    """Return what `parse` makes of a body; of a large one in a thread, so that others go on."""
+async def parse_body(parse: Callable[..., Parsed], body: bytes, **options: Any) -> Parsed:
+    """Return `parse(body, **options)`; large bodies are parsed in a thread, not to block others."""
     if len(body) > _LARGE_BODY_BYTES:
         return await asyncio.to_thread(parse, body, **options)
     return parse(body, **options)

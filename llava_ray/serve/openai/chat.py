@@ -1,12 +1,12 @@
-"""The OpenAI chat API, inwards: an untrusted JSON body becomes a `ChatRequest` or an error.
+"""Parses requests of the OpenAI chat API: an untrusted JSON body -> `ChatRequest`, or an error.
 
-`openai_fields.py` knows the fields beside the messages, `openai_prompts.py` plain completions,
-`openai_choices.py` the way back.
+`protocol.py` has the fields beside the messages, `completions.py` plain completions, and
+`streaming.py` writes the responses.
 Source: https://platform.openai.com/docs/api-reference/chat, and vLLM's extensions to it.
 
-How a conversation is read: system (or developer) messages come first; neighbours of one role
-become one turn, joined by a line break; the last turn is the user's; only the user has images.
-`detail` is checked and has no effect: LLaVA has one encoding of an image, that of its training.
+Rules for a conversation: system (or developer) messages come first; consecutive messages of one
+role become one turn, joined by a line break; the last turn is the user's; only user messages have
+images. `detail` is checked but has no effect: LLaVA encodes images in one way, that of training.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.serve.fetch.url_policy import read_image_url
-from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.call import ApiCall
 from llava_ray.serve.openai.protocol import (
     ChatBody,
     check_options,
@@ -25,7 +25,7 @@ from llava_ray.serve.openai.protocol import (
     read_sampling,
     wants_usage,
 )
-from llava_ray.serve.openai.streaming import ChatForm, Head
+from llava_ray.serve.openai.streaming import ChatFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,
     is_one_of,
@@ -39,70 +39,13 @@ from llava_ray.types import ChatRequest, ImagePart, Message, Role, TextPart
 MAX_SCHEMA_CHARACTERS = 100_000
 _ANY_OBJECT = {"type": "object"}
 
-
-def read_format(value: dict[str, Any] | None) -> str | None:
-    """Return the JSON schema that a response format asks for, as text; None: any text will do.
-
-    Whether the schema can be held to, the model's replica says.
-
-    Raises:
-        RequestError: it is not one of the three formats.
-    """
-    if value is None:
-        return None
-    match value.get("type"):
-        case "text":
-            refuse_unknown(value, {"type"}, "response_format")
-            return None
-        case "json_object":
-            refuse_unknown(value, {"type"}, "response_format")
-            return json.dumps(_ANY_OBJECT)
-        case "json_schema":
-            refuse_unknown(value, {"type", "json_schema"}, "response_format")
-            return _read_schema(value.get("json_schema"), "response_format.json_schema")
-    raise RequestError(
-        f"response_format.type is {show(value.get('type'))}: use text, json_object or json_schema",
-        param="response_format.type",
-    )
-
-
-def _read_schema(value: Any, path: str) -> str:
-    if not isinstance(value, dict):
-        raise RequestError(
-            f'{path} is {kind_of(value)}: send {{"name": "answer", "schema": {{...}}}}', param=path
-        )
-    refuse_unknown(value, {"name", "description", "schema", "strict"}, path)
-    for name, kind in (("name", str), ("description", str), ("strict", bool)):
-        if not isinstance(value.get(name), kind | None):
-            raise RequestError(
-                f"{path}.{name} is {kind_of(value[name])}: "
-                f"{'true or false' if kind is bool else 'a text'}",
-                param=f"{path}.{name}",
-            )
-    schema = value.get("schema")
-    if not isinstance(schema, dict):
-        raise RequestError(
-            f"{path}.schema is {kind_of(schema)}: send a JSON schema, which is an object",
-            param=f"{path}.schema",
-        )
-    text = json.dumps(schema, ensure_ascii=False)
-    check_unicode(text, f"{path}.schema")
-    if len(text) > MAX_SCHEMA_CHARACTERS:
-        raise RequestError(
-            f"the schema has {len(text):,} characters, more than the {MAX_SCHEMA_CHARACTERS:,} "
-            "allowed: shorten it",
-            param=f"{path}.schema",
-        )
-    return text
-
-
-_ROLES: dict[str, Role] = {
+ROLES: dict[str, Role] = {
     "system": "system",
     "developer": "system",
     "user": "user",
     "assistant": "assistant",
 }
-_DETAILS = ("auto", "low", "high", "original", None)
+DETAILS = ("auto", "low", "high", "original", None)
 
 _MESSAGE_FIELDS = {"role", "content", "name"}
 ASSISTANT_FIELDS = {
@@ -123,11 +66,13 @@ _OTHER_PARTS = {
 }
 
 
-def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str) -> Call:
-    """Check the JSON body of `/v1/chat/completions` and return what it asks for.
+def parse_chat(
+    body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str
+) -> ApiCall:
+    """Check and parse the JSON body of `/v1/chat/completions`.
 
     Raises:
-        RequestError: it cannot be served; `param` names the field, the message the remedy.
+        RequestError: it is invalid; `param` names the field, the message says what to do.
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
     options = check_options(body, ChatBody)
@@ -140,10 +85,10 @@ def parse(body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: 
     )
     num_answers = read_num_answers(options, limits)
     request = ChatRequest(request_id, options.model, messages, sampling, num_answers)
-    return Call(
+    return ApiCall(
         request,
-        ChatForm(has_logprobs=sampling.num_logprobs is not None),
-        Head(request_id, options.model, int(time.time()), num_answers, num_answers),
+        ChatFormatter(has_logprobs=sampling.num_logprobs is not None),
+        ResponseMeta(request_id, options.model, int(time.time()), num_answers, num_answers),
         stream=bool(options.stream),
         include_usage=wants_usage(options),
     )
@@ -169,7 +114,7 @@ def _read_max_tokens(options: ChatBody) -> int | None:
 
 
 def read_messages(values: list[Any], limits: LimitsConfig) -> tuple[Message, ...]:
-    """Return a conversation; raises `RequestError` for one that cannot be continued."""
+    """Parse a conversation; raises `RequestError` for one that cannot be continued."""
     if len(values) > limits.max_messages:
         raise RequestError(
             f"{len(values)} messages, more than the {limits.max_messages} allowed: "
@@ -189,7 +134,7 @@ def _read_each(values: list[Any], limits: LimitsConfig) -> Iterator[Message]:
         message = _read_message(value, path, limits)
         if message.role == "system" and role != "system":
             raise RequestError(
-                "a system message stands after the first turn: put it first", param=f"{path}.role"
+                "a system message follows another message: put it first", param=f"{path}.role"
             )
         role = message.role
         num_images += sum(isinstance(part, ImagePart) for part in message.parts)
@@ -219,10 +164,10 @@ def _read_message(value: Any, path: str, limits: LimitsConfig) -> Message:
             f"role {role!r} is not supported by this server: put the result in a user message",
             param=f"{path}.role",
         )
-    if not isinstance(role, str) or role not in _ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise RequestError(
             f"{path}.role is {show(role) if 'role' in value else 'missing'}: "
-            f"use one of {', '.join(_ROLES)}",
+            f"use one of {', '.join(ROLES)}",
             param=f"{path}.role",
         )
     known = _MESSAGE_FIELDS | (ASSISTANT_FIELDS.keys() if role == "assistant" else set())
@@ -234,9 +179,11 @@ def _read_message(value: Any, path: str, limits: LimitsConfig) -> Message:
                 param=f"{path}.{name}",
             )
     if value.get("name") is not None and not isinstance(value["name"], str):
-        raise RequestError(f"{path}.name is {kind_of(value['name'])}: a text", param=f"{path}.name")
-    parts = tuple(_read_content(value.get("content"), _ROLES[role], f"{path}.content", limits))
-    return Message(_ROLES[role], parts)
+        raise RequestError(
+            f"{path}.name is {kind_of(value['name'])}: send a string", param=f"{path}.name"
+        )
+    parts = tuple(_read_content(value.get("content"), ROLES[role], f"{path}.content", limits))
+    return Message(ROLES[role], parts)
 
 
 def _read_content(
@@ -246,7 +193,7 @@ def _read_content(
         value = [{"type": "text", "text": value}]
     if not isinstance(value, list):
         raise RequestError(
-            f"{path} is {kind_of(value)}: send a text, or a list of text and image_url parts",
+            f"{path} is {kind_of(value)}: send a string, or a list of text and image_url parts",
             param=path,
         )
     is_empty = True
@@ -254,8 +201,8 @@ def _read_content(
         part = _read_part(item, role, f"{path}[{number}]", limits)
         is_empty = is_empty and isinstance(part, TextPart) and not part.text.strip()
         yield part
-    if is_empty and (role == "user" or not value):  # an answer may well have been empty
-        raise RequestError("the message is empty: write something or add an image", param=path)
+    if is_empty and (role == "user" or not value):  # the assistant's answer may have been empty
+        raise RequestError("the message is empty: add text or an image", param=path)
 
 
 def _read_part(value: Any, role: Role, path: str, limits: LimitsConfig) -> TextPart | ImagePart:
@@ -264,7 +211,9 @@ def _read_part(value: Any, role: Role, path: str, limits: LimitsConfig) -> TextP
         refuse_unknown(value, {"type", "text"}, path)
         text = value.get("text")
         if not isinstance(text, str):
-            raise RequestError(f"{path}.text is {kind_of(text)}: send a text", param=f"{path}.text")
+            raise RequestError(
+                f"{path}.text is {kind_of(text)}: send a string", param=f"{path}.text"
+            )
         check_unicode(text, f"{path}.text")
         return TextPart(text)
     if kind == "image_url":
@@ -294,7 +243,7 @@ def _read_image(part: dict[str, Any], path: str, limits: LimitsConfig) -> ImageP
         refuse_unknown(image, {"url", "detail"}, path)
         detail = image.get("detail", detail)
         image, path = image.get("url"), f"{path}.url"
-    if not isinstance(detail, str | None) or detail not in _DETAILS:
+    if not isinstance(detail, str | None) or detail not in DETAILS:
         raise RequestError(
             f"detail is {show(detail)}: use auto, low, high or original",
             param=f"{path.removesuffix('.url')}.detail",
@@ -306,8 +255,64 @@ def _read_image(part: dict[str, Any], path: str, limits: LimitsConfig) -> ImageP
     return read_image_url(image, limits=limits, param=path)
 
 
+def read_format(value: dict[str, Any] | None) -> str | None:
+    """Return the JSON schema that a response format asks for, as text; None: plain text.
+
+    The model's replica decides whether it supports the schema.
+
+    Raises:
+        RequestError: it is none of the three formats, or the schema is invalid.
+    """
+    if value is None:
+        return None
+    match value.get("type"):
+        case "text":
+            refuse_unknown(value, {"type"}, "response_format")
+            return None
+        case "json_object":
+            refuse_unknown(value, {"type"}, "response_format")
+            return json.dumps(_ANY_OBJECT)
+        case "json_schema":
+            refuse_unknown(value, {"type", "json_schema"}, "response_format")
+            return _read_schema(value.get("json_schema"), "response_format.json_schema")
+    raise RequestError(
+        f"response_format.type is {show(value.get('type'))}: use text, json_object or json_schema",
+        param="response_format.type",
+    )
+
+
+def _read_schema(value: Any, path: str) -> str:
+    if not isinstance(value, dict):
+        raise RequestError(
+            f'{path} is {kind_of(value)}: send {{"name": "answer", "schema": {{...}}}}', param=path
+        )
+    refuse_unknown(value, {"name", "description", "schema", "strict"}, path)
+    for name, kind in (("name", str), ("description", str), ("strict", bool)):
+        if not isinstance(value.get(name), kind | None):
+            raise RequestError(
+                f"{path}.{name} is {kind_of(value[name])}: "
+                f"{'true or false' if kind is bool else 'a string'}",
+                param=f"{path}.{name}",
+            )
+    schema = value.get("schema")
+    if not isinstance(schema, dict):
+        raise RequestError(
+            f"{path}.schema is {kind_of(schema)}: send a JSON schema, which is an object",
+            param=f"{path}.schema",
+        )
+    text = json.dumps(schema, ensure_ascii=False)
+    check_unicode(text, f"{path}.schema")
+    if len(text) > MAX_SCHEMA_CHARACTERS:
+        raise RequestError(
+            f"the schema has {len(text):,} characters, more than the {MAX_SCHEMA_CHARACTERS:,} "
+            "allowed: shorten it",
+            param=f"{path}.schema",
+        )
+    return text
+
+
 def _join_turns(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """Make one turn of neighbours of the same role, since few chat templates take two."""
+    """Join consecutive messages of one role; few chat templates accept two in a row."""
     turns: list[Message] = []
     for message in messages:
         if turns and turns[-1].role == message.role:

@@ -1,4 +1,4 @@
-"""Plain completions and tokens, inwards: untrusted JSON bodies become requests or errors.
+"""Parses requests for plain completions, /tokenize and /detokenize from untrusted JSON bodies.
 
 Sources: https://platform.openai.com/docs/api-reference/completions, and vLLM's /tokenize and
 /detokenize.
@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError
-from llava_ray.serve.openai.call import Call
+from llava_ray.serve.openai.call import ApiCall
 from llava_ray.serve.openai.chat import read_messages
 from llava_ray.serve.openai.protocol import (
     LARGEST_TOKEN_ID,
@@ -24,29 +24,29 @@ from llava_ray.serve.openai.protocol import (
     read_sampling,
     wants_usage,
 )
-from llava_ray.serve.openai.streaming import Head, TextForm
+from llava_ray.serve.openai.streaming import CompletionFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,
-    explain,
     kind_of,
     load_json,
     refuse_unknown,
+    to_request_error,
 )
 from llava_ray.types import ChatRequest, CompletionRequest, TokenizeRequest
 
 Body = TypeVar("Body", TokenizeBody, DetokenizeBody)
 
 DEFAULT_MAX_TOKENS = 16
-_PROMPT_REMEDY = "send a text, a list of texts, a list of token ids, or a list of such lists"
+_PROMPT_REMEDY = "send a string, a list of strings, a list of token ids, or a list of such lists"
 
 
 def parse_completion(
     body: bytes | Mapping[str, Any], *, limits: LimitsConfig, request_id: str
-) -> Call:
-    """Check the JSON body of `/v1/completions` and return what it asks for.
+) -> ApiCall:
+    """Check and parse the JSON body of `/v1/completions`.
 
     Raises:
-        RequestError: it cannot be served; `param` names the field, the message the remedy.
+        RequestError: it is invalid; `param` names the field, the message says what to do.
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
     options = check_options(body, CompletionBody)
@@ -55,34 +55,34 @@ def parse_completion(
     num_answers = len(prompts) * answers_each
     if num_answers > limits.max_answers:
         raise RequestError(
-            f"{num_answers} answers are asked for, {answers_each} to each prompt, more than the "
+            f"{num_answers} answers, {answers_each} to each prompt, are more than the "
             f"{limits.max_answers} allowed: send fewer prompts",
             param="prompt",
         )
     if options.echo and options.logprobs is not None:
         raise RequestError(
-            "echo with logprobs asks for those of the prompt, which this server does not tell: "
+            "echo with logprobs asks for those of the prompt, which this server does not return: "
             "leave one of them out",
             param="echo",
         )
     max_tokens = options.max_tokens or DEFAULT_MAX_TOKENS
     sampling = read_sampling(options, max_tokens=max_tokens, num_logprobs=options.logprobs)
-    return Call(
+    return ApiCall(
         CompletionRequest(
             request_id, options.model, prompts, sampling, answers_each, bool(options.echo)
         ),
-        TextForm(has_logprobs=options.logprobs is not None),
-        Head(request_id, options.model, int(time.time()), answers_each, num_answers),
+        CompletionFormatter(has_logprobs=options.logprobs is not None),
+        ResponseMeta(request_id, options.model, int(time.time()), answers_each, num_answers),
         stream=bool(options.stream),
         include_usage=wants_usage(options),
     )
 
 
 def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, TokenizeRequest]:
-    """Check the JSON body of `/tokenize`; the request, and the fields beside it.
+    """Check and parse the JSON body of `/tokenize`; return its fields and the request.
 
     Raises:
-        RequestError: it cannot be served.
+        RequestError: it is invalid.
     """
     options = _check(load_json(body), TokenizeBody)
     if (options.prompt is None) == (options.messages is None):
@@ -95,7 +95,7 @@ def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, 
         return options, TokenizeRequest(options.prompt, options.add_special_tokens is not False)
     if options.add_special_tokens:
         raise RequestError(
-            "add_special_tokens is true, but a conversation's template decides that: leave it out",
+            "add_special_tokens is true, but the chat template decides that: leave it out",
             param="add_special_tokens",
         )
     messages = read_messages(options.messages or [], limits)
@@ -114,7 +114,7 @@ def _check(body: dict[str, Any], kind: type[Body]) -> Body:
     try:
         return kind(**body)
     except ValidationError as error:
-        raise explain(error, kind) from None
+        raise to_request_error(error, kind) from None
 
 
 def _read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -132,7 +132,7 @@ def _read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
 def _read_prompt(value: Any, path: str) -> str | tuple[int, ...]:
     if isinstance(value, str):
         if not value:
-            raise RequestError(f"{path} is empty: write something", param=path)
+            raise RequestError(f"{path} is empty: send some text", param=path)
         check_unicode(value, path)
         return value
     if not _is_token_ids(value):

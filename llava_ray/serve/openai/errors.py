@@ -1,6 +1,6 @@
-"""The OpenAI API, outwards: errors, models and usage; `openai_choices.py` has the answers.
+"""JSON of the OpenAI API for errors, models and usage; `streaming.py` writes completions.
 
-Source: what the `openai` client does with it: it retries 408, 409, 429 and 5xx, and heeds
+Statuses and headers suit the `openai` client, which retries 408, 409, 429 and 5xx and respects
 `retry-after` and `x-should-retry`.
 """
 
@@ -21,11 +21,11 @@ _ERROR_TYPES = {
     503: "service_unavailable_error",
 }
 _RETRY_AFTER_S = {429: 5, 503: 1}
-_LONGEST_RETRY_S = 60  # clients wait no longer than this, and then ask too early
+_LONGEST_RETRY_S = 60  # clients wait no longer than this and would retry too early
 
 
 class ErrorReply(NamedTuple):
-    """How an error is answered over HTTP; the one place where that is decided."""
+    """An error as an HTTP response."""
 
     status: int
     body: dict[str, Any]
@@ -33,7 +33,7 @@ class ErrorReply(NamedTuple):
 
 
 def describe_error(error: LlavaRayError) -> ErrorReply:
-    """Return status, body and headers for an error of ours."""
+    """Return the HTTP response for an error of ours; the only place that decides it."""
     reply = describe_failure(error.status, error.message, code=error.code, param=error.param)
     if error.retry_after_s is not None:
         reply.headers["Retry-After"] = str(math.ceil(error.retry_after_s))
@@ -45,7 +45,7 @@ def describe_error(error: LlavaRayError) -> ErrorReply:
 def describe_failure(
     status: int, message: str, *, code: str, param: str | None = None
 ) -> ErrorReply:
-    """The same for what has no exception of its own: unknown routes, bugs."""
+    """Return the HTTP response for a failure without an exception of ours: no route, a bug."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     body = {
         "message": message,
@@ -66,10 +66,10 @@ def describe_failure(
 def describe_model(
     name: str, *, created: int, context_length: int | None = None, parent: str | None = None
 ) -> dict[str, Any]:
-    """Return the model object of `/v1/models`; the last two fields are vLLM's.
+    """Return the model object of `/v1/models`; the last two fields are extensions of vLLM.
 
     Args:
-        parent: the model that this is an adapter of.
+        parent: the base model's name if this is an adapter.
     """
     return {
         "id": name,
@@ -82,7 +82,7 @@ def describe_model(
 
 
 def describe_usage(usage: Usage) -> dict[str, Any]:
-    """Return the usage object of an answer."""
+    """Return the `usage` object of a response."""
     num_text_tokens = usage.num_prompt_tokens - usage.num_image_tokens
     return {
         "prompt_tokens": usage.num_prompt_tokens,
@@ -98,5 +98,5 @@ def describe_usage(usage: Usage) -> dict[str, Any]:
 
 
 def encode_error(reply: ErrorReply) -> bytes:
-    """Return the event that ends a stream which broke after its status had been sent."""
+    """Return the event for an error after the HTTP status has been sent."""
     return f"data: {json.dumps(reply.body)}\n\n".encode()

@@ -1,6 +1,6 @@
-"""The OpenAPI document of this server, at `/openapi.json`: made from the models that check bodies.
+"""The OpenAPI document of this server (`/openapi.json`), made from the models that check bodies.
 
-What the models leave open, messages and prompts, is described here beside them.
+The models leave messages and prompts open; their schemas are written here.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from pydantic.json_schema import models_json_schema
 
 from llava_ray import __version__
-from llava_ray.serve.openai.chat import ASSISTANT_FIELDS
+from llava_ray.serve.openai.chat import ASSISTANT_FIELDS, DETAILS, ROLES
 from llava_ray.serve.openai.protocol import (
     LARGEST_TOKEN_ID,
     UNSUPPORTED,
@@ -20,7 +20,8 @@ from llava_ray.serve.openai.protocol import (
     TokenizeBody,
 )
 
-_DETAIL = {"enum": ["auto", "low", "high", "original", None]}
+_DETAIL = {"enum": [*DETAILS]}
+_SYSTEM_ROLES = [name for name, role in ROLES.items() if role == "system"]
 _TEXT_PART = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -29,7 +30,7 @@ _TEXT_PART = {
 }
 _IMAGE_PART = {
     "type": "object",
-    "description": "`detail` has no effect: a model has one way of looking at an image, its own.",
+    "description": "`detail` has no effect: a model encodes images as it was trained to.",
     "properties": {
         "type": {"const": "image_url"},
         "image_url": {
@@ -69,7 +70,7 @@ def _describe_message(roles: Sequence[str], *parts: dict[str, Any], **more: Any)
 _MESSAGE = {
     "anyOf": [
         _describe_message(["user"], _IMAGE_PART),
-        _describe_message(["system", "developer"]),
+        _describe_message(_SYSTEM_ROLES),
         _describe_message(
             ["assistant"],
             **{name: {"enum": [*neutral, None]} for name, neutral in ASSISTANT_FIELDS.items()},
@@ -127,7 +128,7 @@ _MODEL = {
 }
 _EVENT = {
     "type": "object",
-    "description": "one event: a piece of the answer as JSON, an error, or [DONE]",
+    "description": "one event: a chunk of the answer as JSON, an error, or [DONE]",
     "properties": {"data": {"type": "string"}},
     "required": ["data"],
 }
@@ -221,7 +222,7 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
             },
             "/usage": {
                 "get": _get(
-                    "What the caller's key has used, or all keys for an admin's; also /v1/usage",
+                    "Usage of the caller's key, or of all keys for an admin key; also at /v1/usage",
                     _object(
                         since={"type": "integer"},
                         complete={"type": "boolean"},
@@ -229,15 +230,15 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
                     ),
                 )
             },
-            "/healthz": {"get": _get("The gateway lives", {"type": "object"})},
-            "/readyz": {"get": _get("Every model answers; 503: which do not", _STATES)},
+            "/healthz": {"get": _get("The gateway is alive", {"type": "object"})},
+            "/readyz": {"get": _get("Every model responds; 503: which do not", _STATES)},
         },
         "components": {"schemas": schemas},
     }
 
 
 def _list_refused(known: dict[str, Any]) -> dict[str, Any]:
-    """Fields that are taken as long as they ask for nothing, and fields that change nothing."""
+    """Return fields that are only accepted with a neutral value, or that have no effect."""
     taken: dict[str, Any] = {name: {"description": "no effect"} for name in WITHOUT_EFFECT}
     for name, (neutral, remedy) in UNSUPPORTED.items():
         if name not in known:
@@ -291,7 +292,7 @@ def _failures() -> dict[str, Any]:
     return {
         kind: {"description": meaning, "content": content}
         for kind, meaning in (
-            ("4XX", "What the caller can put right; the message says how"),
-            ("5XX", "Full for the moment (503, with Retry-After), or broken"),
+            ("4XX", "The caller can fix it; the message says how"),
+            ("5XX", "Overloaded (503, with Retry-After), or a failure of the server"),
         )
     }

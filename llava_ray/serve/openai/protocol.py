@@ -1,4 +1,4 @@
-"""The fields of a request to the OpenAI API beside its messages or prompt, and what each may be.
+"""The fields of requests to the OpenAI API and their bounds, except messages and prompts.
 
 Sources: https://platform.openai.com/docs/api-reference/chat, and vLLM's extensions to it.
 """
@@ -9,13 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError, UnsupportedError
-from llava_ray.serve.openai.validation import explain, is_one_of, refuse_unknown, show
+from llava_ray.serve.openai.validation import is_one_of, refuse_unknown, show, to_request_error
 from llava_ray.types import Sampling
 
 MAX_TOP_LOGPROBS = 20
 LARGEST_TOKEN_ID = 2**31 - 1
 
-# Fields that change the answer, which we cannot do; the values that ask for nothing; the remedy.
+# Fields that are not supported: name -> (accepted neutral values, what to do instead).
 _LEAVE_OUT = "leave it out"
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tools": (([],), "leave it out and describe the task in the prompt"),
@@ -31,14 +31,14 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "include_stop_str_in_output": ((False,), _LEAVE_OUT),
     "echo": ((False,), _LEAVE_OUT),
     "response_format": (({"type": "text"},), "use /v1/chat/completions"),
-    "suffix": (("",), "the models here continue a text, they do not fill in: leave it out"),
+    "suffix": (("",), "the models here cannot fill in text before a suffix: leave it out"),
     "add_generation_prompt": ((True,), _LEAVE_OUT),
     "continue_final_message": ((False,), _LEAVE_OUT),
     "chat_template": ((), "the template comes with the model; leave it out"),
     "chat_template_kwargs": (({},), _LEAVE_OUT),
     "mm_processor_kwargs": (({},), _LEAVE_OUT),
 }
-# Fields that say something about the caller or the service and nothing about the answer.
+# Accepted fields without an effect: they describe the caller or the service, not the answer.
 WITHOUT_EFFECT = {
     "metadata",
     "parallel_tool_calls",
@@ -66,32 +66,36 @@ _Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class SamplingBody(BaseModel):
-    """The fields that chats and plain completions share; each description is the remedy in an
-    error."""
+    """The fields that chats and plain completions share.
+
+    Each description is also the advice in an error message.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str = Field(max_length=500, description="name one of those that /v1/models lists")
+    model: str = Field(max_length=500, description="a name that /v1/models lists")
     stream: bool | None = Field(None, description="true or false")
     stream_options: StreamOptions | None = Field(
         None, description='an object like {"include_usage": true}'
     )
     max_tokens: int | None = Field(
-        None, ge=1, le=2**31, description="a whole number from 1, or leave it out"
+        None, ge=1, le=2**31, description="an integer of at least 1, or leave it out"
     )
     min_tokens: int | None = Field(
-        None, ge=0, le=2**31, description="a whole number from 0 to max_tokens"
+        None, ge=0, le=2**31, description="an integer from 0 to max_tokens"
     )
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
-    top_p: float | None = Field(None, gt=0, le=1, description="a number over 0, at most 1")
+    top_p: float | None = Field(
+        None, gt=0, le=1, description="a number greater than 0 and at most 1"
+    )
     top_k: int | None = Field(
-        None, ge=-1, le=2**31, description="a whole number; 0 or -1 means all tokens"
+        None, ge=-1, le=2**31, description="an integer; 0 or -1 means all tokens"
     )
     min_p: float | None = Field(None, ge=0, le=1, description="a number from 0 to 1")
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, description="a number over 0; 1 changes nothing"
+        None, gt=0, le=100, description="a number greater than 0; 1 has no effect"
     )
     logit_bias: dict[str, _Bias] | None = Field(
         None,
@@ -99,27 +103,27 @@ class SamplingBody(BaseModel):
         description='an object like {"42": -5}: token ids, and numbers from -100 to 100',
     )
     stop: list[_StopText] | None = Field(
-        None, max_length=16, description="a text that is not empty, or a list of at most 16"
+        None, max_length=16, description="a non-empty string, or a list of at most 16"
     )
     stop_token_ids: list[_TokenId] | None = Field(
         None, max_length=128, description="a list of at most 128 token ids"
     )
     seed: int | None = Field(
-        None, ge=-(2**63), lt=2**63, description="a whole number of at most 64 bits"
+        None, ge=-(2**63), lt=2**63, description="an integer of at most 64 bits"
     )
     ignore_eos: bool | None = Field(None, description="true or false")
-    n: int | None = Field(None, ge=1, le=128, description="a whole number from 1 to 128")
+    n: int | None = Field(None, ge=1, le=128, description="an integer from 1 to 128")
     best_of: int | None = Field(None, ge=1, description="the same number as n, or leave it out")
 
 
 class ChatBody(SamplingBody):
-    """The fields of a chat that have an effect."""
+    """The supported fields of a chat."""
 
     messages: list[Any] = Field(
         description='send a list like [{"role": "user", "content": "Hello"}]'
     )
     max_completion_tokens: int | None = Field(
-        None, ge=1, le=2**31, description="a whole number from 1, or leave it out"
+        None, ge=1, le=2**31, description="an integer of at least 1, or leave it out"
     )
     logprobs: bool | None = Field(None, description="true or false")
     response_format: dict[str, Any] | None = Field(
@@ -128,15 +132,15 @@ class ChatBody(SamplingBody):
         '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {...}}}',
     )
     top_logprobs: int | None = Field(
-        None, ge=0, le=MAX_TOP_LOGPROBS, description="a whole number from 0 to 20"
+        None, ge=0, le=MAX_TOP_LOGPROBS, description="an integer from 0 to 20"
     )
 
 
 class CompletionBody(SamplingBody):
-    """The fields of a plain completion that have an effect."""
+    """The supported fields of a plain completion."""
 
-    prompt: Any = Field(description="send a text, a list of texts, or a list of token ids")
-    logprobs: int | None = Field(None, ge=0, le=5, description="a whole number from 0 to 5")
+    prompt: Any = Field(description="send a string, a list of strings, or a list of token ids")
+    logprobs: int | None = Field(None, ge=0, le=5, description="an integer from 0 to 5")
     echo: bool | None = Field(None, description="true or false")
 
 
@@ -145,8 +149,8 @@ class TokenizeBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = Field(None, max_length=500, description="one that /v1/models lists")
-    prompt: str | None = Field(None, description="a text")
+    model: str | None = Field(None, max_length=500, description="a name that /v1/models lists")
+    prompt: str | None = Field(None, description="a string")
     messages: list[Any] | None = Field(None, description="a list, as in a chat")
     add_special_tokens: bool | None = Field(None, description="true or false")
     add_generation_prompt: bool | None = Field(None, description="true or false")
@@ -158,7 +162,7 @@ class DetokenizeBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str | None = Field(None, max_length=500, description="one that /v1/models lists")
+    model: str | None = Field(None, max_length=500, description="a name that /v1/models lists")
     tokens: list[_TokenId] = Field(description="a list of token ids")
 
 
@@ -166,11 +170,11 @@ Body = TypeVar("Body", bound=SamplingBody)
 
 
 def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
-    """Return the checked fields of a request; messages stay as they came.
+    """Return the checked fields of a request; messages are not checked here.
 
     Raises:
-        RequestError: a field is unknown, missing or out of its bounds.
-        UnsupportedError: a field asks for what this server cannot do.
+        RequestError: a field is unknown, missing or out of bounds.
+        UnsupportedError: a field asks for something that is not supported.
     """
     own = kind.model_fields
     refuse_unknown(body, {*own, *UNSUPPORTED, *WITHOUT_EFFECT}, "")
@@ -184,7 +188,7 @@ def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
     try:
         options = kind(**{name: body[name] for name in own if name in body})
     except ValidationError as error:
-        raise explain(error, kind) from None
+        raise to_request_error(error, kind) from None
     if options.stream_options and not options.stream:
         raise RequestError(
             "stream_options is set, but stream is not: set stream to true or leave it out",
@@ -194,16 +198,16 @@ def check_options(body: dict[str, Any], kind: type[Body]) -> Body:
 
 
 def wants_usage(options: SamplingBody) -> bool:
-    """Whether a stream ends with the number of tokens."""
+    """Whether a stream ends with the token counts."""
     return bool(options.stream_options and options.stream_options.include_usage)
 
 
 def read_num_answers(options: SamplingBody, limits: LimitsConfig) -> int:
-    """Return how many answers each prompt is to get.
+    """Return the number of answers to each prompt.
 
     Raises:
-        RequestError: more than the limit.
-        UnsupportedError: fewer than are to be computed.
+        RequestError: `n` is above the limit.
+        UnsupportedError: `best_of` differs from `n`.
     """
     num_answers = options.n or 1
     if num_answers > limits.max_answers:
@@ -263,8 +267,8 @@ def _read_biases(values: dict[str, float]) -> tuple[tuple[int, float], ...]:
     for name, bias in values.items():
         if not (name.isascii() and name.isdigit() and len(name) < 11):
             raise RequestError(
-                f"logit_bias names {show(name)}: its names are token ids, like "
-                '"42"; /tokenize tells them',
+                f"logit_bias has the key {show(name)}: use token ids as keys, like "
+                '"42"; /tokenize returns them',
                 param="logit_bias",
             )
         biases[int(name)] = bias

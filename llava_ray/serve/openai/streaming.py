@@ -1,6 +1,6 @@
-"""The OpenAI API, outwards: chunks become one object with choices, or an event stream of pieces.
+"""Writes OpenAI responses: chunks -> one JSON object with choices, or server-sent events.
 
-The two forms of a choice, of a chat and of a plain completion, are written here side by side.
+A formatter writes the choices of one kind of response: of a chat or of a plain completion.
 Source: https://platform.openai.com/docs/api-reference/chat/streaming, and .../completions.
 """
 
@@ -15,15 +15,15 @@ from llava_ray.types import Chunk, FinishReason, TokenLogprob, count_usage
 _LOWEST = -9999.0  # JSON has no infinity
 
 
-class Head(NamedTuple):
-    """What all objects of one answer have in common.
+class ResponseMeta(NamedTuple):
+    """The fields that all JSON objects of one response share.
 
     Attributes:
-        completion_id: its name.
-        model: the name of the model that answers.
+        completion_id: the response's id.
+        model: the model's name.
         created: seconds since 1970.
-        answers_each: answers to each prompt.
-        num_answers: answers in all.
+        answers_each: number of answers to each prompt.
+        num_answers: number of answers in total.
     """
 
     completion_id: str
@@ -33,53 +33,58 @@ class Head(NamedTuple):
     num_answers: int = 1
 
 
-class Form(Protocol):
-    """How one kind of answer is written. Implementations: ChatForm, TextForm."""
+class ResponseFormatter(Protocol):
+    """Writes the choices of one kind of response: ChatFormatter or CompletionFormatter.
 
-    whole_name: str
-    piece_name: str
-
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
-        """Return the choice for an answer whose chunks were joined."""
-        ...
-
-    def opening(self) -> dict[str, Any] | None:
-        """Return what the first event of an answer's choice holds, if there is such an event."""
-        ...
-
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
-        """Return what an event's choice holds for a chunk's text and logprobs."""
-        ...
-
-    def ending(self) -> dict[str, Any]:
-        """Return what the last event of an answer's choice holds beside the reason."""
-        ...
-
-
-class ChatForm:
-    """Choices of a chat.
-
-    Args:
-        has_logprobs: they were asked for.
+    Attributes:
+        object_name: the field `object` of a complete response.
+        chunk_object_name: the field `object` of a streamed event.
     """
 
-    whole_name = "chat.completion"
-    piece_name = "chat.completion.chunk"
+    object_name: str
+    chunk_object_name: str
+
+    def final(self, chunk: Chunk) -> dict[str, Any]:
+        """Return the choice of a complete answer; `chunk` has all its chunks joined."""
+        ...
+
+    def first(self) -> dict[str, Any] | None:
+        """Return the choice of the event that opens an answer; None: there is no such event."""
+        ...
+
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
+        """Return the choice of the event for a chunk's text and logprobs."""
+        ...
+
+    def finish(self) -> dict[str, Any]:
+        """Return the choice of an answer's last event, without `finish_reason`."""
+        ...
+
+
+class ChatFormatter:
+    """Writes the choices of a chat.
+
+    Args:
+        has_logprobs: whether logprobs were requested.
+    """
+
+    object_name = "chat.completion"
+    chunk_object_name = "chat.completion.chunk"
 
     def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
+    def final(self, chunk: Chunk) -> dict[str, Any]:
         message = {"role": "assistant", "content": chunk.text, "refusal": None}
         return {"message": message, "logprobs": self._logprobs(chunk)}
 
-    def opening(self) -> dict[str, Any]:
+    def first(self) -> dict[str, Any]:
         return {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
         return {"delta": {"content": chunk.text}, "logprobs": self._logprobs(chunk)}
 
-    def ending(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         return {"delta": {}, "logprobs": None}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any] | None:
@@ -93,29 +98,29 @@ class ChatForm:
         return {"content": content, "refusal": None}
 
 
-class TextForm:
-    """Choices of a plain completion.
+class CompletionFormatter:
+    """Writes the choices of a plain completion.
 
     Args:
-        has_logprobs: they were asked for.
+        has_logprobs: whether logprobs were requested.
     """
 
-    whole_name = piece_name = "text_completion"
+    object_name = chunk_object_name = "text_completion"
 
     def __init__(self, *, has_logprobs: bool) -> None:
         self._has_logprobs = has_logprobs
-        self._offsets: dict[int, int] = {}  # answer -> characters that its logprobs stand for
+        self._offsets: dict[int, int] = {}  # answer -> characters that its logprobs cover so far
 
-    def whole(self, chunk: Chunk) -> dict[str, Any]:
-        return self.piece(chunk)
+    def final(self, chunk: Chunk) -> dict[str, Any]:
+        return self.delta(chunk)
 
-    def opening(self) -> None:
+    def first(self) -> None:
         return None
 
-    def piece(self, chunk: Chunk) -> dict[str, Any]:
+    def delta(self, chunk: Chunk) -> dict[str, Any]:
         return {"text": chunk.text, "logprobs": self._logprobs(chunk)}
 
-    def ending(self) -> dict[str, Any]:
+    def finish(self) -> dict[str, Any]:
         return {"text": "", "logprobs": None}
 
     def _logprobs(self, chunk: Chunk) -> dict[str, Any] | None:
@@ -135,20 +140,22 @@ class TextForm:
         }
 
 
-def build_completion(chunks: Iterable[Chunk], form: Form, head: Head) -> dict[str, Any]:
-    """Return all the answers to a request as one object."""
+def build_completion(
+    chunks: Iterable[Chunk], formatter: ResponseFormatter, meta: ResponseMeta
+) -> dict[str, Any]:
+    """Return all answers to a request as one JSON object."""
     answers: dict[int, Chunk] = {}
     for chunk in chunks:
         before = answers.get(chunk.answer)
         answers[chunk.answer] = before.join(chunk) if before else chunk
-    usage = count_usage(answers.values(), answers_each=head.answers_each)
+    usage = count_usage(answers.values(), answers_each=meta.answers_each)
     return {
-        "id": head.completion_id,
-        "object": form.whole_name,
-        "created": head.created,
-        "model": head.model,
+        "id": meta.completion_id,
+        "object": formatter.object_name,
+        "created": meta.created,
+        "model": meta.model,
         "choices": [
-            {"index": index, **form.whole(answer), "finish_reason": answer.finish_reason}
+            {"index": index, **formatter.final(answer), "finish_reason": answer.finish_reason}
             for index, answer in sorted(answers.items())
         ],
         "usage": describe_usage(usage),
@@ -157,8 +164,8 @@ def build_completion(chunks: Iterable[Chunk], form: Form, head: Head) -> dict[st
 
 
 @dataclass
-class _Written:
-    """What is known of one answer while it is written: the text of its events around its own."""
+class _ChoiceState:
+    """The state of one streamed answer: its last chunk, and the constant text of its events."""
 
     before: str
     after: str
@@ -166,51 +173,53 @@ class _Written:
 
 
 class ChunkEncoder:
-    """Writes the chunks of the answers to one request as server-sent events.
+    """Encodes the chunks of one response as server-sent events.
 
-    A token costs one `json.dumps` of its text; all that stays the same is written once.
+    A chunk costs one `json.dumps` of its text; the constant parts of events are encoded once.
     """
 
-    def __init__(self, form: Form, head: Head, *, include_usage: bool) -> None:
+    def __init__(
+        self, formatter: ResponseFormatter, meta: ResponseMeta, *, include_usage: bool
+    ) -> None:
         fields = {
-            "id": head.completion_id,
-            "object": form.piece_name,
-            "created": head.created,
-            "model": head.model,
+            "id": meta.completion_id,
+            "object": formatter.chunk_object_name,
+            "created": meta.created,
+            "model": meta.model,
             "system_fingerprint": None,
         }
-        self._form = form
-        self._answers_each = head.answers_each
-        self._num_open = head.num_answers
+        self._formatter = formatter
+        self._answers_each = meta.answers_each
+        self._num_open = meta.num_answers
         self._include_usage = include_usage
         self._head = "data: " + json.dumps(fields)[:-1]
         self._tail = ', "usage": null}\n\n' if include_usage else "}\n\n"
-        self._written: dict[int, _Written] = {}
+        self._choices: dict[int, _ChoiceState] = {}
 
     def encode(self, chunk: Chunk) -> bytes:
-        """Return the events for a chunk; nothing for one that adds nothing."""
+        """Return the events for a chunk; b"" for a chunk without content."""
         events = ""
-        written = self._written.get(chunk.answer)
-        if written is None:
-            written = self._written[chunk.answer] = self._begin(chunk.answer)
-            if opening := self._form.opening():
+        choice_state = self._choices.get(chunk.answer)
+        if choice_state is None:
+            choice_state = self._choices[chunk.answer] = self._begin(chunk.answer)
+            if opening := self._formatter.first():
                 events = self._event(chunk.answer, opening)
         if chunk.logprobs:
-            events += self._event(chunk.answer, self._form.piece(chunk))
+            events += self._event(chunk.answer, self._formatter.delta(chunk))
         elif chunk.text:
-            events += f"{written.before}{json.dumps(chunk.text)}{written.after}"
+            events += f"{choice_state.before}{json.dumps(chunk.text)}{choice_state.after}"
         if chunk.finish_reason:
-            written.latest = chunk
+            choice_state.latest = chunk
             self._num_open -= 1
-            events += self._event(chunk.answer, self._form.ending(), chunk.finish_reason)
+            events += self._event(chunk.answer, self._formatter.finish(), chunk.finish_reason)
             if self._include_usage and not self._num_open:
                 events += self._write_usage()
         return events.encode()
 
-    def _begin(self, index: int) -> _Written:
+    def _begin(self, index: int) -> _ChoiceState:
         empty = Chunk("", None, 0, 0, 0, index)
-        before, _, after = self._event(index, self._form.piece(empty)).rpartition('""')
-        return _Written(before, after)
+        before, _, after = self._event(index, self._formatter.delta(empty)).rpartition('""')
+        return _ChoiceState(before, after)
 
     def _event(
         self, index: int, fields: dict[str, Any], finish_reason: FinishReason | None = None
@@ -219,7 +228,7 @@ class ChunkEncoder:
         return f'{self._head}, "choices": [{choice}]{self._tail}'
 
     def _write_usage(self) -> str:
-        latest = [written.latest for written in self._written.values()]
+        latest = [choice_state.latest for choice_state in self._choices.values()]
         usage = describe_usage(count_usage(latest, answers_each=self._answers_each))
         return f'{self._head}, "choices": [], "usage": {json.dumps(usage)}}}\n\n'
 
@@ -229,7 +238,7 @@ def _describe(data: bytes, logprob: float) -> dict[str, Any]:
 
 
 def _rank(token: TokenLogprob) -> dict[str, float]:
-    """The likeliest tokens and the one that was chosen, by their texts."""
+    """Return the logprobs of the top tokens and of the chosen token, by their text."""
     return {
         _spell(data): max(logprob, _LOWEST)
         for data, logprob in [(token.data, token.logprob), *token.top]

@@ -1,4 +1,7 @@
-"""What is said about a bad field of a request: its path, the value seen and the remedy."""
+"""Error messages for invalid fields: the path of the field, the value seen and what to do.
+
+Also the strict JSON reader of request bodies.
+"""
 
 import difflib
 import json
@@ -8,76 +11,6 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from llava_ray.errors import RequestError
-
-
-def explain(error: ValidationError, body: type[BaseModel]) -> RequestError:
-    """Return what pydantic found wrong with a body; a field's description is the remedy."""
-    detail = error.errors(include_url=False)[0]
-    path = _path(detail["loc"])
-    field = body.model_fields[str(detail["loc"][0])]
-    if detail["type"] == "missing":
-        return RequestError(f"{path} is missing: {field.description}", param=path)
-    if detail["type"] == "extra_forbidden":
-        inner = next(kind for kind in get_args(field.annotation) if issubclass(kind, BaseModel))
-        return _unknown(str(detail["loc"][-1]), inner.model_fields, path)
-    problem = detail["msg"][0].lower() + detail["msg"][1:]
-    return RequestError(
-        f"{path}={show(detail['input'])}: {problem}; {field.description}", param=path
-    )
-
-
-def refuse_unknown(value: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-    """Raise a `RequestError` with "did you mean" for the first field that is not known."""
-    known = set(known)
-    for name in value:
-        if name not in known:
-            raise _unknown(name, known, f"{path}.{name[:100]}" if path else name[:100])
-
-
-def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
-    close = difflib.get_close_matches(name[:100], sorted(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return RequestError(f"unknown field {show(name)}: {hint}", param=path)
-
-
-def is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
-    """Whether a value is null or neutral; true is not 1 here, unlike in Python."""
-    return value is None or any(
-        value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral
-    )
-
-
-def check_unicode(text: str, path: str) -> None:
-    """Raise a `RequestError` for half a surrogate pair, which JSON can spell and UTF-8 cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RequestError(
-            f"character {error.start} is half of a surrogate pair: send valid Unicode", param=path
-        ) from None
-
-
-def _path(places: Iterable[int | str]) -> str:
-    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in places).removeprefix(".")
-
-
-def kind_of(value: Any) -> str:
-    """Say in JSON's terms what a value is instead of what was expected."""
-    if value is None:
-        return "missing or null"
-    kinds = {bool: "true or false", str: "a text", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "a number")
-
-
-def show(value: Any) -> str:
-    """Return a value as short JSON, for an error message."""
-    if isinstance(value, str):
-        value = value[:100]
-    try:
-        text = json.dumps(value, default=repr)
-    except RecursionError:
-        return kind_of(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def load_json(body: bytes) -> dict[str, Any]:
@@ -95,3 +28,73 @@ def load_json(body: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RequestError(f"the body is {kind_of(value)}: send a JSON object")
     return value
+
+
+def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestError:
+    """Turn pydantic's first error into ours; the field's description is the advice."""
+    detail = error.errors(include_url=False)[0]
+    path = _path(detail["loc"])
+    field = body.model_fields[str(detail["loc"][0])]
+    if detail["type"] == "missing":
+        return RequestError(f"{path} is missing: {field.description}", param=path)
+    if detail["type"] == "extra_forbidden":
+        inner = next(kind for kind in get_args(field.annotation) if issubclass(kind, BaseModel))
+        return _unknown(str(detail["loc"][-1]), inner.model_fields, path)
+    problem = detail["msg"][0].lower() + detail["msg"][1:]
+    return RequestError(
+        f"{path}={show(detail['input'])}: {problem}; {field.description}", param=path
+    )
+
+
+def refuse_unknown(value: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    """Raise a `RequestError` with "did you mean" for the first unknown field."""
+    known = set(known)
+    for name in value:
+        if name not in known:
+            raise _unknown(name, known, f"{path}.{name[:100]}" if path else name[:100])
+
+
+def is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
+    """Whether a value is null or one of `neutral`; unlike in Python, true does not equal 1."""
+    return value is None or any(
+        value == item and isinstance(value, bool) == isinstance(item, bool) for item in neutral
+    )
+
+
+def check_unicode(text: str, path: str) -> None:
+    """Raise a `RequestError` for a lone surrogate, which JSON can express and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"character {error.start} is half of a surrogate pair: send valid Unicode", param=path
+        ) from None
+
+
+def kind_of(value: Any) -> str:
+    """Return the JSON type of a value in words, for an error message."""
+    if value is None:
+        return "missing or null"
+    kinds = {bool: "true or false", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "a number")
+
+
+def show(value: Any) -> str:
+    """Return a value as short JSON, for an error message."""
+    if isinstance(value, str):
+        value = value[:100]
+    try:
+        text = json.dumps(value, default=repr)
+    except RecursionError:
+        return kind_of(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
+    close = difflib.get_close_matches(name[:100], sorted(known), n=1)
+    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+    return RequestError(f"unknown field {show(name)}: {hint}", param=path)
+
+
+def _path(places: Iterable[int | str]) -> str:
+    return "".join(f"[{x}]" if isinstance(x, int) else f".{x}" for x in places).removeprefix(".")

@@ -1,7 +1,7 @@
-"""Puts the page where it is asked for.
+"""Mounts the page, or builds it as a Serve application of its own.
 
-mount_page(api, config) puts it on the gateway's own application at `/`; build_app(PageConfig) makes
-it an application of its own for a Serve config file. Gradio is first imported here, in mount_page.
+mount_page(api, config) adds it to the gateway's application at `/`; build_app(PageConfig) makes a
+separate application for a Serve config file. Gradio is only imported in mount_page.
 """
 
 import os
@@ -17,12 +17,12 @@ from llava_ray.serve.page.style import CSS, FONTS, MONO_FONTS
 
 
 def build_app(config: PageConfig) -> Application:
-    """Return the bound application for a Serve config file: one replica, under any prefix."""
+    """Build the application for a Serve config file: one replica, under any route prefix."""
     page = serve.deployment(
         name="page",
         max_ongoing_requests=1000,
-        health_check_period_s=2,  # one that died is missed no longer
-        graceful_shutdown_timeout_s=LimitsConfig().drain_s,  # of the gateway, unless it was set
+        health_check_period_s=2,  # a dead page is noticed within this time
+        graceful_shutdown_timeout_s=LimitsConfig().drain_s,  # the gateway's default
         ray_actor_options={"num_cpus": 0},
     )(Page)
     return page.bind(config)
@@ -30,7 +30,7 @@ def build_app(config: PageConfig) -> Application:
 
 @serve.ingress()
 class Page:
-    """Serves the page alone. One replica: uploads and open streams live in its process."""
+    """Serves only the page. One replica, because uploads and streams live in its process."""
 
     def __init__(self, config: PageConfig) -> None:
         self._config = config
@@ -41,33 +41,33 @@ class Page:
 
 
 def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
-    """Serve the page at `/` of an application whose own routes go before it.
+    """Serve the page at `/` of an application, whose own routes take precedence.
 
     Args:
-        api: the application; it is changed and returned.
-        config: the page's; without a `gateway_url` the gateway is where the page is asked for.
+        api: the application, which is modified and returned.
+        config: the page's configuration; without a `gateway_url` the page calls its own server.
 
     Raises:
-        ConfigError: the folder of the log cannot be written to.
+        ConfigError: the feedback folder is not writable.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
-    # Or Gradio makes a table of its last 10,000 events at every event, for nobody.
+    # Otherwise Gradio rebuilds an unused table of its last 10,000 events at every event.
     os.environ.setdefault("GRADIO_ANALYTICS_CACHE_FREQUENCY", str(1 << 60))
     os.environ.setdefault("GRADIO_ANALYTICS_MAX_EVENTS", "1")
-    # A folder that pages share would lose the images of all with the first page that ends.
+    # If pages shared a folder, the first one to end would delete the images of all.
     if "GRADIO_TEMP_DIR" not in os.environ:
         os.environ["GRADIO_TEMP_DIR"] = make_store()
     import gradio as gr
 
     from llava_ray.serve.page.handlers import Handlers
     from llava_ray.serve.page.layout import build_layout
-    from llava_ray.serve.page.upload_guard import MAX_UPLOAD_BYTES, Door
+    from llava_ray.serve.page.upload_guard import MAX_UPLOAD_BYTES, UploadGuard
     from llava_ray.serve.page.wiring import wire
 
     handlers = Handlers(config)
     layout = build_layout(config)
     wire(layout, handlers)
-    # Without this Gradio takes any path that a visitor names for a file of theirs, and reads it.
+    # Without this, Gradio reads any file whose path a visitor sends.
     layout.page.has_launched = True
     theme = gr.themes.Default(
         primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=MONO_FONTS
@@ -76,7 +76,7 @@ def mount_page(api: FastAPI, config: PageConfig) -> FastAPI:
         api,
         layout.page,
         path="/",
-        app_kwargs={"middleware": [Middleware(Door)]},
+        app_kwargs={"middleware": [Middleware(UploadGuard)]},
         root_path=config.root_path,
         enable_monitoring=False,
         theme=theme,

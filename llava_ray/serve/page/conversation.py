@@ -1,10 +1,10 @@
-"""What the page's chat shows, and the conversation that it stands for.
+"""Converts between the page's chat messages and requests, and streams answers into the chat.
 
     chat messages -> read_history -> Message ... Chunk -> stream_answer -> chat messages
 
-Nothing else is kept: each turn is read back from the messages on the page. An answer carries its
-id; notes (figures, errors) carry a mark and are left out, and so is a question that got no answer.
-A chat message is a dict as Gradio's Chatbot takes and gives it; Gradio itself is not needed here.
+The chat messages are the only state: each turn is read back from them. An answer carries its id.
+Notes (token counts, errors) carry a mark and are skipped, as are questions without an answer. A
+chat message is a dict as in Gradio's Chatbot; Gradio itself is not needed here.
 """
 
 import asyncio
@@ -23,22 +23,22 @@ from llava_ray.serve.page.image_modes import ImageMode, prepare_image
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 Chat = list[dict[str, Any]]
-"""What Gradio's Chatbot holds."""
+"""The value of Gradio's Chatbot."""
 
-UPDATE_S = 0.05  # between two updates of the page; more often costs more than it shows
+UPDATE_S = 0.05  # minimum time between two updates of the page
 _NOTE = "note"
 
 
 @dataclass(slots=True)
-class Answer:
-    """One question on its way to a model, and what came back so far.
+class PageAnswer:
+    """A question to one model, and its answer so far.
 
     Attributes:
-        history: the chat, a question at its end.
-        answer_id: names the answer on the page, at the gateway and in the log.
+        history: the chat, which ends with the question.
+        answer_id: identifies the answer on the page, in the gateway and in the log.
         messages: the conversation as it was sent.
         last: the last chunk, with the numbers of tokens; None until the answer is complete.
-        seconds: how long it took.
+        seconds: duration of the answer.
     """
 
     model: str
@@ -53,19 +53,20 @@ class Answer:
 
     @property
     def shown(self) -> Chat:
-        """The messages of the page that stand for the answer."""
+        """The chat messages of the answer."""
         if not self.text:
             return []
         content = [{"type": "text", "text": self.text}]
         return [{"role": "assistant", "content": content, "metadata": {"id": self.answer_id}}]
 
 
-async def stream_answer(url: str, answer: Answer) -> AsyncGenerator[Chat]:
-    """Yield the messages to show after the history, again and again as the answer grows.
+async def stream_answer(url: str, answer: PageAnswer) -> AsyncGenerator[Chat]:
+    """Yield the messages to show after the history, each time with more of the answer.
 
     Args:
         url: the gateway's address.
-        answer: what is asked; it is filled in. An error becomes a note, with its request id.
+        answer: the question, whose answer is filled in. An error becomes a note with the request
+            id.
     """
     answer.answer_id = f"page-{uuid.uuid4().hex}"
     started, shown = time.monotonic(), 0.0
@@ -146,7 +147,7 @@ def read_id(message: dict[str, Any]) -> str | None:
 
 
 def is_question(history: Chat) -> bool:
-    """Does the chat wait for an answer?"""
+    """Whether the chat ends with a question."""
     return bool(history) and history[-1]["role"] == "user"
 
 
@@ -170,7 +171,7 @@ def read_history(history: Chat, *, image_mode: ImageMode = "default") -> tuple[M
 
 
 def describe_figures(last: Chunk | None, seconds: float) -> str:
-    """The line under an answer."""
+    """Return the line under an answer: tokens and seconds."""
     if last is None:
         return f"{seconds:.1f} s"
     cut = ", cut at max new tokens" if last.finish_reason == "length" else ""
@@ -180,13 +181,13 @@ def describe_figures(last: Chunk | None, seconds: float) -> str:
 
 
 def note(text: str, *, kind: str = "figures") -> dict[str, Any]:
-    """A message of the page's own, in small letters."""
+    """Return a note: a message of the page itself, in small print."""
     content = f'<small class="{kind}">{html.escape(text)}</small>'
     return {"role": "assistant", "content": content, "metadata": {"id": _NOTE}}
 
 
 def show_error(error: LlavaRayError) -> dict[str, Any]:
-    """The note that tells of an error."""
+    """Return an error as a note."""
     return note(f"⚠ {error.message}", kind="error")
 
 

@@ -1,4 +1,4 @@
-"""A conversation as a file to take home: LLaVA's training format, with its images, in a zip."""
+"""Packs conversations into a zip for download: LLaVA's training format and the images."""
 
 import json
 import uuid

@@ -1,6 +1,6 @@
-"""The functions behind the controls of the page. A chat comes from the browser and goes back there.
+"""The functions behind the page's controls; the chat comes from the browser and is returned to it.
 
-What `door.py` let through is a chat whose files are uploads.
+`upload_guard.py` has made sure that all files in a chat are uploads.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from llava_ray.config import ModelConfig, PageConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.serve.page import conversation
 from llava_ray.serve.page.compare import stream_together
-from llava_ray.serve.page.conversation import Answer, Chat
+from llava_ray.serve.page.conversation import Chat, PageAnswer
 from llava_ray.serve.page.download import pack_conversations
 from llava_ray.serve.page.feedback import Comparison, FeedbackLog, Vote
 from llava_ray.serve.page.image_modes import ImageMode
@@ -26,13 +26,13 @@ from llava_ray.types import Sampling
 
 
 class Handlers:
-    """Nothing of a visitor is kept here.
+    """Handlers that need the configuration; they keep no state of visitors.
 
     Args:
-        config: the page's.
+        config: the page's configuration.
 
     Raises:
-        ConfigError: the folder of the log cannot be written to.
+        ConfigError: the feedback folder is not writable.
     """
 
     def __init__(self, config: PageConfig) -> None:
@@ -41,7 +41,7 @@ class Handlers:
         self._moderator = Moderator(config.moderation)
 
     async def load(self, request: gr.Request) -> tuple[Any, ...]:
-        """A visitor comes: list the models, and choose that of the address."""
+        """List the models for a new visitor, and select the one in the URL's `model` parameter."""
         names, problems = await self._list_models(request)
         asked = request.query_params.get("model")
         chosen = asked if asked in names else next(iter(names), None)
@@ -50,17 +50,17 @@ class Handlers:
             gr.Dropdown(choices=names, value=chosen),
             gr.Dropdown(choices=names, value=other),
             describe_model(chosen),
-            problems or gr.skip(),  # a question may be there already
+            problems or gr.skip(),  # do not overwrite a question
         )
 
     async def reload(self, model: str, other: str, request: gr.Request) -> list[Any]:
-        """List the models anew; what was chosen stays, as long as it is there."""
+        """List the models again; keep the selected ones that still exist."""
         names, problems = await self._list_models(request)
         if problems:
             gr.Warning(problems[0]["content"])
             return [gr.skip(), gr.skip()]
         return [
-            # Without a value: the visitor may be choosing one at this moment.
+            # No value: the visitor may be choosing one right now.
             gr.Dropdown(choices=names)
             if name in names
             else gr.Dropdown(choices=names, value=next(iter(names), None))
@@ -80,12 +80,12 @@ class Handlers:
         image_mode: ImageMode,
         request: gr.Request,
     ) -> AsyncGenerator[list[Any]]:
-        """Answer the last question, by one model or by two at once."""
+        """PageAnswer the last question, by one model or by two at once."""
         if not conversation.is_question(left):
             return
         sampling = Sampling(int(max_tokens), temperature, top_p)
         sides = [(model, left), (other_model, right)][: 1 + is_double]
-        answers = [Answer(name or "", chat, sampling, image_mode) for name, chat in sides]
+        answers = [PageAnswer(name or "", chat, sampling, image_mode) for name, chat in sides]
         if refusal := await self._moderate(left):
             yield _show(answers, [[refusal]] * len(answers))
             return
@@ -99,19 +99,19 @@ class Handlers:
             yield _show(answers, [[*(messages or []), problem] for messages in shown])
 
     def vote(self, chat: Chat, vote: Vote) -> None:
-        """Thumb up, thumb down, or the flag, for the last answer."""
+        """Log a vote or a flag for the last answer."""
         answer_id = conversation.find_answer_id(chat)
         if self._log and answer_id:
             _tell(self._log.write_vote, answer_id, vote)
 
     def compare(self, left: Chat, right: Chat, better: Comparison) -> None:
-        """Which of the two last answers is better."""
+        """Log which of the two last answers is better."""
         left_id, right_id = map(conversation.find_answer_id, (left, right))
         if self._log and left_id and right_id:
             _tell(self._log.write_comparison, left_id, right_id, better)
 
     def correct(self, chat: Chat, text: str, model: str) -> Chat:
-        """The last answer was put right."""
+        """Log a corrected last answer, and show it."""
         at, answer_id = conversation.find_answer(chat), conversation.find_answer_id(chat)
         if self._log and answer_id and text.strip():
             asked = conversation.read_history(chat[:at])
@@ -120,7 +120,7 @@ class Handlers:
         return chat
 
     def save(self, left: Chat, right: Chat) -> Any:
-        """Make a file of the conversation."""
+        """Write the conversation to a file for download."""
         return gr.DownloadButton(value=pack_conversations([left, right]))
 
     async def _list_models(self, request: gr.Request) -> tuple[list[str], Chat]:
@@ -131,7 +131,7 @@ class Handlers:
             return [], [conversation.show_error(error)]
 
     async def _moderate(self, chat: Chat) -> dict[str, Any] | None:
-        """The note that refuses a question, if it is refused."""
+        """Return a note if moderation refuses the question, else None."""
         try:
             messages = await asyncio.to_thread(conversation.read_history, chat[-1:])
             await self._moderator.check(messages[-1])
@@ -139,8 +139,8 @@ class Handlers:
             return conversation.show_error(error)
         return None
 
-    def _log_answers(self, answers: list[Answer]) -> dict[str, Any] | None:
-        """The note that tells why answers could not be logged, if so."""
+    def _log_answers(self, answers: list[PageAnswer]) -> dict[str, Any] | None:
+        """Log the answers; return a note if that failed."""
         try:
             for answer in answers:
                 if self._log and answer.last and answer.text:
@@ -166,7 +166,7 @@ class Handlers:
 
 
 def add(box: dict[str, Any], left: Chat, right: Chat, is_double: bool) -> tuple[Any, ...]:
-    """The question in the box goes to the chat, or to both."""
+    """Append the question in the box to the chat, or to both chats."""
     asked = [conversation.ask(chat, box["text"], box["files"]) for chat in (left, right)]
     return asked[0], asked[1] if is_double else gr.skip(), {"text": "", "files": []}
 
@@ -174,12 +174,12 @@ def add(box: dict[str, Any], left: Chat, right: Chat, is_double: bool) -> tuple[
 def add_chip(
     chip: str, box: dict[str, Any], left: Chat, right: Chat, is_double: bool
 ) -> tuple[Any, ...]:
-    """A ready-made question, about the images in the box."""
+    """Ask a suggested question about the images in the box."""
     return add({"text": chip, "files": box["files"]}, left, right, is_double)
 
 
 def add_image(image: dict[str, Any] | None, box: dict[str, Any]) -> tuple[Any, ...]:
-    """The camera's image goes into the box, and the camera is put away."""
+    """Move the camera's image into the box, and close the camera."""
     if image is None:
         return gr.skip(), gr.skip(), gr.skip()
     paths = [file["path"] for file in (*box["files"], image)]
@@ -187,7 +187,7 @@ def add_image(image: dict[str, Any] | None, box: dict[str, Any]) -> tuple[Any, .
 
 
 def take_back(left: Chat, right: Chat, is_double: bool) -> tuple[Any, ...]:
-    """The last question goes back into the box, to be changed and asked again."""
+    """Move the last question back into the box to be edited."""
     before, text, paths = conversation.take_back(left)
     other = conversation.take_back(right)[0] if is_double else gr.skip()
     hidden = gr.Row(visible=False)
@@ -195,7 +195,7 @@ def take_back(left: Chat, right: Chat, is_double: bool) -> tuple[Any, ...]:
 
 
 def draw() -> tuple[Any, ...]:
-    """A new scene in the box, and questions about it."""
+    """Put a new scene into the box and suggest questions about it."""
     path, questions = draw_scene()
     chips = [gr.Button(question, visible=True) for question in questions]
     hidden = [gr.Button(visible=False)] * (NUM_CHIPS - len(chips))
@@ -203,27 +203,27 @@ def draw() -> tuple[Any, ...]:
 
 
 def rewind(left: Chat, right: Chat, is_double: bool) -> list[Any]:
-    """Back to the last question, to be answered again."""
+    """Remove the last answer, so that its question is answered again."""
     return [conversation.rewind(left), conversation.rewind(right) if is_double else gr.skip()]
 
 
 def forget() -> list[Any]:
-    """A new conversation."""
+    """Start a new conversation."""
     return [[], [], *[gr.Button(visible=False)] * NUM_CHIPS]
 
 
 def mark_stopped(left: Chat, right: Chat, is_double: bool) -> list[Any]:
-    """What there is of the answers stays."""
+    """Keep the partial answers and mark them as stopped."""
     stopped = conversation.note("stopped")
     return [[*left, stopped], [*right, stopped] if is_double else gr.skip()]
 
 
 def describe_model(name: str | None) -> Any:
-    """What the embedded model knows; of others nothing is known here."""
+    """Describe what the embedded model knows; show nothing for other models."""
     return gr.Markdown(demo.KNOWS, visible=name == ModelConfig(path="demo").name)
 
 
-def _show(answers: list[Answer], shown: list[Any]) -> list[Any]:
+def _show(answers: list[PageAnswer], shown: list[Any]) -> list[Any]:
     chats = [
         [*answer.history, *(messages or [])]
         for answer, messages in zip(answers, shown, strict=True)

@@ -1,4 +1,4 @@
-"""A visitor's image on its way to the gateway: small enough, and in the shape that was asked for.
+"""Prepares a visitor's image for the gateway: shrinks it and applies the chosen image mode.
 
 The modes are those of LLaVA's page. All but `default` are done here, before sending; `default`
 leaves it to the model, which knows how it was trained.

@@ -1,4 +1,4 @@
-"""What stands where on the page. What it does is in `wiring.py`, how it looks in `style.py`."""
+"""The components of the page; `wiring.py` has its behaviour, `style.py` its CSS."""
 
 import random
 from dataclasses import dataclass
@@ -26,13 +26,13 @@ VERDICTS: dict[Comparison, str] = {
 }
 PRIVACY_NOTE = (
     "This page records: questions, images, answers, votes and corrections are kept by its "
-    "operator and may be used to train models. Show it nothing private."
+    "operator and may be used to train models. Do not enter anything private."
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """Where an answer is put right."""
+    """The panel in which an answer is corrected."""
 
     panel: gr.Column
     text: gr.Textbox
@@ -41,8 +41,8 @@ class Correction:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """The components that do something, by what they are for."""
+class PageLayout:
+    """The interactive components of the page, by purpose."""
 
     page: gr.Blocks
     is_logged: bool
@@ -73,7 +73,7 @@ class Layout:
     settings: list[Any]
 
 
-def build_layout(config: PageConfig) -> Layout:
+def build_layout(config: PageConfig) -> PageLayout:
     """Return the page without any behaviour."""
     parts: dict[str, Any] = {"is_logged": bool(config.feedback_dir)}
     with GuardedBlocks(
@@ -101,7 +101,7 @@ def build_layout(config: PageConfig) -> Layout:
                 label="Camera", show_label=False, sources=["webcam"], height=320, buttons=[]
             )
         parts["settings"] = _build_settings()
-    return Layout(**parts)
+    return PageLayout(**parts)
 
 
 def _build_head() -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _build_model_list(label: str, elem_id: str, *, visible: bool = True) -> gr.D
         label=label,
         show_label=False,
         container=False,
-        # The gateway knows the models; a new replica of the page has not listed them yet.
+        # The gateway checks the name; a new page replica has not listed the models yet.
         allow_custom_value=True,
         elem_id=elem_id,
         visible=visible,
@@ -217,7 +217,7 @@ def draw_scene() -> tuple[str, list[str]]:
 
 def _make_example(seed: int) -> Any:
     image, questions = demo.make_example(seed)
-    # Not in Gradio's cache: what a visitor's chat has shown from there is deleted after a while.
+    # Not in Gradio's cache: files that a chat has shown are deleted from there after a while.
     folder = Path(get_upload_folder()) / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / f"{seed}.png")

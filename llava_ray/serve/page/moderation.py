@@ -28,9 +28,8 @@ class Moderator:
         """Return if the message may be sent.
 
         Raises:
-            RefusedError: it was flagged.
-            OverloadedError: the endpoint does not answer, and the configuration says to refuse
-                then.
+            RefusedError: the message was flagged.
+            OverloadedError: the endpoint failed, and the configuration says to refuse then.
         """
         if not self._config.url:
             return None
@@ -49,8 +48,8 @@ class Moderator:
                 return self._go_without(error)
         if reasons := sorted(set().union(*told)):
             raise RefusedError(
-                f"this question was not sent: the moderation service objects to it "
-                f"({', '.join(reasons)}). Please put it another way."
+                f"this question was not sent: the moderation service flagged it "
+                f"({', '.join(reasons)}). Please rephrase it."
             )
         return None
 
@@ -65,8 +64,8 @@ class Moderator:
         log.logger.warning(f"the moderation service failed: {type(error).__name__}: {error}")
         if not self._config.allow_on_failure:
             raise OverloadedError(
-                "this question was not sent: the moderation service does not answer, and nothing "
-                "is sent unchecked here; try again in a moment"
+                "this question was not sent: the moderation service does not respond, and nothing "
+                "is sent unchecked; try again in a moment"
             ) from error
 
 

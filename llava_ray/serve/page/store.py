@@ -1,7 +1,7 @@
-"""Where the page's process keeps uploads: a folder of its own, that does not outlive it for long.
+"""The folder of the page's uploads: one per process, deleted soon after the process ends.
 
-Gradio deletes old uploads as long as it runs. What a page that was killed or replaced has left is
-deleted by the next one that starts on the machine.
+Gradio deletes old uploads while it runs. The next page that starts on the machine deletes the
+folders of pages that were killed or replaced.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ _LOCK = ".lock"
 
 
 def make_store(root: Path | None = None) -> str:
-    """Return a new folder that this process holds, and delete those that nobody holds any more.
+    """Create and lock a folder, and delete the folders of processes that no longer run.
 
     Args:
         root: where they are; by default the system's folder for temporary files.

@@ -1,4 +1,4 @@
-"""How the page looks, in light and dark, on a desk and on a phone. No font comes from elsewhere."""
+"""The page's CSS, for light and dark mode, desktop and phone; it loads no external fonts."""
 
 FONTS = ("ui-sans-serif", "system-ui", "sans-serif")
 MONO_FONTS = ("ui-monospace", "monospace")

@@ -1,9 +1,9 @@
-"""What a visitor may send to Gradio: the guard in front of it, where its own checks do not reach.
+"""Limits what a browser may send to Gradio, where Gradio's own checks are not enough.
 
-Gradio fetches addresses that stand in a value where a file is expected, builds components that a
-chat message names, gives out what handlers name, and has many routes that this page does not use.
-Here: `Door` lets through the routes of the page and bounds what they bring; `GuardedBlocks` looks
-at every value before Gradio does. A file is an upload of a visitor, or nothing.
+Gradio fetches URLs in values where a file is expected, builds components that a chat message names,
+serves files that handlers return, and has many routes that this page does not need. `UploadGuard`
+only admits the page's routes and bounds request sizes; `GuardedBlocks` checks every value before
+Gradio does. Files must be uploads.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ _ROUTES = re.compile(
 
 
 class GuardedBlocks(gr.Blocks):
-    """A page whose handlers get no file but uploads."""
+    """A page whose handlers only get uploaded files."""
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
@@ -43,14 +43,14 @@ class GuardedBlocks(gr.Blocks):
         """Called by Gradio with what a browser sent, before it is looked at.
 
         Raises:
-            gradio.Error: it names a file that was not uploaded, or something that is no chat.
+            gradio.Error: it names a file that was not uploaded, or is not a valid chat.
         """
         check_values(inputs)
         return await super().preprocess_data(block_fn, inputs, state, explicit_call)
 
 
 def check_values(value: Any, *, depth: int = 0) -> None:
-    """Look through what a browser sent, all the way down.
+    """Check a value from a browser recursively.
 
     Raises:
         gradio.Error: a file is not an upload, or there is a component, or it is too deep.
@@ -74,12 +74,12 @@ def _check_file(file: dict[str, Any]) -> None:
     is_file = file.get("meta") == {"_type": "gradio.FileData"} and not file.get("is_stream")
     if not is_file or not isinstance(path, str) or not is_upload(path):
         raise gr.Error(
-            f"the file {str(path)[:80]!r} was not uploaded here, or is deleted by now: upload it"
+            f"the file {str(path)[:80]!r} was not uploaded here or has been deleted: upload it"
         )
 
 
 def is_upload(path: str) -> bool:
-    """Is this an existing file in the folder of uploads?"""
+    """Whether this is an existing file in the folder of uploads."""
     try:
         place = Path(path)
         resolved = place.resolve(strict=True)
@@ -89,7 +89,7 @@ def is_upload(path: str) -> bool:
     return place.is_absolute() and is_inside and resolved.is_file()
 
 
-class Door:
+class UploadGuard:
     """ASGI middleware around Gradio's application: its routes, and the bytes they may bring."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -110,14 +110,14 @@ class Door:
         limit = MAX_UPLOAD_BYTES if is_upload_route else MAX_EVENT_BYTES
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > limit:
-            refusal = f"at most {limit:,} bytes at once"
+            refusal = f"at most {limit:,} bytes per request"
             return await PlainTextResponse(refusal, 413)(scope, receive, send)
         await self._app(scope, _limit(receive, limit), send)
         return None
 
 
 def measure_store() -> int:
-    """Bytes of all uploads that are kept at the moment."""
+    """Return the total bytes of all stored uploads."""
     num_bytes = 0
     for path in Path(get_upload_folder()).rglob("*"):
         with suppress(FileNotFoundError):  # deleted meanwhile
@@ -126,7 +126,7 @@ def measure_store() -> int:
 
 
 def _limit(receive: Receive, limit: int) -> Callable[[], Awaitable[Message]]:
-    """What is received, cut off where a body without a length goes over the limit."""
+    """Wrap `receive` to disconnect when a body without a declared length exceeds the limit."""
     num_bytes = 0
 
     async def receive_some() -> Message:

@@ -1,16 +1,16 @@
-"""Which control does what: the events of the page, and which controls wait meanwhile."""
+"""Connects the page's events to handlers, and disables controls while an answer streams."""
 
 from collections.abc import Callable
 from typing import Any
 
 import gradio as gr
 
-from llava_ray.serve.page import handlers as do
+from llava_ray.serve.page import handlers as page_handlers
 from llava_ray.serve.page.conversation import Chat, find_answer, find_questions
 from llava_ray.serve.page.handlers import Handlers
-from llava_ray.serve.page.layout import Layout
+from llava_ray.serve.page.layout import PageLayout
 
-# Not queue=False: Gradio then forgets the prefix of the page in the addresses of images.
+# Not queue=False: Gradio then omits the route prefix from image URLs.
 QUICK: dict[str, Any] = {
     "show_progress": "hidden",
     "concurrency_limit": None,
@@ -19,8 +19,8 @@ QUICK: dict[str, Any] = {
 CLICK_DOWNLOAD = "() => document.querySelector('#download a, a#download, #download').click()"
 
 
-def wire(layout: Layout, handlers: Handlers) -> None:
-    """Give the page its behaviour."""
+def wire(layout: PageLayout, handlers: Handlers) -> None:
+    """Connect the components to the handlers."""
     with layout.page:
         _wire_models(layout, handlers)
         _wire_images(layout)
@@ -29,48 +29,48 @@ def wire(layout: Layout, handlers: Handlers) -> None:
         _wire_results(layout, handlers)
 
 
-def _wire_models(on: Layout, handlers: Handlers) -> None:
+def _wire_models(on: PageLayout, handlers: Handlers) -> None:
     models = [on.model, on.other_model]
     on.page.load(handlers.load, None, [*models, on.knows, on.left], **QUICK)
     on.reload.click(handlers.reload, models, models, **QUICK)
     on.model.focus(handlers.reload, models, models, api_name="refresh", **QUICK)
-    on.model.change(do.describe_model, on.model, on.knows, **QUICK)
+    on.model.change(page_handlers.describe_model, on.model, on.knows, **QUICK)
     changed = [on.other_model, on.right_side, on.right, on.vote_row, on.verdict_row]
     on.is_double.change(_lay_out_sides, [on.is_double, on.left], changed, **QUICK)
 
 
-def _wire_images(on: Layout) -> None:
-    on.draw.click(do.draw, None, [on.box, *on.chips], **QUICK)
-    # Not preprocessed: Gradio would decode the image, and whatever a visitor sends as one.
+def _wire_images(on: PageLayout) -> None:
+    on.draw.click(page_handlers.draw, None, [on.box, *on.chips], **QUICK)
+    # preprocess=False: otherwise Gradio decodes whatever a visitor sends as an image.
     places = [on.box, on.camera, on.camera_panel]
-    on.camera.input(do.add_image, [on.camera, on.box], places, preprocess=False, **QUICK)
+    on.camera.input(page_handlers.add_image, [on.camera, on.box], places, preprocess=False, **QUICK)
 
 
-def _wire_starts(on: Layout) -> list[Any]:
-    """All that asks a question."""
+def _wire_starts(on: PageLayout) -> list[Any]:
+    """Connect the events that ask a question; return them."""
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     examples: list[Any] = list(on.left.examples or [])
     kept = [file["path"] for example in examples for file in example["files"]]
-    on.left.keep_in_cache |= set(kept)  # or they are deleted with the chats that showed them
+    on.left.keep_in_cache |= set(kept)  # otherwise deleted with the chats that show them
 
     def add_example(left: Chat, right: Chat, is_double: bool, chosen: gr.SelectData) -> Any:
-        # By its number alone: the files that the browser names may be any.
+        # Only the index is used: the browser could name any files.
         example = examples[chosen.index if chosen.index in range(len(examples)) else 0]
         box = {"text": example["text"], "files": [file["path"] for file in example["files"]]}
-        return do.add(box, left, right, is_double)[:2]
+        return page_handlers.add(box, left, right, is_double)[:2]
 
     return [
-        on.box.submit(do.add, [on.box, *sides], [*chats, on.box], **QUICK),
+        on.box.submit(page_handlers.add, [on.box, *sides], [*chats, on.box], **QUICK),
         on.left.example_select(add_example, sides, chats, **QUICK),
-        on.regenerate.click(do.rewind, sides, chats, **QUICK),
+        on.regenerate.click(page_handlers.rewind, sides, chats, **QUICK),
         *[
-            chip.click(do.add_chip, [chip, on.box, *sides], [*chats, on.box], **QUICK)
+            chip.click(page_handlers.add_chip, [chip, on.box, *sides], [*chats, on.box], **QUICK)
             for chip in on.chips
         ],
     ]
 
 
-def _answer_after(start: Any, on: Layout, handlers: Handlers) -> Any:
+def _answer_after(start: Any, on: PageLayout, handlers: Handlers) -> Any:
     begun = start.then(lambda: _wait(on), None, _controls(on), **QUICK)
     answering = begun.then(
         handlers.answer,
@@ -82,18 +82,18 @@ def _answer_after(start: Any, on: Layout, handlers: Handlers) -> Any:
     return answering
 
 
-def _wire_ends(on: Layout, running: list[Any]) -> None:
+def _wire_ends(on: PageLayout, running: list[Any]) -> None:
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     stopping = on.box.stop(None, cancels=running)
-    _get_ready_after(stopping.then(do.mark_stopped, sides, chats, **QUICK), on)
-    _get_ready_after(on.clear.click(do.forget, None, [*chats, *on.chips], **QUICK), on)
-    # Not ready "after": a second change of the box would lose what is typed meanwhile.
+    _get_ready_after(stopping.then(page_handlers.mark_stopped, sides, chats, **QUICK), on)
+    _get_ready_after(on.clear.click(page_handlers.forget, None, [*chats, *on.chips], **QUICK), on)
+    # No _get_ready_after: a second update of the box would lose what is typed meanwhile.
     changed = [*chats, on.box, on.vote_row, on.verdict_row]
-    on.edit.click(do.take_back, sides, changed, **QUICK)
+    on.edit.click(page_handlers.take_back, sides, changed, **QUICK)
 
 
-def _wire_results(on: Layout, handlers: Handlers) -> None:
-    """What can be done with answers."""
+def _wire_results(on: PageLayout, handlers: Handlers) -> None:
+    """Connect download, votes and corrections."""
     chats = [on.left, on.right]
     packed = on.save.click(handlers.save, chats, on.download, **QUICK)
     packed.then(None, js=CLICK_DOWNLOAD)
@@ -110,7 +110,7 @@ def _wire_results(on: Layout, handlers: Handlers) -> None:
 
 
 def _with_last(handle: Callable[..., None], last: str) -> Callable[..., None]:
-    """`handle` with its last argument given; Gradio takes no partial functions."""
+    """Bind the last argument of `handle`; Gradio accepts no partial objects."""
 
     def handle_rest(*values: Any) -> None:
         handle(*values, last)
@@ -129,21 +129,21 @@ def _hide() -> Any:
 
 
 def _lay_out_sides(is_double: bool, left: Chat) -> tuple[Any, ...]:
-    """One chat or two; the second goes on from where the first is."""
+    """Show one chat or two; the second one starts as a copy of the first."""
     right = left if is_double else []
     hidden = gr.Row(visible=False)
     return gr.Dropdown(visible=is_double), gr.Column(visible=is_double), right, hidden, hidden
 
 
-def _controls(on: Layout) -> list[Any]:
-    """What changes while an answer comes."""
+def _controls(on: PageLayout) -> list[Any]:
+    """Return the components that change while an answer streams."""
     rows = [on.vote_row, on.verdict_row, on.correction.panel]
     buttons = [on.regenerate, on.edit, on.save, on.clear, on.draw, *on.chips]
     return [on.box, on.is_double, *rows, *buttons]
 
 
-def _wait(on: Layout) -> list[Any]:
-    """What the controls are while an answer comes."""
+def _wait(on: PageLayout) -> list[Any]:
+    """Return the state of `_controls` while an answer streams."""
     return [
         gr.MultimodalTextbox(submit_btn=False, stop_btn=True),
         gr.Checkbox(interactive=False),
@@ -152,7 +152,7 @@ def _wait(on: Layout) -> list[Any]:
     ]
 
 
-def _get_ready_after(event: Any, on: Layout) -> None:
+def _get_ready_after(event: Any, on: PageLayout) -> None:
     def get_ready(left: Chat, right: Chat, is_double: bool) -> list[Any]:
         has_asked = bool(find_questions(left))
         has_answer = find_answer(left) is not None

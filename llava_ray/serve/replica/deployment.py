@@ -1,6 +1,6 @@
-"""One replica of one model: the worker that Ray Serve starts, watches and multiplies.
+"""One replica of one model: the deployment that Ray Serve starts, health-checks and scales.
 
-What it does with a request is in `engine/chat.py` and `engine/chat.py`.
+It turns a request into chunks with `engine/chat.py`; `stream_transport.py` carries them back.
 """
 
 import time
@@ -12,7 +12,7 @@ from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.errors import EngineError
 from llava_ray.serve import log
-from llava_ray.serve.backends.stream_transport import Lines, Post
+from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.replica.metrics import ReplicaMetrics
 from llava_ray.types import (
@@ -26,18 +26,18 @@ from llava_ray.types import (
 )
 
 DECODES_AT_ONCE = 2
-"""Conversations whose images are decoded at the same time; bounds the memory that takes."""
+"""Conversations whose images are decoded at the same time; this bounds memory."""
 
-_SHARES = 3
-"""No stream takes more than one of so many shares of the messages, which its reader does not miss:
-each takes time of the cores that compute the answer."""
+_MIN_SHARES = 3
+"""A single stream may use at most 1/3 of `messages_per_s`. Its reader does not notice, and each
+message costs CPU time that the model needs."""
 
 FAILED_CHECKS = 3
-"""Checks of health in a row after which Serve gives a replica up."""
+"""Serve replaces a replica after this many failed health checks in a row."""
 
 
 class Replica:
-    """Holds one engine and answers the chats that Serve routes to it."""
+    """Holds one engine and answers the requests that Serve routes to it."""
 
     def __init__(self, model: ModelConfig, limits: LimitsConfig) -> None:
         from llava_ray.engine.factory import load_engine
@@ -51,21 +51,24 @@ class Replica:
         self._engine = load_engine(model, note_images=self._metrics.note_images)
         self._limits = limits
         self._messages_per_s = model.messages_per_s
-        self._lines = Lines()
+        self._senders = StreamSenders()
         self._num_streams = 0
         self._num_failed_checks = 0
-        self._deadlines: set[Deadline] = set()  # of what is being answered
+        self._deadlines: set[Deadline] = set()  # of the requests in flight
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
-        self._engine.template.render([hello])  # compiled before the first user waits for it
+        self._engine.template.render([hello])  # compiles it before the first request
         log.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
 
-    async def chat(self, request: Request, post: Post | None = None) -> AsyncGenerator[Chunk]:
-        """Stream the answer; leaving the iterator aborts the request in the engine.
+    async def chat(
+        self, request: Request, address: StreamAddress | None = None
+    ) -> AsyncGenerator[Chunk]:
+        """Stream the answer; closing the iterator aborts the request in the engine.
 
         Args:
-            request: what to answer.
-            post: where all chunks but the first may be sent instead of being yielded.
+            request: the conversation or prompt to answer.
+            address: the gateway's address, to which all chunks but the first are sent if it can
+                be reached; None: all chunks are yielded.
         """
         answer = chat(
             self._engine,
@@ -76,16 +79,16 @@ class Replica:
             note_render=self._metrics.note_render,
         )
         async with aclosing(self._send(answer, request)) as chunks:
-            async for chunk in self._lines.pass_on(chunks, post):
+            async for chunk in self._senders.forward(chunks, address):
                 yield chunk
 
     async def complete(
-        self, request: CompletionRequest, post: Post | None = None
+        self, request: CompletionRequest, address: StreamAddress | None = None
     ) -> AsyncGenerator[Chunk]:
-        """Stream the answers to plain prompts, as `chat` does."""
+        """Stream the answers to plain prompts; see `chat`."""
         answers = complete(self._engine, request)
         async with aclosing(self._send(answers, request)) as chunks:
-            async for chunk in self._lines.pass_on(chunks, post):
+            async for chunk in self._senders.forward(chunks, address):
                 yield chunk
 
     async def tokenize(self, request: TokenizeRequest) -> Tokens:
@@ -94,29 +97,31 @@ class Replica:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._engine.detokenize(token_ids)
 
-    async def tell_context_length(self) -> int:
+    async def get_context_length(self) -> int:
         return self._engine.context_length
 
     async def _send(
         self, answer: AsyncGenerator[Chunk], request: Request | CompletionRequest
     ) -> AsyncGenerator[Chunk]:
-        """Yield the pieces of an answer that are sent, and measure them."""
+        """Yield the coalesced chunks of an answer and record metrics."""
         deadline = Deadline()
         self._deadlines.add(deadline)
         try:
-            with self._metrics.follow(request) as progress:
-                async with aclosing(self._join(answer, request.num_answers)) as pieces:
-                    async for piece in deadline.watch(pieces):
-                        progress.note_piece(piece)
-                        yield piece
+            with self._metrics.track(request) as tracker:
+                async with aclosing(self._coalesce(answer, request.num_answers)) as joined:
+                    async for chunk in deadline.watch(joined):
+                        tracker.note_chunk(chunk)
+                        yield chunk
         finally:
             self._deadlines.discard(deadline)
 
-    async def _join(self, answer: AsyncGenerator[Chunk], num_answers: int) -> AsyncGenerator[Chunk]:
-        """Yield an answer, joined to the pieces that are sent.
+    async def _coalesce(
+        self, answer: AsyncGenerator[Chunk], num_answers: int
+    ) -> AsyncGenerator[Chunk]:
+        """Yield the chunks of an answer, joined so that the rate of messages stays bounded.
 
-        The first piece goes out at once. Later ones are joined while the replica as a whole would
-        send more than `messages_per_s`, or this answer alone more than a share of them.
+        The first chunk is yielded at once. Later ones are held back and joined while the replica
+        would send more than `messages_per_s`, or this answer more than its share of that.
         """
         self._num_streams += num_answers
         held: dict[int, Chunk] = {}
@@ -127,7 +132,7 @@ class Replica:
                     if before := held.pop(chunk.answer, None):
                         chunk = before.join(chunk)
                     now = time.monotonic()
-                    pause_s = max(_SHARES, self._num_streams) / self._messages_per_s
+                    pause_s = max(_MIN_SHARES, self._num_streams) / self._messages_per_s
                     is_due = now - sent_at.get(chunk.answer, float("-inf")) >= pause_s
                     if chunk.finish_reason or (is_due and (chunk.text or chunk.logprobs)):
                         yield chunk
@@ -138,10 +143,10 @@ class Replica:
             self._num_streams -= num_answers
 
     async def check_health(self) -> None:
-        """Called by Serve; raises when the engine does not work, and Serve replaces the replica.
+        """Called by Serve; raises if the engine does not work, and Serve replaces the replica.
 
-        Serve lets it finish what it has begun. What a broken engine has begun ends with an error,
-        or the next replica would wait for the room of this one.
+        Serve lets a replica finish its requests first. The requests of a broken engine are ended
+        with an error, because the new replica waits for this one's CPUs and GPUs.
         """
         self._metrics.note_stats(self._engine.stats())
         try:
@@ -150,8 +155,8 @@ class Replica:
             self._num_failed_checks += 1
             if self._num_failed_checks >= FAILED_CHECKS:
                 for deadline in self._deadlines:
-                    deadline.end_now(
-                        EngineError("the engine does not work and is being replaced: try again")
+                    deadline.expire_now(
+                        EngineError("the engine stopped working and is being replaced: try again")
                     )
             raise
         self._num_failed_checks = 0
