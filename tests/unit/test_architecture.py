@@ -20,7 +20,7 @@ FLOORS = [
     {"data"},
     {"model"},
     {"template", "images", "storage"},
-    {"config"},
+    {"config", "missing_packages"},
     {"types", "errors", "priority"},
 ]
 
