@@ -1,4 +1,7 @@
-"""One small Ray cluster and one application for all tests that talk to a server."""
+"""Settings for the whole test session, one small Ray cluster, and one served application.
+
+Tests that need Ray use the fixture `cluster`; tests that talk to a server use `served`.
+"""
 
 import os
 import socket
@@ -9,36 +12,36 @@ from typing import Any
 import pytest
 
 # Ray reads these when it is imported. Without the first, a token file that an earlier cluster left
-# in the home folder decides whether this one can be reached.
+# in the home folder would decide whether this cluster can be reached.
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # or it warns of the future
-# Serve kills a proxy that is not up after five seconds, as happens on a busy machine.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # avoids a FutureWarning
+# By default Serve kills a proxy that is not ready within five seconds, too short on a busy machine.
 os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
 os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
-# Ray Train hears of one checkpoint at each of these checks; tests have one every second.
+# Ray Train handles one reported checkpoint per health check; tests save one every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # two test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ALLOWED_WARNINGS = (
     "ignore:Using extra keyword arguments on `Field`",  # Ray Serve's schema, with pydantic 2
-    r"ignore::DeprecationWarning:ray\.data",  # of its own settings, whenever it copies them
-    # asyncio leaves the transports of TLS handshakes that failed to the garbage collector
+    r"ignore::DeprecationWarning:ray\.data",  # Ray Data copies its own deprecated settings
+    # asyncio leaves the transports of failed TLS handshakes to the garbage collector
     "ignore:Exception ignored in. <(function _S(elector|SLProtocol)Transport|socket.socket)"
     ":pytest.PytestUnraisableExceptionWarning",
-    "ignore:subprocess .* is still running:ResourceWarning",  # Ray does not wait for its own
+    "ignore:subprocess .* is still running:ResourceWarning",  # Ray waits for none of its own
 )
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2`, let one process run all files that need Ray, the other what computes by itself.
+    """With `-n 2`, run all files that need Ray in one process and everything else in the other.
 
-    Those are the files in which a test uses the `cluster` fixture or has the marker `ray`. Ray
-    gives up a node whose agent takes more than 15 seconds to start, as happens when several start
-    at once. Tests of one file stay together.
+    A file needs Ray if one of its tests uses the `cluster` fixture or the marker `ray`. Two Rays
+    must not start at once: Ray gives up on a node whose agent takes more than 15 seconds to start.
+    Tests of one file stay together.
     """
     on_ray = {
         item.path
@@ -57,7 +60,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates_are_read_once() -> Iterator[None]:
-    """httpx reads them for every client, which takes 40 ms and most of the time of a request."""
+    """Load TLS certificates once: httpx loads them for every client, in 40 ms each time."""
     from httpx._transports import default
 
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +70,7 @@ def _certificates_are_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One Ray for the session, with two CPUs whatever the machine has."""
+    """One Ray cluster for the session, with two CPUs however many the machine has."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
@@ -79,10 +82,10 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def served(cluster: None) -> Iterator[str]:
-    """Address of the real application, without a slash at its end.
+    """Base URL of the real application, without a trailing slash.
 
-    Models: `echo` and `other` say back what they hear (`llava_ray.engine.echo`), `other` a word
-    each millisecond. Page at `/`.
+    It serves two models that repeat the question (`llava_ray.engine.echo`): `echo` at once and
+    `other` at one word per millisecond. The page is at `/`.
     """
     from ray import serve
 

@@ -26,6 +26,10 @@ from llava_ray.cli import (
 )
 from llava_ray.cli.console import out, print_error
 from llava_ray.errors import LlavaRayError, UserError
+from llava_ray.missing_packages import explain_missing
+
+EXTRAS = {"serve": "serve", "convert": "data", "data": "data", "train": "train", "evaluate": "eval"}
+"""The extra with all that a command needs; without a line here, that of the missing package."""
 
 app = typer.Typer(
     help="Talk about images with LLaVA, and serve it on Ray.",
@@ -54,6 +58,12 @@ def main() -> None:
     except LlavaRayError as error:
         print_error(error)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except ModuleNotFoundError as error:
+        explained = explain_missing(error, EXTRAS.get(next(iter(sys.argv[1:]), "")))
+        if explained is None:
+            raise
+        print_error(explained)
+        sys.exit(2)
 
 
 def _print_version(wanted: bool) -> None:

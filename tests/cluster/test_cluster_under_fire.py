@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 from support.load_clients import Ask, Crowd, ask, gather_crowd
 from support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
+from support.wait import wait_until_ended
 
 pytestmark = [
     pytest.mark.ray,
@@ -161,6 +162,7 @@ def test_an_update_under_load_fails_nobody_and_cuts_off_no_long_answer(nodes: Ra
         ):
             await until(lambda: len(crowd.asks) >= 8)
             old = find_pids(nodes, "steady", "echo") | find_pids(nodes, "steady", "gateway")
+            old_processes = [psutil.Process(pid) for pid in old]
             long = asyncio.create_task(ask(client, patient, model="echo", max_tokens=LONG_WORDS))
             await until(lambda: patient.num_started == 1)
             nodes.deploy(describe_steady(messages_per_s=99), describe_elastic())
@@ -175,7 +177,7 @@ def test_an_update_under_load_fails_nobody_and_cuts_off_no_long_answer(nodes: Ra
         assert (one.end, one.num_words) == ("done", LONG_WORDS)
         assert one.ended_at - replaced_at > 20, "it was over before Serve would have cut it off"
         await until(lambda: is_running(nodes, "steady"), 10)  # no longer waits for the old
-        assert not any(map(psutil.pid_exists, old))
+        await asyncio.to_thread(wait_until_ended, old_processes)
         assert accounts_for_all(crowd)
         assert set(crowd.count()) == {"done"}
 
@@ -336,7 +338,7 @@ def test_a_job_that_is_stopped_leaves_nothing_behind(nodes: RayNodes) -> None:
     wait_for(lambda: any("sleep(599)" in command for command in list_commands(nodes)), 60)
     run("stop", "long")
     wait_for(lambda: "was stopped" in run("status", "long"), 60)
-    assert not any("sleep(599)" in command for command in list_commands(nodes))
+    wait_for(lambda: not any("sleep(599)" in each for each in list_commands(nodes)), 60)
 
 
 def list_commands(nodes: RayNodes) -> list[str]:

@@ -40,7 +40,7 @@ def fail(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def make_image(tmp_path: Path) -> str:
+def image(tmp_path: Path) -> str:
     path = tmp_path / "red.png"
     Image.new("RGB", (48, 48), "red").save(path)
     return str(path)

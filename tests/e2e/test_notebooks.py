@@ -12,6 +12,7 @@ import pytest
 pytestmark = pytest.mark.ray
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+FIRST, *OTHERS = NOTEBOOKS
 
 RUN = """
 import sys, nbformat
@@ -25,8 +26,11 @@ NotebookClient(notebook, timeout=500, kernel_name="python3").execute()
 PATIENCE_S = 600
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [FIRST, *(pytest.param(p, marks=pytest.mark.slow) for p in OTHERS)],
+    ids=lambda path: path.stem,
+)
 def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", RUN, str(path)],

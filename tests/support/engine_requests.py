@@ -34,7 +34,7 @@ async def answer(engine, prompt: Prompt) -> str:
 
 
 async def read_some(engine, prompt: Prompt, count: int) -> str:
-    """Read a few chunks and go away."""
+    """Read `count` chunks, then close the stream; return their text."""
     text = ""
     async with aclosing(engine.stream(prompt)) as chunks:
         async for chunk in chunks:
@@ -46,7 +46,7 @@ async def read_some(engine, prompt: Prompt, count: int) -> str:
 
 
 async def ask_late(engine, prompts: list[Prompt]) -> list[str]:
-    """Ask all, each after more steps of the others than the last; leave every fifth early."""
+    """Submit each prompt a step later than the one before; close every fifth stream early."""
 
     async def late(i: int) -> str:
         for _ in range(i):
@@ -59,7 +59,7 @@ async def ask_late(engine, prompts: list[Prompt]) -> list[str]:
 
 
 def mixed_prompts(count: int) -> list[Prompt]:
-    """Prompts of many lengths, with no, one, two or three images."""
+    """Return prompts of many lengths, with zero to three images each."""
     rng = random.Random(5)
     prompts = []
     for i in range(count):
@@ -71,7 +71,7 @@ def mixed_prompts(count: int) -> list[Prompt]:
 
 
 class ScriptedRunner:
-    """Answers every sequence with 7, 8, 9, ...; keeps the plans; breaks or waits on demand."""
+    """Generates 7, 8, 9, ... for every sequence, records the plans, and fails on demand."""
 
     def __init__(self) -> None:
         self.plans: list[Plan] = []

@@ -19,7 +19,7 @@ def write_projector_only(original: Original, folder: Path) -> Path:
 
 
 def make_lora(original: Original, *, seed: int = 5, scale: float = 0.3) -> dict[str, torch.Tensor]:
-    """Low-rank tensors for some modules, by LLaVA's names for them."""
+    """Return LoRA tensors for some modules, named as LLaVA names them."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, module in original.lm.named_modules():
@@ -48,7 +48,7 @@ def write_adapter(folder: Path, tensors: dict[str, torch.Tensor], base: str, **m
 
 
 def write_lora(original: Original, folder: Path, tensors=None, **more) -> Path:
-    """What LLaVA's trainer leaves at the end of a LoRA run."""
+    """Write what LLaVA's trainer saves at the end of a LoRA run."""
     write_adapter(folder, make_lora(original) if tensors is None else tensors, "the/base", **more)
     original.write_config(folder)
     trained = {f"base_model.model.{n}": t for n, t in original.projector_tensors().items()}

@@ -1,4 +1,4 @@
-"""The tiny checkpoint that tests share: random weights, written once for a session."""
+"""The tiny checkpoint that tests share: random weights, written once per session."""
 
 import functools
 import tempfile
@@ -12,7 +12,7 @@ from llava_ray.model.build.random_model import TINY, Shape, build_random_model
 
 @functools.cache
 def tiny_model(shape: Shape = TINY) -> Path:
-    """Return the folder of a tiny LLaVA in float32, written at the first call."""
+    """Return the folder of a tiny LLaVA in float32, written on the first call."""
     folder = Path(tempfile.mkdtemp(prefix="llava-ray-tiny-"))
     return build_random_model(folder, shape)
 

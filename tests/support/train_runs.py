@@ -14,7 +14,7 @@ NUM_SAMPLES = 24
 
 
 def write_rows(folder: Path) -> Path:
-    """Write conversations in LLaVA's form and their images; return the file of the former."""
+    """Write conversations in LLaVA's JSON format and their images; return the JSON file."""
     rows = []
     for number in range(NUM_SAMPLES):
         make_image(number).save(folder / f"{number}.png")

@@ -1,4 +1,4 @@
-"""Waiting for something to become true, however busy the machine is."""
+"""Wait until a condition holds, however busy the machine is."""
 
 import time
 from collections.abc import Callable
@@ -11,15 +11,15 @@ PATIENCE_S = 60
 
 
 def wait_until(is_so: Callable[[], object], what: str, *, patience_s: float = PATIENCE_S) -> None:
-    """Return once it is so; fail with what did not happen if that takes too long."""
+    """Poll until `is_so()` is true; fail and name `what` after `patience_s` seconds."""
     deadline = time.monotonic() + patience_s
     while not is_so():
-        assert time.monotonic() < deadline, f"waited {patience_s} s in vain: {what}"
+        assert time.monotonic() < deadline, f"after {patience_s} s this is still not so: {what}"
         time.sleep(0.05)
 
 
 def wait_until_ready(url: str) -> dict[str, Any]:
-    """Return what `/readyz` says once every model answers."""
+    """Wait until every model is ready; return the body of `/readyz`."""
     replies: list[httpx.Response] = []
 
     def is_ready() -> bool:
@@ -31,7 +31,7 @@ def wait_until_ready(url: str) -> dict[str, Any]:
 
 
 def wait_until_ended(processes: list[psutil.Process]) -> None:
-    """Return once none of the processes runs any more."""
+    """Wait until all of the processes have ended (a zombie counts as ended)."""
 
     def have_ended() -> bool:
         return not any(map(_is_running, processes))

@@ -20,8 +20,9 @@ FLOORS = [
     {"data"},
     {"model"},
     {"template", "images", "storage"},
-    {"config", "recipes"},
-    {"types", "errors", "priority", "lazy"},
+    {"config", "recipes", "lazy"},
+    {"missing_packages"},
+    {"types", "errors", "priority"},
 ]
 
 FACES = {
