@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Callable, Mapping
 
+from llava_ray.missing_packages import explain_missing
+
 
 def make_lazy(
     package: str, sources: Mapping[str, str]
@@ -18,7 +20,11 @@ def make_lazy(
     def get(name: str) -> object:
         if name not in sources:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(sources[name]), name)
+        try:
+            module = importlib.import_module(sources[name])
+        except ModuleNotFoundError as error:
+            raise explain_missing(error) or error from error
+        value = getattr(module, name)
         setattr(sys.modules[package], name, value)  # found without this function from now on
         return value
 
