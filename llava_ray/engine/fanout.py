@@ -9,7 +9,7 @@ from llava_ray.engine.protocol import Engine
 from llava_ray.types import Chunk, Prompt
 
 
-def spread(prompt: Prompt, num_answers: int) -> list[Prompt]:
+def fan_out(prompt: Prompt, num_answers: int) -> list[Prompt]:
     """Return a prompt so many times; with a seed, each answer has the next one, as in vLLM."""
     if num_answers == 1:
         return [prompt]

@@ -10,7 +10,7 @@ from contextlib import aclosing
 
 import httpx
 
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.errors import EngineError, RequestError, UnreachableError, UnsupportedError
 from llava_ray.serve.backends.replicas import Answer, Backend
 from llava_ray.serve.llava.protocol import END, OK, AnswerBody, parse
@@ -138,7 +138,7 @@ async def read_chunks(
         UnreachableError: the worker said nothing at all; and see `read_objects`.
     """
     pieces: list[str] = []
-    text = TextStream(lambda ids: "".join(pieces[i] for i in ids), stop=call.stop)
+    text = Detokenizer(lambda ids: "".join(pieces[i] for i in ids), stop=call.stop)
     said = ""
     is_at_beginning = call.is_chat
     async with aclosing(objects):

@@ -62,7 +62,7 @@ def send(
     return tensor.to(device)
 
 
-class Fetch:
+class DeviceToHostCopy:
     """Brings tensors to the CPU as they are once the device has done what it was asked so far."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:

@@ -16,11 +16,11 @@ import torch
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 IMAGES_AT_ONCE = 16
-"""Images that go through the vision tower together; bounds the memory that they take."""
+"""EncoderCache that go through the vision tower together; bounds the memory that they take."""
 
 
-class Key(NamedTuple):
-    """Images with equal keys are read alike.
+class ImageKey(NamedTuple):
+    """EncoderCache with equal keys are read alike.
 
     Attributes:
         name: a number for the content; see `engine.content`.
@@ -31,14 +31,14 @@ class Key(NamedTuple):
     adapter: str
 
 
-Inputs = dict[str, torch.Tensor]
+ImageInputs = dict[str, torch.Tensor]
 """An image as the model takes it: pixels, and sizes where there are tiles; each [1, ...]."""
 
-Encode = Callable[[str, Inputs], list[torch.Tensor]]
+Encode = Callable[[str, ImageInputs], list[torch.Tensor]]
 """From an adapter and N images' inputs, [N, ...], to their features, N of [P, D]."""
 
 
-class Images:
+class EncoderCache:
     """Encodes the images of sequences that are new. May be used by several threads at once.
 
     Args:
@@ -48,7 +48,7 @@ class Images:
 
     def __init__(self, encode: Encode, *, max_bytes: int) -> None:
         self._encode, self._max_bytes = encode, max_bytes
-        self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[ImageKey, torch.Tensor] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -58,8 +58,8 @@ class Images:
         Returns:
             How many images were encoded, and how many were known.
         """
-        features: dict[Key, torch.Tensor] = {}
-        wanted: dict[Key, Inputs] = {}
+        features: dict[ImageKey, torch.Tensor] = {}
+        wanted: dict[ImageKey, ImageInputs] = {}
         keys = {sequence: _list_keys(sequence) for sequence in sequences}
         for sequence, own in keys.items():
             for index, key in enumerate(own):
@@ -76,7 +76,7 @@ class Images:
             sequence.inputs = torch.cat([features[key] for key in own])
         return len(wanted), sum(map(len, keys.values())) - len(wanted)
 
-    def _encode_batch(self, batch: dict[Key, Inputs]) -> dict[Key, torch.Tensor]:
+    def _encode_batch(self, batch: dict[ImageKey, ImageInputs]) -> dict[ImageKey, torch.Tensor]:
         adapter = next(iter(batch)).adapter
         names = next(iter(batch.values()))
         inputs = {name: torch.cat([each[name] for each in batch.values()]) for name in names}
@@ -85,13 +85,13 @@ class Images:
             self._keep(key, features_PD)
         return new
 
-    def _find(self, key: Key) -> torch.Tensor | None:
+    def _find(self, key: ImageKey) -> torch.Tensor | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, key: Key, features_PD: torch.Tensor) -> None:
+    def _keep(self, key: ImageKey, features_PD: torch.Tensor) -> None:
         size = features_PD.nbytes
         if size > self._max_bytes:
             return
@@ -105,15 +105,15 @@ class Images:
                 self._num_bytes -= oldest.nbytes
 
 
-def _list_keys(sequence: Sequence) -> list[Key]:
+def _list_keys(sequence: Sequence) -> list[ImageKey]:
     num_images = len(sequence.inputs["pixel_values"])
     assert len(sequence.image_names) == num_images
-    return [Key(name, sequence.adapter) for name in sequence.image_names]
+    return [ImageKey(name, sequence.adapter) for name in sequence.image_names]
 
 
-def _group(wanted: dict[Key, Inputs]) -> list[dict[Key, Inputs]]:
+def _group(wanted: dict[ImageKey, ImageInputs]) -> list[dict[ImageKey, ImageInputs]]:
     """Return what goes through the tower together: one adapter's images, if none has tiles."""
-    groups: list[dict[Key, Inputs]] = []
+    groups: list[dict[ImageKey, ImageInputs]] = []
     for adapter in {key.adapter: None for key in wanted}:
         mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
         plain = [key for key in mine if mine[key]["pixel_values"].ndim == 4]

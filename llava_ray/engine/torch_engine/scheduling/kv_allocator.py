@@ -8,14 +8,14 @@ from bisect import insort
 from typing import NamedTuple
 
 
-class Region(NamedTuple):
+class KVSlice(NamedTuple):
     """A range of the cache's places."""
 
     start: int
     length: int
 
 
-class Regions:
+class KVAllocator:
     """Hands out contiguous ranges, the first that fits, and joins what comes back.
 
     Args:
@@ -29,27 +29,27 @@ class Regions:
         self.num_tokens = num_tokens
         self._granule = granule
         self.num_used = 0
-        self._free = [Region(0, num_tokens)]  # by start
+        self._free = [KVSlice(0, num_tokens)]  # by start
 
-    def reserve(self, length: int) -> Region | None:
+    def reserve(self, length: int) -> KVSlice | None:
         """Return a free range of at least that length, or None if there is none."""
         length = -(-length // self._granule) * self._granule
         for i, (start, free) in enumerate(self._free):
             if free >= length:
-                rest = Region(start + length, free - length)
+                rest = KVSlice(start + length, free - length)
                 self._free[i : i + 1] = [rest] if rest.length else []
                 self.num_used += length
-                return Region(start, length)
+                return KVSlice(start, length)
         return None
 
-    def release(self, region: Region) -> None:
+    def release(self, region: KVSlice) -> None:
         """Take a range back."""
         self.num_used -= region.length
         insort(self._free, region)
-        joined: list[Region] = []
+        joined: list[KVSlice] = []
         for start, length in self._free:
             if joined and sum(joined[-1]) == start:
-                joined[-1] = Region(joined[-1].start, joined[-1].length + length)
+                joined[-1] = KVSlice(joined[-1].start, joined[-1].length + length)
             else:
-                joined.append(Region(start, length))
+                joined.append(KVSlice(start, length))
         self._free = joined

@@ -9,7 +9,7 @@ a system prompt. Plain Python; the runner does the copying.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region, Regions
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator, KVSlice
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 MIN_SHARED = 16
@@ -18,15 +18,15 @@ MIN_SHARED = 16
 _BLOCK = 64  # tokens compared at once
 
 
-class Copy(NamedTuple):
+class KVCopy(NamedTuple):
     """Keys and values of the first `num_tokens` of one region, wanted in another."""
 
-    source: Region
-    target: Region
+    source: KVSlice
+    target: KVSlice
     num_tokens: int
 
 
-class Prefixes:
+class PrefixCache:
     """The sequences that ended, and where they still are.
 
     Args:
@@ -34,19 +34,19 @@ class Prefixes:
         is_enabled: without it nothing is kept and nothing found.
     """
 
-    def __init__(self, regions: Regions, *, is_enabled: bool = True) -> None:
-        self._regions, self._is_enabled = regions, is_enabled
+    def __init__(self, allocator: KVAllocator, *, is_enabled: bool = True) -> None:
+        self._allocator, self._is_enabled = allocator, is_enabled
         self._kept: list[Sequence] = []  # the latest use last
 
     @property
     def num_tokens(self) -> int:
-        """Places of the cache that could be had at once."""
-        regions = [sequence.region for sequence in self._kept]  # asked for by another thread, too
+        """KernelInputs of the cache that could be had at once."""
+        regions = [sequence.kv_slice for sequence in self._kept]  # asked for by another thread, too
         return sum(region.length for region in regions if region)
 
-    def reserve(self, length: int) -> Region | None:
+    def reserve(self, length: int) -> KVSlice | None:
         """Return a free region, for which as many sequences are forgotten as it takes."""
-        while (region := self._regions.reserve(length)) is None and self._kept:
+        while (region := self._allocator.reserve(length)) is None and self._kept:
             self._forget(self._kept[0])
         return region
 
@@ -83,9 +83,9 @@ class Prefixes:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.region is not None
-        self._regions.release(sequence.region)
-        sequence.region = None
+        assert sequence.kv_slice is not None
+        self._allocator.release(sequence.kv_slice)
+        sequence.kv_slice = None
 
 
 def count_shared(first: list[int], second: list[int]) -> int:

@@ -16,20 +16,20 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Regions
-from llava_ray.engine.torch_engine.scheduling.prefix_cache import Copy, Prefixes
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator
+from llava_ray.engine.torch_engine.scheduling.prefix_cache import KVCopy, PrefixCache
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.types import Chunk
 
-MIN_WIDE = 16
+MIN_SEQUENCES_TO_SPLIT = 16
 """Sequences from which on steps side by side pay, if there are no two prompts: each reads all
 weights."""
 
 GRANULE = 64
-"""Regions of the cache are multiples of this many tokens."""
+"""KVAllocator of the cache are multiples of this many tokens."""
 
 
-class Piece(NamedTuple):
+class ScheduledSequence(NamedTuple):
     """What one sequence computes in one step.
 
     Attributes:
@@ -45,22 +45,22 @@ class Piece(NamedTuple):
     is_complete: bool
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> "Piece":
+    def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
         """Return the next so many tokens of a sequence."""
         is_complete = num_tokens == sequence.num_pending
         return cls(sequence, sequence.num_computed, num_tokens, is_complete)
 
 
-class Plan(NamedTuple):
+class StepPlan(NamedTuple):
     """One step: the pieces that the runner computes together, after it has made the copies."""
 
-    pieces: list[Piece]
-    copies: Many[Copy] = ()
+    scheduled: list[ScheduledSequence]
+    copies: Many[KVCopy] = ()
 
     @property
-    def complete(self) -> list[Piece]:
+    def complete(self) -> list[ScheduledSequence]:
         """The pieces for which the runner returns a token, in this order."""
-        return [piece for piece in self.pieces if piece.is_complete]
+        return [each for each in self.scheduled if each.is_complete]
 
 
 class Scheduler:
@@ -87,14 +87,14 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.regions = Regions(cache_tokens, granule=GRANULE)
-        self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
+        self.kv_allocator = KVAllocator(cache_tokens, granule=GRANULE)
+        self.prefix_cache = PrefixCache(self.kv_allocator, is_enabled=prefix_cache)
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
         self._image_cost = image_cost
         self._planned: set[Sequence] = set()  # in a step that is not advanced
         self._in_flight: Counter[Sequence] = Counter()  # in how many steps that are not committed
-        self._doomed: set[Sequence] = set()  # ended or aborted while they were in flight
+        self._ended_in_flight: set[Sequence] = set()  # ended or aborted while they were in flight
         self._num_steps = 0
 
     def has_work(self) -> bool:
@@ -103,7 +103,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Let a sequence wait for its turn."""
-        assert 0 < sequence.num_reserved <= self.regions.num_tokens
+        assert 0 < sequence.num_reserved <= self.kv_allocator.num_tokens
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
@@ -116,13 +116,13 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def is_wide(self) -> bool:
+    def can_split(self) -> bool:
         """Is there so much to compute that it pays to compute two steps side by side?"""
         self._admit()
         num_prompts = sum(sequence.num_pending > 1 for sequence in self.running)
-        return len(self.running) >= MIN_WIDE or num_prompts > 1
+        return len(self.running) >= MIN_SEQUENCES_TO_SPLIT or num_prompts > 1
 
-    def plan(self, share: int = 1) -> Plan:
+    def plan(self, share: int = 1) -> StepPlan:
         """Return the next step: one token for each that streams, and a piece of the prompts.
 
         Args:
@@ -133,61 +133,61 @@ class Scheduler:
         """
         self._admit()
         if any(sequence.num_expected and sequence.has_own_logits for sequence in self.running):
-            return Plan([])  # which logits it wants depends on the token that is expected
-        copies: list[Copy] = []
+            return StepPlan([])  # which logits it wants depends on the token that is expected
+        copies: list[KVCopy] = []
         pieces = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
-        self._planned.update(piece.sequence for piece in pieces)
-        self._in_flight.update(piece.sequence for piece in pieces)
-        return Plan(pieces, copies)
+        self._planned.update(scheduled.sequence for scheduled in pieces)
+        self._in_flight.update(scheduled.sequence for scheduled in pieces)
+        return StepPlan(pieces, copies)
 
-    def advance(self, plan: Plan) -> None:
+    def advance(self, plan: StepPlan) -> None:
         """Count a step as computed, as it is to all that is launched from now on."""
-        for piece in plan.pieces:
-            piece.sequence.num_computed += piece.num_tokens
-            piece.sequence.num_expected += piece.is_complete
-            self._planned.remove(piece.sequence)
+        for scheduled in plan.scheduled:
+            scheduled.sequence.num_computed += scheduled.num_tokens
+            scheduled.sequence.num_expected += scheduled.is_complete
+            self._planned.remove(scheduled.sequence)
 
-    def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
         """Take the outcome of an advanced step: one token for each complete piece, in order."""
         self._num_steps += 1
-        sequences = [piece.sequence for piece in plan.pieces]
+        sequences = [scheduled.sequence for scheduled in plan.scheduled]
         for sequence in sequences:
             sequence.last_step = self._num_steps
         self._in_flight -= Counter(sequences)
         news = []
-        for piece, token in zip(plan.complete, tokens, strict=True):
-            piece.sequence.num_expected -= 1
-            if piece.sequence in self._doomed:
+        for scheduled, token in zip(plan.complete, tokens, strict=True):
+            scheduled.sequence.num_expected -= 1
+            if scheduled.sequence in self._ended_in_flight:
                 continue
-            chunk = piece.sequence.append(token)
+            chunk = scheduled.sequence.append(token)
             if chunk.finish_reason is not None:
-                self._end(piece.sequence)
-            news.append((piece.sequence, chunk))
+                self._end(scheduled.sequence)
+            news.append((scheduled.sequence, chunk))
         for sequence in sequences:
-            if sequence in self._doomed and sequence not in self._in_flight:
-                self._doomed.remove(sequence)
+            if sequence in self._ended_in_flight and sequence not in self._in_flight:
+                self._ended_in_flight.remove(sequence)
                 self._release(sequence)
         return news
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
-            region = self.prefixes.reserve(self.waiting[0].num_reserved)
+            region = self.prefix_cache.reserve(self.waiting[0].num_reserved)
             if region is None:
                 return
             sequence = self.waiting.popleft()
-            sequence.region = region
+            sequence.kv_slice = region
             self.running.append(sequence)
 
-    def _plan_decode(self, share: int) -> Iterator[Piece]:
+    def _plan_decode(self, share: int) -> Iterator[ScheduledSequence]:
         """Yield those that stream, in the order of their regions: neighbours compute together."""
         streams = [sequence for sequence in self.running if sequence.num_pending == 1]
         free = [sequence for sequence in streams if self._is_free(sequence)]
         free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
         mine = free[: -(-len(streams) // share)]
-        for sequence in sorted(mine, key=lambda sequence: sequence.region or (0, 0)):
-            yield Piece.of(sequence, 1)
+        for sequence in sorted(mine, key=lambda sequence: sequence.kv_slice or (0, 0)):
+            yield ScheduledSequence.of(sequence, 1)
 
-    def _plan_prefill(self, share: int, copies: list[Copy]) -> Iterator[Piece]:
+    def _plan_prefill(self, share: int, copies: list[KVCopy]) -> Iterator[ScheduledSequence]:
         """Yield pieces of prompts; what they take over from others is added to `copies`."""
         prompts = self._find_prompts(copies)
         budget = max(1, self._prefill_tokens // share)
@@ -196,15 +196,15 @@ class Scheduler:
                 budget -= min(budget // 2, round(self._image_cost * sequence.num_image_tokens))
             num_tokens = min(sequence.num_pending, budget)
             budget -= num_tokens
-            yield Piece.of(sequence, num_tokens)
+            yield ScheduledSequence.of(sequence, num_tokens)
 
-    def _find_prompts(self, copies: list[Copy]) -> Iterator[Sequence]:
+    def _find_prompts(self, copies: list[KVCopy]) -> Iterator[Sequence]:
         """Yield those whose prompts can be computed on, first come, first served."""
         for index, sequence in enumerate(self.running):
             if sequence.num_pending == 1 or not self._is_free(sequence):
                 continue
             if not sequence.num_computed:
-                donor, num_shared = self.prefixes.find(sequence, self.running[:index])
+                donor, num_shared = self.prefix_cache.find(sequence, self.running[:index])
                 if donor and _is_worth_waiting(sequence, donor, num_shared):
                     continue
                 if donor and (num_ready := min(num_shared, donor.num_computed)):
@@ -213,19 +213,19 @@ class Scheduler:
 
     def _is_free(self, sequence: Sequence) -> bool:
         """Can a running sequence be computed on, as far as is known?"""
-        is_over = sequence in self._doomed or not sequence.may_go_on
+        is_over = sequence in self._ended_in_flight or not sequence.may_continue
         return not (is_over or sequence in self._planned)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence in self._in_flight:
-            self._doomed.add(sequence)
+            self._ended_in_flight.add(sequence)
         else:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         sequence.inputs = None
         self.running.remove(sequence)
-        self.prefixes.keep(sequence)
+        self.prefix_cache.keep(sequence)
 
 
 def _is_worth_waiting(sequence: Sequence, donor: Sequence, num_shared: int) -> bool:
@@ -234,8 +234,8 @@ def _is_worth_waiting(sequence: Sequence, donor: Sequence, num_shared: int) -> b
     return is_growing and 2 * num_shared > len(sequence.prompt_ids)
 
 
-def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> Copy:
-    assert donor.region is not None
-    assert sequence.region is not None
+def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> KVCopy:
+    assert donor.kv_slice is not None
+    assert sequence.kv_slice is not None
     sequence.num_computed = sequence.num_cached = num_tokens
-    return Copy(donor.region, sequence.region, num_tokens)
+    return KVCopy(donor.kv_slice, sequence.kv_slice, num_tokens)
