@@ -109,6 +109,7 @@ ABSENT = {
     "llava_ray.app": {"torch", "gradio", "vllm", "sglang", "deepspeed"},
     "llava_ray.serve.page": {"torch", "gradio"},
     "llava_ray.engine.protocol": {"torch", "ray", "gradio"},
+    "llava_ray.engine.torch_engine.scheduling.scheduler": {"torch", "ray", "numba"},
     "llava_ray.demo": {"torch", "ray", "gradio"},
     "llava_ray.data.sources": {"torch", "ray", "transformers"},
     "llava_ray.data.loader.order": {"torch", "ray", "transformers", "pyarrow"},

@@ -56,7 +56,7 @@ class Span(NamedTuple):
 
 
 class StridedBatch:
-    """Sequences with one new token each, whose regions are equal and at equal distances.
+    """Sequences with one new token each, whose slices have equal lengths and distances.
 
     So their keys are one strided view of the cache, and one call of attention serves them all.
     """
@@ -102,10 +102,10 @@ class StridedBatch:
 
     def _view(self, pool: torch.Tensor) -> torch.Tensor:
         """Return these sequences' part of a pool, [B, K, S, E], without copying it."""
-        (lanes, length), head_size = self._shape_BS, pool.shape[1]
+        (batch, length), head_size = self._shape_BS, pool.shape[1]
         place = self._heads * head_size  # elements of a pool for each place in the cache
         return pool.as_strided(
-            (lanes, self._heads, length, head_size),
+            (batch, self._heads, length, head_size),
             (self._distance * place, self._size * head_size, head_size, 1),
             self._start * place,
         )
@@ -137,7 +137,7 @@ def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
 
 
 def group_by_stride(spans: list[Span]) -> list[list[Span]]:
-    """Group spans of one token so that a group's regions are equal and at equal distances.
+    """Group spans of one token so that a group's slices have equal lengths and distances.
 
     A group is computed up to its longest sequence: very unequal ones are kept apart.
     """
@@ -165,10 +165,10 @@ class StepMetadata:
         spans: list[Span] = []
         offset = 0
         for scheduled in plan.scheduled:
-            region = scheduled.sequence.kv_slice
-            assert region is not None
+            kv_slice = scheduled.sequence.kv_slice
+            assert kv_slice is not None
             is_prompt = scheduled.start < len(scheduled.sequence.prompt_ids)
-            spans.append(Span(offset, scheduled.num_tokens, region, scheduled.start, is_prompt))
+            spans.append(Span(offset, scheduled.num_tokens, kv_slice, scheduled.start, is_prompt))
             offset += scheduled.num_tokens
         positions = [p for span in spans for p in range(span.past, span.past + span.length)]
         self.positions_T = send(positions, cache.device)
@@ -245,8 +245,8 @@ class StepMetadata:
             [T, H, E], or [W, H, E]
         """
         self._cache.store(layer, self._rows, key_TKE, value_TKE)
-        looks = self._last if is_last else self._all
-        return looks.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
+        spans = self._last if is_last else self._all
+        return spans.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
 
 
 class _SpanAttention:
@@ -291,8 +291,8 @@ class _SpanAttention:
                 num_kv_heads=self._cache.num_kv_heads,
                 scaling=scaling,
             )
-        for lanes in self._strided if window is None else ():
-            lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)
+        for batch in self._strided if window is None else ():
+            batch.attend(query_THE, keys, values, output_THE, scaling=scaling)
         for span in self._spans:
             if not span.is_single or (window is not None and not self._decoding):
                 new = slice(span.offset, span.offset + span.length)

@@ -88,8 +88,8 @@ class DecodeMetadata:
 
     Args:
         tokens: which token of the step is the sequence's; int64, [B], as all of these.
-        starts: of the sequence's region, in places of the cache.
-        sizes: of that region.
+        starts: first slot of each sequence's KV slice.
+        sizes: length of that slice.
         lengths: its tokens, the new one among them.
         num_kv_heads: K.
     """

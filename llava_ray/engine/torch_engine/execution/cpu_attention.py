@@ -1,10 +1,11 @@
 """Attention on a CPU, where torch's own operation is slow.
 
-- One new token a sequence: while a batch decodes, attention reads all keys and values of all its
-  sequences for little arithmetic. torch packs them first as for a large product and reaches half
-  the rate at which memory could give them. Here they are read once, at memory's speed. Where all
-  tokens of a step are such, rotating them and keeping their keys and values is part of it.
-- Many tokens of one sequence in bfloat16: torch's products are small ones. Here they are large.
+- One new token for each sequence: decoding reads all keys and values for little arithmetic, so
+  memory bandwidth is the limit. torch packs them first, as for a large matmul, and reaches half of
+  it. These kernels read them once. In a pure decoding step, the rotary embedding and the writes to
+  the cache are part of the same kernel.
+- Many tokens of one sequence in bfloat16: torch computes many small matmuls, this module few large
+  ones.
 
 Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N places of the cache, H query
 heads, K kv heads, G = H/K, E head size, C = E/2 pairs.
@@ -31,11 +32,11 @@ from llava_ray.engine.torch_engine.execution.numba_ops import (
 from llava_ray.engine.torch_engine.execution.threads import run_in_team
 
 _MAX_SCORES = 1 << 21
-"""Of as many heads as give so many scores, products are computed at once: these stay in a cache."""
+"""Maximum number of attention scores in one matmul, so that they stay in the CPU's L2 cache."""
 _PREFETCH_TOKENS = 16
-"""So many tokens before they are read, keys and values are asked for: some CPUs see it too late."""
+"""Prefetch distance, in tokens: the hardware prefetcher of some CPUs reacts too late."""
 _MIN_BYTES_PER_THREAD = 1 << 20
-"""Bytes of keys and values below which a second thread costs more than it saves."""
+"""Bytes of keys and values that a thread must read to be worth starting."""
 
 
 def attend_decode(
@@ -76,7 +77,7 @@ def attend_decode(
 
 
 class KernelInputs(NamedTuple):
-    """`KVRows` as kernels take them, and among how many threads their work is divided."""
+    """`KVRows` as NumPy arrays for the kernels, and the number of threads that share the work."""
 
     tokens: np.ndarray
     firsts: np.ndarray
@@ -130,7 +131,7 @@ def rotate_and_attend(
 
 
 def can_attend_prompt(query_THE: torch.Tensor) -> bool:
-    """Whether `attend_prompt` is the faster for such queries: in bfloat16, on a CPU."""
+    """Whether `attend_prompt` is faster than torch for these queries: bfloat16 on a CPU."""
     return query_THE.device.type == "cpu" and query_THE.dtype == torch.bfloat16
 
 
@@ -213,7 +214,7 @@ def _rotate_and_attend(
             new_value[e] = convert(new[e], new_value)
         for place in range(kv_head * num_groups * size, (kv_head + 1) * num_groups * size, size):
             _rotate(heads[place : place + size], turns, turned)
-            for e in range(size):  # rounded as where rotating is a step of its own
+            for e in range(size):  # rounded exactly as by `cpu_layers.rotate`
                 turned[e] = widen(convert(turned[e], heads)) * scaling
             _attend_head(turned, keys, values, weights, output[place : place + size], sums)
 
@@ -229,7 +230,7 @@ def _rotate(head, turns, turned):
 
 @numba.njit(**OPTIONS)
 def _attend_head(query, keys, values, weights, output, sums):
-    """Let one query attend to the keys and values of its head; the last two are working space."""
+    """Compute attention of one query head; `weights` and `sums` are scratch buffers."""
     length, size = keys.shape
     highest = np.float32(-3e38)
     for s in range(length):
@@ -246,7 +247,7 @@ def _attend_head(query, keys, values, weights, output, sums):
         total += weights[s]
     sums[:] = 0
     fours = length // 4 * 4
-    for s in range(0, fours, 4):  # the sums are read and written once for four
+    for s in range(0, fours, 4):  # loads and stores each sum once for four tokens
         for ahead in range(s + _PREFETCH_TOKENS, s + _PREFETCH_TOKENS + 4):
             prefetch_row(values, ahead)
         for e in range(size):
@@ -265,7 +266,7 @@ def _attend_head(query, keys, values, weights, output, sums):
 
 @compile_cached
 def _softmax(scores_KLS, tokens, window, weights_KLS):
-    """Turn scores into weights; row l is a head's token l % T, the last T of S."""
+    """Causal softmax of the scores; row l belongs to token l % T of the last T of S tokens."""
     kv_heads, rows, size = scores_KLS.shape
     for k in range(kv_heads):
         for row in range(rows):

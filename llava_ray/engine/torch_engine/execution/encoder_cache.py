@@ -1,7 +1,7 @@
-"""What the language model reads of images: encoded in batches, and kept by their content.
+"""The encoder cache: image features, computed in batches and kept by the images' content.
 
-An image that was asked about before goes through the vision tower no more, wherever it stands in
-the new prompt and whatever became of the keys and values of the old one.
+An image that was seen before does not go through the vision tower again, wherever it stands in the
+new prompt, even if the keys and values of the old prompt have been evicted.
 
 Shapes: N images, P image tokens an image, D hidden.
 """
@@ -16,14 +16,14 @@ import torch
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 IMAGES_AT_ONCE = 16
-"""EncoderCache that go through the vision tower together; bounds the memory that they take."""
+"""Largest batch of images for the vision tower; bounds its memory."""
 
 
 class ImageKey(NamedTuple):
-    """EncoderCache with equal keys are read alike.
+    """Images with equal keys have equal features.
 
     Attributes:
-        name: a number for the content; see `engine.content`.
+        name: a number for the content; see `content_hash`.
         adapter: with which it was encoded; empty: the model itself.
     """
 
@@ -43,7 +43,7 @@ class EncoderCache:
 
     Args:
         encode: calls the vision tower.
-        max_bytes: memory for what is kept, the longest unused go first; 0: nothing is kept.
+        max_bytes: memory for features; the least recently used are evicted; 0: no cache.
     """
 
     def __init__(self, encode: Encode, *, max_bytes: int) -> None:

@@ -1,7 +1,7 @@
-"""Computes one step: the only part of the torch engine that touches the model.
+"""Runs the model for one step; nothing else in the torch engine touches the model.
 
 plan -> embeddings of its tokens (images through the tower, in batches) -> language model with
-attention over the cache -> logits of the last tokens -> one token for each complete piece.
+attention over the cache -> logits of the last tokens -> one token for each complete sequence.
 
 Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
@@ -35,14 +35,14 @@ from llava_ray.model.loading import Core
 from llava_ray.types import Sampling
 
 _NUM_SCRATCH = 3
-"""The cache's last places, which belong to no request."""
+"""Slots at the end of the cache that belong to no request, for `check` and warm-up."""
 
 
 class LaunchedStep(Protocol):
-    """A plan that the device computes, or has computed."""
+    """A step that was sent to the device; it may still be running."""
 
     def read(self) -> list[int]:
-        """Wait for it; return the next token of each complete piece of the plan, in order."""
+        """Wait for it; return the next token of each complete sequence of the plan, in order."""
         ...
 
 
@@ -50,23 +50,23 @@ class StepRunner(Protocol):
     """Computes plans. Implementations: ModelRunner; a scripted one in the tests."""
 
     def run(self, plan: StepPlan) -> list[int]:
-        """Return the next token of each complete piece of the plan, in order."""
+        """Return the next token of each complete sequence of the plan, in order."""
         ...
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Ask the device to compute a plan after the one that was launched before.
+        """Start computing a plan on the device, behind the one that was launched before.
 
-        Tokens that its sequences expect are those that it chooses in that one.
+        Tokens that its sequences still expect are the ones sampled in that earlier step.
         """
         ...
 
     def check(self) -> None:
-        """Compute something small, away from all sequences; raise if that fails."""
+        """Run a small step that touches no sequence; raise if it fails."""
         ...
 
 
 def skip_unused_vision_layers(model: Any) -> None:
-    """Let the vision tower's layers above those that `model` reads hand on what they are given."""
+    """Replace the vision tower's layers above those that `model` reads by the identity."""
     read = model.config.vision_feature_layer
     layers = getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
     heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
@@ -75,7 +75,7 @@ def skip_unused_vision_layers(model: Any) -> None:
 
 
 class _LaunchedStep(NamedTuple):
-    choice: SampledTokens | None = None  # None: no piece was complete
+    choice: SampledTokens | None = None  # None: no sequence was complete
     note: Callable[[], None] = lambda: None  # called once it is computed
 
     def read(self) -> list[int]:
@@ -86,7 +86,7 @@ class _LaunchedStep(NamedTuple):
 
 
 class ModelRunner:
-    """Runs any LLaVA whose language model speaks transformers' attention interface.
+    """Runs any LLaVA whose language model supports transformers' attention interface.
 
     It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed;
     on a CPU that is slow in 16 bits it computes in float32, whatever the weights are stored in.
@@ -97,10 +97,10 @@ class ModelRunner:
         cache_tokens: size of the key-value cache.
         cache_dtype: its precision; by default that of the weights.
         quantization: "int8": the language model's products in 8 bits; "none": as they are.
-        adapters: those beside its weights, if any.
-        image_cache_mb: memory for encoded images, in MiB; 0: none are kept.
-        graph_batch_size: up to so many sequences decode by `DecodeGraphs`, a GPU's way; None: none.
-        note_images: told what becomes of images.
+        adapters: LoRA adapters that requests may choose, if any.
+        image_cache_mb: memory for image features, in MiB; 0: no cache.
+        graph_batch_size: largest batch that is decoded with CUDA graphs; None: no graphs.
+        note_images: called after each step that read images.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here, or it cannot be
@@ -168,7 +168,7 @@ class ModelRunner:
         )
         self._graphs = self._find_graphs(graph_batch_size)
         self._latest: SampledTokens | None = None
-        self.run(self._plan_scratch(2, 1))  # kernels are compiled now, not while somebody waits
+        self.run(self._plan_scratch(2, 1))  # compiles the kernels now rather than during a request
         self.run(self._plan_scratch(1))
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
@@ -180,7 +180,7 @@ class ModelRunner:
         return graphs if self.device.type == "cpu" or graphs.record() else None
 
     def run(self, plan: StepPlan) -> list[int]:
-        """Return the next token of each complete piece of the plan, in order."""
+        """Return the next token of each complete sequence of the plan, in order."""
         return self._compute(plan).read()
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -207,7 +207,7 @@ class ModelRunner:
         )
 
     def _choose_tokens(self, plan: StepPlan) -> SampledTokens | None:
-        """Choose them, once the images of the plan are encoded; None: no piece is complete."""
+        """Choose them, once the images of the plan are encoded; None: no sequence is complete."""
         if self._graphs and self._graphs.can_compute(plan):
             logits_BV = self._graphs.compute(plan, self._latest)
             return sample(logits_BV, [scheduled.sequence for scheduled in plan.scheduled])
@@ -224,15 +224,15 @@ class ModelRunner:
         self.run(self._plan_scratch(1))
 
     def _plan_scratch(self, *lengths: int) -> StepPlan:
-        """Return a step of sequences that are nobody's."""
-        pieces, start = [], self._scratch.start
+        """Return a step over dummy sequences of these lengths, in the scratch slots."""
+        scheduled, start = [], self._scratch.start
         for length in lengths:
             text = Detokenizer(lambda ids: "")
             sequence = Sequence("check", [0] * length, 0, Sampling(temperature=0), 1, text)
             sequence.kv_slice = KVSlice(start, length)
-            pieces.append(ScheduledSequence.of(sequence, length))
+            scheduled.append(ScheduledSequence.of(sequence, length))
             start += length
-        return StepPlan(pieces)
+        return StepPlan(scheduled)
 
     def _compute_logits(self, ids_B: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Return the logits of one token each, [B, V], none of them an image's."""

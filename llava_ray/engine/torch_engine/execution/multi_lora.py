@@ -1,4 +1,4 @@
-"""Several PEFT adapters beside the weights of one model, each for some rows of a computation.
+"""Multi-LoRA: several PEFT adapters on one model, each applied to its own rows of a batch.
 
 `adapter` adds one adapter to the weights for good. Here the weights stay as they are: a row that
 belongs to an adapter has its low-rank product added, y + scale * B(A x), and images of an adapter
@@ -171,8 +171,8 @@ def _read(model: Any, folder: Path) -> _Adapter:
         products[target] = (a_IR.to(**like).contiguous(), (scale * b_RO).to(**like).contiguous())
     if not whole and not any(b_RO.any() for _, b_RO in products.values()):
         raise ConfigError(
-            f"the adapter in {folder} changes no logits: its weights are all nought; train it, or "
-            "leave it out"
+            f"the adapter in {folder} changes no logits because its weights are all zero: "
+            "train it, or leave it out"
         )
     projector = {n.removeprefix(PROJECTOR): tensor[...].to(**like) for n, tensor in whole.items()}
     return _Adapter(products, projector)

@@ -32,7 +32,7 @@ def _compile(kernel: Callable[..., None]) -> Any:
 
 _READ_AT_ONCE = 32
 _MIN_DOT = 16
-"""KVRows of the smallest product of a GPU's matrix units."""
+"""Rows of the smallest product of a GPU's matrix units."""
 _MAX_PARTS = 16
 _PROGRAMS_PER_PROCESSOR = 2
 

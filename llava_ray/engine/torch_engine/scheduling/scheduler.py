@@ -6,9 +6,9 @@ for another. And a step may be planned while the device computes the one before 
 launched and advanced: it goes on from tokens that are not known yet. An answer that turns out to
 have ended keeps its memory until the step that came too late for it is committed.
 
-A sequence is admitted, in the order of arrival, when its whole region (prompt plus `max_tokens`)
-is free in the cache. So nothing that runs can run out of memory, nothing has to be thrown out
-again, and there is no deadlock: whatever runs ends, and what waits at the head gets its turn.
+A sequence is admitted, in order of arrival, when its whole slice (prompt plus `max_tokens`) is free
+in the cache. So a running sequence never runs out of memory or is preempted, and there is no
+deadlock: every running sequence finishes, and the head of the queue gets its turn.
 """
 
 from collections import Counter, deque
@@ -22,21 +22,21 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.types import Chunk
 
 MIN_SEQUENCES_TO_SPLIT = 16
-"""Sequences from which on steps side by side pay, if there are no two prompts: each reads all
-weights."""
+"""Fewest sequences for which two concurrent steps pay off without two prompts to compute: each step
+reads all weights."""
 
 GRANULE = 64
-"""KVAllocator of the cache are multiples of this many tokens."""
+"""Slices of the cache are multiples of this many tokens."""
 
 
 class ScheduledSequence(NamedTuple):
-    """What one sequence computes in one step.
+    """The tokens of one sequence that one step computes.
 
     Attributes:
-        sequence: whose tokens.
-        start: the first of them.
-        num_tokens: how many.
-        is_complete: after it nothing is pending: the next token is chosen.
+        sequence: the sequence.
+        start: position of the first token.
+        num_tokens: number of tokens.
+        is_complete: no token is pending afterwards, so that the step samples the next one.
     """
 
     sequence: Sequence
@@ -46,34 +46,34 @@ class ScheduledSequence(NamedTuple):
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
-        """Return the next so many tokens of a sequence."""
+        """Schedule the next `num_tokens` tokens of a sequence."""
         is_complete = num_tokens == sequence.num_pending
         return cls(sequence, sequence.num_computed, num_tokens, is_complete)
 
 
 class StepPlan(NamedTuple):
-    """One step: the pieces that the runner computes together, after it has made the copies."""
+    """One step: the sequences that the runner computes together, after it has made the copies."""
 
     scheduled: list[ScheduledSequence]
     copies: Many[KVCopy] = ()
 
     @property
     def complete(self) -> list[ScheduledSequence]:
-        """The pieces for which the runner returns a token, in this order."""
+        """The sequences for which the runner returns a token, in this order."""
         return [each for each in self.scheduled if each.is_complete]
 
 
 class Scheduler:
-    """Holds every sequence of an engine.
+    """Decides which sequences of an engine are computed in each step.
 
     Args:
         cache_tokens: size of the key-value cache.
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
-        image_cost: of these, what encoding an image takes for each of its tokens. It is done in
-            the step in which a prompt begins, and at most half of that step goes to it.
-        prefix_cache: keep what was computed, for prompts that begin alike.
+        image_cost: cost of encoding one image token, in prompt tokens. Images are encoded in the
+            step in which their prompt begins, and use at most half of that step's budget.
+        prefix_cache: reuse keys and values of shared prefixes.
     """
 
     def __init__(
@@ -102,14 +102,14 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
+        """Put a sequence at the end of the waiting queue."""
         assert 0 < sequence.num_reserved <= self.kv_allocator.num_tokens
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its memory; nothing happens if it has ended.
+        """Drop a sequence and free its slice; does nothing if it has finished.
 
-        One that is being computed keeps its memory until that step is committed.
+        A sequence that is being computed keeps its slice until that step is committed.
         """
         if sequence in self.running:
             self._end(sequence)
@@ -117,38 +117,38 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def can_split(self) -> bool:
-        """Is there so much to compute that it pays to compute two steps side by side?"""
+        """Whether there is enough work for two concurrent steps to pay off."""
         self._admit()
         num_prompts = sum(sequence.num_pending > 1 for sequence in self.running)
         return len(self.running) >= MIN_SEQUENCES_TO_SPLIT or num_prompts > 1
 
     def plan(self, share: int = 1) -> StepPlan:
-        """Return the next step: one token for each that streams, and a piece of the prompts.
+        """Return the next step: one token for each decoding sequence, and part of the prompts.
 
         Args:
-            share: with how many steps side by side, of which this is one, it divides the work.
+            share: number of concurrent steps among which the work is divided.
 
         Returns:
-            without pieces, if all that there is to compute is in flight or waits for what is.
+            An empty plan if all work is in flight or depends on what is.
         """
         self._admit()
         if any(sequence.num_expected and sequence.has_own_logits for sequence in self.running):
-            return StepPlan([])  # which logits it wants depends on the token that is expected
+            return StepPlan([])  # the logits processors depend on a token that is not known yet
         copies: list[KVCopy] = []
-        pieces = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
-        self._planned.update(scheduled.sequence for scheduled in pieces)
-        self._in_flight.update(scheduled.sequence for scheduled in pieces)
-        return StepPlan(pieces, copies)
+        chosen = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
+        self._planned.update(scheduled.sequence for scheduled in chosen)
+        self._in_flight.update(scheduled.sequence for scheduled in chosen)
+        return StepPlan(chosen, copies)
 
     def advance(self, plan: StepPlan) -> None:
-        """Count a step as computed, as it is to all that is launched from now on."""
+        """Count a launched step as computed: later steps run after it on the device."""
         for scheduled in plan.scheduled:
             scheduled.sequence.num_computed += scheduled.num_tokens
             scheduled.sequence.num_expected += scheduled.is_complete
             self._planned.remove(scheduled.sequence)
 
     def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
-        """Take the outcome of an advanced step: one token for each complete piece, in order."""
+        """Add the tokens of an advanced step: one for each complete sequence, in order."""
         self._num_steps += 1
         sequences = [scheduled.sequence for scheduled in plan.scheduled]
         for sequence in sequences:
@@ -171,15 +171,15 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
-            region = self.prefix_cache.reserve(self.waiting[0].num_reserved)
-            if region is None:
+            kv_slice = self.prefix_cache.reserve(self.waiting[0].num_reserved)
+            if kv_slice is None:
                 return
             sequence = self.waiting.popleft()
-            sequence.kv_slice = region
+            sequence.kv_slice = kv_slice
             self.running.append(sequence)
 
     def _plan_decode(self, share: int) -> Iterator[ScheduledSequence]:
-        """Yield those that stream, in the order of their regions: neighbours compute together."""
+        """Yield decoding sequences in cache order: neighbours share one attention call."""
         streams = [sequence for sequence in self.running if sequence.num_pending == 1]
         free = [sequence for sequence in streams if self._is_free(sequence)]
         free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
@@ -188,7 +188,7 @@ class Scheduler:
             yield ScheduledSequence.of(sequence, 1)
 
     def _plan_prefill(self, share: int, copies: list[KVCopy]) -> Iterator[ScheduledSequence]:
-        """Yield pieces of prompts; what they take over from others is added to `copies`."""
+        """Yield parts of prompts within the budget; append prefix copies to `copies`."""
         prompts = self._find_prompts(copies)
         budget = max(1, self._prefill_tokens // share)
         while budget and (sequence := next(prompts, None)):
@@ -199,7 +199,7 @@ class Scheduler:
             yield ScheduledSequence.of(sequence, num_tokens)
 
     def _find_prompts(self, copies: list[KVCopy]) -> Iterator[Sequence]:
-        """Yield those whose prompts can be computed on, first come, first served."""
+        """Yield sequences whose prompts can be continued, in order of arrival."""
         for index, sequence in enumerate(self.running):
             if sequence.num_pending == 1 or not self._is_free(sequence):
                 continue
@@ -212,7 +212,7 @@ class Scheduler:
             yield sequence
 
     def _is_free(self, sequence: Sequence) -> bool:
-        """Can a running sequence be computed on, as far as is known?"""
+        """Whether a running sequence has work that no planned step does."""
         is_over = sequence in self._ended_in_flight or not sequence.may_continue
         return not (is_over or sequence in self._planned)
 
@@ -229,7 +229,7 @@ class Scheduler:
 
 
 def _is_worth_waiting(sequence: Sequence, donor: Sequence, num_shared: int) -> bool:
-    """Is another sequence about to compute most of this one's prompt?"""
+    """Whether another sequence is about to compute most of this one's prompt."""
     is_growing = donor.num_computed < num_shared and donor.num_pending > 1
     return is_growing and 2 * num_shared > len(sequence.prompt_ids)
 
