@@ -12,6 +12,7 @@ from engine.test_engine import (
     _sequence,
     answer,
     ask_late,
+    generate,  # noqa: F401 - a fixture
     load,
     mixed_prompts,
     prompt,
