@@ -38,7 +38,7 @@ def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("prefill_tokens", [7, 4096])
 def test_requests_that_come_and_go_get_the_answers_of_generate(
-    generate,
+    generate,  # noqa: F811 - the fixture
     graphs,
     prefill_tokens,
 ):
