@@ -17,7 +17,7 @@ from PIL.Image import Image
 
 from llava_ray import images
 from llava_ray.config import LimitsConfig
-from llava_ray.engine.fanout import spread, stream_all
+from llava_ray.engine.fanout import fan_out, stream_all
 from llava_ray.engine.protocol import Engine
 from llava_ray.errors import RequestError
 from llava_ray.types import (
@@ -65,7 +65,7 @@ async def chat(
     )
     note_render(loop.time() - started)
     begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
-    prompts = spread(prompt, request.num_answers)
+    prompts = fan_out(prompt, request.num_answers)
     async with aclosing(stream_all(engine, prompts)) as chunks:
         async for chunk in chunks:
             if chunk.answer not in begun:
@@ -120,7 +120,7 @@ async def complete(engine: Engine, request: CompletionRequest) -> AsyncGenerator
         RequestError, EngineError: see `Engine.stream`.
     """
     prompts = [_make_prompt(request, i) for i in range(len(request.prompts))]
-    answers = [each for prompt in prompts for each in spread(prompt, request.answers_each)]
+    answers = [each for prompt in prompts for each in fan_out(prompt, request.answers_each)]
     silent = set(range(len(answers))) if request.echo else set()
     with _names_the_prompt():
         async with aclosing(stream_all(engine, answers)) as chunks:

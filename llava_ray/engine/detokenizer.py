@@ -1,6 +1,6 @@
 """Token ids -> text that may be shown: no half characters, nothing of a stop text.
 
-The last step of an answer's way out of an engine; each sequence owns one `TextStream`.
+The last step of an answer's way out of an engine; each sequence owns one `Detokenizer`.
 """
 
 from collections import deque
@@ -11,7 +11,7 @@ from llava_ray.types import TokenLogprob
 UNFINISHED = "\ufffd"  # what decoders write for bytes that are no complete character
 
 
-class TextStream:
+class Detokenizer:
     """Decodes an answer piece by piece.
 
     A token may end within a character, and how it is written may depend on the token before it.
@@ -87,7 +87,7 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-class LogprobStream:
+class LogprobCollector:
     """Keeps what was measured until the text of the token is shown.
 
     Args:

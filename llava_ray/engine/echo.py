@@ -9,7 +9,7 @@ import re
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import replace
 
-from llava_ray.engine.detokenizer import LogprobStream, TextStream
+from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.errors import ContextLengthError, EngineError, RequestError, UnsupportedError
 from llava_ray.template import IMAGE_TOKEN, OwnTemplate, Template, check_images, find_template
 from llava_ray.types import Chunk, Prompt, Tokens
@@ -51,9 +51,9 @@ class EchoEngine:
         num_prompt_tokens = len(prompt.text.split()) + len(prompt.images)
         max_tokens = self._fit(prompt, num_prompt_tokens)
         words = list(_answer(prompt, max_tokens))
-        text = TextStream(lambda ids: "".join(words[i] for i in ids), stop=prompt.sampling.stop)
+        text = Detokenizer(lambda ids: "".join(words[i] for i in ids), stop=prompt.sampling.stop)
         counts = (num_prompt_tokens, len(prompt.images))
-        logprobs = LogprobStream(
+        logprobs = LogprobCollector(
             lambda i: words[i].encode(), num_top=prompt.sampling.num_logprobs or 0
         )
         self._running[prompt.request_id] = num_prompt_tokens

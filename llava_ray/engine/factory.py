@@ -56,12 +56,12 @@ def load_engine(
 
             return TorchEngine.load(config, note_images=note_images, loading=loading)
         case "vllm":
-            from llava_ray.engine.external.engine import ChildEngine
+            from llava_ray.engine.external.engine import ExternalEngine
             from llava_ray.engine.external.vllm_engine import VLLM
 
-            return ChildEngine(config, VLLM)
+            return ExternalEngine(config, VLLM)
         case "sglang":
-            from llava_ray.engine.external.engine import ChildEngine
+            from llava_ray.engine.external.engine import ExternalEngine
             from llava_ray.engine.external.sglang_engine import SGLANG
 
-            return ChildEngine(config, SGLANG)
+            return ExternalEngine(config, SGLANG)

@@ -1,4 +1,4 @@
-"""Several prompts of one request, streamed at once: more answers than one, or more prompts."""
+"""Streams several prompts of one request at once: `n` answers to one prompt, or several prompts."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -9,8 +9,8 @@ from llava_ray.engine.protocol import Engine
 from llava_ray.types import Chunk, Prompt
 
 
-def spread(prompt: Prompt, num_answers: int) -> list[Prompt]:
-    """Return a prompt so many times; with a seed, each answer has the next one, as in vLLM."""
+def fan_out(prompt: Prompt, num_answers: int) -> list[Prompt]:
+    """Return one prompt per answer; answer i gets the seed plus i, as in vLLM."""
     if num_answers == 1:
         return [prompt]
     seed = prompt.sampling.seed

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llava_ray.engine.detokenizer import LogprobStream, TextStream
+from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.structured_output import Grammar, Vocabulary
 from llava_ray.errors import ContextLengthError, RequestError
 from llava_ray.model.loading import Core
@@ -20,7 +20,7 @@ from llava_ray.types import Prompt, Tokens
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-class PromptReader:
+class InputProcessor:
     """Reads prompts for one model.
 
     Args:
@@ -98,17 +98,19 @@ class PromptReader:
             )
         return room - num_tokens if asked is None else asked
 
-    def open_text(self, prompt: Prompt) -> TextStream:
+    def start_detokenizer(self, prompt: Prompt) -> Detokenizer:
         """Return what turns the answer's tokens into text."""
         tokenizer = self._core.tokenizer
-        return TextStream(
+        return Detokenizer(
             lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop=prompt.sampling.stop
         )
 
-    def open_logprobs(self, prompt: Prompt) -> LogprobStream | None:
+    def start_logprobs(self, prompt: Prompt) -> LogprobCollector | None:
         """Return what keeps the answer's logprobs, if any are asked for."""
         num_top = prompt.sampling.num_logprobs
-        return None if num_top is None else LogprobStream(self._vocabulary.spell, num_top=num_top)
+        return (
+            None if num_top is None else LogprobCollector(self._vocabulary.spell, num_top=num_top)
+        )
 
     def compile_format(self, prompt: Prompt) -> Grammar | None:
         """Return the grammar that the answer is held to, if any.

@@ -24,7 +24,7 @@ def ignore_images(num_encoded: int, num_cached: int, seconds: float) -> None:
 
 
 class Engine(Protocol):
-    """Answers prompts, many at once. Implementations: Torch, Echo, Child (vLLM, SGLang).
+    """Answers prompts, many at once. Implementations: TorchEngine, EchoEngine, ExternalEngine.
 
     An engine knows neither HTTP nor Ray. Errors are raised, never yielded.
 

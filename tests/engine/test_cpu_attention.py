@@ -6,15 +6,15 @@ import torch
 import torch.nn.functional as F
 from support.attention_reference import check_attention
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Singles
+from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMetadata
 from llava_ray.engine.torch_engine.execution.cpu_attention import (
-    Places,
+    KernelInputs,
+    attend_decode,
     attend_prompt,
-    attend_rows,
-    turn_and_attend,
+    rotate_and_attend,
 )
-from llava_ray.engine.torch_engine.execution.cpu_layers import put, turn
-from llava_ray.engine.torch_engine.execution.numba_ops import compile_kept
+from llava_ray.engine.torch_engine.execution.cpu_layers import rotate, store_rows
+from llava_ray.engine.torch_engine.execution.numba_ops import compile_cached
 
 CPU_ATTENTION = "llava_ray.engine.torch_engine.execution.cpu_attention"
 
@@ -25,10 +25,10 @@ CPU_ATTENTION = "llava_ray.engine.torch_engine.execution.cpu_attention"
 def test_each_sequence_sees_its_own_keys_and_no_others(
     dtype, num_heads, num_kv_heads, num_threads, window, monkeypatch
 ):
-    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_READ", 1)
+    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_BYTES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     check_attention(
-        attend_rows, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window
+        attend_decode, dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads, window=window
     )
 
 
@@ -39,28 +39,28 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
 def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
     dtype, cache_dtype, num_heads, num_kv_heads, num_threads, window, monkeypatch
 ):
-    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_READ", 1)
+    monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_BYTES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     torch.manual_seed(0)
     regions, lengths, size = [(40, 16), (0, 40), (60, 8)], [16, 33, 1], 16
     heads_TX = torch.randn(3, (num_heads + 2 * num_kv_heads) * size).to(dtype)
-    turns_T1C = torch.polar(torch.ones(3, 1, size // 2), 3 * torch.randn(3, 1, size // 2))
+    rotations_T1C = torch.polar(torch.ones(3, 1, size // 2), 3 * torch.randn(3, 1, size // 2))
     pools = torch.randn(2, 70 * num_kv_heads, size).to(cache_dtype)
     before = pools.clone()
     numbers = torch.tensor([[0, 1, 2], *zip(*regions, strict=True), lengths])
-    rows = Singles(*numbers, num_kv_heads=num_kv_heads).find_rows(window)
-    places = Places.of(rows, pools[0], num_kv_heads=num_kv_heads)
-    found_TX = turn_and_attend(
-        heads_TX, turns_T1C, *pools, places, num_kv_heads=num_kv_heads, scaling=0.3
+    rows = DecodeMetadata(*numbers, num_kv_heads=num_kv_heads).find_rows(window)
+    places = KernelInputs.of(rows, pools[0], num_kv_heads=num_kv_heads)
+    found_TX = rotate_and_attend(
+        heads_TX, rotations_T1C, *pools, places, num_kv_heads=num_kv_heads, scaling=0.3
     )
     assert found_TX.dtype == dtype
     exact = dtype == cache_dtype == torch.float32
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if exact else {"rtol": 0.02, "atol": 0.02}
     heads_TJE = heads_TX.float().unflatten(-1, (-1, size))
-    turned_TJE = torch.view_as_real(
-        torch.view_as_complex(heads_TJE.unflatten(-1, (-1, 2))) * turns_T1C
+    rotated_TJE = torch.view_as_real(
+        torch.view_as_complex(heads_TJE.unflatten(-1, (-1, 2))) * rotations_T1C
     ).flatten(2)
-    key_TKE = turned_TJE[:, num_heads : num_heads + num_kv_heads]
+    key_TKE = rotated_TJE[:, num_heads : num_heads + num_kv_heads]
     value_TKE = heads_TJE[:, num_heads + num_kv_heads :]
     for t, ((start, length), seen) in enumerate(zip(regions, lengths, strict=True)):
         mine = slice(start * num_kv_heads, (start + length) * num_kv_heads)
@@ -73,7 +73,7 @@ def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
         old[:, :, seen - 1] = kept
         key_KSE, value_KSE = old[:, :, max(0, seen - (window or seen)) : seen]
         expected_HE = F.scaled_dot_product_attention(
-            turned_TJE[t, :num_heads][None, :, None],
+            rotated_TJE[t, :num_heads][None, :, None],
             key_KSE[None],
             value_KSE[None],
             scale=0.3,
@@ -93,24 +93,24 @@ def test_one_call_gives_exactly_what_its_steps_give_one_by_one(num_heads, num_kv
     pools = torch.randn(2, num_tokens * length * num_kv_heads, size).bfloat16()
     sizes = torch.full((num_tokens,), length)
     tokens = torch.arange(num_tokens)
-    slices = Singles(tokens, tokens * length, sizes, sizes, num_kv_heads=num_kv_heads)
+    slices = DecodeMetadata(tokens, tokens * length, sizes, sizes, num_kv_heads=num_kv_heads)
     rows = slices.find_rows(None)
     one_call = pools.clone()
-    found_TX = turn_and_attend(
+    found_TX = rotate_and_attend(
         heads_TJE.flatten(1),
         rotations_T1C,
         *one_call,
-        Places.of(rows, pools[0], num_kv_heads=num_kv_heads),
+        KernelInputs.of(rows, pools[0], num_kv_heads=num_kv_heads),
         num_kv_heads=num_kv_heads,
         scaling=0.3,
     )
-    turn(heads_TJE, rotations_T1C, num_rotated)
+    rotate(heads_TJE, rotations_T1C, num_rotated)
     last_K = (torch.arange(num_kv_heads) + 1) * length - 1
     written = (tokens[:, None] * length * num_kv_heads + last_K).flatten()
-    put(pools[0], written, heads_TJE[:, num_heads:num_rotated])
-    put(pools[1], written, heads_TJE[:, num_rotated:])
+    store_rows(pools[0], written, heads_TJE[:, num_heads:num_rotated])
+    store_rows(pools[1], written, heads_TJE[:, num_rotated:])
     expected_THE = heads_TJE.new_empty(num_tokens, num_heads, size)
-    attend_rows(
+    attend_decode(
         heads_TJE[:, :num_heads],
         *pools,
         rows,
@@ -177,5 +177,5 @@ def test_where_nothing_can_be_written_it_is_compiled_for_the_process(monkeypatch
             numbers[i] += 1
 
     numbers = np.zeros(2)
-    compile_kept(count)(numbers)
+    compile_cached(count)(numbers)
     assert numbers.tolist() == [1, 1]

@@ -25,22 +25,26 @@ from support.engine_requests import (
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.factory import load_engine
 from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.engine.torch_engine.execution.attention import Span, group_lanes
+from llava_ray.engine.torch_engine.execution.attention import Span, group_by_stride
 from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch
-from llava_ray.engine.torch_engine.execution.encoder_cache import Images
+from llava_ray.engine.torch_engine.execution.encoder_cache import EncoderCache
 from llava_ray.engine.torch_engine.execution.model_runner import (
-    LlavaRunner,
-    pass_over_unread_layers,
+    ModelRunner,
+    skip_unused_vision_layers,
 )
 from llava_ray.engine.torch_engine.execution.packed_linear import PackedLinear, pack_linears
 from llava_ray.engine.torch_engine.execution.sampler import sample
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region, Regions
-from llava_ray.engine.torch_engine.scheduling.scheduler import MIN_WIDE, Plan, Scheduler
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator, KVSlice
+from llava_ray.engine.torch_engine.scheduling.scheduler import (
+    MIN_SEQUENCES_TO_SPLIT,
+    Scheduler,
+    StepPlan,
+)
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, ContextLengthError, EngineError, RequestError
 from llava_ray.model.build.random_model import build_byte_tokenizer
@@ -87,14 +91,14 @@ def test_steps_of_a_fixed_number_of_tokens_give_the_answers_of_generate(generate
     compute = DecodeGraphs.compute
 
     def watch(graphs, plan, latest):
-        sizes.append(len(plan.pieces))
+        sizes.append(len(plan.scheduled))
         return compute(graphs, plan, latest)
 
     monkeypatch.setattr(DecodeGraphs, "compute", watch)
 
     async def main():
         core = load_model(tiny_model(), dtype="float32", device="cpu")
-        runner = LlavaRunner(core, cache_tokens=16384, graph_batch_size=7)
+        runner = ModelRunner(core, cache_tokens=16384, graph_batch_size=7)
         engine = TorchEngine(core, runner=runner, max_batch_size=7)
         answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
         await engine.check()
@@ -126,7 +130,7 @@ def test_what_another_prompt_waits_for_is_computed_by_all_threads(two_threads):
         engine = load(prefill_tokens=32)
         run, names = engine._runner.run, []
 
-        def tell(plan: Plan) -> list[int]:
+        def tell(plan: StepPlan) -> list[int]:
             names.append(threading.current_thread().name)
             return run(plan)
 
@@ -148,7 +152,7 @@ def wide_scheduler(*lengths: int, **options) -> Scheduler:
     return scheduler
 
 
-def finish(scheduler: Scheduler, plan: Plan) -> list[tuple[Sequence, Chunk]]:
+def finish(scheduler: Scheduler, plan: StepPlan) -> list[tuple[Sequence, Chunk]]:
     scheduler.advance(plan)
     return scheduler.commit(plan, [7] * len(plan.complete))
 
@@ -156,10 +160,10 @@ def finish(scheduler: Scheduler, plan: Plan) -> list[tuple[Sequence, Chunk]]:
 def test_steps_side_by_side_divide_the_work_and_have_no_sequence_in_common():
     scheduler = wide_scheduler(*[1] * 9, 90, 90)
     first, second = scheduler.plan(share=2), scheduler.plan(share=2)
-    assert [piece.num_tokens for piece in first.pieces] == [*[1] * 5, 50]
-    assert [piece.num_tokens for piece in second.pieces] == [*[1] * 4, 50]
-    assert len({piece.sequence for piece in (*first.pieces, *second.pieces)}) == 11
-    assert scheduler.plan(share=2).pieces == [], "all is in flight"
+    assert [scheduled.num_tokens for scheduled in first.scheduled] == [*[1] * 5, 50]
+    assert [scheduled.num_tokens for scheduled in second.scheduled] == [*[1] * 4, 50]
+    assert len({scheduled.sequence for scheduled in (*first.scheduled, *second.scheduled)}) == 11
+    assert scheduler.plan(share=2).scheduled == [], "all is in flight"
 
 
 def test_a_step_side_by_side_takes_those_whose_last_token_is_oldest():
@@ -169,27 +173,29 @@ def test_a_step_side_by_side_takes_those_whose_last_token_is_oldest():
     finish(scheduler, fast)
     finish(scheduler, slow)
     after = scheduler.plan(share=2)
-    assert {piece.sequence for piece in after.pieces} == {piece.sequence for piece in fast.pieces}
+    assert {scheduled.sequence for scheduled in after.scheduled} == {
+        scheduled.sequence for scheduled in fast.scheduled
+    }
 
 
 def test_what_is_aborted_in_flight_keeps_its_memory_until_its_step_is_done():
     scheduler = wide_scheduler(*[1] * 8)
     plan = scheduler.plan(share=2)
-    gone = plan.pieces[0].sequence
-    before = scheduler.regions.num_used
+    gone = plan.scheduled[0].sequence
+    before = scheduler.kv_allocator.num_used
     scheduler.abort(gone)
-    assert scheduler.regions.num_used == before
+    assert scheduler.kv_allocator.num_used == before
     news = finish(scheduler, plan)
     assert gone not in [sequence for sequence, _ in news]
     assert len(news) == 3
-    assert scheduler.regions.num_used < before
+    assert scheduler.kv_allocator.num_used < before
     assert gone not in scheduler.running
 
 
 def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
-    assert not wide_scheduler(*[1] * (MIN_WIDE - 2), 300).is_wide()
-    assert wide_scheduler(*[1] * (MIN_WIDE - 1), 300).is_wide()
-    assert wide_scheduler(1, 300, 300).is_wide()
+    assert not wide_scheduler(*[1] * (MIN_SEQUENCES_TO_SPLIT - 2), 300).can_split()
+    assert wide_scheduler(*[1] * (MIN_SEQUENCES_TO_SPLIT - 1), 300).can_split()
+    assert wide_scheduler(1, 300, 300).can_split()
 
 
 @pytest.mark.parametrize(("num_image_tokens", "first"), [(0, 100), (40, 80), (240, 50)])
@@ -201,7 +207,7 @@ def test_a_step_that_encodes_a_image_computes_fewer_tokens_of_its_prompt(num_ima
     sizes = []
     while sequence.num_pending > 1:
         plan = scheduler.plan()
-        sizes.append(plan.pieces[0].num_tokens)
+        sizes.append(plan.scheduled[0].num_tokens)
         finish(scheduler, plan)
     assert sizes == [first, 100, 150 - first]
 
@@ -276,7 +282,7 @@ def test_layers_of_the_tower_that_are_not_read_are_not_computed(read, num_comput
     before = look()
     assert len(computed) == len(layers) == 2
     computed.clear()
-    pass_over_unread_layers(core.model.model)
+    skip_unused_vision_layers(core.model.model)
     assert torch.equal(look(), before)
     assert computed == list(layers[:num_computed])
 
@@ -402,11 +408,11 @@ def test_images_are_kept_until_others_need_the_memory_the_longest_unused_go_firs
         encoded.extend(inputs["pixel_values"][:, 0, 0, 0].tolist())
         return [torch.full((4, 8), value) for value in inputs["pixel_values"][:, 0, 0, 0]]
 
-    images = Images(encode, max_bytes=2 * 4 * 8 * 4)  # two of them
+    images = EncoderCache(encode, max_bytes=2 * 4 * 8 * 4)  # two of them
 
     def read(*names: int) -> list[float]:
         pixels = torch.tensor(names, dtype=torch.float32)[:, None, None, None]
-        sequence = Sequence("a", [1], 0, Sampling(), 1, TextStream(lambda ids: ""))
+        sequence = Sequence("a", [1], 0, Sampling(), 1, Detokenizer(lambda ids: ""))
         sequence.inputs, sequence.image_names = {"pixel_values": pixels}, names
         encoded.clear()
         images.read([sequence])
@@ -531,7 +537,7 @@ def test_text_streams_never_show_half_a_character():
     tokenizer = build_byte_tokenizer(context_length=64)
     text = "naïve 狗🐶 done"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    stream = TextStream(lambda ids: tokenizer.decode(ids))
+    stream = Detokenizer(lambda ids: tokenizer.decode(ids))
     pieces = [stream.push(token) for token in ids]
     assert "".join(pieces) + stream.flush() == text
     assert not any("\ufffd" in piece for piece in pieces)
@@ -540,11 +546,11 @@ def test_text_streams_never_show_half_a_character():
 
 def test_text_streams_hold_back_what_may_become_a_stop_text():
     words = ["ab", "c#", "#", "x", "##", "#", "y"]
-    stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=["###"])
+    stream = Detokenizer(lambda ids: "".join(words[i] for i in ids), stop=["###"])
     shown = [stream.push(i) for i in range(6)]
     assert shown == ["ab", "c", "", "##x", "", ""]
     assert stream.is_stopped
-    stream = TextStream(lambda ids: "".join(words[i] for i in ids), stop=["###"])
+    stream = Detokenizer(lambda ids: "".join(words[i] for i in ids), stop=["###"])
     assert stream.push(1) == "c"
     assert stream.flush() == "#"
 
@@ -639,7 +645,7 @@ def _run(scheduler: Scheduler, runner: ScriptedRunner) -> list[str]:
     texts: dict[Sequence, str] = {}
     while scheduler.has_work():
         plan = scheduler.plan()
-        assert plan.pieces, "a step without work never ends"
+        assert plan.scheduled, "a step without work never ends"
         tokens = runner.run(plan)
         scheduler.advance(plan)
         for sequence, chunk in scheduler.commit(plan, tokens):
@@ -653,7 +659,7 @@ def test_long_prompts_are_computed_in_parts_beside_running_answers():
     scheduler.add(make_sequence(length=2, max_tokens=8))
     scheduler.add(make_sequence(length=25, max_tokens=2))
     assert _run(scheduler, runner) == ["7 8 ", "7 8 9 10 11 12 13 14 "]
-    sizes = [[piece.num_tokens for piece in plan.pieces] for plan in runner.plans[:5]]
+    sizes = [[scheduled.num_tokens for scheduled in plan.scheduled] for plan in runner.plans[:5]]
     assert sizes == [[2, 8], [1, 10], [1, 7], [1, 1], [1]]
 
 
@@ -670,7 +676,7 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
     steps = 0
     while scheduler.has_work():
         plan = scheduler.plan()
-        owned = sorted(s.region for s in scheduler.running)
+        owned = sorted(s.kv_slice for s in scheduler.running)
         assert all(a + n <= b for (a, n), (b, _) in itertools.pairwise(owned))
         assert len(scheduler.running) <= 5
         scheduler.advance(plan)
@@ -678,12 +684,12 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
         if rng.random() < 0.1:
             scheduler.abort(rng.choice(sequences))
         steps += 1
-    assert scheduler.regions.num_used == scheduler.prefixes.num_tokens
-    assert scheduler.prefixes.reserve(640) == (0, 640)
+    assert scheduler.kv_allocator.num_used == scheduler.prefix_cache.num_tokens
+    assert scheduler.prefix_cache.reserve(640) == (0, 640)
 
 
 def test_regions_join_again_when_they_come_back():
-    regions = Regions(10)
+    regions = KVAllocator(10)
     taken = [regions.reserve(n) for n in (3, 4, 3)]
     assert taken == [(0, 3), (3, 4), (7, 3)]
     regions.release(taken[0])
@@ -694,7 +700,7 @@ def test_regions_join_again_when_they_come_back():
 
 
 def test_regions_of_similar_requests_are_equal():
-    regions = Regions(100, granule=32)
+    regions = KVAllocator(100, granule=32)
     assert regions.num_tokens == 128
     assert [regions.reserve(n) for n in (30, 32, 33)] == [(0, 32), (32, 32), (64, 64)]
     assert regions.reserve(1) is None
@@ -702,8 +708,8 @@ def test_regions_of_similar_requests_are_equal():
 
 def test_lanes_are_rows_of_equal_distance_and_similar_length():
     def starts(*spans: tuple[int, int, int]) -> list[list[int]]:
-        groups = group_lanes([Span(0, 1, Region(a, n), past) for a, n, past in spans])
-        return [[span.region.start for span in group] for group in groups]
+        groups = group_by_stride([Span(0, 1, KVSlice(a, n), past) for a, n, past in spans])
+        return [[span.kv_slice.start for span in group] for group in groups]
 
     assert starts((40, 20, 9), (0, 20, 9), (20, 20, 9)) == [[0, 20, 40]]
     assert starts((0, 20, 9), (20, 20, 9), (50, 20, 9), (70, 20, 9)) == [[0, 20], [50, 70]]
@@ -774,7 +780,7 @@ def test_closing_fails_what_is_running():
 
 def test_the_runner_checks_itself_without_touching_the_cache_of_others():
     core = load_model(tiny_model(), dtype="float32", device="cpu")
-    runner = LlavaRunner(core, cache_tokens=8)
+    runner = ModelRunner(core, cache_tokens=8)
     others = 8 * runner._cache.num_kv_heads
     for pool in runner._cache.keys:
         pool[:others] = 3

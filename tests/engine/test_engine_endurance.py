@@ -19,7 +19,7 @@ import torch
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.engine.torch_engine.engine_loop import Reader
+from llava_ray.engine.torch_engine.engine_loop import OutputQueue
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.build.random_model import TINY
 from llava_ray.model.loading import load_model
@@ -144,7 +144,7 @@ def count_objects() -> Counter[str]:
         if issubclass(kind, asyncio.Task):
             counts["tasks"] += each.get_loop() is loop
         counts["sequences"] += issubclass(kind, Sequence)
-        counts["readers"] += issubclass(kind, Reader)
+        counts["readers"] += issubclass(kind, OutputQueue)
         counts["tensors"] += issubclass(kind, torch.Tensor)
     return counts
 

@@ -22,8 +22,8 @@ from support.tiny_checkpoint import make_image, tiny_model
 from support.wait import wait_until_ended
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.engine import ChildEngine
-from llava_ray.engine.external.settings import Kind
+from llava_ray.engine.external.engine import ExternalEngine
+from llava_ray.engine.external.settings import ExternalEngineKind
 from llava_ray.engine.external.sglang_engine import SGLANG
 from llava_ray.engine.factory import load_engine
 from llava_ray.errors import (
@@ -37,7 +37,7 @@ from llava_ray.model.build.random_model import TINY
 from llava_ray.types import TokenLogprob
 
 IMAGE_TOKENS = (TINY.image_size // TINY.patch_size) ** 2
-SCRIPTED = Kind(
+SCRIPTED = ExternalEngineKind(
     "scripted",
     "The scripted engine",
     lambda config, folder, on_gpu: {"folder": str(folder), "image_tokens": IMAGE_TOKENS},
@@ -54,13 +54,13 @@ def _exports(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-def load(**options: Any) -> ChildEngine:
+def load(**options: Any) -> ExternalEngine:
     options = {"python": sys.executable} | options
-    return ChildEngine(ModelConfig(path=str(tiny_model()), engine_options=options), SCRIPTED)
+    return ExternalEngine(ModelConfig(path=str(tiny_model()), engine_options=options), SCRIPTED)
 
 
 @asynccontextmanager
-async def opened(**options: Any) -> AsyncIterator[ChildEngine]:
+async def opened(**options: Any) -> AsyncIterator[ExternalEngine]:
     engine = load(**options)
     try:
         yield engine
@@ -68,7 +68,7 @@ async def opened(**options: Any) -> AsyncIterator[ChildEngine]:
         await engine.close()
 
 
-def play(scene: Callable[[ChildEngine], Awaitable[None]], **options: Any) -> None:
+def play(scene: Callable[[ExternalEngine], Awaitable[None]], **options: Any) -> None:
     async def run() -> None:
         async with opened(**options) as engine, asyncio.timeout(60):
             await scene(engine)
@@ -77,7 +77,7 @@ def play(scene: Callable[[ChildEngine], Awaitable[None]], **options: Any) -> Non
 
 
 def test_tokens_become_text_with_stop_texts_limits_and_logprobs() -> None:
-    async def scene(engine: ChildEngine) -> None:
+    async def scene(engine: ExternalEngine) -> None:
         chunks = await read(engine, prompt("how do you do", max_tokens=None))
         assert "".join(chunk.text for chunk in chunks) == "how do you do"
         assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == ["stop"]
@@ -101,7 +101,7 @@ def test_tokens_become_text_with_stop_texts_limits_and_logprobs() -> None:
 
 
 def test_images_arrive_as_they_are() -> None:
-    async def scene(engine: ChildEngine) -> None:
+    async def scene(engine: ExternalEngine) -> None:
         image = make_image(3, width=48, height=40)
         ids = [48, 40, *image.getpixel((0, 0))]
         said = await answer(engine, prompt("<image> what?", image, max_tokens=99))
@@ -115,7 +115,7 @@ def test_images_arrive_as_they_are() -> None:
 
 
 def test_many_are_answered_at_once_and_who_leaves_is_forgotten() -> None:
-    async def scene(engine: ChildEngine) -> None:
+    async def scene(engine: ExternalEngine) -> None:
         words = [f"these are the words of number {number}" for number in range(8)]
         leaving = [read_some(engine, prompt(text, max_tokens=None), 2) for text in words[4:]]
         staying = [answer(engine, prompt(text, max_tokens=None)) for text in words[:4]]
@@ -129,7 +129,7 @@ def test_many_are_answered_at_once_and_who_leaves_is_forgotten() -> None:
 
 
 def test_what_cannot_be_done_is_refused_before_it_is_sent() -> None:
-    async def scene(engine: ChildEngine) -> None:
+    async def scene(engine: ExternalEngine) -> None:
         with pytest.raises(ContextLengthError, match="ask for at most"):
             await read(engine, prompt("hello", max_tokens=10**6))
         with pytest.raises(UnsupportedError, match="engine='scripted'") as caught:
@@ -149,7 +149,7 @@ def test_what_cannot_be_done_is_refused_before_it_is_sent() -> None:
 
 @pytest.mark.parametrize("how", ["killed", "broken"])
 def test_an_engine_that_ends_fails_what_is_running_at_once_and_its_health(how: str) -> None:
-    async def scene(engine: ChildEngine) -> None:
+    async def scene(engine: ExternalEngine) -> None:
         await engine.check()
         seed = MISCHIEF["stay silent" if how == "killed" else "break"]
         waiting = asyncio.create_task(read(engine, prompt("hello", seed=seed)))
@@ -247,7 +247,7 @@ def test_real_engines_give_the_tokens_of_ours_and_die_loudly(name: str) -> None:
     )  # fmt: skip
     ours = load_engine(config.model_copy(update={"engine": "torch", "engine_options": {}}))
     theirs = load_engine(config)
-    assert isinstance(theirs, ChildEngine)
+    assert isinstance(theirs, ExternalEngine)
 
     async def scene() -> None:
         asked = [

@@ -10,7 +10,7 @@ from support.tiny_checkpoint import make_image
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.echo import EchoEngine
-from llava_ray.engine.fanout import spread, stream_all
+from llava_ray.engine.fanout import fan_out, stream_all
 from llava_ray.errors import ContextLengthError
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
 
@@ -30,8 +30,8 @@ def test_a_seed_gives_answers_that_differ_and_can_be_repeated() -> None:
     async def main() -> None:
         engine = load()
         asked = prompt("a <image>", make_image(), temperature=1.0, seed=3, max_tokens=8)
-        first = join(await read_all(engine, spread(asked, 3)))
-        again = join(await read_all(engine, spread(asked, 3)))
+        first = join(await read_all(engine, fan_out(asked, 3)))
+        again = join(await read_all(engine, fan_out(asked, 3)))
         assert first == again
         assert len(set(first.values())) == 3
         alone = prompt("a <image>", make_image(), temperature=1.0, seed=4, max_tokens=8)
@@ -45,7 +45,7 @@ def test_answers_come_side_by_side_and_each_ends_once() -> None:
     async def main() -> None:
         engine = EchoEngine()
         prompts = [prompt("one two three", max_tokens=n) for n in (1, 2, 9)]
-        prompts = [spread(each, 1)[0] for each in prompts]
+        prompts = [fan_out(each, 1)[0] for each in prompts]
         named = [
             each.__class__(f"id-{i}", each.text, (), each.sampling)
             for i, each in enumerate(prompts)
@@ -64,7 +64,7 @@ def test_leaving_stops_all_answers() -> None:
     async def main() -> None:
         engine = load()
         endless = prompt("a", max_tokens=None, ignore_eos=True)
-        async with aclosing(stream_all(engine, spread(endless, 4))) as chunks:
+        async with aclosing(stream_all(engine, fan_out(endless, 4))) as chunks:
             seen = set()
             async for chunk in chunks:
                 seen.add(chunk.answer)

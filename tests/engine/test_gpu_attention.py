@@ -24,7 +24,7 @@ def test_each_sequence_sees_its_own_keys_and_no_others(
 ):
     monkeypatch.setattr(triton_attention, "_count_processors", lambda device: num_processors)
     check_attention(
-        triton_attention.attend_rows,
+        triton_attention.attend_decode,
         dtype=torch.float32,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -39,7 +39,7 @@ def test_keys_and_values_may_have_16_bits(dtype, num_heads, num_kv_heads):
     if DEVICE == "cpu" and dtype == torch.bfloat16 and num_heads > num_kv_heads:
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 matrices")
     check_attention(
-        triton_attention.attend_rows,
+        triton_attention.attend_decode,
         dtype=dtype,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -56,14 +56,14 @@ def test_it_is_tried_before_it_is_used(monkeypatch, caplog):
     def write_zeros(query, keys, values, rows, output, **_):
         output.zero_()
 
-    monkeypatch.setattr(triton_attention, "attend_rows", write_zeros)
+    monkeypatch.setattr(triton_attention, "attend_decode", write_zeros)
     assert not triton_attention.is_right(pool, **shape)
     assert "is wrong on this machine" in caplog.text
 
     def fail(*_, **__):
         raise RuntimeError("no such instruction")
 
-    monkeypatch.setattr(triton_attention, "attend_rows", fail)
+    monkeypatch.setattr(triton_attention, "attend_decode", fail)
     assert not triton_attention.is_right(pool, **shape)
     assert "no such instruction" in caplog.text
 

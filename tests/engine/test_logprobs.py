@@ -8,7 +8,7 @@ import torch
 from support.engine_requests import load, prompt, read
 from support.tiny_checkpoint import make_image, tiny_model
 
-from llava_ray.engine.detokenizer import LogprobStream, TextStream
+from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
@@ -93,8 +93,8 @@ def say(words: list[bytes], *, stop: tuple[str, ...] = ()) -> list[tuple[str, li
     def decode(ids: list[int]) -> str:
         return b"".join(words[i] for i in ids).decode(errors="replace")
 
-    sequence = Sequence("test", [0], 0, Sampling(), len(words), TextStream(decode, stop=stop))
-    sequence.logprobs = LogprobStream(words.__getitem__, num_top=0)
+    sequence = Sequence("test", [0], 0, Sampling(), len(words), Detokenizer(decode, stop=stop))
+    sequence.logprobs = LogprobCollector(words.__getitem__, num_top=0)
     told = []
     for i in range(len(words)):
         sequence.logprobs.measure(i, -1.0)

@@ -11,6 +11,7 @@ from support.engine_requests import (
     ScriptedRunner,
     answer,
     ask_late,
+    generate,  # noqa: F401 - a fixture
     load,
     make_sequence,
     mixed_prompts,
@@ -20,8 +21,8 @@ from support.engine_requests import (
 from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner
-from llava_ray.engine.torch_engine.scheduling.scheduler import Plan, Scheduler
+from llava_ray.engine.torch_engine.execution.model_runner import ModelRunner
+from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Sampling
@@ -30,14 +31,14 @@ from llava_ray.types import Chunk, Sampling
 def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
     core = load_model(tiny_model(), dtype="float32", device="cpu")
     size = options.setdefault("max_batch_size", 9)
-    runner = LlavaRunner(core, cache_tokens=16384, graph_batch_size=size if graphs else None)
+    runner = ModelRunner(core, cache_tokens=16384, graph_batch_size=size if graphs else None)
     return TorchEngine(core, runner=runner, runs_ahead=True, **options)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("prefill_tokens", [7, 4096])
 def test_requests_that_come_and_go_get_the_answers_of_generate(
-    generate,
+    generate,  # noqa: F811 - the fixture
     graphs,
     prefill_tokens,
 ):
@@ -108,13 +109,13 @@ class Spy(ScriptedRunner):
         super().__init__()
         self.events: list[str] = []
 
-    def launch(self, plan: Plan) -> "Reading":
+    def launch(self, plan: StepPlan) -> "Reading":
         self.plans.append(plan)
         number = len(self.plans)
         self.events.append(f"launch {number}")
         tokens = [
-            7 + len(piece.sequence.token_ids) + piece.sequence.num_expected
-            for piece in plan.complete
+            7 + len(scheduled.sequence.token_ids) + scheduled.sequence.num_expected
+            for scheduled in plan.complete
         ]
         return Reading(self, number, tokens)
 
@@ -157,14 +158,14 @@ def test_where_the_next_logits_depend_on_the_last_token_it_is_waited_for():
     assert events == ["launch 1", "read 1", "launch 2", "read 2"]
 
 
-def launch(scheduler: Scheduler) -> Plan:
+def launch(scheduler: Scheduler) -> StepPlan:
     plan = scheduler.plan()
     scheduler.advance(plan)
     return plan
 
 
-def sequences_of(plan: Plan) -> set[Sequence]:
-    return {piece.sequence for piece in plan.pieces}
+def sequences_of(plan: StepPlan) -> set[Sequence]:
+    return {scheduled.sequence for scheduled in plan.scheduled}
 
 
 def test_an_answer_that_ends_while_its_next_step_is_computed_keeps_its_memory_until_then():
@@ -175,14 +176,14 @@ def test_an_answer_that_ends_while_its_next_step_is_computed_keeps_its_memory_un
         scheduler.add(sequence)
     first, second = launch(scheduler), launch(scheduler)
     assert sequences_of(first) == sequences_of(second) == {ending, other}
-    before = scheduler.regions.num_used
+    before = scheduler.kv_allocator.num_used
     news = dict(scheduler.commit(first, [9, 7]))
     assert (news[ending].finish_reason, news[other].finish_reason) == ("stop", None)
-    assert scheduler.regions.num_used == before, "the second step still writes there"
+    assert scheduler.kv_allocator.num_used == before, "the second step still writes there"
     third = launch(scheduler)
     assert sequences_of(third) == {other}
     assert [sequence for sequence, _ in scheduler.commit(second, [8, 8])] == [other]
-    assert scheduler.regions.num_used < before
+    assert scheduler.kv_allocator.num_used < before
     assert (ending.token_ids, scheduler.running) == ([9], [other])
 
 
@@ -192,8 +193,8 @@ def test_what_is_aborted_in_two_steps_leaves_after_the_second():
     scheduler.add(gone)
     first, second = launch(scheduler), launch(scheduler)
     scheduler.abort(gone)
-    assert launch(scheduler).pieces == []
+    assert launch(scheduler).scheduled == []
     assert scheduler.commit(first, [7]) == []
-    assert scheduler.regions.num_used > 0
+    assert scheduler.kv_allocator.num_used > 0
     assert scheduler.commit(second, [7]) == []
-    assert (scheduler.regions.num_used, scheduler.has_work()) == (0, False)
+    assert (scheduler.kv_allocator.num_used, scheduler.has_work()) == (0, False)

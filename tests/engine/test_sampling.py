@@ -16,7 +16,7 @@ from transformers import (
     TopKLogitsWarper,
 )
 
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.torch_engine.execution.logits_processors import adjust
 from llava_ray.engine.torch_engine.execution.sampler import sample
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
@@ -31,7 +31,7 @@ EOS = 2
 
 
 def sequence(*, answer: list[int] = ANSWER, **sampling) -> Sequence:
-    text = TextStream(lambda ids: "".join(f"{i} " for i in ids))
+    text = Detokenizer(lambda ids: "".join(f"{i} " for i in ids))
     options = Sampling(**{"temperature": 0.0} | sampling)
     made = Sequence("test", PROMPT, 0, options, 99, text, eos_token_ids=frozenset([EOS]))
     for token in answer:

@@ -3,13 +3,13 @@
 import torch
 import torch.nn.functional as F
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Singles
+from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMetadata
 
 HEAD_SIZE = 24
 
 
 def check_attention(
-    attend_rows,
+    attend_decode,
     *,
     dtype: torch.dtype,
     num_heads: int,
@@ -29,10 +29,10 @@ def check_attention(
     tokens = [3, 0, 4]  # the others belong to prompts
     starts, sizes = zip(*regions, strict=True)
     numbers = torch.tensor([tokens, starts, sizes, lengths], device=device)
-    attend_rows(
+    attend_decode(
         query_THE,
         *pools,
-        Singles(*numbers, num_kv_heads=num_kv_heads).find_rows(window),
+        DecodeMetadata(*numbers, num_kv_heads=num_kv_heads).find_rows(window),
         output_THE,
         num_kv_heads=num_kv_heads,
         scaling=0.3,

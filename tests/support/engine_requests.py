@@ -7,9 +7,9 @@ from contextlib import aclosing
 
 from support.tiny_checkpoint import make_image, tiny_model
 
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.engine.torch_engine.scheduling.scheduler import Plan
+from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Prompt, Sampling
@@ -74,16 +74,16 @@ class ScriptedRunner:
     """Generates 7, 8, 9, ... for every sequence, records the plans, and fails on demand."""
 
     def __init__(self) -> None:
-        self.plans: list[Plan] = []
+        self.plans: list[StepPlan] = []
         self.breaks_at: int | None = None
         self.delay_s = 0.0
 
-    def run(self, plan: Plan) -> list[int]:
+    def run(self, plan: StepPlan) -> list[int]:
         self.plans.append(plan)
         time.sleep(self.delay_s)
         if self.breaks_at is not None and len(self.plans) >= self.breaks_at:
             raise RuntimeError("out of luck")
-        return [7 + len(piece.sequence.token_ids) for piece in plan.complete]
+        return [7 + len(scheduled.sequence.token_ids) for scheduled in plan.complete]
 
     def check(self) -> None:
         if self.breaks_at == 0:
@@ -94,5 +94,5 @@ class ScriptedRunner:
 
 
 def make_sequence(sampling: Sampling = GREEDY, *, length: int = 4, max_tokens: int = 3) -> Sequence:
-    text = TextStream(lambda ids: "".join(f"{i} " for i in ids))
+    text = Detokenizer(lambda ids: "".join(f"{i} " for i in ids))
     return Sequence("test", [1] * length, 0, sampling, max_tokens, text)

@@ -127,6 +127,7 @@ ABSENT = {
     "llava_ray.serve.fetch.client": {"torch", "ray", "gradio"},
     "llava_ray.serve.request_context": {"torch", "ray", "gradio"},
     "llava_ray.engine.protocol": {"torch", "ray", "gradio"},
+    "llava_ray.engine.torch_engine.scheduling.scheduler": {"torch", "ray", "numba"},
     "llava_ray.demo": {"torch", "ray", "gradio"},
     "llava_ray.data.sources": {"torch", "ray", "transformers"},
     "llava_ray.data.loader.order": {"torch", "ray", "transformers", "pyarrow"},

@@ -1,6 +1,6 @@
 """vLLM and SGLang as engines: each works in a process of its own, in an environment of its own.
 
-Prompt -> `PromptReader` (length, texts) -> `ChildProcess` -> token ids -> text, stop texts and
+Prompt -> `InputProcessor` (length, texts) -> `EngineProcess` -> token ids -> text, stop texts and
 logprobs as of the torch engine. The child gets the rendered prompt and the decoded images; no
 string of a client's is ever taken for an address or a path there.
 """
@@ -13,10 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.detokenizer import LogprobStream
-from llava_ray.engine.external.process import ChildProcess, Questioner
-from llava_ray.engine.external.settings import Kind, describe_child
-from llava_ray.engine.input_processor import PromptReader
+from llava_ray.engine.detokenizer import LogprobCollector
+from llava_ray.engine.external.process import EngineProcess, ResponseQueue
+from llava_ray.engine.external.settings import ExternalEngineKind, build_launch
+from llava_ray.engine.input_processor import InputProcessor
 from llava_ray.errors import ConfigError, EngineError, RequestError, UnsupportedError
 from llava_ray.model.loading import load_without_weights
 from llava_ray.types import Chunk, Prompt, Sampling, Tokens
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _DEFAULTS = Sampling()
 
 
-class ChildEngine:
+class ExternalEngine:
     """Answers many prompts at once with another engine; see `Engine`.
 
     Args:
@@ -38,9 +38,9 @@ class ChildEngine:
         ConfigError: the model does not load, or the engine is not there.
     """
 
-    def __init__(self, config: ModelConfig, kind: Kind) -> None:
-        child = describe_child(config, kind)
-        core = load_without_weights(child.folder, template=config.template)
+    def __init__(self, config: ModelConfig, kind: ExternalEngineKind) -> None:
+        launch = build_launch(config, kind)
+        core = load_without_weights(launch.folder, template=config.template)
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(
                 f"context_length={config.context_length} is more than the {core.context_length} "
@@ -51,14 +51,17 @@ class ChildEngine:
         self._kind, self._core = kind, core
         self._unsupported = kind.unsupported(config)
         self._cache_tokens = config.cache_tokens
-        self._reader = PromptReader(
+        self._inputs = InputProcessor(
             core, context_length=self.context_length, room=self.context_length
         )
         self._encoder = ThreadPoolExecutor(2, thread_name_prefix="encode")
         self._held: dict[str, int] = {}  # request -> its tokens
         self._answering: set[str] = set()  # those of them whose first token has come
-        self._process = ChildProcess(
-            child.command, name=kind.label, environment=child.environment, timeout_s=child.timeout_s
+        self._process = EngineProcess(
+            launch.command,
+            name=kind.label,
+            environment=launch.environment,
+            timeout_s=launch.timeout_s,
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
@@ -67,14 +70,14 @@ class ChildEngine:
         here = asyncio.get_running_loop()
         prompt_ids, message = await here.run_in_executor(self._encoder, self._describe, prompt)
         name = f"{prompt.request_id}-{os.urandom(4).hex()}"  # names of requests may come again
-        questioner = Questioner()
-        await here.run_in_executor(self._encoder, self._process.ask, name, message, questioner)
-        answer = _Answer(self._reader, prompt, prompt_ids, self._core.eos_token_ids)
+        responses = ResponseQueue()
+        await here.run_in_executor(self._encoder, self._process.ask, name, message, responses)
+        answer = _Answer(self._inputs, prompt, prompt_ids, self._core.eos_token_ids)
         is_over = False
         self._held[name] = len(prompt_ids)
         try:
             while not is_over:
-                told = await questioner.news.get()
+                told = await responses.messages.get()
                 if isinstance(told, EngineError):
                     is_over = True
                     raise told
@@ -100,12 +103,12 @@ class ChildEngine:
     async def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""
         here = asyncio.get_running_loop()
-        return await here.run_in_executor(self._encoder, self._reader.tokenize, prompt)
+        return await here.run_in_executor(self._encoder, self._inputs.tokenize, prompt)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of tokens; see `Engine.detokenize`."""
         here = asyncio.get_running_loop()
-        return await here.run_in_executor(self._encoder, self._reader.detokenize, token_ids)
+        return await here.run_in_executor(self._encoder, self._inputs.detokenize, token_ids)
 
     async def check(self) -> None:
         """See that the process lives and says so; see `Engine.check`."""
@@ -144,12 +147,12 @@ class ChildEngine:
 
     def _describe(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
         """Return a prompt's token ids, and what the child is told of it."""
-        prompt_ids, _ = self._reader.read(prompt)
-        max_tokens = self._reader.fit(prompt, prompt_ids)
+        prompt_ids, _ = self._inputs.read(prompt)
+        max_tokens = self._inputs.fit(prompt, prompt_ids)
         asked = prompt.sampling
         own_ends = () if asked.ignore_eos else self._core.eos_token_ids
         return prompt_ids, {
-            **self._reader.write(prompt, prompt_ids),
+            **self._inputs.write(prompt, prompt_ids),
             "images": [_pack(image) for image in prompt.images],
             "sampling": {
                 "max_tokens": max_tokens,
@@ -175,15 +178,19 @@ class _Answer:
     """Makes chunks of the tokens that come."""
 
     def __init__(
-        self, reader: PromptReader, prompt: Prompt, prompt_ids: Sequence[int], ends: frozenset[int]
+        self,
+        inputs: InputProcessor,
+        prompt: Prompt,
+        prompt_ids: Sequence[int],
+        ends: frozenset[int],
     ) -> None:
-        self._text = reader.open_text(prompt)
-        self._logprobs: LogprobStream | None = reader.open_logprobs(prompt)
+        self._text = inputs.start_detokenizer(prompt)
+        self._logprobs: LogprobCollector | None = inputs.start_logprobs(prompt)
         self._min_tokens = prompt.sampling.min_tokens
         self._ends = {*prompt.sampling.stop_token_ids}
         self._ends |= set() if prompt.sampling.ignore_eos else ends
         self._num_prompt_tokens = len(prompt_ids)
-        self._num_image_tokens = reader.count_image_tokens(prompt_ids)
+        self._num_image_tokens = inputs.count_image_tokens(prompt_ids)
         self._num_tokens = 0
 
     def take(self, told: dict[str, Any]) -> Chunk:

@@ -25,20 +25,20 @@ SILENCE_S = 30.0
 _PRINTED_LINES = 12
 
 
-class Questioner:
+class ResponseQueue:
     """Where what is said of one request arrives, in the event loop that made it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.news: asyncio.Queue[dict[str, Any] | EngineError] = asyncio.Queue()
+        self.messages: asyncio.Queue[dict[str, Any] | EngineError] = asyncio.Queue()
 
     def tell(self, message: dict[str, Any] | EngineError) -> None:
         """Called from another thread."""
         with contextlib.suppress(RuntimeError):  # its loop is closed
-            self.loop.call_soon_threadsafe(self.news.put_nowait, message)
+            self.loop.call_soon_threadsafe(self.messages.put_nowait, message)
 
 
-class ChildProcess:
+class EngineProcess:
     """Starts a program and returns once it is ready.
 
     Args:
@@ -60,7 +60,7 @@ class ChildProcess:
         timeout_s: float,
     ) -> None:
         self._name = name
-        self._asked: dict[str, Questioner] = {}
+        self._responses: dict[str, ResponseQueue] = {}
         self._lock = threading.Lock()
         self._printed: deque[str] = deque(maxlen=_PRINTED_LINES)
         self._ready = threading.Event()
@@ -93,21 +93,21 @@ class ChildProcess:
             self.close()
             raise ConfigError(f"{name} {what}; it printed last:\n" + "\n".join(self._printed))
 
-    def ask(self, name: str, message: dict[str, Any], questioner: Questioner) -> None:
-        """Send a request; what is said of it arrives at the questioner.
+    def ask(self, name: str, message: dict[str, Any], responses: ResponseQueue) -> None:
+        """Send a request; what is said of it arrives at the responses.
 
         Raises:
             EngineError: the process has ended.
         """
         with self._lock:
             self._check()
-            self._asked[name] = questioner
+            self._responses[name] = responses
         self._send({"id": name, **message})
 
     def forget(self, name: str, *, is_over: bool) -> None:
         """Nobody waits any more for what is said of a request."""
         with self._lock:
-            self._asked.pop(name, None)
+            self._responses.pop(name, None)
         if not is_over:
             with contextlib.suppress(EngineError):  # then nothing is left to abort
                 self._send({"abort": name})
@@ -162,16 +162,16 @@ class ChildProcess:
             self._ready.set()
         elif "id" in message:
             with self._lock:
-                questioner = self._asked.get(message["id"])
-            if questioner:
-                questioner.tell(message)
+                responses = self._responses.get(message["id"])
+            if responses:
+                responses.tell(message)
 
     def _end(self, problem: str) -> None:
         with self._lock:
             self._problem = self._problem or problem
-            asked, self._asked = list(self._asked.values()), {}
-        for questioner in asked:
-            questioner.tell(EngineError(f"{self._name} {self._problem}: try again in a moment"))
+            asked, self._responses = list(self._responses.values()), {}
+        for responses in asked:
+            responses.tell(EngineError(f"{self._name} {self._problem}: try again in a moment"))
         self._ready.set()
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # what it started does not outlive it

@@ -28,7 +28,7 @@ _TOWER = "vision_tower.vision_model."  # as in folders of the hub; newer ones ha
 
 
 @dataclass(frozen=True)
-class Kind:
+class ExternalEngineKind:
     """An engine that works in a process of its own.
 
     Attributes:
@@ -49,7 +49,7 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Child:
+class EngineLaunch:
     """How an engine's process is started, and the folder of its model."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Child:
     timeout_s: float
 
 
-def describe_child(config: ModelConfig, kind: Kind) -> Child:
+def build_launch(config: ModelConfig, kind: ExternalEngineKind) -> EngineLaunch:
     """Return how to start the engine of a configuration.
 
     Raises:
@@ -76,7 +76,7 @@ def describe_child(config: ModelConfig, kind: Kind) -> Child:
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     folder = prepare_folder(config.path)
     arguments = kind.arguments(config, folder, on_gpu) | options
-    return Child(
+    return EngineLaunch(
         folder,
         (python, str(kind.program or WORKERS / f"{kind.name}_worker.py"), json.dumps(arguments)),
         kind.environment(config, on_gpu) | environment,
@@ -84,7 +84,7 @@ def describe_child(config: ModelConfig, kind: Kind) -> Child:
     )
 
 
-def find_python(kind: Kind, given: str | None) -> str:
+def find_python(kind: ExternalEngineKind, given: str | None) -> str:
     """Return the Python of an engine's environment.
 
     Raises:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.settings import Kind
+from llava_ray.engine.external.settings import ExternalEngineKind
 
 
 def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def _find_unsupported(config: ModelConfig) -> tuple[str, ...]:
     return ("repetition_penalty", "min_p" if is_deterministic else "seed")
 
 
-SGLANG = Kind(
+SGLANG = ExternalEngineKind(
     "sglang",
     "SGLang",
     _describe_arguments,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.settings import MAX_IMAGES, Kind
+from llava_ray.engine.external.settings import MAX_IMAGES, ExternalEngineKind
 
 
 def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
@@ -29,4 +29,4 @@ def _describe_environment(config: ModelConfig, on_gpu: bool) -> dict[str, str]:
     }
 
 
-VLLM = Kind("vllm", "vLLM", _describe_arguments, _describe_environment)
+VLLM = ExternalEngineKind("vllm", "vLLM", _describe_arguments, _describe_environment)

@@ -15,17 +15,24 @@ import torch
 
 from llava_ray.config import ModelConfig
 from llava_ray.config.model import count_threads
-from llava_ray.engine.input_processor import PromptReader
+from llava_ray.engine.input_processor import InputProcessor
 from llava_ray.engine.protocol import NoteImages, ignore_images
-from llava_ray.engine.torch_engine.engine_loop import Abort, Add, Close, EngineLoop, Ping, Reader
-from llava_ray.engine.torch_engine.execution.model_runner import LlavaRunner, Runner
-from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters, load_side_adapters
+from llava_ray.engine.torch_engine.engine_loop import (
+    Abort,
+    Add,
+    Close,
+    EngineLoop,
+    OutputQueue,
+    Ping,
+)
+from llava_ray.engine.torch_engine.execution.model_runner import ModelRunner, StepRunner
+from llava_ray.engine.torch_engine.execution.multi_lora import LoraAdapters, load_lora_adapters
 from llava_ray.engine.torch_engine.execution.threads import (
-    run_in_passing_thread,
+    run_in_temporary_thread,
     start_single_threaded_executor,
     use_threads,
 )
-from llava_ray.engine.torch_engine.scheduling.content_hash import describe_content, name_images
+from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, identify_tokens
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
@@ -47,7 +54,7 @@ class TorchEngine:
         context_length: longest prompt plus answer; default: the model's own.
         cache_tokens: size of the key-value cache, over all requests.
         cache_dtype: its precision; by default that of the weights.
-        quantization: see `LlavaRunner`.
+        quantization: see `ModelRunner`.
         max_batch_size: requests computed at once.
         prefill_tokens: prompt tokens of one step.
         image_cache_mb: memory for encoded images, in MiB.
@@ -62,8 +69,8 @@ class TorchEngine:
         self,
         core: Core,
         *,
-        adapters: SideAdapters | None = None,
-        runner: Runner | None = None,
+        adapters: LoraAdapters | None = None,
+        runner: StepRunner | None = None,
         context_length: int | None = None,
         cache_tokens: int = 16384,
         cache_dtype: torch.dtype | None = None,
@@ -78,9 +85,9 @@ class TorchEngine:
     ) -> None:
         num_threads = torch.get_num_threads()
         on_gpu = core.model.device.type != "cpu"
-        adapters = adapters or SideAdapters()
+        adapters = adapters or LoraAdapters()
         is_ahead = on_gpu if runs_ahead is None else runs_ahead
-        is_wide = num_threads == 2 and not (is_ahead or adapters.names or runner)
+        can_split = num_threads == 2 and not (is_ahead or adapters.names or runner)
         scheduler = Scheduler(
             cache_tokens=cache_tokens,
             max_batch_size=max_batch_size,
@@ -91,16 +98,16 @@ class TorchEngine:
         self.template = core.template
         self.context_length = min(context_length or core.context_length, core.context_length)
         self._core = core
-        self._cache_tokens = scheduler.regions.num_tokens
-        self._reader = PromptReader(
+        self._cache_tokens = scheduler.kv_allocator.num_tokens
+        self._inputs = InputProcessor(
             core,
             context_length=self.context_length,
             room=min(self.context_length, self._cache_tokens),
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        self._runner = runner or run_in_passing_thread(
-            lambda: LlavaRunner(
+        self._runner = runner or run_in_temporary_thread(
+            lambda: ModelRunner(
                 core,
                 cache_tokens=self._cache_tokens,
                 cache_dtype=cache_dtype,
@@ -112,7 +119,7 @@ class TorchEngine:
             )
         )
         self._encoder = start_single_threaded_executor("encode")
-        names = ("step-0", "step-1") if is_wide else ()
+        names = ("step-0", "step-1") if can_split else ()
         self._threads = [start_single_threaded_executor(name) for name in names]
         self._loop = EngineLoop(
             self._runner,
@@ -152,7 +159,7 @@ class TorchEngine:
             "template": config.template,
             **(loading or {}),
         }
-        core = run_in_passing_thread(lambda: load_model(config.path, **options))
+        core = run_in_temporary_thread(lambda: load_model(config.path, **options))
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(
                 f"context_length={config.context_length} is more than the {core.context_length} "
@@ -160,7 +167,7 @@ class TorchEngine:
             )
         return cls(
             core,
-            adapters=load_side_adapters(core.model, config.adapters),
+            adapters=load_lora_adapters(core.model, config.adapters),
             context_length=config.context_length,
             cache_tokens=config.cache_tokens,
             cache_dtype=dtype,
@@ -175,12 +182,12 @@ class TorchEngine:
         """Yield the answer piece by piece; see `Engine.stream`."""
         here = asyncio.get_running_loop()
         sequence = await here.run_in_executor(self._encoder, self._encode, prompt)
-        reader = Reader()
-        self._loop.send(Add(sequence, reader))
+        output = OutputQueue()
+        self._loop.send(Add(sequence, output))
         is_finished = False
         try:
             while not is_finished:
-                item = await reader.news.get()
+                item = await output.items.get()
                 is_finished = not isinstance(item, Chunk) or item.finish_reason is not None
                 if isinstance(item, EngineError):
                     raise item
@@ -192,12 +199,12 @@ class TorchEngine:
     async def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""
         here = asyncio.get_running_loop()
-        return await here.run_in_executor(self._encoder, self._reader.tokenize, prompt)
+        return await here.run_in_executor(self._encoder, self._inputs.tokenize, prompt)
 
     async def detokenize(self, token_ids: Many[int]) -> str:
         """Return the text of tokens; see `Engine.detokenize`."""
         here = asyncio.get_running_loop()
-        return await here.run_in_executor(self._encoder, self._reader.detokenize, token_ids)
+        return await here.run_in_executor(self._encoder, self._inputs.detokenize, token_ids)
 
     async def check(self) -> None:
         """Send a token through the model, between two steps; see `Engine.check`."""
@@ -212,16 +219,18 @@ class TorchEngine:
 
     def stats(self) -> dict[str, float]:
         """Figures of this moment."""
-        scheduler, figures = self._loop.scheduler, self._loop.figures
+        scheduler, counters = self._loop.scheduler, self._loop.counters
+        allocator = scheduler.kv_allocator
         return {
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting),
-            "cache_tokens_used": scheduler.regions.num_used - scheduler.prefixes.num_tokens,
-            "cache_tokens_total": scheduler.regions.num_tokens,
-            "num_steps": figures.num_steps,
-            "num_prompt_tokens": figures.num_prompt_tokens,
-            "num_cached_tokens": figures.num_cached_tokens,
-            "num_new_tokens": figures.num_new_tokens,
+            "cache_tokens_used": scheduler.kv_allocator.num_used
+            - scheduler.prefix_cache.num_tokens,
+            "cache_tokens_total": allocator.num_tokens,
+            "num_steps": counters.num_steps,
+            "num_prompt_tokens": counters.num_prompt_tokens,
+            "num_cached_tokens": counters.num_cached_tokens,
+            "num_new_tokens": counters.num_new_tokens,
         }
 
     async def close(self) -> None:
@@ -239,20 +248,20 @@ class TorchEngine:
 
     def _encode(self, prompt: Prompt) -> Sequence:
         self._adapters.check(prompt.adapter)
-        prompt_ids, images = self._reader.read(prompt)
-        names = name_images(prompt.images)
+        prompt_ids, images = self._inputs.read(prompt)
+        names = hash_images(prompt.images)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
-            num_image_tokens=self._reader.count_image_tokens(prompt_ids),
+            num_image_tokens=self._inputs.count_image_tokens(prompt_ids),
             sampling=prompt.sampling,
-            max_tokens=self._reader.fit(prompt, prompt_ids),
-            text=self._reader.open_text(prompt),
+            max_tokens=self._inputs.fit(prompt, prompt_ids),
+            text=self._inputs.start_detokenizer(prompt),
             eos_token_ids=self._core.eos_token_ids,
-            grammar=self._reader.compile_format(prompt),
-            logprobs=self._reader.open_logprobs(prompt),
+            grammar=self._inputs.compile_format(prompt),
+            logprobs=self._inputs.start_logprobs(prompt),
             inputs=images,
-            content=describe_content(
+            content=identify_tokens(
                 prompt_ids, self._core.image_token_id, names, adapter=prompt.adapter
             ),
             image_names=names,

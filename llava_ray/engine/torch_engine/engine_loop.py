@@ -20,8 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.execution.model_runner import Launched, Runner
-from llava_ray.engine.torch_engine.scheduling.scheduler import Plan, Scheduler
+from llava_ray.engine.torch_engine.execution.model_runner import LaunchedStep, StepRunner
+from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import EngineError
 from llava_ray.types import Chunk
@@ -29,19 +29,19 @@ from llava_ray.types import Chunk
 logger = logging.getLogger(__name__)
 
 
-class Reader:
+class OutputQueue:
     """Where the chunks of one sequence arrive, in the event loop that made it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.news: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
+        self.items: asyncio.Queue[Chunk | EngineError] = asyncio.Queue()
 
 
 class Add(NamedTuple):
     """Message: compute this sequence."""
 
     sequence: Sequence
-    reader: Reader
+    output: OutputQueue
 
 
 class Abort(NamedTuple):
@@ -59,7 +59,7 @@ class Ping(NamedTuple):
 class Done(NamedTuple):
     """Message, of a thread: this step is computed, or failed."""
 
-    plan: Plan
+    plan: StepPlan
     tokens: Future[list[int]]
     thread: ThreadPoolExecutor
 
@@ -69,7 +69,7 @@ class Close(NamedTuple):
 
 
 @dataclass
-class Figures:
+class EngineCounters:
     """Counters since the start."""
 
     num_steps: int = 0
@@ -90,7 +90,7 @@ class EngineLoop:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: StepRunner,
         scheduler: Scheduler,
         *,
         threads: Iterable[ThreadPoolExecutor] = (),
@@ -99,15 +99,15 @@ class EngineLoop:
         name: str = "engine",
     ) -> None:
         self.scheduler = scheduler
-        self.figures = Figures()
+        self.counters = EngineCounters()
         self._runner = runner
         self._on_start = on_start
-        self._readers: dict[Sequence, Reader] = {}
+        self._outputs: dict[Sequence, OutputQueue] = {}
         self._inbox: queue.SimpleQueue[Add | Abort | Ping | Close | Done] = queue.SimpleQueue()
         self._threads = list(threads)
         self._idle = list(self._threads)
         self._runs_ahead = runs_ahead
-        self._launched: deque[tuple[Plan, Launched]] = deque()
+        self._launched: deque[tuple[StepPlan, LaunchedStep]] = deque()
         self._is_blocked = False  # all that there is to do waits for a step in flight
         self._pings: list[tuple[Ping, set[ThreadPoolExecutor]]] = []
         self._lock = threading.Lock()  # guards `_failure` against messages that come too late
@@ -151,7 +151,7 @@ class EngineLoop:
             self._compute_ahead()
             return
         num_busy = len(self._threads) - len(self._idle)
-        if self._threads and self.scheduler.is_wide():
+        if self._threads and self.scheduler.can_split():
             plans = self._plan_side_by_side()
             if num_busy or len(plans) > 1:
                 for plan in plans:
@@ -165,49 +165,51 @@ class EngineLoop:
             plan = self._plan()
             self._finish(plan, self._runner.run(plan))
 
-    def _plan(self, share: int = 1) -> Plan:
+    def _plan(self, share: int = 1) -> StepPlan:
         plan = self.scheduler.plan(share)
-        self.figures.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
+        self.counters.num_cached_tokens += sum(copy.num_tokens for copy in plan.copies)
         return plan
 
     def _compute_ahead(self) -> None:
         """Launch a step, if there is one already; then take the tokens of the one before."""
         plan = self._plan()
-        if plan.pieces:
+        if plan.scheduled:
             self._launched.append((plan, self._runner.launch(plan)))
             self.scheduler.advance(plan)
-        if len(self._launched) > bool(plan.pieces):
+        if len(self._launched) > bool(plan.scheduled):
             before, launched = self._launched.popleft()
             self._take_tokens(before, launched.read())
 
-    def _plan_side_by_side(self) -> list[Plan]:
+    def _plan_side_by_side(self) -> list[StepPlan]:
         """Return a step for each idle thread, or for fewer, if there is no more to compute.
 
         Copies are made here, before the next plan lets their sources go.
         """
-        plans: list[Plan] = []
+        plans: list[StepPlan] = []
         while len(plans) < len(self._idle):
             plan = self._plan(share=len(self._threads))
-            if not plan.pieces:
+            if not plan.scheduled:
                 break
             if plan.copies:
-                self._runner.run(Plan([], plan.copies))
-            plans.append(Plan(plan.pieces))
+                self._runner.run(StepPlan([], plan.copies))
+            plans.append(StepPlan(plan.scheduled))
         return plans
 
-    def _start(self, plan: Plan, thread: ThreadPoolExecutor) -> None:
+    def _start(self, plan: StepPlan, thread: ThreadPoolExecutor) -> None:
         running = thread.submit(self._runner.run, plan)
         running.add_done_callback(lambda tokens: self._inbox.put(Done(plan, tokens, thread)))
 
-    def _finish(self, plan: Plan, tokens: list[int]) -> None:
+    def _finish(self, plan: StepPlan, tokens: list[int]) -> None:
         self.scheduler.advance(plan)
         self._take_tokens(plan, tokens)
 
-    def _take_tokens(self, plan: Plan, tokens: list[int]) -> None:
+    def _take_tokens(self, plan: StepPlan, tokens: list[int]) -> None:
         news = self.scheduler.commit(plan, tokens)
-        self.figures.num_steps += 1
-        self.figures.num_prompt_tokens += sum(p.num_tokens for p in plan.pieces if p.num_tokens > 1)
-        self.figures.num_new_tokens += len(news)
+        self.counters.num_steps += 1
+        self.counters.num_prompt_tokens += sum(
+            each.num_tokens for each in plan.scheduled if each.num_tokens > 1
+        )
+        self.counters.num_new_tokens += len(news)
         self._deliver(news)
 
     def _listen(self) -> None:
@@ -220,11 +222,11 @@ class EngineLoop:
 
     def _take(self, message: Add | Abort | Ping | Close | Done) -> None:
         match message:
-            case Add(sequence, reader):
-                self._readers[sequence] = reader
+            case Add(sequence, output):
+                self._outputs[sequence] = output
                 self.scheduler.add(sequence)
             case Abort(sequence):
-                self._readers.pop(sequence, None)
+                self._outputs.pop(sequence, None)
                 self.scheduler.abort(sequence)
             case Ping():
                 self._pings.append((message, set(self._threads) - set(self._idle)))
@@ -256,17 +258,17 @@ class EngineLoop:
 
     def _deliver(self, news: Iterable[tuple[Sequence, Chunk | EngineError]]) -> None:
         """Hand a step's chunks over: one call for each event loop that is waiting for some."""
-        parcels: dict[asyncio.AbstractEventLoop, list[tuple[Reader, Chunk | EngineError]]] = {}
+        parcels: dict[asyncio.AbstractEventLoop, list[tuple[OutputQueue, Chunk | EngineError]]] = {}
         for sequence, item in news:
-            reader = self._readers[sequence]
+            output = self._outputs[sequence]
             if not isinstance(item, Chunk) or item.finish_reason is not None:
-                del self._readers[sequence]
-            parcels.setdefault(reader.loop, []).append((reader, item))
+                del self._outputs[sequence]
+            parcels.setdefault(output.loop, []).append((output, item))
         for loop, parcel in parcels.items():
             try:
                 loop.call_soon_threadsafe(_hand_over, parcel)
             except RuntimeError:  # that event loop is closed: nobody reads any more
-                for sequence in [s for s, reader in self._readers.items() if reader.loop is loop]:
+                for sequence in [s for s, output in self._outputs.items() if output.loop is loop]:
                     self._take(Abort(sequence))
 
     def _end(self, failure: str) -> None:
@@ -274,18 +276,18 @@ class EngineLoop:
             self._failure = failure
         while not self._inbox.empty():
             match self._inbox.get():
-                case Add(sequence, reader):
-                    self._readers[sequence] = reader
+                case Add(sequence, output):
+                    self._outputs[sequence] = output
                 case Ping() as ping:
                     self._pings.append((ping, set()))
         for ping, _ in self._pings:
             if ping.answer.set_running_or_notify_cancel():
                 ping.answer.set_exception(EngineError(failure))
-        self._deliver([(sequence, EngineError(failure)) for sequence in list(self._readers)])
+        self._deliver([(sequence, EngineError(failure)) for sequence in list(self._outputs)])
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self.scheduler.abort(sequence)
 
 
-def _hand_over(parcel: list[tuple[Reader, Chunk | EngineError]]) -> None:
-    for reader, item in parcel:
-        reader.news.put_nowait(item)
+def _hand_over(parcel: list[tuple[OutputQueue, Chunk | EngineError]]) -> None:
+    for output, item in parcel:
+        output.items.put_nowait(item)

@@ -11,7 +11,7 @@ from contextlib import aclosing
 
 import httpx
 
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.errors import EngineError, RequestError, UnreachableError, UnsupportedError
 from llava_ray.serve.backends.replicas import Backend, BackendResponse
 from llava_ray.serve.llava.protocol import END, OK, AnswerBody, parse
@@ -141,7 +141,7 @@ async def read_chunks(
         UnreachableError: the worker sent nothing; see also `read_objects`.
     """
     pieces: list[str] = []
-    text = TextStream(lambda ids: "".join(pieces[i] for i in ids), stop=call.stop)
+    text = Detokenizer(lambda ids: "".join(pieces[i] for i in ids), stop=call.stop)
     said = ""
     is_at_beginning = call.is_chat
     async with aclosing(objects):

@@ -33,7 +33,7 @@ GRACE_MS = 5_000
 LONGEST_LINE = 1 << 30
 
 
-class Inner(Protocol):
+class WorkerEngine(Protocol):
     """An engine as a child program wraps it."""
 
     def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
@@ -57,7 +57,7 @@ class Link:
     def tell(self, **message: Any) -> None:
         self._out.write(json.dumps(message).encode() + b"\n")
 
-    async def run(self, engine: Inner) -> None:
+    async def run(self, engine: WorkerEngine) -> None:
         """Answer until the replica is gone or the engine broken."""
         self.tell(ready={})
         pulse = asyncio.create_task(self._beat(engine))
@@ -67,7 +67,7 @@ class Link:
         while not pulse.done() and (line := await _first(pulse, reader.readline())):
             self._take(engine, json.loads(line))
 
-    def _take(self, engine: Inner, message: dict[str, Any]) -> None:
+    def _take(self, engine: WorkerEngine, message: dict[str, Any]) -> None:
         if name := message.get("abort"):
             if task := self._running.pop(name, None):
                 task.cancel()
@@ -77,7 +77,7 @@ class Link:
         self._running[name] = task
         task.add_done_callback(lambda _: self._running.pop(name, None))
 
-    async def _answer(self, engine: Inner, request: dict[str, Any]) -> None:
+    async def _answer(self, engine: WorkerEngine, request: dict[str, Any]) -> None:
         try:
             async for told in engine.stream(request):
                 self.tell(id=request["id"], **told)
@@ -87,7 +87,7 @@ class Link:
             traceback.print_exc()
             self.tell(id=request["id"], failed=f"{type(error).__name__}: {error}")
 
-    async def _beat(self, engine: Inner) -> None:
+    async def _beat(self, engine: WorkerEngine) -> None:
         while True:
             try:
                 self.tell(stats=await engine.check())

@@ -17,23 +17,27 @@ import torch
 import torch.nn.functional as F
 
 from llava_ray.engine.torch_engine.execution import cpu_attention
-from llava_ray.engine.torch_engine.execution.attention_metadata import Rows, Singles, TurnAndAttend
+from llava_ray.engine.torch_engine.execution.attention_metadata import (
+    DecodeMetadata,
+    KVRows,
+    RotateAndAttend,
+)
 from llava_ray.engine.torch_engine.execution.device_transfer import send
 from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
-from llava_ray.engine.torch_engine.scheduling.scheduler import Plan
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
+from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 
 ATTENTION_NAME = "llava_ray_cache"
 """Under this name the attention below is known to transformers."""
 
 
 class Span(NamedTuple):
-    """One sequence's part of a step.
+    """One sequence's part of a metadata.
 
     Attributes:
-        offset: where its tokens begin in the row of the step.
+        offset: where its tokens begin in the row of the metadata.
         length: how many they are.
-        region: its part of the cache.
+        kv_slice: its part of the cache.
         past: how many tokens of it the cache holds already.
         is_prompt: its tokens belong to a prompt. They are computed as such even if it is a single
             one, so that keys and values do not depend on how a step divides the prompt.
@@ -41,7 +45,7 @@ class Span(NamedTuple):
 
     offset: int
     length: int
-    region: Region
+    kv_slice: KVSlice
     past: int
     is_prompt: bool = False
 
@@ -51,15 +55,15 @@ class Span(NamedTuple):
         return self.length == 1 and not self.is_prompt
 
 
-class Lanes:
-    """Sequences with one new token each, whose regions are equal and at equal distances.
+class StridedBatch:
+    """Sequences with one new token each, whose slices have equal lengths and distances.
 
     So their keys are one strided view of the cache, and one call of attention serves them all.
     """
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
-        first = spans[0].region
-        distance = spans[1].region.start - first.start if len(spans) > 1 else 0
+        first = spans[0].kv_slice
+        distance = spans[1].kv_slice.start - first.start if len(spans) > 1 else 0
         lengths = [span.past + 1 for span in spans]
         self._heads = cache.num_kv_heads
         self._shape_BS = (len(spans), max(lengths))
@@ -98,10 +102,10 @@ class Lanes:
 
     def _view(self, pool: torch.Tensor) -> torch.Tensor:
         """Return these sequences' part of a pool, [B, K, S, E], without copying it."""
-        (lanes, length), head_size = self._shape_BS, pool.shape[1]
+        (batch, length), head_size = self._shape_BS, pool.shape[1]
         place = self._heads * head_size  # elements of a pool for each place in the cache
         return pool.as_strided(
-            (lanes, self._heads, length, head_size),
+            (batch, self._heads, length, head_size),
             (self._distance * place, self._size * head_size, head_size, 1),
             self._start * place,
         )
@@ -109,18 +113,20 @@ class Lanes:
 
 def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> torch.Tensor:
     """Return the rows of the pools that belong to the tokens of a step: [T * K]."""
-    begins = [span.region.start * cache.num_kv_heads for span in spans for _ in range(span.length)]
-    sizes = [span.region.length for span in spans for _ in range(span.length)]
+    begins = [
+        span.kv_slice.start * cache.num_kv_heads for span in spans for _ in range(span.length)
+    ]
+    sizes = [span.kv_slice.length for span in spans for _ in range(span.length)]
     begins_T, sizes_T = send([begins, sizes], cache.device)
     heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
     return ((begins_T + positions_T)[:, None] + sizes_T[:, None] * heads_K).flatten()
 
 
-def _describe(spans: list[Span], cache: KVCache) -> Singles:
+def _describe(spans: list[Span], cache: KVCache) -> DecodeMetadata:
     """Return where sequences with one new token each have theirs."""
-    numbers = [(span.offset, *span.region, span.past + 1) for span in spans]
+    numbers = [(span.offset, *span.kv_slice, span.past + 1) for span in spans]
     columns = send(torch.tensor(numbers).T.contiguous(), cache.device)
-    return Singles(*columns, num_kv_heads=cache.num_kv_heads)
+    return DecodeMetadata(*columns, num_kv_heads=cache.num_kv_heads)
 
 
 def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
@@ -130,17 +136,17 @@ def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
     return send(offsets, device)
 
 
-def group_lanes(spans: list[Span]) -> list[list[Span]]:
-    """Group spans of one token so that a group's regions are equal and at equal distances.
+def group_by_stride(spans: list[Span]) -> list[list[Span]]:
+    """Group spans of one token so that a group's slices have equal lengths and distances.
 
     A group is computed up to its longest sequence: very unequal ones are kept apart.
     """
     groups: list[list[Span]] = []
-    for span in sorted(spans, key=lambda span: span.region):
+    for span in sorted(spans, key=lambda span: span.kv_slice):
         group = [*groups[-1], span] if groups else [span]
         lengths = [each.past + 1 for each in group]
-        distances = {b.region.start - a.region.start for a, b in itertools.pairwise(group)}
-        sizes = {each.region.length for each in group}
+        distances = {b.kv_slice.start - a.kv_slice.start for a, b in itertools.pairwise(group)}
+        sizes = {each.kv_slice.length for each in group}
         is_dense = max(lengths) * len(group) <= 1.5 * sum(lengths)
         if len(distances) == len(sizes) == 1 and is_dense:
             groups[-1] = group
@@ -149,65 +155,68 @@ def group_lanes(spans: list[Span]) -> list[list[Span]]:
     return groups
 
 
-class Step:
-    """The layout of one step, handed through the language model to its attention layers; `Layout`.
+class StepMetadata:
+    """Where the tokens of one step and their keys and values are; implements `AttentionMetadata`.
 
-    Wanted are the last tokens of complete pieces.
+    The wanted tokens are the last ones of the sequences whose pending tokens end in this step.
     """
 
-    def __init__(self, plan: Plan, cache: KVCache) -> None:
+    def __init__(self, plan: StepPlan, cache: KVCache) -> None:
         spans: list[Span] = []
         offset = 0
-        for piece in plan.pieces:
-            region = piece.sequence.region
-            assert region is not None
-            is_prompt = piece.start < len(piece.sequence.prompt_ids)
-            spans.append(Span(offset, piece.num_tokens, region, piece.start, is_prompt))
-            offset += piece.num_tokens
+        for scheduled in plan.scheduled:
+            kv_slice = scheduled.sequence.kv_slice
+            assert kv_slice is not None
+            is_prompt = scheduled.start < len(scheduled.sequence.prompt_ids)
+            spans.append(Span(offset, scheduled.num_tokens, kv_slice, scheduled.start, is_prompt))
+            offset += scheduled.num_tokens
         positions = [p for span in spans for p in range(span.past, span.past + span.length)]
         self.positions_T = send(positions, cache.device)
         self.wanted: torch.Tensor | None = None
         self._spans, self._cache = spans, cache
-        self._all = self._last = _Looks(spans, cache)
-        self._places: dict[int | None, cpu_attention.Places] = {}
+        self._all = self._last = _SpanAttention(spans, cache)
+        self._places: dict[int | None, cpu_attention.KernelInputs] = {}
         complete = [
-            span for span, piece in zip(spans, plan.pieces, strict=True) if piece.is_complete
+            span
+            for span, scheduled in zip(spans, plan.scheduled, strict=True)
+            if scheduled.is_complete
         ]
         if len(complete) < offset or any(span.is_prompt for span in spans):
             last = [span.offset + span.length - 1 for span in complete]
             self.wanted = send(last, cache.device, torch.int64)
-            self._last = _Looks(
+            self._last = _SpanAttention(
                 [
-                    Span(index, 1, span.region, span.past + span.length - 1)
+                    Span(index, 1, span.kv_slice, span.past + span.length - 1)
                     for index, span in enumerate(complete)
                 ],
                 cache,
             )
         is_decode = self.wanted is None and len(spans) == offset
-        can_turn = is_decode and cache.device.type == "cpu"
-        self.turn_and_attend: TurnAndAttend | None = self._turn_and_attend if can_turn else None
+        self.rotate_and_attend: RotateAndAttend | None = None
+        if is_decode and cache.device.type == "cpu":
+            self.rotate_and_attend = self._rotate_and_attend
 
     @cached_property
     def _rows(self) -> torch.Tensor:
         return _find_rows(self._spans, self.positions_T, self._cache)
 
-    def _turn_and_attend(
+    def _rotate_and_attend(
         self,
         layer: int,
         heads_TX: torch.Tensor,
-        turns_T1C: torch.Tensor,
+        rotations_T1C: torch.Tensor,
         *,
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """See `TurnAndAttend`."""
+        """See `RotateAndAttend`."""
         keys, heads = self._cache.keys[layer], self._cache.num_kv_heads
         if window not in self._places:
             rows = self._all.find_rows(window)
-            self._places[window] = cpu_attention.Places.of(rows, keys, num_kv_heads=heads)
-        return cpu_attention.turn_and_attend(
+            self._places[window] = cpu_attention.KernelInputs.of(rows, keys, num_kv_heads=heads)
+        return cpu_attention.rotate_and_attend(
             heads_TX,
-            turns_T1C,
+            rotations_T1C,
             keys,
             self._cache.values[layer],
             self._places[window],
@@ -236,26 +245,28 @@ class Step:
             [T, H, E], or [W, H, E]
         """
         self._cache.store(layer, self._rows, key_TKE, value_TKE)
-        looks = self._last if is_last else self._all
-        return looks.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
+        spans = self._last if is_last else self._all
+        return spans.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
 
 
-class _Looks:
+class _SpanAttention:
     """Attention of the spans of a step, or of other ones with queries of their own."""
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
         self._cache = cache
         self._spans = spans
-        singles = [span for span in spans if span.is_single]
-        by_rows = cache.attend_rows is not None
-        self._singles = _describe(singles, cache) if singles and by_rows else None
-        self._lanes = [] if by_rows else [Lanes(group, cache) for group in group_lanes(singles)]
+        decoding = [span for span in spans if span.is_single]
+        by_rows = cache.attend_decode is not None
+        self._decoding = _describe(decoding, cache) if decoding and by_rows else None
+        self._strided = (
+            [] if by_rows else [StridedBatch(group, cache) for group in group_by_stride(decoding)]
+        )
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
-    def find_rows(self, window: int | None) -> Rows:
+    def find_rows(self, window: int | None) -> KVRows:
         """Return what single tokens see of the cache, of which there are some."""
-        assert self._singles
-        return self._singles.find_rows(window)
+        assert self._decoding
+        return self._decoding.find_rows(window)
 
     def attend(
         self,
@@ -270,20 +281,20 @@ class _Looks:
         """Return [T, H, E]; the step's keys and values are in the cache already."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         output_THE = query_THE.new_empty(query_THE.shape)
-        if self._singles and self._cache.attend_rows:
-            self._cache.attend_rows(
+        if self._decoding and self._cache.attend_decode:
+            self._cache.attend_decode(
                 query_THE,
                 keys,
                 values,
-                self._singles.find_rows(window),
+                self._decoding.find_rows(window),
                 output_THE,
                 num_kv_heads=self._cache.num_kv_heads,
                 scaling=scaling,
             )
-        for lanes in self._lanes if window is None else ():
-            lanes.attend(query_THE, keys, values, output_THE, scaling=scaling)
+        for batch in self._strided if window is None else ():
+            batch.attend(query_THE, keys, values, output_THE, scaling=scaling)
         for span in self._spans:
-            if not span.is_single or (window is not None and not self._singles):
+            if not span.is_single or (window is not None and not self._decoding):
                 new = slice(span.offset, span.offset + span.length)
                 output_THE[new] = self._attend_span(
                     span, layer, query_THE[new], key_TKE[new], value_TKE[new], scaling, window
@@ -306,8 +317,8 @@ class _Looks:
             return _attend_span(query_THE, key, value, scaling, None)
         first = max(0, span.past + 1 - window) if window else 0
         seen = slice(first, span.past + span.length)
-        key = self._cache.view(self._cache.keys[layer], span.region)[:, seen]
-        value = self._cache.view(self._cache.values[layer], span.region)[:, seen]
+        key = self._cache.view(self._cache.keys[layer], span.kv_slice)[:, seen]
+        value = self._cache.view(self._cache.values[layer], span.kv_slice)[:, seen]
         if cpu_attention.can_attend_prompt(query_THE):
             return cpu_attention.attend_prompt(
                 query_THE, key, value, scaling=scaling, window=window
@@ -340,13 +351,13 @@ def attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    step: Step,
+    metadata: StepMetadata,
     scaling: float,
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, H, T, E], [1, K, T, E] -> [1, T, H, E]."""
-    output_THE = step.attend(
+    output_THE = metadata.attend(
         int(module.layer_idx),  # type: ignore[arg-type]
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

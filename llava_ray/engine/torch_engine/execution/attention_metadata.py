@@ -9,18 +9,18 @@ from typing import NamedTuple, Protocol
 import torch
 
 
-class Layout(Protocol):
+class AttentionMetadata(Protocol):
     """What a language model needs to know of the tokens of a step.
 
     Attributes:
         positions_T: of each token in its sequence.
         wanted: the W tokens whose last hidden states are asked for; None: all.
-        turn_and_attend: does more than `attend` in one call, where it can; see `TurnAndAttend`.
+        rotate_and_attend: does more than `attend` in one call, where it can; see `RotateAndAttend`.
     """
 
     positions_T: torch.Tensor  # noqa: N815
     wanted: torch.Tensor | None
-    turn_and_attend: "TurnAndAttend | None"
+    rotate_and_attend: "RotateAndAttend | None"
 
     def attend(
         self,
@@ -45,14 +45,14 @@ class Layout(Protocol):
         ...
 
 
-class TurnAndAttend(Protocol):
+class RotateAndAttend(Protocol):
     """Rotates queries and keys, stores keys and values, lets each token attend, in one call."""
 
     def __call__(
         self,
         layer: int,
         heads_TX: torch.Tensor,
-        turns_T1C: torch.Tensor,
+        rotations_T1C: torch.Tensor,
         *,
         scaling: float,
         window: int | None,
@@ -61,13 +61,13 @@ class TurnAndAttend(Protocol):
 
         Args:
             heads_TX: queries, keys and values, [T, (H + 2 K) * E], float32 or bfloat16.
-            turns_T1C: of each token, for pairs of neighbours; C = E/2.
-            window: see `Layout.attend`.
+            rotations_T1C: of each token, for pairs of neighbours; C = E/2.
+            window: see `AttentionMetadata.attend`.
         """
         ...
 
 
-class Rows(NamedTuple):
+class KVRows(NamedTuple):
     """Where the keys and values of B sequences are in a pool of [N * K, E]; int64, [B].
 
     Attributes:
@@ -83,13 +83,13 @@ class Rows(NamedTuple):
     lengths: torch.Tensor
 
 
-class Singles:
+class DecodeMetadata:
     """Sequences with one new token each, whose keys and values are anywhere in the cache.
 
     Args:
         tokens: which token of the step is the sequence's; int64, [B], as all of these.
-        starts: of the sequence's region, in places of the cache.
-        sizes: of that region.
+        starts: first slot of each sequence's KV slice.
+        sizes: length of that slice.
         lengths: its tokens, the new one among them.
         num_kv_heads: K.
     """
@@ -103,10 +103,10 @@ class Singles:
         *,
         num_kv_heads: int,
     ) -> None:
-        self._all = Rows(tokens, starts * num_kv_heads, sizes, lengths)
-        self._windows: dict[int | None, Rows] = {None: self._all}
+        self._all = KVRows(tokens, starts * num_kv_heads, sizes, lengths)
+        self._windows: dict[int | None, KVRows] = {None: self._all}
 
-    def find_rows(self, window: int | None) -> Rows:
+    def find_rows(self, window: int | None) -> KVRows:
         """Return what the new tokens see if each sees `window` tokens up to itself; None: all."""
         if window not in self._windows:
             skipped = (self._all.lengths - (window or 0)).clamp(min=0)

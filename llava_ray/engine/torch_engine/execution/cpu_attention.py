@@ -1,10 +1,11 @@
 """Attention on a CPU, where torch's own operation is slow.
 
-- One new token a sequence: while a batch decodes, attention reads all keys and values of all its
-  sequences for little arithmetic. torch packs them first as for a large product and reaches half
-  the rate at which memory could give them. Here they are read once, at memory's speed. Where all
-  tokens of a step are such, rotating them and keeping their keys and values is part of it.
-- Many tokens of one sequence in bfloat16: torch's products are small ones. Here they are large.
+- One new token for each sequence: decoding reads all keys and values for little arithmetic, so
+  memory bandwidth is the limit. torch packs them first, as for a large matmul, and reaches half of
+  it. These kernels read them once. In a pure decoding step, the rotary embedding and the writes to
+  the cache are part of the same kernel.
+- Many tokens of one sequence in bfloat16: torch computes many small matmuls, this module few large
+  ones.
 
 Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N places of the cache, H query
 heads, K kv heads, G = H/K, E head size, C = E/2 pairs.
@@ -16,33 +17,33 @@ import numba
 import numpy as np
 import torch
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Rows
+from llava_ray.engine.torch_engine.execution.attention_metadata import KVRows
 from llava_ray.engine.torch_engine.execution.numba_ops import (
     OPTIONS,
-    ask_for,
-    compile_kept,
+    compile_cached,
     convert,
     exp,
     flatten,
-    is_read,
+    is_supported,
+    prefetch_row,
     to_numpy,
     widen,
 )
 from llava_ray.engine.torch_engine.execution.threads import run_in_team
 
 _MAX_SCORES = 1 << 21
-"""Of as many heads as give so many scores, products are computed at once: these stay in a cache."""
-_AHEAD = 16
-"""So many tokens before they are read, keys and values are asked for: some CPUs see it too late."""
-_MIN_READ = 1 << 20
-"""Bytes of keys and values below which a second thread costs more than it saves."""
+"""Maximum number of attention scores in one matmul, so that they stay in the CPU's L2 cache."""
+_PREFETCH_TOKENS = 16
+"""Prefetch distance, in tokens: the hardware prefetcher of some CPUs reacts too late."""
+_MIN_BYTES_PER_THREAD = 1 << 20
+"""Bytes of keys and values that a thread must read to be worth starting."""
 
 
-def attend_rows(
+def attend_decode(
     query_THE: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    rows: Rows,
+    rows: KVRows,
     output_THE: torch.Tensor,
     *,
     num_kv_heads: int,
@@ -56,10 +57,10 @@ def attend_rows(
         values: likewise.
         output_THE: where the result goes; the rows of other tokens stay as they are.
     """
-    query, distance = flatten(query_THE if is_read(query_THE) else query_THE.float())
+    query, distance = flatten(query_THE if is_supported(query_THE) else query_THE.float())
     pools = to_numpy(keys), to_numpy(values)
-    *places, num_parts = Places.of(rows, keys, num_kv_heads=num_kv_heads)
-    is_written = is_read(output_THE) and output_THE.is_contiguous()
+    *places, num_parts = KernelInputs.of(rows, keys, num_kv_heads=num_kv_heads)
+    is_written = is_supported(output_THE) and output_THE.is_contiguous()
     output = output_THE if is_written else output_THE.float().contiguous()
     written = to_numpy(output)
     num_tasks = len(rows.tokens) * num_kv_heads
@@ -75,8 +76,8 @@ def attend_rows(
         output_THE.copy_(output)
 
 
-class Places(NamedTuple):
-    """`Rows` as kernels take them, and among how many threads their work is divided."""
+class KernelInputs(NamedTuple):
+    """`KVRows` as NumPy arrays for the kernels, and the number of threads that share the work."""
 
     tokens: np.ndarray
     firsts: np.ndarray
@@ -85,20 +86,22 @@ class Places(NamedTuple):
     num_parts: int
 
     @classmethod
-    def of(cls, rows: Rows, keys: torch.Tensor, *, num_kv_heads: int) -> "Places":
+    def of(cls, rows: KVRows, keys: torch.Tensor, *, num_kv_heads: int) -> "KernelInputs":
         """Return those for the pools of which `keys` is one."""
         num_read = 2 * int(rows.lengths.sum()) * num_kv_heads * keys.shape[1] * keys.itemsize
         most = min(torch.get_num_threads(), len(rows.tokens) * num_kv_heads)
         tokens, firsts, sizes, lengths = (each.numpy() for each in rows)
-        return cls(tokens, firsts, sizes, lengths, max(1, min(most, num_read // _MIN_READ)))
+        return cls(
+            tokens, firsts, sizes, lengths, max(1, min(most, num_read // _MIN_BYTES_PER_THREAD))
+        )
 
 
-def turn_and_attend(
+def rotate_and_attend(
     heads_TX: torch.Tensor,
-    turns_T1C: torch.Tensor,
+    rotations_T1C: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    places: Places,
+    places: KernelInputs,
     *,
     num_kv_heads: int,
     scaling: float,
@@ -108,27 +111,27 @@ def turn_and_attend(
     Args:
         heads_TX: queries, keys and values of one token of each sequence, [T, (H + 2 K) * E],
             float32 or bfloat16; the numbers that are rotated as a pair are neighbours.
-        turns_T1C: complex64, of length 1.
+        rotations_T1C: complex64, of length 1.
         keys: a layer's pool, [N * K, E], float32 or bfloat16; the new key is the last to be seen.
         values: likewise.
     """
     width = heads_TX.shape[1] - 2 * num_kv_heads * keys.shape[1]
     output_TX = heads_TX.new_empty(len(heads_TX), width)
-    arrays = [to_numpy(each) for each in (heads_TX, turns_T1C[:, 0], keys, values, output_TX)]
+    arrays = [to_numpy(each) for each in (heads_TX, rotations_T1C[:, 0], keys, values, output_TX)]
     *where, num_parts = places
     num_tasks = len(places.tokens) * num_kv_heads
     factor = np.float32(scaling)
 
     def compute(part: int) -> None:
         begin, end = num_tasks * part // num_parts, num_tasks * (part + 1) // num_parts
-        _turn_and_attend(*arrays, *where, num_kv_heads, factor, begin, end)
+        _rotate_and_attend(*arrays, *where, num_kv_heads, factor, begin, end)
 
     run_in_team(compute, num_parts)
     return output_TX
 
 
 def can_attend_prompt(query_THE: torch.Tensor) -> bool:
-    """Whether `attend_prompt` is the faster for such queries: in bfloat16, on a CPU."""
+    """Whether `attend_prompt` is faster than torch for these queries: bfloat16 on a CPU."""
     return query_THE.device.type == "cpu" and query_THE.dtype == torch.bfloat16
 
 
@@ -158,12 +161,12 @@ def attend_prompt(
         some = slice(begin, begin + at_once)
         scores_KLS = torch.bmm(query_KLE[some], key_KSE[some].float().transpose(1, 2))
         weights_KLS = torch.empty_like(scores_KLS, dtype=torch.bfloat16)
-        _soften(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
+        _softmax(scores_KLS.numpy(), tokens, window or seen, to_numpy(weights_KLS))
         torch.bmm(weights_KLS, value_KSE[some], out=output_KLE[some])
     return output_KLE.view(heads, tokens, size).transpose(0, 1)
 
 
-@compile_kept
+@compile_cached
 def _attend(
     queries, distance, key_pool, value_pool, tokens, firsts, sizes, lengths, num_kv_heads, scaling,
     output_THE, begin, end,
@@ -182,12 +185,12 @@ def _attend(
             place = token * distance + head * head_size
             for e in range(head_size):
                 query[e] = widen(queries[place + e]) * scaling
-            _look(query, keys, values, weights, output_THE[token, head], sums)
+            _attend_head(query, keys, values, weights, output_THE[token, head], sums)
 
 
-@compile_kept
-def _turn_and_attend(
-    heads_TX, turns_TC, key_pool, value_pool, output_TX, tokens, firsts, sizes, lengths,
+@compile_cached
+def _rotate_and_attend(
+    heads_TX, rotations_TC, key_pool, value_pool, output_TX, tokens, firsts, sizes, lengths,
     num_kv_heads, scaling, begin, end,
 ):  # fmt: skip
     """Compute tasks `begin` to `end`; task i is kv head i % K of sequence i // K."""
@@ -201,23 +204,23 @@ def _turn_and_attend(
         token, length = tokens[b], lengths[b]
         first = firsts[b] + kv_head * sizes[b]
         keys, values = key_pool[first : first + length], value_pool[first : first + length]
-        heads, turns, output = heads_TX[token], turns_TC[token], output_TX[token]
+        heads, turns, output = heads_TX[token], rotations_TC[token], output_TX[token]
         place = (num_heads + kv_head) * size
-        _turn(heads[place : place + size], turns, turned)
+        _rotate(heads[place : place + size], turns, turned)
         place += num_kv_heads * size
         new, new_key, new_value = heads[place : place + size], keys[length - 1], values[length - 1]
         for e in range(size):
             new_key[e] = convert(turned[e], new_key)
             new_value[e] = convert(new[e], new_value)
         for place in range(kv_head * num_groups * size, (kv_head + 1) * num_groups * size, size):
-            _turn(heads[place : place + size], turns, turned)
-            for e in range(size):  # rounded as where rotating is a step of its own
+            _rotate(heads[place : place + size], turns, turned)
+            for e in range(size):  # rounded exactly as by `cpu_layers.rotate`
                 turned[e] = widen(convert(turned[e], heads)) * scaling
-            _look(turned, keys, values, weights, output[place : place + size], sums)
+            _attend_head(turned, keys, values, weights, output[place : place + size], sums)
 
 
 @numba.njit(**OPTIONS)
-def _turn(head, turns, turned):
+def _rotate(head, turns, turned):
     """Rotate each pair of neighbours of a head by its angle."""
     for c in range(len(turns)):
         one, other = widen(head[2 * c]), widen(head[2 * c + 1])
@@ -226,12 +229,12 @@ def _turn(head, turns, turned):
 
 
 @numba.njit(**OPTIONS)
-def _look(query, keys, values, weights, output, sums):
-    """Let one query attend to the keys and values of its head; the last two are working space."""
+def _attend_head(query, keys, values, weights, output, sums):
+    """Compute attention of one query head; `weights` and `sums` are scratch buffers."""
     length, size = keys.shape
     highest = np.float32(-3e38)
     for s in range(length):
-        ask_for(keys, s + _AHEAD)
+        prefetch_row(keys, s + _PREFETCH_TOKENS)
         score = np.float32(0)
         for e in range(size):
             score += query[e] * widen(keys[s, e])
@@ -244,9 +247,9 @@ def _look(query, keys, values, weights, output, sums):
         total += weights[s]
     sums[:] = 0
     fours = length // 4 * 4
-    for s in range(0, fours, 4):  # the sums are read and written once for four
-        for ahead in range(s + _AHEAD, s + _AHEAD + 4):
-            ask_for(values, ahead)
+    for s in range(0, fours, 4):  # loads and stores each sum once for four tokens
+        for ahead in range(s + _PREFETCH_TOKENS, s + _PREFETCH_TOKENS + 4):
+            prefetch_row(values, ahead)
         for e in range(size):
             sums[e] += (
                 weights[s] * widen(values[s, e])
@@ -261,9 +264,9 @@ def _look(query, keys, values, weights, output, sums):
         output[e] = convert(sums[e] / total, output)
 
 
-@compile_kept
-def _soften(scores_KLS, tokens, window, weights_KLS):
-    """Turn scores into weights; row l is a head's token l % T, the last T of S."""
+@compile_cached
+def _softmax(scores_KLS, tokens, window, weights_KLS):
+    """Causal softmax of the scores; row l belongs to token l % T of the last T of S tokens."""
     kv_heads, rows, size = scores_KLS.shape
     for k in range(kv_heads):
         for row in range(rows):

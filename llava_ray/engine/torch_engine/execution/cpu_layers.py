@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from llava_ray.engine.torch_engine.execution.numba_ops import (
-    compile_kept,
+    compile_cached,
     convert,
     exp,
     flatten,
-    is_read,
+    is_supported,
     round_bits,
     to_numpy,
     widen,
@@ -23,45 +23,45 @@ from llava_ray.engine.torch_engine.execution.numba_ops import (
 
 
 def can_compute(states: torch.Tensor) -> bool:
-    """Whether `normalise` and `gate` are for such states."""
-    return is_read(states) and states.is_contiguous()
+    """Whether `rms_norm` and `gate` are for such states."""
+    return is_supported(states) and states.is_contiguous()
 
 
-def normalise(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
+def rms_norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
     """Return the root mean square norm, [T, D]."""
     output_TD = torch.empty_like(hidden_TD)
     hidden, weight, output = map(to_numpy, (hidden_TD, weight_D.detach(), output_TD))
-    _normalise(hidden, weight, np.float32(epsilon), output)
+    _rms_norm(hidden, weight, np.float32(epsilon), output)
     return output_TD
 
 
-def gate(gate_up_TJ: torch.Tensor) -> torch.Tensor:
+def silu_and_mul(gate_up_TJ: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) * up, [T, I], of [T, 2 I]: the gates, then what they let through."""
     tokens, width = gate_up_TJ.shape
     output_TI = gate_up_TJ.new_empty(tokens, width // 2)
-    _gate(to_numpy(gate_up_TJ), to_numpy(output_TI))
+    _silu_and_mul(to_numpy(gate_up_TJ), to_numpy(output_TI))
     return output_TI
 
 
-def turn(heads_TJE: torch.Tensor, turns_T1C: torch.Tensor, num_turned: int) -> None:
+def rotate(heads_TJE: torch.Tensor, rotations_T1C: torch.Tensor, num_rotated: int) -> None:
     """Rotate each pair of neighbours in the first heads by its token's angle, in place.
 
     Args:
         heads_TJE: bfloat16; in float32, torch multiplies complex numbers in one pass.
-        turns_T1C: complex64, of length 1.
+        rotations_T1C: complex64, of length 1.
     """
-    turns_TE = torch.view_as_real(turns_T1C).flatten(1).numpy()
-    _turn(heads_TJE.flatten(1).view(torch.uint32).numpy(), turns_TE, num_turned)
+    rotations_TE = torch.view_as_real(rotations_T1C).flatten(1).numpy()
+    _rotate(heads_TJE.flatten(1).view(torch.uint32).numpy(), rotations_TE, num_rotated)
 
 
-def put(pool_RE: torch.Tensor, rows: torch.Tensor, new_TKE: torch.Tensor) -> None:
+def store_rows(pool_RE: torch.Tensor, rows: torch.Tensor, new_TKE: torch.Tensor) -> None:
     """Write keys or values into rows of a pool; rows are integers, [T * K]."""
-    new, distance = flatten(new_TKE if is_read(new_TKE) else new_TKE.float())
-    _put(to_numpy(pool_RE), rows.numpy(), new, distance, len(new_TKE))
+    new, distance = flatten(new_TKE if is_supported(new_TKE) else new_TKE.float())
+    _store_rows(to_numpy(pool_RE), rows.numpy(), new, distance, len(new_TKE))
 
 
-@compile_kept
-def _normalise(hidden_TD, weight_D, epsilon, output_TD):
+@compile_cached
+def _rms_norm(hidden_TD, weight_D, epsilon, output_TD):
     tokens, size = hidden_TD.shape
     for t in range(tokens):
         squares = np.float32(0)
@@ -74,8 +74,8 @@ def _normalise(hidden_TD, weight_D, epsilon, output_TD):
             output_TD[t, d] = convert(number, output_TD)
 
 
-@compile_kept
-def _gate(gate_up_TJ, output_TI):
+@compile_cached
+def _silu_and_mul(gate_up_TJ, output_TI):
     tokens, width = output_TI.shape
     for t in range(tokens):
         gates, ups, output = gate_up_TJ[t, :width], gate_up_TJ[t, width:], output_TI[t]
@@ -85,13 +85,13 @@ def _gate(gate_up_TJ, output_TI):
             output[i] = convert(number / divisor * widen(ups[i]), output)
 
 
-@compile_kept
-def _turn(pairs_TP, turns_TE, num_turned):
-    tokens, size = turns_TE.shape
+@compile_cached
+def _rotate(pairs_TP, rotations_TE, num_rotated):
+    tokens, size = rotations_TE.shape
     size //= 2
     for t in range(tokens):
-        turns = turns_TE[t]
-        for j in range(num_turned):
+        turns = rotations_TE[t]
+        for j in range(num_rotated):
             pairs = pairs_TP[t, j * size : (j + 1) * size]
             for c in range(size):
                 pair = pairs[c]
@@ -103,8 +103,8 @@ def _turn(pairs_TP, turns_TE, num_turned):
                 pairs[c] = np.uint32(low >> np.uint32(16)) | np.uint32(high & np.uint32(0xFFFF0000))
 
 
-@compile_kept
-def _put(pool_RE, rows, new, distance, tokens):
+@compile_cached
+def _store_rows(pool_RE, rows, new, distance, tokens):
     size = pool_RE.shape[1]
     heads = len(rows) // tokens
     for t in range(tokens):

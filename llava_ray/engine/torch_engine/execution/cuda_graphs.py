@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Singles, TurnAndAttend
+from llava_ray.engine.torch_engine.execution.attention_metadata import (
+    DecodeMetadata,
+    RotateAndAttend,
+)
 from llava_ray.engine.torch_engine.execution.device_transfer import send
 from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
-from llava_ray.engine.torch_engine.execution.sampler import Choice
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
-from llava_ray.engine.torch_engine.scheduling.scheduler import Plan
+from llava_ray.engine.torch_engine.execution.sampler import SampledTokens
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
+from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +31,10 @@ _TRIES = 2
 """Steps before one is recorded: libraries set themselves up in the first."""
 
 
-class DecodeStep:
+class GraphStepMetadata:
     """The layout of a step of B sequences with one token each, which stays where it is.
 
-    It takes the place of `step.Step` in the language model.
+    It takes the place of `step.StepMetadata` in the language model.
 
     Args:
         size: B.
@@ -40,9 +43,9 @@ class DecodeStep:
     """
 
     wanted: torch.Tensor | None = None  # all tokens' states are
-    turn_and_attend: TurnAndAttend | None = None  # a GPU's kernels do one thing each
+    rotate_and_attend: RotateAndAttend | None = None  # a GPU's kernels do one thing each
 
-    def __init__(self, size: int, cache: KVCache, idle: Region, *, max_batch_size: int) -> None:
+    def __init__(self, size: int, cache: KVCache, idle: KVSlice, *, max_batch_size: int) -> None:
         self._cache, self._idle = cache, idle
         self._numbers_5B = torch.zeros(5, size, dtype=torch.int64, device=cache.device)
         self._latest_B = torch.zeros(max_batch_size, dtype=torch.int64, device=cache.device)
@@ -50,16 +53,16 @@ class DecodeStep:
         self._heads_K = torch.arange(cache.num_kv_heads, device=cache.device)
         self._known_B, self._rows_B, *rest = self._numbers_5B
         self.positions_T, self._starts_B, self._sizes_B = rest
-        self.fill(Plan([]), None)
+        self.fill(StepPlan([]), None)
 
-    def fill(self, plan: Plan, latest: Choice | None) -> None:
+    def fill(self, plan: StepPlan, latest: SampledTokens | None) -> None:
         """Describe this step's tokens; those that are not known are among the latest choice."""
         columns = []
-        for sequence, start, *_ in plan.pieces:
-            assert sequence.region is not None
+        for sequence, start, *_ in plan.scheduled:
+            assert sequence.kv_slice is not None
             row = latest.rows[sequence] if latest and sequence.num_expected else -1
             known = sequence.ids_from(start, 1) if row < 0 else [0]
-            columns.append((*known, row, start, *sequence.region))
+            columns.append((*known, row, start, *sequence.kv_slice))
         columns += [(0, -1, 0, *self._idle)] * (len(self._tokens_B) - len(columns))
         numbers_5B = send(torch.tensor(columns).T.contiguous(), self._numbers_5B.device)
         self._numbers_5B.copy_(numbers_5B)
@@ -70,7 +73,7 @@ class DecodeStep:
         """Compute what all layers need; recorded, as all that follows."""
         latest_B = self._latest_B[self._rows_B.clamp(min=0)]
         self.ids_B = torch.where(self._rows_B < 0, self._known_B, latest_B)
-        self._singles = Singles(
+        self._decoding = DecodeMetadata(
             self._tokens_B,
             self._starts_B,
             self._sizes_B,
@@ -91,16 +94,16 @@ class DecodeStep:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values and attend, as `step.Step.attend`; [T, H, E]."""
+        """Store the step's keys and values and attend, as `step.StepMetadata.attend`; [T, H, E]."""
         cache = self._cache
-        assert cache.attend_rows is not None
+        assert cache.attend_decode is not None
         cache.store(layer, self._rows, key_TKE, value_TKE)
         output_THE = query_THE.new_empty(query_THE.shape)
-        cache.attend_rows(
+        cache.attend_decode(
             query_THE,
             cache.keys[layer],
             cache.values[layer],
-            self._singles.find_rows(window),
+            self._decoding.find_rows(window),
             output_THE,
             num_kv_heads=cache.num_kv_heads,
             scaling=scaling,
@@ -121,33 +124,35 @@ class DecodeGraphs:
 
     def __init__(
         self,
-        compute: Callable[[torch.Tensor, DecodeStep], torch.Tensor],
+        compute: Callable[[torch.Tensor, GraphStepMetadata], torch.Tensor],
         cache: KVCache,
-        idle: Region,
+        idle: KVSlice,
         *,
         max_batch_size: int,
     ) -> None:
         self._compute = compute
         self._sizes = [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
         self._steps = [
-            DecodeStep(size, cache, idle, max_batch_size=max_batch_size) for size in self._sizes
+            GraphStepMetadata(size, cache, idle, max_batch_size=max_batch_size)
+            for size in self._sizes
         ]
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @staticmethod
-    def can_compute(plan: Plan) -> bool:
+    def can_compute(plan: StepPlan) -> bool:
         """Whether a plan is a step of one token each, none of them an image's."""
-        return bool(plan.pieces) and all(
-            piece.num_tokens == 1 and piece.sequence.inputs is None for piece in plan.pieces
+        return bool(plan.scheduled) and all(
+            scheduled.num_tokens == 1 and scheduled.sequence.inputs is None
+            for scheduled in plan.scheduled
         )
 
-    def compute(self, plan: Plan, latest: Choice | None) -> torch.Tensor:
+    def compute(self, plan: StepPlan, latest: SampledTokens | None) -> torch.Tensor:
         """Return the logits of a plan's tokens, [B, V]; the next call overwrites them.
 
         Args:
             latest: the tokens chosen last, those of the plan that are not known among them.
         """
-        index = bisect.bisect_left(self._sizes, len(plan.pieces))
+        index = bisect.bisect_left(self._sizes, len(plan.scheduled))
         step = self._steps[index]
         step.fill(plan, latest)
         if index in self._graphs:
@@ -155,9 +160,9 @@ class DecodeGraphs:
             graph.replay()
         else:
             logits_BV = self._run(step)
-        return logits_BV[: len(plan.pieces)]
+        return logits_BV[: len(plan.scheduled)]
 
-    def _run(self, step: DecodeStep) -> torch.Tensor:
+    def _run(self, step: GraphStepMetadata) -> torch.Tensor:
         step.begin()
         return self._compute(step.ids_B, step)
 
@@ -179,7 +184,7 @@ class DecodeGraphs:
         return True
 
     def _record_one(
-        self, step: DecodeStep, pool: Any, stream: torch.cuda.Stream
+        self, step: GraphStepMetadata, pool: Any, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """Return a graph, and where it leaves the logits."""
         stream.wait_stream(torch.cuda.current_stream())

@@ -1,7 +1,7 @@
-"""Small tensors on their way to a device and back, without the program waiting for the device.
+"""Copies between CPU and GPU, and timings, that do not wait for the GPU's queued work.
 
-A GPU works behind the program that asks it to. An ordinary copy from or to the CPU waits until it
-has done all that it was asked; these do not.
+A GPU runs asynchronously: an ordinary copy, or reading the clock, would first wait for all queued
+work. `send` and `DeviceToHostCopy` queue copies, and `Stopwatch` measures with events.
 """
 
 import time
@@ -11,13 +11,13 @@ import torch
 
 
 class Stopwatch:
-    """Runs from its making to `stop`.
+    """Measures the time from its construction to `stop`.
 
-    A GPU works behind the program that asks it to: there the time is that between two marks that
-    it passes, and `read` waits for the second of them alone, not for what was asked since.
+    On a GPU this is the time between two CUDA events; `read` waits for the second event only, not
+    for work that was queued after it.
 
     Args:
-        device: it does what is measured.
+        device: the device whose work is measured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class Stopwatch:
         self._mark()
 
     def stop(self) -> None:
-        """All that is measured has been asked for."""
+        """Mark the end of the measured work, which may still be running."""
         self._mark()
 
     def read(self) -> float:
@@ -62,8 +62,8 @@ def send(
     return tensor.to(device)
 
 
-class Fetch:
-    """Brings tensors to the CPU as they are once the device has done what it was asked so far."""
+class DeviceToHostCopy:
+    """Copies tensors to the CPU once the work queued so far has been done."""
 
     def __init__(self, *tensors: torch.Tensor) -> None:
         self._arrived: torch.cuda.Event | None = None
@@ -74,7 +74,7 @@ class Fetch:
             self._arrived.record()
 
     def read(self) -> tuple[torch.Tensor, ...]:
-        """Return them; waits for them alone, not for what the device was asked since."""
+        """Return the copies; waits for them only, not for work that was queued later."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._tensors

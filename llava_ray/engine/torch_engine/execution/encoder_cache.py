@@ -1,7 +1,7 @@
-"""What the language model reads of images: encoded in batches, and kept by their content.
+"""The encoder cache: image features, computed in batches and kept by the images' content.
 
-An image that was asked about before goes through the vision tower no more, wherever it stands in
-the new prompt and whatever became of the keys and values of the old one.
+An image that was seen before does not go through the vision tower again, wherever it stands in the
+new prompt, even if the keys and values of the old prompt have been evicted.
 
 Shapes: N images, P image tokens an image, D hidden.
 """
@@ -16,14 +16,14 @@ import torch
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 IMAGES_AT_ONCE = 16
-"""Images that go through the vision tower together; bounds the memory that they take."""
+"""Largest batch of images for the vision tower; bounds its memory."""
 
 
-class Key(NamedTuple):
-    """Images with equal keys are read alike.
+class ImageKey(NamedTuple):
+    """Images with equal keys have equal features.
 
     Attributes:
-        name: a number for the content; see `engine.content`.
+        name: a number for the content; see `content_hash`.
         adapter: with which it was encoded; empty: the model itself.
     """
 
@@ -31,24 +31,24 @@ class Key(NamedTuple):
     adapter: str
 
 
-Inputs = dict[str, torch.Tensor]
+ImageInputs = dict[str, torch.Tensor]
 """An image as the model takes it: pixels, and sizes where there are tiles; each [1, ...]."""
 
-Encode = Callable[[str, Inputs], list[torch.Tensor]]
+Encode = Callable[[str, ImageInputs], list[torch.Tensor]]
 """From an adapter and N images' inputs, [N, ...], to their features, N of [P, D]."""
 
 
-class Images:
+class EncoderCache:
     """Encodes the images of sequences that are new. May be used by several threads at once.
 
     Args:
         encode: calls the vision tower.
-        max_bytes: memory for what is kept, the longest unused go first; 0: nothing is kept.
+        max_bytes: memory for features; the least recently used are evicted; 0: no cache.
     """
 
     def __init__(self, encode: Encode, *, max_bytes: int) -> None:
         self._encode, self._max_bytes = encode, max_bytes
-        self._kept: OrderedDict[Key, torch.Tensor] = OrderedDict()
+        self._kept: OrderedDict[ImageKey, torch.Tensor] = OrderedDict()
         self._num_bytes = 0
         self._lock = threading.Lock()
 
@@ -58,8 +58,8 @@ class Images:
         Returns:
             How many images were encoded, and how many were known.
         """
-        features: dict[Key, torch.Tensor] = {}
-        wanted: dict[Key, Inputs] = {}
+        features: dict[ImageKey, torch.Tensor] = {}
+        wanted: dict[ImageKey, ImageInputs] = {}
         keys = {sequence: _list_keys(sequence) for sequence in sequences}
         for sequence, own in keys.items():
             for index, key in enumerate(own):
@@ -76,7 +76,7 @@ class Images:
             sequence.inputs = torch.cat([features[key] for key in own])
         return len(wanted), sum(map(len, keys.values())) - len(wanted)
 
-    def _encode_batch(self, batch: dict[Key, Inputs]) -> dict[Key, torch.Tensor]:
+    def _encode_batch(self, batch: dict[ImageKey, ImageInputs]) -> dict[ImageKey, torch.Tensor]:
         adapter = next(iter(batch)).adapter
         names = next(iter(batch.values()))
         inputs = {name: torch.cat([each[name] for each in batch.values()]) for name in names}
@@ -85,13 +85,13 @@ class Images:
             self._keep(key, features_PD)
         return new
 
-    def _find(self, key: Key) -> torch.Tensor | None:
+    def _find(self, key: ImageKey) -> torch.Tensor | None:
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
 
-    def _keep(self, key: Key, features_PD: torch.Tensor) -> None:
+    def _keep(self, key: ImageKey, features_PD: torch.Tensor) -> None:
         size = features_PD.nbytes
         if size > self._max_bytes:
             return
@@ -105,15 +105,15 @@ class Images:
                 self._num_bytes -= oldest.nbytes
 
 
-def _list_keys(sequence: Sequence) -> list[Key]:
+def _list_keys(sequence: Sequence) -> list[ImageKey]:
     num_images = len(sequence.inputs["pixel_values"])
     assert len(sequence.image_names) == num_images
-    return [Key(name, sequence.adapter) for name in sequence.image_names]
+    return [ImageKey(name, sequence.adapter) for name in sequence.image_names]
 
 
-def _group(wanted: dict[Key, Inputs]) -> list[dict[Key, Inputs]]:
+def _group(wanted: dict[ImageKey, ImageInputs]) -> list[dict[ImageKey, ImageInputs]]:
     """Return what goes through the tower together: one adapter's images, if none has tiles."""
-    groups: list[dict[Key, Inputs]] = []
+    groups: list[dict[ImageKey, ImageInputs]] = []
     for adapter in {key.adapter: None for key in wanted}:
         mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
         plain = [key for key in mine if mine[key]["pixel_values"].ndim == 4]

@@ -19,15 +19,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Layout
-from llava_ray.engine.torch_engine.execution.cpu_layers import can_compute, gate, normalise, turn
+from llava_ray.engine.torch_engine.execution.attention_metadata import AttentionMetadata
+from llava_ray.engine.torch_engine.execution.cpu_layers import (
+    can_compute,
+    rms_norm,
+    rotate,
+    silu_and_mul,
+)
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
 """Language models whose layers are built so, apart from biases and sliding windows."""
 
 
 def can_fuse(language_model: Any) -> bool:
-    """Whether `Decoder` computes what this language model of transformers does."""
+    """Whether `FusedDecoder` computes what this language model of transformers does."""
     config = language_model.config
     if config.model_type not in MODEL_TYPES:
         return False
@@ -87,7 +92,7 @@ def _interleave(weight: torch.Tensor, head_size: int) -> torch.Tensor:
     return pairs.transpose(1, 2).flatten(0, 2)
 
 
-class Decoder:
+class FusedDecoder:
     """Computes all layers of a language model whose weights are fused.
 
     Args:
@@ -98,23 +103,23 @@ class Decoder:
         self._model = language_model
         self._layers = [_Layer(layer, language_model.config) for layer in language_model.layers]
 
-    def __call__(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
+    def __call__(self, embeddings_TD: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Return the last hidden states of the wanted tokens, [W, D].
 
         The last layer computes only keys and values of the others. Embeddings are overwritten.
         """
         cos_TE, sin_TE = (
             each[0].float()
-            for each in self._model.rotary_emb(embeddings_TD, step.positions_T[None])
+            for each in self._model.rotary_emb(embeddings_TD, metadata.positions_T[None])
         )
         half = cos_TE.shape[-1] // 2  # the other one is the same
-        turns_T1C = torch.complex(cos_TE[:, :half], sin_TE[:, :half])[:, None]
+        rotations_T1C = torch.complex(cos_TE[:, :half], sin_TE[:, :half])[:, None]
         hidden_TD = embeddings_TD
         *others, last = self._layers
         for layer in others:
-            layer.compute(hidden_TD, turns_T1C, step)
-        hidden_WD = last.compute(hidden_TD, turns_T1C, step, is_last=True)
-        return _normalise(hidden_WD, self._model.norm)
+            layer.compute(hidden_TD, rotations_T1C, metadata)
+        hidden_WD = last.compute(hidden_TD, rotations_T1C, metadata, is_last=True)
+        return _rms_norm(hidden_WD, self._model.norm)
 
 
 class _Layer:
@@ -137,43 +142,48 @@ class _Layer:
     def compute(
         self,
         hidden_TD: torch.Tensor,
-        turns_T1C: torch.Tensor,
-        step: Layout,
+        rotations_T1C: torch.Tensor,
+        metadata: AttentionMetadata,
         *,
         is_last: bool = False,
     ) -> torch.Tensor:
         """Add to the hidden states what this layer adds; return them, if it is last the wanted."""
-        heads_TX = self._qkv(_normalise(hidden_TD, self._norm))
-        if step.turn_and_attend and can_compute(heads_TX):
-            output_TX = step.turn_and_attend(
-                self._index, heads_TX, turns_T1C, scaling=self._scaling, window=self._window
+        heads_TX = self._qkv(_rms_norm(hidden_TD, self._norm))
+        if metadata.rotate_and_attend and can_compute(heads_TX):
+            output_TX = metadata.rotate_and_attend(
+                self._index, heads_TX, rotations_T1C, scaling=self._scaling, window=self._window
             )
         else:
-            output_TX = self._attend(heads_TX, turns_T1C, step, is_last=is_last)
-            if is_last and step.wanted is not None:
-                hidden_TD = hidden_TD[step.wanted]
+            output_TX = self._attend(heads_TX, rotations_T1C, metadata, is_last=is_last)
+            if is_last and metadata.wanted is not None:
+                hidden_TD = hidden_TD[metadata.wanted]
         if not len(hidden_TD):
             return hidden_TD
         hidden_TD += self._output(output_TX)
-        gate_up_TJ = self._gate_up(_normalise(hidden_TD, self._mlp_norm))
+        gate_up_TJ = self._gate_up(_rms_norm(hidden_TD, self._mlp_norm))
         hidden_TD += self._down(self._let_through(gate_up_TJ))
         return hidden_TD
 
     def _attend(
-        self, heads_TX: torch.Tensor, turns_T1C: torch.Tensor, step: Layout, *, is_last: bool
+        self,
+        heads_TX: torch.Tensor,
+        rotations_T1C: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        is_last: bool,
     ) -> torch.Tensor:
         """Return what the tokens see, [T, H * E], of the last layer the wanted ones."""
         heads_TJE = heads_TX.unflatten(-1, (-1, self._size))
-        num_turned = self._num_heads + self._num_kv_heads
-        turned_TJE = _turn(heads_TJE, turns_T1C, num_turned)
-        query_THE = turned_TJE[:, : self._num_heads]
-        if is_last and step.wanted is not None:
-            query_THE = query_THE[step.wanted]
-        return step.attend(
+        num_rotated = self._num_heads + self._num_kv_heads
+        rotated_TJE = _rotate(heads_TJE, rotations_T1C, num_rotated)
+        query_THE = rotated_TJE[:, : self._num_heads]
+        if is_last and metadata.wanted is not None:
+            query_THE = query_THE[metadata.wanted]
+        return metadata.attend(
             self._index,
             query_THE,
-            turned_TJE[:, self._num_heads :],
-            heads_TJE[:, num_turned:],
+            rotated_TJE[:, self._num_heads :],
+            heads_TJE[:, num_rotated:],
             scaling=self._scaling,
             window=self._window,
             is_last=is_last,
@@ -182,25 +192,25 @@ class _Layer:
     def _let_through(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
         """Return the activated gates times what they let through, [T, I], of [T, 2 I]."""
         if self._has_silu and can_compute(gate_up_TJ):
-            return gate(gate_up_TJ)
+            return silu_and_mul(gate_up_TJ)
         gate_TI, up_TI = gate_up_TJ.chunk(2, -1)
         return self._activate(gate_TI).mul_(up_TI)
 
 
-def _normalise(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
+def _rms_norm(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
     if can_compute(hidden_TD):
-        return normalise(hidden_TD, norm.weight, norm.variance_epsilon)
+        return rms_norm(hidden_TD, norm.weight, norm.variance_epsilon)
     return F.rms_norm(hidden_TD, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _turn(heads_TJE: torch.Tensor, turns_T1C: torch.Tensor, num_turned: int) -> torch.Tensor:
+def _rotate(heads_TJE: torch.Tensor, rotations_T1C: torch.Tensor, num_rotated: int) -> torch.Tensor:
     """Return the first heads, each pair of neighbours rotated by its token's angle.
 
     What it is given may be overwritten.
     """
-    turned_TJE = heads_TJE[:, :num_turned]
+    rotated_TJE = heads_TJE[:, :num_rotated]
     if can_compute(heads_TJE) and heads_TJE.dtype == torch.bfloat16:
-        turn(heads_TJE, turns_T1C, num_turned)
-        return turned_TJE
-    pairs = torch.view_as_complex(turned_TJE.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs.mul_(turns_T1C)).flatten(2).to(heads_TJE.dtype)
+        rotate(heads_TJE, rotations_T1C, num_rotated)
+        return rotated_TJE
+    pairs = torch.view_as_complex(rotated_TJE.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs.mul_(rotations_T1C)).flatten(2).to(heads_TJE.dtype)

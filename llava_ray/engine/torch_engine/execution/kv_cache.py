@@ -1,6 +1,6 @@
 """The key-value cache: one pool of keys and one of values for each layer.
 
-Shapes: T tokens of a step, S places of a region, N places in the cache, H query heads, K kv heads,
+Shapes: T tokens of a step, S slots of a KV slice, N slots of the cache, H query heads, K kv heads,
 E head size.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 
 from llava_ray.engine.torch_engine.execution import cpu_attention
-from llava_ray.engine.torch_engine.execution.cpu_layers import put
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
+from llava_ray.engine.torch_engine.execution.cpu_layers import store_rows
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 
-_READY_BYTES = 1 << 30
-"""So much of the memory on a CPU is there from the start. Sequences take the first places first."""
+_PREFAULTED_BYTES = 1 << 30
+"""Bytes of the cache on a CPU that are pre-faulted; sequences get the lowest free slots first."""
 
 _POPULATE_WRITE = 23
 """Linux's MADV_POPULATE_WRITE, which Python's mmap does not name."""
@@ -27,12 +27,13 @@ _POPULATE_WRITE = 23
 class KVCache:
     """Keys and values of all sequences, for every layer.
 
-    A layer's pool is [N * K, E]; a region of S places is in it as [K, S, E], all of one sequence
-    close together. On a CPU it is bfloat16 or float32, the dtypes that `cpu_attention` reads.
+    A layer's pool is [N * K, E]; a slice of S slots is stored in it as [K, S, E], so that the
+    keys of one head of a sequence are contiguous. On a CPU it is bfloat16 or float32, the dtypes
+    that `cpu_attention` reads.
 
     Attributes:
-        attend_rows: attention of sequences with one new token each, wherever they are, in one call,
-            as `cpu_attention` has it; None: this device has none.
+        attend_decode: attention of all sequences with one new token each in one call, wherever
+            their keys are; see `cpu_attention.attend_decode`. None: not available here.
     """
 
     def __init__(
@@ -46,15 +47,15 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        is_read = device.type != "cpu" or dtype == torch.bfloat16
-        self.dtype = dtype if is_read else torch.float32
+        is_supported = device.type != "cpu" or dtype == torch.bfloat16
+        self.dtype = dtype if is_supported else torch.float32
         self.device = device
         self.num_kv_heads = num_kv_heads
         shape = (num_tokens * num_kv_heads, head_size)
-        ready = _READY_BYTES // (2 * num_layers)
+        ready = _PREFAULTED_BYTES // (2 * num_layers)
         self.keys = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
         self.values = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
-        self.attend_rows = _choose_attention(self.keys[0], num_heads, num_kv_heads)
+        self.attend_decode = _choose_attention(self.keys[0], num_heads, num_kv_heads)
 
     def store(
         self, layer: int, rows: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor
@@ -62,45 +63,45 @@ class KVCache:
         """Write one layer's keys and values of a step."""
         for pool, new_TKE in ((self.keys[layer], key_TKE), (self.values[layer], value_TKE)):
             if self.device.type == "cpu":
-                put(pool, rows, new_TKE)
+                store_rows(pool, rows, new_TKE)
             else:
                 pool.index_copy_(0, rows, new_TKE.to(pool.dtype).flatten(0, 1))
 
-    def copy(self, source: Region, target: Region, num_tokens: int) -> None:
-        """Copy the first keys and values of a region to the beginning of another."""
+    def copy(self, source: KVSlice, target: KVSlice, num_tokens: int) -> None:
+        """Copy the first keys and values of one slice to the beginning of another."""
         for pool in (*self.keys, *self.values):
             new = self.view(pool, target)[:, :num_tokens]
             new.copy_(self.view(pool, source)[:, :num_tokens])
 
-    def view(self, pool: torch.Tensor, region: Region) -> torch.Tensor:
-        """Return a region of a pool, [K, S, E], without copying it."""
+    def view(self, pool: torch.Tensor, kv_slice: KVSlice) -> torch.Tensor:
+        """Return a view of one slice of a pool, [K, S, E]."""
         heads = self.num_kv_heads
-        begin, end = region.start * heads, (region.start + region.length) * heads
-        return pool[begin:end].view(heads, region.length, -1)
+        begin, end = kv_slice.start * heads, (kv_slice.start + kv_slice.length) * heads
+        return pool[begin:end].view(heads, kv_slice.length, -1)
 
 
 def _choose_attention(
     pool: torch.Tensor, num_heads: int, num_kv_heads: int
 ) -> Callable[..., None] | None:
     if pool.device.type == "cpu":
-        return cpu_attention.attend_rows
+        return cpu_attention.attend_decode
     if pool.device.type == "cuda" and importlib.util.find_spec("triton"):
         from llava_ray.engine.torch_engine.execution import triton_attention
 
         if triton_attention.is_right(
             pool, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=pool.shape[1]
         ):
-            return triton_attention.attend_rows
+            return triton_attention.attend_decode
     return None
 
 
 def _zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, ready: int
 ) -> torch.Tensor:
-    """Zeros; on a CPU in few, large pages, which it finds faster.
+    """Return zeros; on a CPU in huge pages, which cause fewer TLB misses.
 
-    The system gives them where they are written, but for the first `ready` bytes, which Linux gives
-    at once: where requests wait for them, that is a tenth of the time of their prompts.
+    Pages are faulted in on first write, except the first `ready` bytes, which Linux pre-faults:
+    otherwise, page faults take a tenth of the time of a prompt.
     """
     if device.type == "cpu":
         private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}

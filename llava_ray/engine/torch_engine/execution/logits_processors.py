@@ -62,13 +62,13 @@ def _penalise(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
     places = _indices([(row, id_) for row, id_, _ in seen], logits_BV)
     counts_N = _numbers([count for *_, count in seen], logits_BV)
 
-    def spread(per_row: list[float]) -> torch.Tensor:
+    def fan_out(per_row: list[float]) -> torch.Tensor:
         return _numbers(per_row, logits_BV)[places[0]]
 
     asked = [sequence.sampling for sequence in sequences]
-    repetition_N = spread([sampling.repetition_penalty for sampling in asked])
-    frequency_N = spread([sampling.frequency_penalty for sampling in asked])
-    presence_N = spread([sampling.presence_penalty for sampling in asked])
+    repetition_N = fan_out([sampling.repetition_penalty for sampling in asked])
+    frequency_N = fan_out([sampling.frequency_penalty for sampling in asked])
+    presence_N = fan_out([sampling.presence_penalty for sampling in asked])
     values_N = logits_BV[places]
     values_N = torch.where(values_N > 0, values_N / repetition_N, values_N * repetition_N)
     logits_BV[places] = values_N - frequency_N * counts_N - presence_N * (counts_N > 0)

@@ -1,7 +1,7 @@
-"""Computes one step: the only part of the torch engine that touches the model.
+"""Runs the model for one step; nothing else in the torch engine touches the model.
 
 plan -> embeddings of its tokens (images through the tower, in batches) -> language model with
-attention over the cache -> logits of the last tokens -> one token for each complete piece.
+attention over the cache -> logits of the last tokens -> one token for each complete sequence.
 
 Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
@@ -11,62 +11,62 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from llava_ray.engine.detokenizer import TextStream
+from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.protocol import NoteImages, ignore_images
-from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, Step, attend
-from llava_ray.engine.torch_engine.execution.attention_metadata import Layout
+from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, StepMetadata, attend
+from llava_ray.engine.torch_engine.execution.attention_metadata import AttentionMetadata
 from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch, send
-from llava_ray.engine.torch_engine.execution.encoder_cache import Images
-from llava_ray.engine.torch_engine.execution.fused_decoder import Decoder, can_fuse, fuse
+from llava_ray.engine.torch_engine.execution.encoder_cache import EncoderCache
+from llava_ray.engine.torch_engine.execution.fused_decoder import FusedDecoder, can_fuse, fuse
 from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
-from llava_ray.engine.torch_engine.execution.multi_lora import SideAdapters
+from llava_ray.engine.torch_engine.execution.multi_lora import LoraAdapters
 from llava_ray.engine.torch_engine.execution.packed_linear import (
     pack_linears,
     quantize_linears,
     widen,
 )
-from llava_ray.engine.torch_engine.execution.sampler import Choice, sample
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
-from llava_ray.engine.torch_engine.scheduling.scheduler import Piece, Plan
+from llava_ray.engine.torch_engine.execution.sampler import SampledTokens, sample
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
+from llava_ray.engine.torch_engine.scheduling.scheduler import ScheduledSequence, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError
 from llava_ray.model.loading import Core
 from llava_ray.types import Sampling
 
 _NUM_SCRATCH = 3
-"""The cache's last places, which belong to no request."""
+"""Slots at the end of the cache that belong to no request, for `check` and warm-up."""
 
 
-class Launched(Protocol):
-    """A plan that the device computes, or has computed."""
+class LaunchedStep(Protocol):
+    """A step that was sent to the device; it may still be running."""
 
     def read(self) -> list[int]:
-        """Wait for it; return the next token of each complete piece of the plan, in order."""
+        """Wait for it; return the next token of each complete sequence of the plan, in order."""
         ...
 
 
-class Runner(Protocol):
-    """Computes plans. Implementations: LlavaRunner; a scripted one in the tests."""
+class StepRunner(Protocol):
+    """Computes plans. Implementations: ModelRunner; a scripted one in the tests."""
 
-    def run(self, plan: Plan) -> list[int]:
-        """Return the next token of each complete piece of the plan, in order."""
+    def run(self, plan: StepPlan) -> list[int]:
+        """Return the next token of each complete sequence of the plan, in order."""
         ...
 
-    def launch(self, plan: Plan) -> Launched:
-        """Ask the device to compute a plan after the one that was launched before.
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Start computing a plan on the device, behind the one that was launched before.
 
-        Tokens that its sequences expect are those that it chooses in that one.
+        Tokens that its sequences still expect are the ones sampled in that earlier step.
         """
         ...
 
     def check(self) -> None:
-        """Compute something small, away from all sequences; raise if that fails."""
+        """Run a small step that touches no sequence; raise if it fails."""
         ...
 
 
-def pass_over_unread_layers(model: Any) -> None:
-    """Let the vision tower's layers above those that `model` reads hand on what they are given."""
+def skip_unused_vision_layers(model: Any) -> None:
+    """Replace the vision tower's layers above those that `model` reads by the identity."""
     read = model.config.vision_feature_layer
     layers = getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
     heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
@@ -74,19 +74,19 @@ def pass_over_unread_layers(model: Any) -> None:
         layer.forward = lambda hidden_states, *_args, **_options: hidden_states
 
 
-class _Launched(NamedTuple):
-    choice: Choice | None = None  # None: no piece was complete
+class _LaunchedStep(NamedTuple):
+    choice: SampledTokens | None = None  # None: no sequence was complete
     note: Callable[[], None] = lambda: None  # called once it is computed
 
     def read(self) -> list[int]:
-        """See `Launched`."""
+        """See `LaunchedStep`."""
         tokens = self.choice.read() if self.choice else []
         self.note()
         return tokens
 
 
-class LlavaRunner:
-    """Runs any LLaVA whose language model speaks transformers' attention interface.
+class ModelRunner:
+    """Runs any LLaVA whose language model supports transformers' attention interface.
 
     It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed;
     on a CPU that is slow in 16 bits it computes in float32, whatever the weights are stored in.
@@ -97,10 +97,10 @@ class LlavaRunner:
         cache_tokens: size of the key-value cache.
         cache_dtype: its precision; by default that of the weights.
         quantization: "int8": the language model's products in 8 bits; "none": as they are.
-        adapters: those beside its weights, if any.
-        image_cache_mb: memory for encoded images, in MiB; 0: none are kept.
-        graph_batch_size: up to so many sequences decode by `DecodeGraphs`, a GPU's way; None: none.
-        note_images: told what becomes of images.
+        adapters: LoRA adapters that requests may choose, if any.
+        image_cache_mb: memory for image features, in MiB; 0: no cache.
+        graph_batch_size: largest batch that is decoded with CUDA graphs; None: no graphs.
+        note_images: called after each step that read images.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here, or it cannot be
@@ -114,7 +114,7 @@ class LlavaRunner:
         cache_tokens: int,
         cache_dtype: torch.dtype | None = None,
         quantization: str = "none",
-        adapters: SideAdapters | None = None,
+        adapters: LoraAdapters | None = None,
         image_cache_mb: int = 256,
         graph_batch_size: int | None = None,
         note_images: NoteImages = ignore_images,
@@ -137,9 +137,9 @@ class LlavaRunner:
         language_model.set_attn_implementation(ATTENTION_NAME)
         self.device: torch.device = core.model.device
         self._core = core
-        self._adapters = adapters or SideAdapters()
+        self._adapters = adapters or LoraAdapters()
         self._note_images = note_images
-        self._images = Images(self._encode_images, max_bytes=image_cache_mb << 20)
+        self._encoder_cache = EncoderCache(self._encode_images, max_bytes=image_cache_mb << 20)
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
@@ -153,8 +153,8 @@ class LlavaRunner:
             dtype=cache_dtype or core.model.dtype,
             device=self.device,
         )
-        self._scratch = Region(cache_tokens, _NUM_SCRATCH)
-        pass_over_unread_layers(self._model)
+        self._scratch = KVSlice(cache_tokens, _NUM_SCRATCH)
+        skip_unused_vision_layers(self._model)
         is_fused = not self._adapters.names and can_fuse(language_model)
         if is_fused:
             fuse(language_model)
@@ -163,86 +163,92 @@ class LlavaRunner:
         pack_linears(core.model)
         widen(core.model)
         self.dtype: torch.dtype = core.model.dtype
-        self._compute_layers = Decoder(language_model) if is_fused else self._call_language_model
+        self._compute_layers = (
+            FusedDecoder(language_model) if is_fused else self._call_language_model
+        )
         self._graphs = self._find_graphs(graph_batch_size)
-        self._latest: Choice | None = None
-        self.run(self._plan_scratch(2, 1))  # kernels are compiled now, not while somebody waits
+        self._latest: SampledTokens | None = None
+        self.run(self._plan_scratch(2, 1))  # compiles the kernels now rather than during a request
         self.run(self._plan_scratch(1))
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
-        if not max_batch_size or not self._cache.attend_rows or self._adapters.names:
+        if not max_batch_size or not self._cache.attend_decode or self._adapters.names:
             return None
         graphs = DecodeGraphs(
             self._compute_logits, self._cache, self._scratch, max_batch_size=max_batch_size
         )
         return graphs if self.device.type == "cpu" or graphs.record() else None
 
-    def run(self, plan: Plan) -> list[int]:
-        """Return the next token of each complete piece of the plan, in order."""
+    def run(self, plan: StepPlan) -> list[int]:
+        """Return the next token of each complete sequence of the plan, in order."""
         return self._compute(plan).read()
 
-    def launch(self, plan: Plan) -> Launched:
-        """Ask the device to compute a plan; see `Runner.launch`."""
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Ask the device to compute a plan; see `StepRunner.launch`."""
         launched = self._compute(plan)
         self._latest = launched.choice
         return launched
 
     @torch.inference_mode()
-    def _compute(self, plan: Plan) -> _Launched:
+    def _compute(self, plan: StepPlan) -> _LaunchedStep:
         for source, target, num_tokens in plan.copies:
             self._cache.copy(source, target, num_tokens)
-        if not plan.pieces:
-            return _Launched()
-        new = [p.sequence for p in plan.pieces if isinstance(p.sequence.inputs, dict)]
+        if not plan.scheduled:
+            return _LaunchedStep()
+        new = [each.sequence for each in plan.scheduled if isinstance(each.sequence.inputs, dict)]
         if not new:
-            return _Launched(self._choose_tokens(plan))
+            return _LaunchedStep(self._choose_tokens(plan))
         watch = Stopwatch(self.device)
         num_encoded, num_cached = self._read_images(new)
         watch.stop()
         choice = self._choose_tokens(plan)
-        return _Launched(choice, lambda: self._note_images(num_encoded, num_cached, watch.read()))
+        return _LaunchedStep(
+            choice, lambda: self._note_images(num_encoded, num_cached, watch.read())
+        )
 
-    def _choose_tokens(self, plan: Plan) -> Choice | None:
-        """Choose them, once the images of the plan are encoded; None: no piece is complete."""
+    def _choose_tokens(self, plan: StepPlan) -> SampledTokens | None:
+        """Choose them, once the images of the plan are encoded; None: no sequence is complete."""
         if self._graphs and self._graphs.can_compute(plan):
             logits_BV = self._graphs.compute(plan, self._latest)
-            return sample(logits_BV, [piece.sequence for piece in plan.pieces])
-        step = Step(plan, self._cache)
+            return sample(logits_BV, [scheduled.sequence for scheduled in plan.scheduled])
+        metadata = StepMetadata(plan, self._cache)
         self._adapters.choose(self._find_rows(plan))
-        hidden_BD = self._compute_layers(self._embed_tokens(plan), step)
+        hidden_BD = self._compute_layers(self._embed_tokens(plan), metadata)
         if not (complete := plan.complete):
             return None
         logits_BV = self._core.model.lm_head(hidden_BD)
-        return sample(logits_BV, [piece.sequence for piece in complete])
+        return sample(logits_BV, [scheduled.sequence for scheduled in complete])
 
     def check(self) -> None:
         """Send one token through the language model."""
         self.run(self._plan_scratch(1))
 
-    def _plan_scratch(self, *lengths: int) -> Plan:
-        """Return a step of sequences that are nobody's."""
-        pieces, start = [], self._scratch.start
+    def _plan_scratch(self, *lengths: int) -> StepPlan:
+        """Return a step over dummy sequences of these lengths, in the scratch slots."""
+        scheduled, start = [], self._scratch.start
         for length in lengths:
-            text = TextStream(lambda ids: "")
+            text = Detokenizer(lambda ids: "")
             sequence = Sequence("check", [0] * length, 0, Sampling(temperature=0), 1, text)
-            sequence.region = Region(start, length)
-            pieces.append(Piece.of(sequence, length))
+            sequence.kv_slice = KVSlice(start, length)
+            scheduled.append(ScheduledSequence.of(sequence, length))
             start += length
-        return Plan(pieces)
+        return StepPlan(scheduled)
 
-    def _compute_logits(self, ids_B: torch.Tensor, step: Layout) -> torch.Tensor:
+    def _compute_logits(self, ids_B: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Return the logits of one token each, [B, V], none of them an image's."""
-        return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), step))
+        return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), metadata))
 
-    def _call_language_model(self, embeddings_TD: torch.Tensor, step: Layout) -> torch.Tensor:
+    def _call_language_model(
+        self, embeddings_TD: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
         """Return the wanted tokens' last hidden states, [B, D], as transformers computes them."""
         hidden_TD = self._language_model(
             inputs_embeds=embeddings_TD[None],
-            position_ids=step.positions_T[None],
+            position_ids=metadata.positions_T[None],
             use_cache=False,
-            step=step,
+            metadata=metadata,
         ).last_hidden_state[0]
-        return hidden_TD if step.wanted is None else hidden_TD[step.wanted]
+        return hidden_TD if metadata.wanted is None else hidden_TD[metadata.wanted]
 
     def _read_images(self, new: list[Sequence]) -> tuple[int, int]:
         """Replace the pixels of new sequences by what the language model reads.
@@ -255,14 +261,14 @@ class LlavaRunner:
             if self._core.image_token_id not in sequence.prompt_ids[sequence.num_computed :]:
                 num_cached += len(sequence.inputs["pixel_values"])
                 sequence.inputs = None
-        num_encoded, num_known = self._images.read([s for s in new if s.inputs])
+        num_encoded, num_known = self._encoder_cache.read([s for s in new if s.inputs])
         return num_encoded, num_cached + num_known
 
-    def _find_rows(self, plan: Plan) -> dict[str, torch.Tensor | None]:
+    def _find_rows(self, plan: StepPlan) -> dict[str, torch.Tensor | None]:
         """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
         rows: dict[str, list[int]] = {}
         offset = 0
-        for sequence, _, num_tokens, _ in plan.pieces:
+        for sequence, _, num_tokens, _ in plan.scheduled:
             if sequence.adapter:
                 rows.setdefault(sequence.adapter, []).extend(range(offset, offset + num_tokens))
             offset += num_tokens
@@ -282,13 +288,13 @@ class LlavaRunner:
         )
         return list(output.pooler_output)
 
-    def _embed_tokens(self, plan: Plan) -> torch.Tensor:
+    def _embed_tokens(self, plan: StepPlan) -> torch.Tensor:
         """Return the embeddings [T, D] of the plan's tokens, images in their places."""
         ids: list[int] = []
         places: list[int] = []
         features: list[torch.Tensor] = []
         expected: list[tuple[int, int]] = []  # (place, row of the latest choice)
-        for sequence, start, num_tokens, _ in plan.pieces:
+        for sequence, start, num_tokens, _ in plan.scheduled:
             piece = sequence.ids_from(start, num_tokens)
             if sequence.num_expected:
                 assert self._latest

@@ -1,4 +1,4 @@
-"""Several PEFT adapters beside the weights of one model, each for some rows of a computation.
+"""Multi-LoRA: several PEFT adapters on one model, each applied to its own rows of a batch.
 
 `adapter` adds one adapter to the weights for good. Here the weights stay as they are: a row that
 belongs to an adapter has its low-rank product added, y + scale * B(A x), and images of an adapter
@@ -26,7 +26,7 @@ from llava_ray.model.lora import find_alphas, read_adapter, read_settings, refus
 _REMEDY = "merge it with `llava-ray export`, and serve that as a model of its own"
 
 
-class SideAdapters:
+class LoraAdapters:
     """The adapters of a model, and which rows of the next computation belong to which.
 
     Attributes:
@@ -56,7 +56,7 @@ class SideAdapters:
         self.rows = {name: rows_T for name, rows_T in rows.items() if name}
 
 
-class AdaptedLinear(nn.Module):
+class MultiLoraLinear(nn.Module):
     """A linear layer, and beside it the low-rank products of adapters.
 
     Args:
@@ -68,7 +68,7 @@ class AdaptedLinear(nn.Module):
     def __init__(
         self,
         linear: nn.Module,
-        adapters: SideAdapters,
+        adapters: LoraAdapters,
         products: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
     ) -> None:
         super().__init__()
@@ -96,11 +96,11 @@ class AdaptedLinear(nn.Module):
         return output
 
 
-class AdaptedProjector(nn.Module):
+class MultiLoraProjector(nn.Module):
     """A model's projector, and those that adapters have in its place; for all rows at once."""
 
     def __init__(
-        self, projector: nn.Module, adapters: SideAdapters, own: Mapping[str, nn.Module]
+        self, projector: nn.Module, adapters: LoraAdapters, own: Mapping[str, nn.Module]
     ) -> None:
         super().__init__()
         self.projector, self.own = projector, nn.ModuleList(own.values())
@@ -120,7 +120,7 @@ class _Adapter(NamedTuple):
     projector: dict[str, torch.Tensor]
 
 
-def load_side_adapters(model: Any, folders: Mapping[str, str]) -> SideAdapters:
+def load_lora_adapters(model: Any, folders: Mapping[str, str]) -> LoraAdapters:
     """Put adapters beside a model's weights; it is changed in place, and computes as before.
 
     Args:
@@ -131,7 +131,7 @@ def load_side_adapters(model: Any, folders: Mapping[str, str]) -> SideAdapters:
         ConfigError: one is no LoRA, is damaged, was made for another base, changes nothing, or
             changes what cannot be different from row to row.
     """
-    adapters = SideAdapters(tuple(folders))
+    adapters = LoraAdapters(tuple(folders))
     loaded = {name: _read(model, find_folder(path)) for name, path in folders.items()}
     projector = model.model.multi_modal_projector
     own = {
@@ -141,9 +141,9 @@ def load_side_adapters(model: Any, folders: Mapping[str, str]) -> SideAdapters:
     }
     for place in sorted({place for each in loaded.values() for place in each.products}):
         products = {n: each.products[place] for n, each in loaded.items() if place in each.products}
-        model.set_submodule(place, AdaptedLinear(model.get_submodule(place), adapters, products))
+        model.set_submodule(place, MultiLoraLinear(model.get_submodule(place), adapters, products))
     if own:
-        model.model.multi_modal_projector = AdaptedProjector(projector, adapters, own)
+        model.model.multi_modal_projector = MultiLoraProjector(projector, adapters, own)
     return adapters
 
 
@@ -171,8 +171,8 @@ def _read(model: Any, folder: Path) -> _Adapter:
         products[target] = (a_IR.to(**like).contiguous(), (scale * b_RO).to(**like).contiguous())
     if not whole and not any(b_RO.any() for _, b_RO in products.values()):
         raise ConfigError(
-            f"the adapter in {folder} changes no logits: its weights are all nought; train it, or "
-            "leave it out"
+            f"the adapter in {folder} changes no logits because its weights are all zero: "
+            "train it, or leave it out"
         )
     projector = {n.removeprefix(PROJECTOR): tensor[...].to(**like) for n, tensor in whole.items()}
     return _Adapter(products, projector)

@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "nump
 _LINE_BYTES = 64  # what memory sends at once
 
 
-def compile_kept(function: Callable[..., None]) -> Callable[..., None]:
+def compile_cached(function: Callable[..., None]) -> Callable[..., None]:
     """Compile a function when it is first called, and keep what came out.
 
     It is kept beside the function's file, else in the user's cache, else for this process alone,
@@ -51,7 +51,7 @@ def exp(x):  # Numba wants no annotations
     return sum_ * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-def is_read(tensor: torch.Tensor) -> bool:
+def is_supported(tensor: torch.Tensor) -> bool:
     """Whether kernels read a tensor: in float32 or bfloat16, on a CPU."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
@@ -109,7 +109,7 @@ def round_bits(number):
     return np.uint32(bits + np.uint32(np.uint32(0x7FFF) + is_odd))
 
 
-def _build_ask_for(_, rows, index):
+def _build_prefetch_row(_, rows, index):
     """A loop of the CPU's instruction for it, over the row's lines."""
 
     def generate(context, builder, signature, arguments):
@@ -133,8 +133,8 @@ def _build_ask_for(_, rows, index):
     return types.void(rows, index), generate
 
 
-ask_for: Callable[..., None] = intrinsic(_build_ask_for)
-"""ask_for(rows, index): let memory send a row of a 2-D array before it is read.
+prefetch_row: Callable[..., None] = intrinsic(_build_prefetch_row)
+"""prefetch_row(rows, index): let memory send a row of a 2-D array before it is read.
 
 It may lie beyond the array's end.
 """

@@ -1,14 +1,14 @@
-"""Rearranges weights once, for the CPU's matrix kernels.
+"""Packs or quantizes the weights of linear layers once, for the CPU's matmul kernels.
 
-A product with a plain weight rearranges it anew in every call, which costs more than the product
-itself while few tokens are computed. Packed once, decoding reads weights at the speed of memory.
+A matmul with an unpacked weight packs it again in every call, which costs more than the matmul
+itself for a few tokens. With packed weights, decoding runs at memory bandwidth.
 
 - bfloat16, where the CPU computes in it: oneDNN.
-- elsewhere: FBGEMM, which reads weights as float16 and computes in float32. Half the memory of
-  float32, two to five times faster at 1 to 8 tokens. Taken only where float16 holds the weights as
-  they are, as it does those of checkpoints in 16 bits.
-- int8, where it is asked for: FBGEMM, weights and states in whole numbers. A quarter of float32's
-  memory, and half again as fast as float16; the product is off by one to two percent.
+- other CPUs: FBGEMM, which stores weights as float16 and computes in float32. It takes half the
+  memory of float32 and is two to five times faster for 1 to 8 tokens. Used only where float16
+  represents the weights exactly, as it does for 16-bit checkpoints.
+- `quantization=int8`: FBGEMM with int8 weights and activations. It takes a quarter of float32's
+  memory and is 1.5 times as fast as float16; outputs are off by one to two percent.
 """
 
 import warnings
@@ -21,11 +21,11 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.quiet import has_fast_bfloat16
 
 _EXACT_TO = 2.0**-25
-"""Half the distance of the smallest numbers in float16: what becomes of weights near 0."""
+"""Largest error accepted as exact: half the spacing of float16's subnormal numbers."""
 
 _HIGHEST = 63
-"""Of a state in whole numbers, which go from 1 to 127: two products of one and a weight, added up,
-stay below 2^15, where the CPU's instruction would cut them off."""
+"""Activations are quantized to 7 bits (1 to 127): vpmaddubsw adds two products of an activation and
+a weight, and would saturate at 2^15."""
 
 Compute = Callable[[torch.Tensor], torch.Tensor]
 
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
 def pack_linears(module: nn.Module) -> None:
     """Replace every `nn.Linear` on a CPU by its packed form, in place, where there is one.
 
-    The original weights are let go, but for one that is also an embedding.
+    The original weights are freed, except one that is tied to the embedding.
     """
     _replace_linears(module, _pack)
 
@@ -59,11 +59,11 @@ def pack_linears(module: nn.Module) -> None:
 def quantize_linears(module: nn.Module) -> None:
     """Replace every `nn.Linear` on a CPU by one that computes in int8, in place.
 
-    Weights are rounded with a scale for each output, states with one for each token: what becomes
-    of a token depends on no other.
+    Weights have one scale per output channel, activations one per token, so that the result for a
+    token does not depend on the other tokens.
 
     Raises:
-        ConfigError: this machine cannot.
+        ConfigError: the model is not on a CPU, or the CPU lacks AVX2.
     """
     if next(module.parameters()).device.type != "cpu":
         raise ConfigError("quantization=int8 is for CPUs: leave it out, or ask for device=cpu")
@@ -74,16 +74,16 @@ def quantize_linears(module: nn.Module) -> None:
 
 def _replace_linears(module: nn.Module, pack: Callable[[nn.Linear], Compute | None]) -> None:
     parents = [each for each in module.modules() if type(each) is not nn.Linear]
-    for parent in parents:  # the layers themselves are let go one by one
+    for parent in parents:  # the list holds no linear layer, so each is freed when replaced
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and (compute := pack(child)):
                 setattr(parent, name, PackedLinear(child, compute))
 
 
 def widen(module: nn.Module) -> None:
-    """Let a module on a CPU compute in float32 where that is the faster, in place.
+    """Convert a module on a CPU to float32, in place, if the CPU is slow in bfloat16.
 
-    After `pack_linears`: packed weights stay in 16 bits, of what else there is only little.
+    Call it after `pack_linears`: packed weights stay in 16 bits, and little else remains.
     """
     weight = next(module.parameters())
     if weight.device.type == "cpu" and not has_fast_bfloat16():

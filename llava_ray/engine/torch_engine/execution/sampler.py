@@ -1,6 +1,6 @@
 """Logits -> the next token of each sequence: greedy, or drawn with its own random number.
 
-Nothing here waits for the device: `Choice.read` does, when the tokens are wanted.
+Nothing here waits for the device: `SampledTokens.read` does, when the tokens are wanted.
 
 Shapes: B sequences, V vocabulary, A of the sequences that ask for logprobs.
 """
@@ -9,12 +9,12 @@ from collections.abc import Sequence as Many
 
 import torch
 
-from llava_ray.engine.torch_engine.execution.device_transfer import Fetch, send
+from llava_ray.engine.torch_engine.execution.device_transfer import DeviceToHostCopy, send
 from llava_ray.engine.torch_engine.execution.logits_processors import adjust
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 
-class Choice:
+class SampledTokens:
     """A token for each of B sequences, on its way from the device.
 
     Args:
@@ -32,7 +32,7 @@ class Choice:
     ) -> None:
         self.tokens_B = tokens_B
         self.rows = {sequence: row for row, sequence in enumerate(sequences)}
-        self._fetch = Fetch(tokens_B, *measured)
+        self._fetch = DeviceToHostCopy(tokens_B, *measured)
 
     def read(self) -> list[int]:
         """Return the tokens, and tell the sequences how likely they were."""
@@ -46,7 +46,7 @@ class Choice:
         return tokens
 
 
-def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> Choice:
+def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> SampledTokens:
     """Choose one token for each row.
 
     A row that is drawn takes one number of its sequence's own random source and looks it up in
@@ -58,13 +58,13 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> Choice:
     if special:
         rows = send(special, logits_BV.device)
         tokens_B[rows] = _choose(logits_BV[rows].float(), [sequences[i] for i in special])
-    return Choice(tokens_B, sequences, _measure(logits_BV, tokens_B, sequences))
+    return SampledTokens(tokens_B, sequences, _measure(logits_BV, tokens_B, sequences))
 
 
 def _measure(
     logits_BV: torch.Tensor, tokens_B: torch.Tensor, sequences: Many[Sequence]
 ) -> tuple[torch.Tensor, ...]:
-    """Return how likely the tokens, and the likeliest ones, were to the model; see `Choice`."""
+    """Return the logprobs of the tokens and of the most likely ones; see `SampledTokens`."""
     asking = [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]
     if not asking:
         return ()

@@ -24,7 +24,7 @@ from llava_ray.priority import take_precedence
 T = TypeVar("T")
 
 
-def run_in_passing_thread(work: Callable[[], T]) -> T:
+def run_in_temporary_thread(work: Callable[[], T]) -> T:
     """Return what `work` returns; the thread that it ran in is gone, and its team with it."""
     with ThreadPoolExecutor(1, thread_name_prefix="passing") as executor:
         return executor.submit(work).result()

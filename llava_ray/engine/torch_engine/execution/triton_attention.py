@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import triton  # pyright: ignore[reportMissingImports] - only where there is a GPU
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from llava_ray.engine.torch_engine.execution.attention_metadata import Rows, Singles
+from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMetadata, KVRows
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,11 @@ _MAX_PARTS = 16
 _PROGRAMS_PER_PROCESSOR = 2
 
 
-def attend_rows(
+def attend_decode(
     query_THE: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    rows: Rows,
+    rows: KVRows,
     output_THE: torch.Tensor,
     *,
     num_kv_heads: int,
@@ -79,7 +79,7 @@ def attend_rows(
 
 
 def is_right(like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size: int) -> bool:
-    """Whether `attend_rows` works on this machine, by torch's own operation on random numbers.
+    """Whether `attend_decode` works on this machine, by torch's own operation on random numbers.
 
     Args:
         like: a tensor of the pools' dtype and device.
@@ -91,9 +91,9 @@ def is_right(like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size
     query_THE = torch.randn(2, num_heads, head_size, generator=random, **kind)
     output_THE = torch.empty_like(query_THE)
     numbers = torch.tensor([[1, 0], [64, 0], [32, 64], [20, 50]], device=like.device)
-    rows = Singles(*numbers, num_kv_heads=num_kv_heads).find_rows(None)
+    rows = DecodeMetadata(*numbers, num_kv_heads=num_kv_heads).find_rows(None)
     try:
-        attend_rows(
+        attend_decode(
             query_THE, keys, values, rows, output_THE, num_kv_heads=num_kv_heads, scaling=0.1
         )
     except Exception as error:  # noqa: BLE001 - a compiler raises what it likes
@@ -159,9 +159,9 @@ def _attend_part(
         s = start + tl.arange(0, STEP)
         is_seen = s < end
         cells = (first + s)[:, None] * head_size + e[None, :]
-        is_read = is_seen[:, None] & in_head[None, :]
-        key_SE = tl.load(keys + cells, mask=is_read, other=0.0)
-        value_SE = tl.load(values + cells, mask=is_read, other=0.0)
+        is_supported = is_seen[:, None] & in_head[None, :]
+        key_SE = tl.load(keys + cells, mask=is_supported, other=0.0)
+        value_SE = tl.load(values + cells, mask=is_supported, other=0.0)
         if GROUPS == 1:
             product_SE = query_GE.to(tl.float32) * key_SE.to(tl.float32)
             score_GS = tl.sum(product_SE, 1)[None, :]

@@ -10,12 +10,12 @@ from itertools import groupby
 from PIL.Image import Image
 
 
-def name_images(images: Sequence[Image]) -> list[int]:
+def hash_images(images: Sequence[Image]) -> list[int]:
     """Return a number for the content of each image."""
     return [_hash(image.tobytes(), repr(image.size).encode()) for image in images]
 
 
-def describe_content(
+def identify_tokens(
     prompt_ids: list[int], image_token_id: int, names: Sequence[int], *, adapter: str = ""
 ) -> list[int]:
     """Return a prompt's ids, each image token replaced by a number for the content of its image.

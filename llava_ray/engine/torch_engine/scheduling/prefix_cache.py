@@ -1,57 +1,57 @@
-"""What the cache holds already: beginnings that one prompt shares with another.
+"""Prefix caching: reuses the keys and values of a prefix that two prompts share.
 
-Sequences that have ended stay in the cache until their place is needed, the longest unused first.
-A new one that begins like one of them, or like one that runs, gets a copy of those keys and values
-in place of computing them: the next turn of a conversation, another question about an image,
-a system prompt. Plain Python; the runner does the copying.
+Finished sequences stay in the cache until their slots are needed; the least recently used is
+evicted first. A new sequence that shares a prefix with one of them, or with a running one, gets a
+copy of those keys and values instead of computing them: the next turn of a conversation, another
+question about an image, a system prompt. Plain Python; the model runner makes the copies.
 """
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region, Regions
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator, KVSlice
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 MIN_SHARED = 16
-"""Tokens below which nothing is copied."""
+"""Shortest shared prefix, in tokens, that is worth a copy."""
 
 _BLOCK = 64  # tokens compared at once
 
 
-class Copy(NamedTuple):
-    """Keys and values of the first `num_tokens` of one region, wanted in another."""
+class KVCopy(NamedTuple):
+    """A copy of the first `num_tokens` keys and values of one slice to another."""
 
-    source: Region
-    target: Region
+    source: KVSlice
+    target: KVSlice
     num_tokens: int
 
 
-class Prefixes:
-    """The sequences that ended, and where they still are.
+class PrefixCache:
+    """Finished sequences whose keys and values are still in the cache.
 
     Args:
-        regions: of the cache; what is kept here is given back to them when they run short.
-        is_enabled: without it nothing is kept and nothing found.
+        allocator: of the cache; kept slices are released to it when it runs out.
+        is_enabled: False: nothing is kept and nothing is found.
     """
 
-    def __init__(self, regions: Regions, *, is_enabled: bool = True) -> None:
-        self._regions, self._is_enabled = regions, is_enabled
+    def __init__(self, allocator: KVAllocator, *, is_enabled: bool = True) -> None:
+        self._allocator, self._is_enabled = allocator, is_enabled
         self._kept: list[Sequence] = []  # the latest use last
 
     @property
     def num_tokens(self) -> int:
-        """Places of the cache that could be had at once."""
-        regions = [sequence.region for sequence in self._kept]  # asked for by another thread, too
-        return sum(region.length for region in regions if region)
+        """KernelInputs of the cache that could be had at once."""
+        slices = [sequence.kv_slice for sequence in self._kept]  # asked for by another thread, too
+        return sum(kv_slice.length for kv_slice in slices if kv_slice)
 
-    def reserve(self, length: int) -> Region | None:
-        """Return a free region, for which as many sequences are forgotten as it takes."""
-        while (region := self._regions.reserve(length)) is None and self._kept:
+    def reserve(self, length: int) -> KVSlice | None:
+        """Return a free slice, evicting kept sequences if necessary; None if there is none."""
+        while (kv_slice := self._allocator.reserve(length)) is None and self._kept:
             self._forget(self._kept[0])
-        return region
+        return kv_slice
 
     def keep(self, sequence: Sequence) -> None:
-        """Take over a sequence that has ended, with its region."""
+        """Take over a finished sequence and its slice."""
         if not self._is_enabled:
             self._release(sequence)
             return
@@ -62,10 +62,10 @@ class Prefixes:
         self._kept.append(sequence)
 
     def find(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
-        """Return who shares the longest beginning with a sequence, and how many tokens.
+        """Return the sequence with the longest shared prefix, and its length in tokens.
 
-        The last token of a prompt is never shared: from it the next one follows. Some of what a
-        running sequence shares may not be computed yet.
+        The last token of a prompt is never shared: its logits are needed. A running sequence may
+        not have computed all of the shared prefix yet.
         """
         wanted = sequence.content[: len(sequence.prompt_ids) - 1]
         best, most = None, 0
@@ -83,13 +83,13 @@ class Prefixes:
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
-        assert sequence.region is not None
-        self._regions.release(sequence.region)
-        sequence.region = None
+        assert sequence.kv_slice is not None
+        self._allocator.release(sequence.kv_slice)
+        sequence.kv_slice = None
 
 
 def count_shared(first: list[int], second: list[int]) -> int:
-    """Return the length of the longest common beginning."""
+    """Return the length of the longest common prefix."""
     length = min(len(first), len(second))
     start = 0
     while start < length and first[start : start + _BLOCK] == second[start : start + _BLOCK]:

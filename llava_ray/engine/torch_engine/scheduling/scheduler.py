@@ -6,9 +6,9 @@ for another. And a step may be planned while the device computes the one before 
 launched and advanced: it goes on from tokens that are not known yet. An answer that turns out to
 have ended keeps its memory until the step that came too late for it is committed.
 
-A sequence is admitted, in the order of arrival, when its whole region (prompt plus `max_tokens`)
-is free in the cache. So nothing that runs can run out of memory, nothing has to be thrown out
-again, and there is no deadlock: whatever runs ends, and what waits at the head gets its turn.
+A sequence is admitted, in order of arrival, when its whole slice (prompt plus `max_tokens`) is free
+in the cache. So a running sequence never runs out of memory or is preempted, and there is no
+deadlock: every running sequence finishes, and the head of the queue gets its turn.
 """
 
 from collections import Counter, deque
@@ -16,27 +16,27 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Regions
-from llava_ray.engine.torch_engine.scheduling.prefix_cache import Copy, Prefixes
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator
+from llava_ray.engine.torch_engine.scheduling.prefix_cache import KVCopy, PrefixCache
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.types import Chunk
 
-MIN_WIDE = 16
-"""Sequences from which on steps side by side pay, if there are no two prompts: each reads all
-weights."""
+MIN_SEQUENCES_TO_SPLIT = 16
+"""Fewest sequences for which two concurrent steps pay off without two prompts to compute: each step
+reads all weights."""
 
 GRANULE = 64
-"""Regions of the cache are multiples of this many tokens."""
+"""Slices of the cache are multiples of this many tokens."""
 
 
-class Piece(NamedTuple):
-    """What one sequence computes in one step.
+class ScheduledSequence(NamedTuple):
+    """The tokens of one sequence that one step computes.
 
     Attributes:
-        sequence: whose tokens.
-        start: the first of them.
-        num_tokens: how many.
-        is_complete: after it nothing is pending: the next token is chosen.
+        sequence: the sequence.
+        start: position of the first token.
+        num_tokens: number of tokens.
+        is_complete: no token is pending afterwards, so that the step samples the next one.
     """
 
     sequence: Sequence
@@ -45,35 +45,35 @@ class Piece(NamedTuple):
     is_complete: bool
 
     @classmethod
-    def of(cls, sequence: Sequence, num_tokens: int) -> "Piece":
-        """Return the next so many tokens of a sequence."""
+    def of(cls, sequence: Sequence, num_tokens: int) -> "ScheduledSequence":
+        """Schedule the next `num_tokens` tokens of a sequence."""
         is_complete = num_tokens == sequence.num_pending
         return cls(sequence, sequence.num_computed, num_tokens, is_complete)
 
 
-class Plan(NamedTuple):
-    """One step: the pieces that the runner computes together, after it has made the copies."""
+class StepPlan(NamedTuple):
+    """One step: the sequences that the runner computes together, after it has made the copies."""
 
-    pieces: list[Piece]
-    copies: Many[Copy] = ()
+    scheduled: list[ScheduledSequence]
+    copies: Many[KVCopy] = ()
 
     @property
-    def complete(self) -> list[Piece]:
-        """The pieces for which the runner returns a token, in this order."""
-        return [piece for piece in self.pieces if piece.is_complete]
+    def complete(self) -> list[ScheduledSequence]:
+        """The sequences for which the runner returns a token, in this order."""
+        return [each for each in self.scheduled if each.is_complete]
 
 
 class Scheduler:
-    """Holds every sequence of an engine.
+    """Decides which sequences of an engine are computed in each step.
 
     Args:
         cache_tokens: size of the key-value cache.
         max_batch_size: sequences that run at once.
         prefill_tokens: prompt tokens of one step at most, over all sequences. A long prompt is
             computed in several steps, so that it does not stall the answers that are streaming.
-        image_cost: of these, what encoding an image takes for each of its tokens. It is done in
-            the step in which a prompt begins, and at most half of that step goes to it.
-        prefix_cache: keep what was computed, for prompts that begin alike.
+        image_cost: cost of encoding one image token, in prompt tokens. Images are encoded in the
+            step in which their prompt begins, and use at most half of that step's budget.
+        prefix_cache: reuse keys and values of shared prefixes.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.regions = Regions(cache_tokens, granule=GRANULE)
-        self.prefixes = Prefixes(self.regions, is_enabled=prefix_cache)
+        self.kv_allocator = KVAllocator(cache_tokens, granule=GRANULE)
+        self.prefix_cache = PrefixCache(self.kv_allocator, is_enabled=prefix_cache)
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
         self._image_cost = image_cost
         self._planned: set[Sequence] = set()  # in a step that is not advanced
         self._in_flight: Counter[Sequence] = Counter()  # in how many steps that are not committed
-        self._doomed: set[Sequence] = set()  # ended or aborted while they were in flight
+        self._ended_in_flight: set[Sequence] = set()  # ended or aborted while they were in flight
         self._num_steps = 0
 
     def has_work(self) -> bool:
@@ -102,93 +102,93 @@ class Scheduler:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Let a sequence wait for its turn."""
-        assert 0 < sequence.num_reserved <= self.regions.num_tokens
+        """Put a sequence at the end of the waiting queue."""
+        assert 0 < sequence.num_reserved <= self.kv_allocator.num_tokens
         self.waiting.append(sequence)
 
     def abort(self, sequence: Sequence) -> None:
-        """Forget a sequence and free its memory; nothing happens if it has ended.
+        """Drop a sequence and free its slice; does nothing if it has finished.
 
-        One that is being computed keeps its memory until that step is committed.
+        A sequence that is being computed keeps its slice until that step is committed.
         """
         if sequence in self.running:
             self._end(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def is_wide(self) -> bool:
-        """Is there so much to compute that it pays to compute two steps side by side?"""
+    def can_split(self) -> bool:
+        """Whether there is enough work for two concurrent steps to pay off."""
         self._admit()
         num_prompts = sum(sequence.num_pending > 1 for sequence in self.running)
-        return len(self.running) >= MIN_WIDE or num_prompts > 1
+        return len(self.running) >= MIN_SEQUENCES_TO_SPLIT or num_prompts > 1
 
-    def plan(self, share: int = 1) -> Plan:
-        """Return the next step: one token for each that streams, and a piece of the prompts.
+    def plan(self, share: int = 1) -> StepPlan:
+        """Return the next step: one token for each decoding sequence, and part of the prompts.
 
         Args:
-            share: with how many steps side by side, of which this is one, it divides the work.
+            share: number of concurrent steps among which the work is divided.
 
         Returns:
-            without pieces, if all that there is to compute is in flight or waits for what is.
+            An empty plan if all work is in flight or depends on what is.
         """
         self._admit()
         if any(sequence.num_expected and sequence.has_own_logits for sequence in self.running):
-            return Plan([])  # which logits it wants depends on the token that is expected
-        copies: list[Copy] = []
-        pieces = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
-        self._planned.update(piece.sequence for piece in pieces)
-        self._in_flight.update(piece.sequence for piece in pieces)
-        return Plan(pieces, copies)
+            return StepPlan([])  # the logits processors depend on a token that is not known yet
+        copies: list[KVCopy] = []
+        chosen = [*self._plan_decode(share), *self._plan_prefill(share, copies)]
+        self._planned.update(scheduled.sequence for scheduled in chosen)
+        self._in_flight.update(scheduled.sequence for scheduled in chosen)
+        return StepPlan(chosen, copies)
 
-    def advance(self, plan: Plan) -> None:
-        """Count a step as computed, as it is to all that is launched from now on."""
-        for piece in plan.pieces:
-            piece.sequence.num_computed += piece.num_tokens
-            piece.sequence.num_expected += piece.is_complete
-            self._planned.remove(piece.sequence)
+    def advance(self, plan: StepPlan) -> None:
+        """Count a launched step as computed: later steps run after it on the device."""
+        for scheduled in plan.scheduled:
+            scheduled.sequence.num_computed += scheduled.num_tokens
+            scheduled.sequence.num_expected += scheduled.is_complete
+            self._planned.remove(scheduled.sequence)
 
-    def commit(self, plan: Plan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
-        """Take the outcome of an advanced step: one token for each complete piece, in order."""
+    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
+        """Add the tokens of an advanced step: one for each complete sequence, in order."""
         self._num_steps += 1
-        sequences = [piece.sequence for piece in plan.pieces]
+        sequences = [scheduled.sequence for scheduled in plan.scheduled]
         for sequence in sequences:
             sequence.last_step = self._num_steps
         self._in_flight -= Counter(sequences)
         news = []
-        for piece, token in zip(plan.complete, tokens, strict=True):
-            piece.sequence.num_expected -= 1
-            if piece.sequence in self._doomed:
+        for scheduled, token in zip(plan.complete, tokens, strict=True):
+            scheduled.sequence.num_expected -= 1
+            if scheduled.sequence in self._ended_in_flight:
                 continue
-            chunk = piece.sequence.append(token)
+            chunk = scheduled.sequence.append(token)
             if chunk.finish_reason is not None:
-                self._end(piece.sequence)
-            news.append((piece.sequence, chunk))
+                self._end(scheduled.sequence)
+            news.append((scheduled.sequence, chunk))
         for sequence in sequences:
-            if sequence in self._doomed and sequence not in self._in_flight:
-                self._doomed.remove(sequence)
+            if sequence in self._ended_in_flight and sequence not in self._in_flight:
+                self._ended_in_flight.remove(sequence)
                 self._release(sequence)
         return news
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
-            region = self.prefixes.reserve(self.waiting[0].num_reserved)
-            if region is None:
+            kv_slice = self.prefix_cache.reserve(self.waiting[0].num_reserved)
+            if kv_slice is None:
                 return
             sequence = self.waiting.popleft()
-            sequence.region = region
+            sequence.kv_slice = kv_slice
             self.running.append(sequence)
 
-    def _plan_decode(self, share: int) -> Iterator[Piece]:
-        """Yield those that stream, in the order of their regions: neighbours compute together."""
+    def _plan_decode(self, share: int) -> Iterator[ScheduledSequence]:
+        """Yield decoding sequences in cache order: neighbours share one attention call."""
         streams = [sequence for sequence in self.running if sequence.num_pending == 1]
         free = [sequence for sequence in streams if self._is_free(sequence)]
         free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
         mine = free[: -(-len(streams) // share)]
-        for sequence in sorted(mine, key=lambda sequence: sequence.region or (0, 0)):
-            yield Piece.of(sequence, 1)
+        for sequence in sorted(mine, key=lambda sequence: sequence.kv_slice or (0, 0)):
+            yield ScheduledSequence.of(sequence, 1)
 
-    def _plan_prefill(self, share: int, copies: list[Copy]) -> Iterator[Piece]:
-        """Yield pieces of prompts; what they take over from others is added to `copies`."""
+    def _plan_prefill(self, share: int, copies: list[KVCopy]) -> Iterator[ScheduledSequence]:
+        """Yield parts of prompts within the budget; append prefix copies to `copies`."""
         prompts = self._find_prompts(copies)
         budget = max(1, self._prefill_tokens // share)
         while budget and (sequence := next(prompts, None)):
@@ -196,15 +196,15 @@ class Scheduler:
                 budget -= min(budget // 2, round(self._image_cost * sequence.num_image_tokens))
             num_tokens = min(sequence.num_pending, budget)
             budget -= num_tokens
-            yield Piece.of(sequence, num_tokens)
+            yield ScheduledSequence.of(sequence, num_tokens)
 
-    def _find_prompts(self, copies: list[Copy]) -> Iterator[Sequence]:
-        """Yield those whose prompts can be computed on, first come, first served."""
+    def _find_prompts(self, copies: list[KVCopy]) -> Iterator[Sequence]:
+        """Yield sequences whose prompts can be continued, in order of arrival."""
         for index, sequence in enumerate(self.running):
             if sequence.num_pending == 1 or not self._is_free(sequence):
                 continue
             if not sequence.num_computed:
-                donor, num_shared = self.prefixes.find(sequence, self.running[:index])
+                donor, num_shared = self.prefix_cache.find(sequence, self.running[:index])
                 if donor and _is_worth_waiting(sequence, donor, num_shared):
                     continue
                 if donor and (num_ready := min(num_shared, donor.num_computed)):
@@ -212,30 +212,30 @@ class Scheduler:
             yield sequence
 
     def _is_free(self, sequence: Sequence) -> bool:
-        """Can a running sequence be computed on, as far as is known?"""
-        is_over = sequence in self._doomed or not sequence.may_go_on
+        """Whether a running sequence has work that no planned step does."""
+        is_over = sequence in self._ended_in_flight or not sequence.may_continue
         return not (is_over or sequence in self._planned)
 
     def _end(self, sequence: Sequence) -> None:
         if sequence in self._in_flight:
-            self._doomed.add(sequence)
+            self._ended_in_flight.add(sequence)
         else:
             self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         sequence.inputs = None
         self.running.remove(sequence)
-        self.prefixes.keep(sequence)
+        self.prefix_cache.keep(sequence)
 
 
 def _is_worth_waiting(sequence: Sequence, donor: Sequence, num_shared: int) -> bool:
-    """Is another sequence about to compute most of this one's prompt?"""
+    """Whether another sequence is about to compute most of this one's prompt."""
     is_growing = donor.num_computed < num_shared and donor.num_pending > 1
     return is_growing and 2 * num_shared > len(sequence.prompt_ids)
 
 
-def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> Copy:
-    assert donor.region is not None
-    assert sequence.region is not None
+def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> KVCopy:
+    assert donor.kv_slice is not None
+    assert sequence.kv_slice is not None
     sequence.num_computed = sequence.num_cached = num_tokens
-    return Copy(donor.region, sequence.region, num_tokens)
+    return KVCopy(donor.kv_slice, sequence.kv_slice, num_tokens)

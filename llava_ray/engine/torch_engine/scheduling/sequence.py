@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from llava_ray.engine.detokenizer import LogprobStream, TextStream
+from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.structured_output import Grammar
-from llava_ray.engine.torch_engine.scheduling.kv_allocator import Region
+from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.types import Chunk, FinishReason, Sampling
 
 
@@ -36,7 +36,7 @@ class Sequence:
         num_computed: tokens, from the prompt's first, whose keys and values are in the cache, or
             will be before the device does what it is asked next.
         num_cached: how many of them were there before, of another sequence.
-        region: its part of the cache; None while it has none.
+        kv_slice: its part of the cache; None while it has none.
         last_step: number of the latest step that it was part of.
         seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
             are among them where a penalty looks at the prompt.
@@ -52,10 +52,10 @@ class Sequence:
     num_image_tokens: int
     sampling: Sampling
     max_tokens: int
-    text: TextStream
+    text: Detokenizer
     eos_token_ids: frozenset[int] = frozenset()
     grammar: Grammar | None = None
-    logprobs: LogprobStream | None = None
+    logprobs: LogprobCollector | None = None
     inputs: Any = None
     content: list[int] = field(default_factory=list)
     image_names: Many[int] = ()
@@ -64,7 +64,7 @@ class Sequence:
     num_expected: int = 0
     num_computed: int = 0
     num_cached: int = 0
-    region: Region | None = None
+    kv_slice: KVSlice | None = None
     last_step: int = 0
     seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
@@ -103,7 +103,7 @@ class Sequence:
         return len(self.prompt_ids) + len(self.token_ids) + self.num_expected
 
     @property
-    def may_go_on(self) -> bool:
+    def may_continue(self) -> bool:
         """Whether the answer goes on after the tokens that are expected, as far as is known."""
         return len(self.token_ids) + self.num_expected < self.max_tokens
 
@@ -114,7 +114,7 @@ class Sequence:
 
     @property
     def num_reserved(self) -> int:
-        """Places in the cache with which it can never run out."""
+        """KernelInputs in the cache with which it can never run out."""
         return len(self.prompt_ids) + self.max_tokens
 
     def ids_from(self, start: int, length: int) -> list[int]:
