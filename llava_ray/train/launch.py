@@ -20,10 +20,11 @@ from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import open_pool
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint
+from llava_ray.storage import is_address
 from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.log import say_line
 from llava_ray.train.preflight import build_hollow, load_run_encoder, open_run
-from llava_ray.train.run_folder import export_run, is_address, is_begun, open_home, write_settings
+from llava_ray.train.run_folder import export_run, is_begun, open_home, write_settings
 from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 

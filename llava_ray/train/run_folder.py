@@ -21,17 +21,12 @@ from llava_ray.data.loader.dataset import open_pool
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.export.atomic_folder import write_json
 from llava_ray.model.export.export import export_model
-from llava_ray.storage import open_folder
+from llava_ray.storage import is_address, open_folder
 from llava_ray.train.checkpoint import MODEL, read_progress
 from llava_ray.train.log import LOG, read_log
 
 FILES = ("config.yaml", "train_log.jsonl")
 """What a run goes on with, beside its checkpoints."""
-
-
-def is_address(path: str) -> bool:
-    """Whether a run is kept elsewhere than on a disk."""
-    return "://" in path
 
 
 @contextlib.contextmanager
@@ -59,12 +54,7 @@ def send_home(home: Path, address: str) -> None:
     """Send what was written so far to the run's address; nothing is to be done on a disk."""
     if not is_address(address):
         return
-    folder = open_folder(address)
-    for path in sorted(home.rglob("*")):
-        if path.is_file():
-            target = folder.path(path.relative_to(home).as_posix())
-            folder.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            folder.files.put_file(str(path), target)
+    open_folder(address).send(home)
 
 
 def is_begun(address: str) -> bool:
@@ -111,7 +101,7 @@ def export_run(
     target = export_model(
         checkpoint / MODEL,
         folder / EXPORT,
-        to=config.export_to or ("hf" if begun_with.layout == "published" else "original"),
+        to=config.export_to or ("hf" if begun_with.format == "hf" else "original"),
         vision_tower=config.vision_tower if config.method == "lora" else None,
         overwrite=True,
     )
