@@ -155,9 +155,9 @@ def test_an_image_token_with_another_id_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 48}, r"is \[\d+, 32\], and .*config.json needs \[\d+, 48\]"),
+        ({"hidden_size": 48}, r"has shape \[\d+, 32\], and .*config.json needs \[\d+, 48\]"),
         ({"num_hidden_layers": 3}, "the weights of .* lack 9 tensors"),
-        ({"hidden_size": "many"}, r"config\.json describes no model that can be built"),
+        ({"hidden_size": "many"}, r"config\.json does not describe a model that can be built"),
     ],
 )
 def test_sizes_that_do_not_fit_are_told_with_the_file(change, message, tmp_path: Path) -> None:

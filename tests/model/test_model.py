@@ -13,7 +13,8 @@ from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, RequestError
 from llava_ray.model.build.random_model import TINY, build_random_model
-from llava_ray.model.loading import load_model
+from llava_ray.model.loading import load_model, load_opened
+from llava_ray.model.open_checkpoint import open_checkpoint
 from llava_ray.types import ImagePart, Message, TextPart
 
 
@@ -32,6 +33,20 @@ def test_a_prompt_becomes_ids_with_as_many_image_tokens_as_the_model_makes():
     assert inputs["pixel_values"].shape == (2, 3, TINY.image_size, TINY.image_size)
     with torch.inference_mode():
         assert loaded.model(**inputs).logits.shape[1] == len(ids)
+
+
+def test_a_checkpoint_is_opened_once():
+    opened = open_checkpoint(tiny_model())
+    loaded = load_opened(opened, device="cpu")
+    assert loaded.checkpoint is opened.checkpoint
+    assert loaded.processor is opened.processor
+    assert loaded.template is opened.template
+    assert loaded.context_length == opened.context_length == TINY.context_length
+
+
+def test_a_wrong_template_is_refused_before_a_checkpoint_is_looked_for():
+    with pytest.raises(ConfigError, match=r"template='nope': .*Known are"):
+        open_checkpoint("/no/such/folder", template="nope")
 
 
 def test_a_beginning_that_the_template_wrote_is_not_doubled():
