@@ -231,7 +231,7 @@ def test_a_built_model_is_exported_like_any_other(built: Any, tmp_path: Path) ->
             loaded.model(**inputs).logits,
             load(folder).model(**load(folder).encode("see <image>", [make_image()])).logits,
         )
-    with pytest.raises(ConfigError, match="no language model of the kind 'qwen3'"):
+    with pytest.raises(ConfigError, match="does not support the language model 'qwen3'"):
         export_model(built(PAIRS["qwen3, class token"])[1], tmp_path / "qwen3", to="original")
     with pytest.raises(ConfigError, match="does not support GPT-NeoX as its language model"):
         export_model(built(PAIRS["gpt_neox"])[1], tmp_path / "neox", to="vllm")
@@ -240,10 +240,10 @@ def test_a_built_model_is_exported_like_any_other(built: Any, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("gemma2", {}, "of the kind 'gemma2' .its logits are more than its head makes"),
-        ("granite", {"logits_scaling": 3.0}, "of the kind 'granite'"),
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "of the kind 'gpt2'"),
-        ("phi", {}, "has no head that a LLaVA can take over"),
+        ("gemma2", {}, "model_type 'gemma2' .it changes its logits after the output head"),
+        ("granite", {"logits_scaling": 3.0}, "model_type 'granite'"),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "model_type 'gpt2'"),
+        ("phi", {}, "has no output head that a LLaVA can use"),
     ],
 )
 def test_a_language_model_that_a_llava_would_change_is_refused(
@@ -264,7 +264,7 @@ def test_parts_that_do_not_fit_are_told(tmp_path: Path, clip: Path, built: Any) 
         ({"select_layer": -9}, r"has 3 layers, so there are hidden states -4 to 3"),
         ({"image_aspect": "anyres", "select_feature": "cls_patch"}, "grid of anyres; use patch"),
         ({"llm": clip}, "'clip_vision_model', which is not a language model that continues"),
-        ({"vision_tower": tmp_path / "lm"}, "of the kind 'llama': give a CLIP or SigLIP"),
+        ({"vision_tower": tmp_path / "lm"}, "model_type 'llama': give a CLIP or SigLIP"),
         ({"llm": built(PAIRS["llama"])[1]}, "already has a vision tower"),
         ({"llm": "/no/such"}, "there is no such folder"),
     ):
