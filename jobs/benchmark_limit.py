@@ -78,7 +78,7 @@ def measure_rates(load: Load) -> Rates:
 
     from llava_ray.engine.torch_engine.execution.packed_linear import pack_linears
     from llava_ray.model.loading import load_model
-    from llava_ray.model.quiet import has_fast_bfloat16
+    from llava_ray.model.precision import has_fast_bfloat16
 
     core = load_model(load.model, dtype=load.name_dtype())
     linear = core.model.model.language_model.layers[0].mlp.gate_proj

@@ -38,7 +38,7 @@ class Load:
         """Return the precision that all compute in."""
         import torch
 
-        from llava_ray.model.quiet import choose_dtype
+        from llava_ray.model.precision import choose_dtype
 
         chosen = choose_dtype("cuda" if torch.cuda.is_available() else "cpu")
         return self.dtype or str(chosen).removeprefix("torch.")

@@ -1,8 +1,8 @@
-"""Images on their way in: nothing else in the package opens an image.
+"""Decodes untrusted images; the only file in the package that opens one.
 
 bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB image without alpha.
-Of an animation or a file of several pages the first image is taken. The EXIF orientation is
-applied. A colour profile is not: these models were trained on the numbers as the files have them.
+Of an animation or a multi-page file the first image is used. The EXIF orientation is applied.
+Colour profiles are not: these models were trained on pixel values as stored in the files.
 """
 
 import base64
@@ -20,10 +20,10 @@ from llava_ray.errors import FetchError, ImageError, ImageTooLargeError
 from llava_ray.types import ImagePart
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""What is accepted, by Pillow's names; of animations and multi-page files the first image."""
+"""Accepted formats, by Pillow's names."""
 
 MAX_ASPECT_RATIO = 200
-"""Longer side to shorter side: a model scales the shorter one up, so a thread becomes a bomb."""
+"""Longest to shortest side. Models scale the shorter side up, so a thin image would become huge."""
 
 _FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
 _MEDIA_TYPES = {f"image/{name.lower()}" for name in FORMATS} | {
@@ -46,8 +46,8 @@ _OTHER_KINDS = (
     (b"ftypmif1", 4, "an HEIC image"),
     (b"ftyp", 4, "a video"),
 )
-# What Pillow's readers are known to raise on damaged files. `Warning` is there because Pillow
-# warns about some damage, and a process may have turned warnings into errors.
+# What Pillow's readers are known to raise for damaged files. `Warning` is included because Pillow
+# only warns about some damage, and a process may have turned warnings into errors.
 _DAMAGE = (
     OSError,
     SyntaxError,
@@ -71,13 +71,13 @@ def decode(
     """Return the image as an upright RGB image; transparency becomes white.
 
     Args:
-        image: an encoded file, as it came from a stranger.
-        limits: bytes and pixels allowed. The pixels are checked before anything is decoded.
+        image: an encoded file from an untrusted source.
+        limits: maximum bytes and pixels. The pixels are checked before anything is decoded.
         param: the field of the request that the error names; by default the part's own.
 
     Raises:
-        ImageError: not an image, not in one of `FORMATS`, damaged, or over a limit. It is a
-            `FetchError` for one that was fetched.
+        ImageError: not an image, not in one of `FORMATS`, damaged, or over a limit. For an image
+            that was fetched from a URL it is a `FetchError`.
     """
     if isinstance(image, bytes):
         return _decode(image, limits, param)
@@ -118,10 +118,10 @@ def _decode(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image
 def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
     """Return the bytes in a `data:image/...;base64,` URL (RFC 2397); the image is not opened.
 
-    White space, missing padding, the URL-safe alphabet and percent escapes are put right.
+    White space, missing padding, the URL-safe alphabet and percent escapes are tolerated.
 
     Raises:
-        ImageError: another kind of URL, not base64, empty, or more than the limit of bytes.
+        ImageError: another kind of URL, not base64, empty, or over the limit of bytes.
     """
     header, comma, payload = url.strip().partition(",")
     scheme = header.partition(":")[0].lower()
@@ -155,7 +155,7 @@ def decode_base64(payload: str, *, limits: LimitsConfig, param: str) -> bytes:
 
 
 def to_data_url(image: Image.Image | bytes) -> str:
-    """Return the data URL of an image, for clients. Bytes go as they are; an image as PNG.
+    """Return the data URL of an image, for clients. Bytes are sent unchanged, an image as PNG.
 
     Raises:
         ImageError: the bytes are not an image in one of `FORMATS`.
@@ -172,14 +172,14 @@ def to_data_url(image: Image.Image | bytes) -> str:
 
 
 def name_format(data: bytes) -> str:
-    """Return the format of an encoded image as media types call it: png, jpeg, ...
+    """Return the format of an encoded image as in its media type: png, jpeg, ...
 
     Raises:
         ImageError: it is not an image in one of `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            # Pillow's name for a JPEG with a second image in it, as telephones make them
+            # Pillow's name for a JPEG that contains a second image, as phones write them
             return "jpeg" if image.format == "MPO" else str(image.format).lower()
     except (*_DAMAGE, Image.DecompressionBombError) as error:
         raise ImageError(_explain_unknown(data)) from error
@@ -228,7 +228,7 @@ def _decode_base64(payload: str, param: str) -> bytes:
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; a broken EXIF block does not cost the image."""
+    """Apply the EXIF orientation; a broken EXIF block is ignored."""
     try:
         return ImageOps.exif_transpose(image)
     except _DAMAGE:
@@ -236,7 +236,7 @@ def _turn_upright(image: Image.Image) -> Image.Image:
 
 
 def _convert_to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel, whatever Pillow stores them in
+    if image.mode.startswith("I"):  # 16 bits per channel, whichever type Pillow uses
         image = image.convert("F").point(lambda value: value * (1 / 257)).convert("L")
     elif image.mode == "F":
         image = _stretch(image)
@@ -248,7 +248,7 @@ def _convert_to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _stretch(image: Image.Image) -> Image.Image:
-    """Map the range of a floating-point image, which has no fixed white, to 0-255."""
+    """Map the value range of a floating-point image to 0-255."""
     low, high = image.getextrema()
     assert isinstance(low, float)
     assert isinstance(high, float)

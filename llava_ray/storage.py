@@ -1,4 +1,8 @@
-"""Folders of raw data and of shards: on this machine's disk or at any address that fsspec knows."""
+"""The one door to fsspec: folders on this machine's disk or at any address that fsspec knows.
+
+open_folder   a `Folder` to read and write files in, wherever it is (raw data, shards, runs)
+fetch_folder  a copy of a remote folder in the local cache (checkpoints)
+"""
 
 import hashlib
 import os
@@ -14,15 +18,18 @@ from typing import IO, Any
 
 from llava_ray.errors import ConfigError, MissingPackageError, SampleError
 
+_VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
+"""Keys of a listing that change when the file does, under the names of various file systems."""
+
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder; names in it are relative and have `/` between their parts.
+    """A folder. Names of files in it are relative and use `/`.
 
     Attributes:
         files: fsspec's file system.
-        root: the folder's path there.
-        address: as it was given.
+        root: the folder's path in that file system.
+        address: the path or address that the caller gave.
     """
 
     files: Any
@@ -30,7 +37,7 @@ class Folder:
     address: str
 
     def path(self, name: str) -> str:
-        """Return where a file is, in the terms of `files`."""
+        """Return a file's path in the file system."""
         return f"{self.root}/{name}" if name else self.root
 
     def open(self, name: str) -> IO[bytes]:
@@ -38,7 +45,7 @@ class Folder:
         return self.files.open(self.path(name), "rb")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        """Return what a file holds, or its first `limit` bytes."""
+        """Return a file's content, or its first `limit` bytes."""
         return self.files.cat_file(self.path(name), end=limit)
 
     def has(self, name: str) -> bool:
@@ -46,52 +53,68 @@ class Folder:
         return self.files.exists(self.path(name))
 
     def list(self, *endings: str) -> list[str]:
-        """Return the names of all files below, sorted, that end so and are not hidden."""
+        """Return the sorted names of all files below that have one of the endings.
+
+        Hidden files are left out.
+        """
         start = len(self.root) + 1
         names = sorted(path[start:] for path in self.files.find(self.root))
         return [n for n in names if n.lower().endswith(endings) and not _is_hidden(n)]
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a file, whole or not at all."""
+        """Write a file atomically."""
         with self.write_beside(name) as path, open(path, "wb") as file:
             file.write(data)
 
     @contextmanager
     def write_beside(self, name: str) -> Iterator[Path]:
-        """Give the path of a new file; when the block ends without an error it becomes `name`."""
+        """Give the path of a scratch file, which becomes `name` if the block ends without error."""
         if self.is_local:
             scratch = Path(self.path(posixpath.join(posixpath.dirname(name), _new_name())))
             scratch.parent.mkdir(parents=True, exist_ok=True)
         else:
-            import tempfile
-
             scratch = Path(tempfile.gettempdir()) / _new_name()
         try:
             yield scratch
             if self.is_local:
                 os.replace(scratch, self.path(name))
-            else:  # object stores show a file when all of it is there
+            else:  # object stores show a file only once all of it is there
                 self.files.put_file(str(scratch), self.path(name))
         finally:
             scratch.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
-        """Remove a file, or a folder with all that it holds, if it is there."""
+        """Remove a file, or a folder with everything in it, if it is there."""
         if self.has(name):
             self.files.rm(self.path(name), recursive=True)
 
+    def send(self, source: Path) -> None:
+        """Copy all files below a local folder into this one, replacing those of the same name."""
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                target = self.path(path.relative_to(source).as_posix())
+                self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self.files.put_file(str(path), target)
+
     @property
     def is_local(self) -> bool:
-        """The folder is on this machine."""
+        """Whether the folder is on this machine's disk."""
         return "file" in self.files.protocol
 
 
+def is_address(path: str) -> bool:
+    """Return whether a text is an address ("s3://bucket/data") and not a path on a disk."""
+    return "://" in path
+
+
 def open_folder(address: str) -> Folder:
-    """Return the folder at a path or address ("s3://bucket/data"); it need not be there.
+    """Return the folder at a path or address ("s3://bucket/data"), which need not exist yet.
+
+    Credentials come from where the package of that cloud looks for them.
 
     Raises:
-        ConfigError: the address is of no known kind.
-        MissingPackageError: the package for that kind of address is not installed.
+        ConfigError: fsspec does not know this kind of address.
+        MissingPackageError: the package for this kind of address is not installed.
     """
     import fsspec
 
@@ -100,15 +123,15 @@ def open_folder(address: str) -> Folder:
     except ImportError as error:
         raise MissingPackageError(f"{address!r} needs a package: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{address!r} is no address of a folder: {error}") from error
+        raise ConfigError(f"{address!r} is not the address of a folder: {error}") from error
     return Folder(files, root.rstrip("/"), address)
 
 
 def find_input(address: str) -> tuple[Folder, list[str]]:
-    """Return a folder of raw data, and the name of the one file that is meant (none: all).
+    """Return a folder of raw data, and the name of the file if `address` is one file's (else []).
 
     Raises:
-        ConfigError: there is nothing.
+        ConfigError: there is nothing at that address.
     """
     folder = open_folder(address)
     if folder.files.isfile(folder.root):
@@ -120,17 +143,18 @@ def find_input(address: str) -> tuple[Folder, list[str]]:
 
 
 def check_name(name: str) -> str:
-    """Return the name of an image in its folder, `./` and doubled slashes removed.
+    """Return an image's name in its folder without `./` and doubled slashes.
 
     Raises:
-        SampleError: it leads out of the folder.
+        SampleError: the name points outside the folder.
     """
     clean = posixpath.normpath(name)
     parts = clean.replace("\\", "/").split("/")
     leads_out = ".." in parts or clean.startswith(("/", "~")) or ":" in parts[0] or "\0" in name
     if leads_out or clean == ".":
         raise SampleError(
-            f"the image {name!r} is not inside the folder of images: name it relative to it",
+            f"the image {name!r} is not inside the folder of images: give its path relative to "
+            "that folder",
             reason="image_path",
         )
     return clean
@@ -142,74 +166,68 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _new_name() -> str:
-    return f".{uuid.uuid4().hex}"
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-_CHANGES = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
-"""What file systems call the facts that change when a file does."""
-
-
 def fetch_folder(address: str) -> Path:
-    """Copy the folder at an address into the cache, unless it is there; return the copy.
+    """Return a local copy of the folder at an address; it is copied once and kept in the cache.
 
-    Args:
-        address: "s3://bucket/checkpoint", "gs://...", "file:///...", whatever fsspec reads;
-            credentials come from where that cloud's package looks for them.
+    The copy is made anew when a file's size, time or checksum has changed. Only the files directly
+    in the folder are copied.
 
     Raises:
         ConfigError: there is no such folder, or it cannot be read.
-        MissingPackageError: the package for that cloud is not installed.
+        MissingPackageError: the package for this kind of address is not installed.
     """
-    import fsspec
-
-    try:
-        files, root = fsspec.core.url_to_fs(address.rstrip("/"))
-    except ImportError as error:
-        raise MissingPackageError(f"{address!r} needs a package: {error}") from error
-    except ValueError as error:
-        raise ConfigError(f"{address!r} is no address of a folder: {error}") from error
-    try:
-        entries = sorted(
-            (entry for entry in files.ls(root, detail=True) if entry["type"] == "file"),
-            key=lambda entry: entry["name"],
-        )
-    except OSError as error:
-        raise ConfigError(
-            f"there is no folder at {address!r}, or it cannot be read ({error}): check the address "
-            "and the credentials"
-        ) from error
-    if not entries:
-        raise ConfigError(f"there are no files at {address!r}: give the folder of a checkpoint")
+    remote = open_folder(address.rstrip("/"))
+    entries = _list_entries(remote, address)
     facts = [
-        (e["name"], e.get("size"), *(str(e[key]) for key in _CHANGES if key in e)) for e in entries
+        (e["name"], e.get("size"), *(str(e[key]) for key in _VERSION_KEYS if key in e))
+        for e in entries
     ]
     digest = hashlib.sha256(repr((address, facts)).encode()).hexdigest()[:24]
     folder = find_cache("checkpoints") / digest
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-"))
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{digest}-"))
     try:
         for entry in entries:
-            files.get_file(entry["name"], str(beside / entry["name"].rpartition("/")[2]))
-        os.replace(beside, folder)
+            name = entry["name"].rpartition("/")[2]
+            remote.files.get_file(entry["name"], str(scratch / name))
+        os.replace(scratch, folder)
     except OSError as error:
-        if not folder.is_dir():  # else another process was faster, and its copy is as good
+        if not folder.is_dir():  # otherwise another process was faster, and its copy will do
             raise ConfigError(
                 f"{address!r} could not be copied to {folder}: {error}; check the connection and "
-                "the space on the disk"
+                "the free disk space"
             ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 
 def find_cache(kind: str) -> Path:
-    """Return where this project keeps copies of a kind; the folder may not be there yet."""
+    """Return the cache folder for one kind of file; it may not exist yet."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "llava_ray" / kind
+
+
+def _list_entries(remote: Folder, address: str) -> list[dict[str, Any]]:
+    """Return fsspec's entries of the files directly in a folder, sorted by name."""
+    try:
+        found = remote.files.ls(remote.root, detail=True)
+    except OSError as error:
+        raise ConfigError(
+            f"there is no folder at {address!r}, or it cannot be read ({error}): check the address "
+            "and the credentials"
+        ) from error
+    entries = sorted((e for e in found if e["type"] == "file"), key=lambda entry: entry["name"])
+    if not entries:
+        raise ConfigError(f"there are no files at {address!r}: give the folder of a checkpoint")
+    return entries
+
+
+def _new_name() -> str:
+    return f".{uuid.uuid4().hex}"
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))

@@ -91,7 +91,7 @@ def _write_weights(folder: Path, model: LlavaForConditionalGeneration) -> None:
     tensors = {}
     for name, tensor in model.state_dict().items():
         stored = tensor.bfloat16() if tensor.is_floating_point() else tensor
-        tensors[from_memory(name, "published")] = stored.clone()
+        tensors[from_memory(name, "hf")] = stored.clone()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 

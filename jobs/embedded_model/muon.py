@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from jobs.embedded_model import partners
-from llava_ray.model.quiet import choose_dtype
+from llava_ray.model.precision import choose_dtype
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

@@ -14,7 +14,7 @@ from torch import nn
 
 from jobs.embedded_model import partners
 from jobs.embedded_model.muon import Muon
-from llava_ray.model.quiet import has_fast_bfloat16
+from llava_ray.model.precision import has_fast_bfloat16
 
 SAVE_EVERY_MINUTES = 2.0
 WARM_UP = 0.02  # of a stage

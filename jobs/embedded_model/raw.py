@@ -50,7 +50,7 @@ def write_parts(folder: Path) -> None:
     from transformers import AutoTokenizer, LlamaForCausalLM
 
     from llava_ray.model.loading import load_model
-    from llava_ray.model.quiet import no_progress_bars
+    from llava_ray.model.transformers_output import no_progress_bars
 
     model: Any = load_model(MODEL_DIR, device="cpu", dtype="bfloat16").model
     language_model = LlamaForCausalLM(model.config.text_config).bfloat16()

@@ -20,7 +20,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from llava_ray.demo import questions, scenes, talk
-from llava_ray.model.quiet import choose_dtype
+from llava_ray.model.precision import choose_dtype
 
 KINDS = tuple(questions.QUESTIONS)
 TARGETS = {

@@ -12,7 +12,7 @@ import torch
 from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.structured_output import Grammar, Vocabulary
 from llava_ray.errors import ContextLengthError, RequestError
-from llava_ray.model.loading import Core
+from llava_ray.model.loading import LoadedModel
 from llava_ray.model.processor import mark_images
 from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
@@ -29,7 +29,7 @@ class InputProcessor:
         room: the same, where a cache holds less.
     """
 
-    def __init__(self, core: Core, *, context_length: int, room: int) -> None:
+    def __init__(self, core: LoadedModel, *, context_length: int, room: int) -> None:
         self._core, self._context_length, self._room = core, context_length, room
 
     def read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:

@@ -1,6 +1,6 @@
-"""The multimodal core: any LLaVA checkpoint in, a model and its processor out; building, exporting.
+"""Loads, builds and exports LLaVA models, from any LLaVA checkpoint.
 
-`load_model` and its `Core` are taken from `loading` when they are asked for, so that parts of this
+`load_model` and `LoadedModel` are imported from `loading` on first use, so that other parts of this
 package can be imported without torch.
 """
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from llava_ray.lazy import make_lazy
 
 if TYPE_CHECKING:
-    from llava_ray.model.loading import Core, load_model
+    from llava_ray.model.loading import LoadedModel, load_model
 
-__all__ = ["Core", "load_model"]
+__all__ = ["LoadedModel", "load_model"]
 
 __getattr__, __dir__ = make_lazy(
     __name__,

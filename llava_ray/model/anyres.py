@@ -1,6 +1,6 @@
-"""Anyres: how the tiles of one image become one row of features, and how many that are.
+"""Anyres: joins the features of an image's tiles into one sequence, and computes its length.
 
-Used by the model (`modules`) and by `Core.encode`, which must agree. The rules are LLaVA's
+Used by the model (`modeling`) and by `LoadedModel.encode`, which must agree. The rules are LLaVA's
 `prepare_inputs_labels_for_multimodal`: `mm_patch_merge_type` flat, spatial, spatial_unpad.
 
 Shapes: T tiles of an image (the first is the whole image), P patches of a tile, D hidden, H W
@@ -14,7 +14,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 
 def count_image_tokens(config: Any, image_size: tuple[int, int]) -> int:
-    """Return how many tokens an image is to a model of the original layout.
+    """Return how many tokens an image has in a model of LLaVA's format.
 
     Args:
         config: the model's.
@@ -45,16 +45,16 @@ def join_tiles(
     merge_type: str,
     newline_D: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the tiles of one image as a row of features, [tokens, D], the whole image first.
+    """Return the features of one image's tiles as one sequence, [tokens, D], the whole image first.
 
     Args:
-        features_TPD: of each tile.
-        image_size: height and width of the image as it came.
-        pinpoints: sizes [height, width] that the image may have been laid out to.
+        features_TPD: the features of each tile.
+        image_size: height and width of the original image.
+        pinpoints: the sizes [height, width] that images may be resized to.
         tile_size: height and width of a tile, in pixels.
         merge_type: "flat" (tile after tile), "spatial" (row after row of the grid of tiles) or
             "spatial_unpad" (the same without the rows or columns that are padding).
-        newline_D: ends each row of "spatial_unpad", and an image that has no tiles.
+        newline_D: put after each row for "spatial_unpad", and after an image without tiles.
     """
     if merge_type == "flat":
         return features_TPD.flatten(0, 1)
@@ -74,7 +74,7 @@ def join_tiles(
 
 
 def measure_padding(image_size: tuple[int, int], grid_size: tuple[int, int]) -> tuple[int, int]:
-    """Return how many rows and columns at each edge of the grid hold nothing of the image.
+    """Return how many rows and columns at each edge of the grid are padding.
 
     LLaVA rounds the image's scaled side down; transformers first rounds it to seven digits, which
     differs by one now and then.

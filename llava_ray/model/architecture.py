@@ -1,7 +1,7 @@
-"""A checkpoint -> the configuration and class of its model, and whether its weights fit them.
+"""Decides which configuration and class a checkpoint's model has, and checks its weights for them.
 
-Between `checkpoint` and `core`. Everything here works on names and shapes: a model on torch's meta
-device says what it expects, the headers of the files say what there is.
+Used by `open_checkpoint` and `loading`. Works on names and shapes only: a model on torch's meta
+device says what is expected, the headers of the weight files say what is there.
 """
 
 import copy
@@ -17,7 +17,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.llava_format import read_pinpoints
 from llava_ray.model.checkpoint.locate import read_json
-from llava_ray.model.checkpoint.weights import Stored
+from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.processor import START_END
 
 _TOWERS = {
@@ -31,19 +31,19 @@ _NOT_TEXT = re.compile(
     r"|model_type|architectures|auto_map|torch_dtype|dtype|transformers_version|vision_tower"
     r"|quantization_config|_name_or_path|max_sequence_length"
 )
-"""Fields of LLaVA's flat config.json that are not the language model's."""
+"""Fields of LLaVA's flat config.json that do not belong to the language model."""
 
 _UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
-"""What towers have and LLaVA, which takes an inner layer, never computes."""
+"""Tensors of towers that LLaVA never uses, because it takes the features of an inner layer."""
 
 IDENTITY = "torch.nn.modules.linear.Identity"
-"""What vLLM calls the activation that changes nothing; to transformers it is "linear"."""
+"""vLLM's name of the identity activation; transformers calls it "linear"."""
 
 _EMBEDDINGS = re.compile(r"model\.language_model\.(embed_tokens|wte|embed_in)\.weight")
 
 
 _NEWLINE_REMEDY = (
-    "LLaVA's trainer leaves it out where it saves a projector alone: load the whole checkpoint, or "
+    "LLaVA's trainer leaves it out when it saves only a projector: load the whole checkpoint, or "
     "write the projector with `llava-ray export --to projector`"
 )
 
@@ -55,16 +55,16 @@ _BAD_CONFIG = (
     AttributeError,
     ArithmeticError,
 )
-"""What transformers raises on a configuration that it cannot build from."""
+"""What transformers raises for a configuration that it cannot build a model from."""
 
 
 class Architecture(NamedTuple):
-    """What is built.
+    """The model to build for a checkpoint.
 
     Attributes:
         config: transformers' configuration.
-        model_class: transformers' class, or ours that is derived from it.
-        shapes: of all its tensors, by their names in memory.
+        model_class: transformers' class, or a subclass from `modeling`.
+        shapes: the shapes of all its tensors, by their names in memory.
     """
 
     config: Any
@@ -74,7 +74,7 @@ class Architecture(NamedTuple):
 
 def describe_model(
     checkpoint: Checkpoint,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     image_token_id: int,
     *,
     config: Any = None,
@@ -82,19 +82,19 @@ def describe_model(
     """Return what to build for a checkpoint.
 
     Args:
-        checkpoint: what was found.
+        checkpoint: the inspected checkpoint.
         stored: its tensors by their names in memory.
         image_token_id: the id that stands for a patch of an image.
-        config: what `read_published` gave, of the published layout.
+        config: the result of `read_hf_config`, for transformers' format.
 
     Raises:
-        ConfigError: a configuration does not hold together.
+        ConfigError: no model can be built from the configuration.
     """
     try:
-        if checkpoint.layout == "published":
-            config = config or read_published(checkpoint)
+        if checkpoint.format == "hf":
+            config = config or read_hf_config(checkpoint)
         else:
-            config = _convert_original(checkpoint, stored, image_token_id)
+            config = _convert_llava_config(checkpoint, stored, image_token_id)
         model_class = _choose_class(checkpoint, config)
         with torch.device("meta"), no_init_weights():
             tensors = model_class(config).state_dict()
@@ -104,9 +104,9 @@ def describe_model(
 
 
 def check_weights(
-    checkpoint: Checkpoint, architecture: Architecture, stored: Mapping[str, Stored]
+    checkpoint: Checkpoint, architecture: Architecture, stored: Mapping[str, StoredTensor]
 ) -> list[str]:
-    """Return what is wrong with a checkpoint's weights, each with its remedy; empty: nothing."""
+    """Return the problems of a checkpoint's weights, each with how to fix it."""
     folder = checkpoint.folder
     needed = {name for name in architecture.shapes if not _UNUSED.fullmatch(name)}
     if architecture.config.tie_word_embeddings:
@@ -129,16 +129,16 @@ def check_weights(
         expected, found = architecture.shapes[name], stored[name].shape
         if expected != found:
             problems.append(
-                f"{stored[name].file}: {name} is {list(found)}, and "
-                f"{checkpoint.folder / 'config.json'} asks for {list(expected)}: they belong to "
+                f"{stored[name].file}: {name} has shape {list(found)}, and "
+                f"{checkpoint.folder / 'config.json'} needs {list(expected)}: they belong to "
                 "different models; check base and vision_tower"
             )
     return problems
 
 
 def find_unmarked(checkpoint: Checkpoint, architecture: Architecture, tokenizer: Any) -> list[str]:
-    """Return what is wrong if `<im_start>` and `<im_end>` have no rows in the embeddings."""
-    if checkpoint.layout == "published" or not checkpoint.uses_start_end:
+    """Return a problem if `<im_start>` and `<im_end>` have no rows in the embeddings."""
+    if checkpoint.format == "hf" or not checkpoint.uses_start_end:
         return []
     rows = architecture.config.text_config.vocab_size
     if max(tokenizer.convert_tokens_to_ids(list(START_END))) < rows:
@@ -150,8 +150,8 @@ def find_unmarked(checkpoint: Checkpoint, architecture: Architecture, tokenizer:
     ]
 
 
-def read_published(checkpoint: Checkpoint) -> Any:
-    """Return transformers' configuration of a checkpoint in its layout.
+def read_hf_config(checkpoint: Checkpoint) -> Any:
+    """Return transformers' configuration of a checkpoint in its own format.
 
     Raises:
         ConfigError: transformers does not accept it.
@@ -174,8 +174,8 @@ def read_published(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _convert_original(
-    checkpoint: Checkpoint, stored: Mapping[str, Stored], image_token_id: int
+def _convert_llava_config(
+    checkpoint: Checkpoint, stored: Mapping[str, StoredTensor], image_token_id: int
 ) -> Any:
     from transformers import CONFIG_MAPPING, LlavaConfig, LlavaNextConfig
 
@@ -188,7 +188,7 @@ def _convert_original(
         _check_mpt(checkpoint, text_config)
     vision_config, missing_layers = _describe_tower(checkpoint, stored)
     layer = int(checkpoint.config.get("mm_vision_select_layer", -2))
-    if layer < 0:  # where the weights end before it, the last that there is
+    if layer < 0:  # if the stored tower ends before that layer, its last one
         layer = min(layer + missing_layers, -1)
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
     has_cls = vision_config.model_type == "clip_vision_model"
@@ -211,10 +211,10 @@ def _convert_original(
     return LlavaNextConfig(**common, image_grid_pinpoints=pinpoints)
 
 
-def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> tuple[Any, int]:
-    """Return the tower's configuration, and how many of its last layers the weights leave out.
+def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) -> tuple[Any, int]:
+    """Return the tower's configuration, and how many of its last layers are not stored.
 
-    Checkpoints with a SigLIP tower hold it without the layers after the one that is read.
+    Checkpoints with a SigLIP tower lack the layers after the one whose features are used.
     """
     from transformers import CONFIG_MAPPING
 
@@ -224,7 +224,7 @@ def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> tup
     kind = _TOWERS.get(str(found.get("model_type")))
     if kind is None:
         raise ConfigError(
-            f"{file}: the vision tower is of the kind {found.get('model_type')!r}, and CLIP and "
+            f"{file}: the vision tower has model_type {found.get('model_type')!r}; only CLIP and "
             "SigLIP towers can be loaded"
         )
     fields = {**found.get("vision_config", found), "model_type": kind}
@@ -244,7 +244,7 @@ def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> tup
 
 
 def _check_mpt(checkpoint: Checkpoint, config: Any) -> None:
-    """transformers' MPT always uses ALiBi with a largest bias of 8 and plain heads."""
+    """Check for what transformers' MPT supports: ALiBi with a maximum bias of 8, no QK norm."""
     attention = config.attn_config
     for name, only in (("alibi", True), ("alibi_bias_max", 8), ("qk_ln", False)):
         if getattr(attention, name) != only:
@@ -271,8 +271,8 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
         and config.image_token_id < config.text_config.vocab_size
     )
     if checkpoint.model_type == "llava_next":
-        is_published = checkpoint.layout == "published"
-        return LlavaNextForConditionalGeneration if plain and is_published else LlavaAnyres
+        is_hf = checkpoint.format == "hf"
+        return LlavaNextForConditionalGeneration if plain and is_hf else LlavaAnyres
     return LlavaForConditionalGeneration if plain else Llava
 
 
@@ -280,7 +280,7 @@ def _projector_remedy(checkpoint: Checkpoint) -> str:
     if checkpoint.kind == "lora":
         return (
             "non_lora_trainables.bin, which LLaVA's trainer writes when it is done, is missing or "
-            "holds none; copy it from where the adapter was trained"
+            "has none of them; copy it from where the adapter was trained"
         )
     return "copy mm_projector.bin, or all weight files, from where the checkpoint came from"
 
@@ -288,6 +288,6 @@ def _projector_remedy(checkpoint: Checkpoint) -> str:
 def _explain(checkpoint: Checkpoint, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
-        f"{checkpoint.folder / 'config.json'} describes no model that can be built: "
+        f"{checkpoint.folder / 'config.json'} does not describe a model that can be built: "
         f"{reason[:300]}; copy it again from where the checkpoint came from"
     )

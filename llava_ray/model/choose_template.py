@@ -1,9 +1,9 @@
-"""Which conversation template a checkpoint is spoken to with, by what its files say.
+"""Chooses the conversation template of a checkpoint.
 
-The last step of `load_model` and of `doctor`. In this order: what the caller asks for; the field
-`llava_ray_template` of config.json; the Jinja template that the checkpoint brings; what the rest of
-config.json and the tokenizer say about how the language model was trained. Never the name of the
-folder, by which LLaVA's own code decides.
+The last step of `open_checkpoint`. In this order: the template that the caller asks for; the field
+`llava_ray_template` of config.json; the checkpoint's own Jinja template; what the rest of
+config.json and the tokenizer say about how the language model was trained. Never the folder's name,
+by which LLaVA's own code decides.
 """
 
 import re
@@ -24,7 +24,7 @@ from llava_ray.template import (
 )
 
 OWN = "own"
-"""Asks for the template that the checkpoint brings."""
+"""The name that asks for the template that comes with the checkpoint."""
 
 _CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _LLAMA_2_CHAT = re.compile(r"llama-?2.*chat", re.IGNORECASE)
@@ -35,12 +35,12 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
     """Return the template for a checkpoint.
 
     Args:
-        checkpoint: what was found.
+        checkpoint: the inspected checkpoint.
         processor: its processor.
-        name: of a template, or "own"; None: what the files point to.
+        name: of a template, or "own"; None: the one that the files point to.
 
     Raises:
-        ConfigError: there is no template of that name, or the checkpoint brings none of its own.
+        ConfigError: there is no template of that name, or the checkpoint has none of its own.
     """
     notation = _read_notation(checkpoint, processor)
     own = _read_own(checkpoint, processor, notation)
@@ -48,8 +48,8 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
     if named == OWN or (named is None and own is not None):
         if own is None:
             raise ConfigError(
-                f"template={OWN!r}: {str(checkpoint.folder)!r} brings no chat template that knows "
-                f"of images: give one of {', '.join(TEMPLATES)}"
+                f"template={OWN!r}: {str(checkpoint.folder)!r} has no chat template that supports "
+                f"images: give one of {', '.join(TEMPLATES)}"
             )
         return own
     if named is None:
@@ -106,7 +106,7 @@ def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str:
 def find_stop_ids(template: Template, tokenizer: Any) -> frozenset[int]:
     """Return the ids of a template's stop texts that are tokens of their own.
 
-    Such a token may count as special, and then never appears in the text that is looked at.
+    Such a token may be special, and is then never part of the decoded text.
     """
     tokens = tokenizer.get_added_vocab()
     return frozenset(tokens[text] for text in template.stop if text in tokens)
@@ -129,7 +129,7 @@ def _read_own(checkpoint: Checkpoint, processor: Any, notation: Notation) -> Own
     source = processor.chat_template
     if isinstance(source, dict):
         source = source.get("default")
-    if not source or (checkpoint.layout == "original" and "image" not in source):
+    if not source or (checkpoint.format == "llava" and "image" not in source):
         return None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     variables = tuple((name, getattr(processor.tokenizer, name) or "") for name in names)

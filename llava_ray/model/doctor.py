@@ -1,7 +1,7 @@
-"""Says what a checkpoint is and what is wrong with it, from names, sizes and headers alone.
+"""Describes a checkpoint and finds what is wrong with it, without reading weights.
 
-Behind `llava-ray doctor`. It goes the way of `load_model` up to the point where weights would be
-read, and turns each error on that way into a line with its remedy.
+Behind `llava-ray doctor`. It follows `load_model` up to the point where weights would be read, and
+turns each error into a line that says how to fix it.
 """
 
 import math
@@ -13,7 +13,7 @@ from llava_ray.errors import ConfigError, UserError
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.locate import find_folder, read_json
-from llava_ray.model.checkpoint.weights import Stored
+from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.open_checkpoint import (
     OpenedCheckpoint,
@@ -28,7 +28,7 @@ _KINDS = {
     "adapter": "a PEFT adapter over a LLaVA",
     "delta": "a delta over a language model",
 }
-_LAYOUTS = {"published": "transformers' (llava-hf)", "original": "LLaVA's own (liuhaotian)"}
+_FORMATS = {"hf": "transformers' (llava-hf)", "llava": "LLaVA's own (liuhaotian)"}
 _PRECISIONS = {"float32": 4.0, "bfloat16 or float16": 2.0}
 _QUANTIZED = {"8bit": 1.0, "4bit": 0.53}
 """Bytes of a quantized weight, scales included; only the language model's layers are quantized."""
@@ -36,18 +36,18 @@ _QUANTIZED = {"8bit": 1.0, "4bit": 0.53}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found.
+    """The result of `diagnose`.
 
     Attributes:
-        facts: what the checkpoint is, in the order in which it is printed.
-        problems: what keeps it from loading, each with what to do about it.
+        facts: what the checkpoint is, in the order of printing.
+        problems: what keeps it from loading, each with how to fix it.
     """
 
     facts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return it all as lines for a terminal."""
+        """Return facts and problems as lines for a terminal."""
         width = max((len(name) for name in self.facts), default=0)
         lines = [f"{name:<{width}}  {value}" for name, value in self.facts.items()]
         lines += [f"problem: {problem}" for problem in self.problems]
@@ -60,7 +60,7 @@ def diagnose(
     """Return what a checkpoint is and what is wrong with it. No weights are read.
 
     Args:
-        path: as of `load_model`, as are the others.
+        path, base, vision_tower: as in `load_model`.
     """
     found = Diagnosis()
     try:
@@ -89,7 +89,7 @@ def diagnose(
 def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
     facts = {
         "kind": _KINDS[checkpoint.kind],
-        "layout": _LAYOUTS[checkpoint.layout],
+        "format": _FORMATS[checkpoint.format],
         "model": f"{checkpoint.model_type}, language model {checkpoint.text_model_type}",
         "vision tower": checkpoint.tower or "not named",
         "projector": checkpoint.projector,
@@ -107,10 +107,10 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _add_processor(found: Diagnosis, opened: OpenedCheckpoint) -> tuple[int, Any]:
-    """Add what tokenizer, preprocessing and template are.
+    """Add the facts about tokenizer and template.
 
     Returns:
-        The image token's id, and the tokenizer if it can be read.
+        The image token's id, and the tokenizer or None if it does not load.
     """
     try:
         processor, template = opened.processor, opened.template
@@ -129,7 +129,7 @@ def _add_processor(found: Diagnosis, opened: OpenedCheckpoint) -> tuple[int, Any
     return processor.image_token_id, tokenizer
 
 
-def _describe_sizes(architecture: Architecture, stored: dict[str, Stored]) -> dict[str, str]:
+def _describe_sizes(architecture: Architecture, stored: dict[str, StoredTensor]) -> dict[str, str]:
     config = architecture.config
     text, vision = config.text_config, config.vision_config
     counts = {name: math.prod(shape) for name, shape in architecture.shapes.items()}
@@ -155,14 +155,14 @@ def _describe_sizes(architecture: Architecture, stored: dict[str, Stored]) -> di
         "context": f"{read_context_length(text):,} tokens",
         "stored as": ", ".join(dtypes),
         "memory": ", ".join(f"{name} {_format(size)}" for name, size in memory.items())
-        + " for the weights; the engine's cache of keys and values comes on top",
+        + " for the weights; the engine's KV cache comes on top",
     }
 
 
 def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
     if not checkpoint.adapters:
         return []
-    from llava_ray.model.checkpoint.tensor_names import detect_layout
+    from llava_ray.model.checkpoint.tensor_names import detect_format
     from llava_ray.model.lora import find_place, read_adapter
 
     problems = []
@@ -173,13 +173,13 @@ def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[
         except ConfigError as error:
             problems.append(error.message)
             continue
-        layout = detect_layout(tensors)
+        file_format = detect_format(tensors)
         modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
-        places = {name: f"{find_place(name, layout)}.weight" for name in modules}
+        places = {name: f"{find_place(name, file_format)}.weight" for name in modules}
         if lost := sorted(n for n, place in places.items() if place not in architecture.shapes):
             problems.append(
                 f"the adapter in {folder} changes {len(lost)} modules that the base does not have "
-                f"({lost[0]}): it was made for {named!r}; give that as base"
+                f"({lost[0]}): it was trained on {named!r}; give that as base"
             )
     return problems
 

@@ -1,9 +1,9 @@
-"""Llama's tokenizers as LLaVA's code runs them: how a text begins, and what stands before it.
+"""Makes Llama's tokenizers give the ids that LLaVA's code gets at the beginning of a text.
 
-The vocabulary is what transformers reads. But SentencePiece puts a space before a text, and which
-texts get one has changed from version to version: LLaVA's code runs the tokenizers of transformers
-4.37, and checkpoints were trained with the ids that those give. Each piece of a prompt between two
-images is a text of its own, so one id more or less is in nearly every prompt.
+The vocabulary is read by transformers. But SentencePiece puts a space before a text, and which
+texts get one has changed between versions: LLaVA's code uses the tokenizers of transformers 4.37,
+and checkpoints were trained with their ids. Each piece of a prompt between two images is a text of
+its own, so nearly every prompt is affected.
 
     first   one space before the whole text, also if it begins with one (`legacy: false`)
     each    one before each part between special tokens (`legacy: true`, or not said; all of the
@@ -21,11 +21,11 @@ from typing import Any, Literal
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.locate import REMEDY, read_json
 
-Rule = Literal["first", "each", "never"]
+SpaceRule = Literal["first", "each", "never"]
 
 SPACE = "▁"  # how SentencePiece writes a space
 _SPELL_SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_NORMALIZERS: dict[Rule, dict[str, Any]] = {
+_NORMALIZERS: dict[SpaceRule, dict[str, Any]] = {
     # What begins with a space gets a second one; the pre-tokenizer gives all others their first.
     "first": {"type": "Replace", "pattern": {"Regex": rf"\A(?=[ {SPACE}])"}, "content": SPACE},
     "each": {
@@ -46,7 +46,7 @@ _DECODER = {
 
 
 def run_as_llava(tokenizer: Any, folder: Path, text_model_type: str) -> Any:
-    """Return a tokenizer that gives the ids of LLaVA's code; of other kinds, the same.
+    """Return a tokenizer that gives the ids of LLaVA's code; other kinds are returned unchanged.
 
     Args:
         tokenizer: transformers', with all tokens added.
@@ -70,7 +70,7 @@ def run_as_llava(tokenizer: Any, folder: Path, text_model_type: str) -> Any:
     if has_json and not is_in_python:
         _copy_beginnings(described, folder / "tokenizer.json")
     else:
-        rule: Rule = "each"
+        rule: SpaceRule = "each"
         if is_in_python:
             rule = _read_rule(folder / "tokenizer.model", settings)
         _set_beginnings(described, rule)
@@ -86,9 +86,9 @@ def run_as_llava(tokenizer: Any, folder: Path, text_model_type: str) -> Any:
 
 
 def rebuild(tokenizer: Any, described: Mapping[str, Any]) -> Any:
-    """Return a tokenizer of another description, else like the one that is given.
+    """Return a copy of a tokenizer with another content of tokenizer.json.
 
-    It is of transformers' general class, which reads back all that it has written.
+    It has transformers' general class, which can read back everything that it writes.
 
     Args:
         tokenizer: transformers'.
@@ -113,7 +113,7 @@ def rebuild(tokenizer: Any, described: Mapping[str, Any]) -> Any:
     )
 
 
-def _read_rule(model: Path, settings: Mapping[str, Any]) -> Rule:
+def _read_rule(model: Path, settings: Mapping[str, Any]) -> SpaceRule:
     from sentencepiece import SentencePieceProcessor
 
     if settings.get("legacy") is False:
@@ -125,7 +125,7 @@ def _read_rule(model: Path, settings: Mapping[str, Any]) -> Rule:
     return "each" if pieces[0].startswith(SPACE) else "never"
 
 
-def _set_beginnings(described: dict[str, Any], rule: Rule) -> None:
+def _set_beginnings(described: dict[str, Any], rule: SpaceRule) -> None:
     described["normalizer"] = _NORMALIZERS[rule]
     described["pre_tokenizer"] = None
     if rule == "first":
@@ -147,7 +147,7 @@ def _copy_beginnings(described: dict[str, Any], file: Path) -> None:
 
 
 def _enclose(tokenizer: Any, *, begins: bool, ends: bool) -> dict[str, Any]:
-    """Return what puts the tokens before and behind a text."""
+    """Return the post-processor that adds the tokens before and after a text."""
     tokens = [tokenizer.bos_token if begins else None, tokenizer.eos_token if ends else None]
 
     def write(sequence: str, number: int) -> list[dict[str, Any]]:

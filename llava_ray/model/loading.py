@@ -1,13 +1,14 @@
-"""Loads a checkpoint and turns text and images into the inputs of its model.
+"""Loads a checkpoint's model, and encodes text and images into its inputs.
 
-Below everything that computes: engines, training and evaluation all get their model from
-`load_model`, so that what a folder holds is decided here and only here, by what its files say.
+Engines, training and evaluation all get their model from `load_model`.
 
-path -> OpenedCheckpoint (no weights read) -> transformers' model, adapters merged -> Core
+path -> OpenedCheckpoint (no weights read) -> transformers' model, adapters merged -> LoadedModel
 
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
 
+import contextlib
+import gc
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,12 @@ from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
-from llava_ray.model.checkpoint.weights import Stored, check_deltas
+from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
+from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processor import encode_images, mark_images
-from llava_ray.model.quiet import choose_dtype, no_collecting, no_progress_bars
+from llava_ray.model.transformers_output import no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
     Template,
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 Quantization = Literal["4bit", "8bit"]
 
 if not torch.cuda.is_available():
-    # transformers imports DeepSpeed where it is installed, which else warns that it found no GPU.
+    # transformers imports DeepSpeed if it is installed, which otherwise warns that there is no GPU.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 DTYPES = {
@@ -50,19 +52,19 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Core:
-    """A loaded multimodal model and what is needed to speak with it.
+class LoadedModel:
+    """A loaded LLaVA with everything that prompting it needs.
 
     Attributes:
-        model: transformers' module, on its device, in evaluation mode.
-        processor: transformers' processor: the tokenizer and the image's preprocessing.
+        model: transformers' module, on its device and in evaluation mode.
+        processor: transformers' processor: the tokenizer and the image preprocessing.
         tokenizer: the processor's tokenizer.
         template: renders conversations into prompts.
-        context_length: the longest prompt plus answer, in tokens.
-        image_token_id: the id that stands for one patch of an image. In models of the original
-            layout it may be beyond the vocabulary; their embeddings let it through.
-        eos_token_ids: generation ends at any of these.
-        checkpoint: what the folder was.
+        context_length: the maximum length of prompt and answer together, in tokens.
+        image_token_id: the id that stands for one patch of an image. In LLaVA's format it may lie
+            outside the vocabulary; the embedding layer then clamps it.
+        eos_token_ids: generation stops at any of these.
+        checkpoint: what was found in the folder.
     """
 
     model: Any
@@ -77,8 +79,8 @@ class Core:
     def encode(self, text: str, images: Sequence["PILImage.Image"] = ()) -> dict[str, torch.Tensor]:
         """Return the model's inputs for one prompt, on the CPU.
 
-        Checkpoints of the original layout get the ids and pixels of LLaVA's own code, those of
-        transformers' what its processors give.
+        Checkpoints in LLaVA's format get the ids and pixels of LLaVA's own code, checkpoints in
+        transformers' format those of its processors.
 
         Args:
             text: the prompt, with one `<image>` for each image, in order.
@@ -86,15 +88,15 @@ class Core:
 
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
-            image has tokens. With images `pixel_values` in float32: [N, C, H, W], or with
-            anyres [N, tiles, C, H, W] and beside it `image_sizes` [N, 2] (height, width).
+            image has tokens. With images also `pixel_values` in float32: [N, C, H, W], or for
+            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width).
 
         Raises:
-            RequestError: the number of images is not the number of `<image>` in the text.
+            RequestError: the number of images differs from the number of `<image>` in the text.
         """
         check_images(text, len(images), self.processor.image_token)
-        if self.checkpoint.layout == "original":
-            return self._encode_original(text, images)
+        if self.checkpoint.format == "llava":
+            return self._encode_as_llava(text, images)
         if self.checkpoint.uses_start_end:
             text = mark_images(text)
         bos = self.tokenizer.bos_token
@@ -107,7 +109,7 @@ class Core:
         return dict(inputs)
 
     def tokenize(self, text: str) -> list[int]:
-        """Return a prompt's ids, those of LLaVA's own code in its layout; -200 for each image."""
+        """Return a prompt's ids, with -200 for each image; see `encode`."""
         if self.checkpoint.uses_start_end:
             text = mark_images(text)
         if self.checkpoint.in_pieces:
@@ -117,7 +119,7 @@ class Core:
         ids = self.tokenizer(text, add_special_tokens=begins).input_ids
         return [IMAGE_PLACEHOLDER if id_ == self.image_token_id else id_ for id_ in ids]
 
-    def _encode_original(
+    def _encode_as_llava(
         self, text: str, images: Sequence["PILImage.Image"]
     ) -> dict[str, torch.Tensor]:
         inputs: dict[str, torch.Tensor] = {}
@@ -135,6 +137,22 @@ class Core:
         return {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T), **inputs}
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Put off garbage collection inside the block.
+
+    A model's many small objects would start it several times, and each time it looks through all
+    objects of all packages, which takes longer than reading a small model.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
 def load_model(
     path: str | Path,
     *,
@@ -145,31 +163,32 @@ def load_model(
     quantization: Quantization | None = None,
     attention: str = "sdpa",
     template: str | None = None,
-) -> Core:
+) -> LoadedModel:
     """Load any LLaVA checkpoint.
 
-    What it is, is read from its files: transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision; LLaVA's
-    own format with all its weights, a projector or LoRA over a base, a delta over a base; any PEFT
-    adapter over one of these.
+    Its kind is recognised from its files: transformers' LLaVA, LLaVA-NeXT and LLaVA-OneVision;
+    LLaVA's own format as full weights, as a projector or LoRA over a base, or as a delta over a
+    base; and any PEFT adapter over one of these.
 
     Args:
         path: a folder, a hub name, an address that fsspec knows, or "demo" for the embedded model.
-        base: the model below a projector, an adapter or a delta; an adapter usually names its own.
-        vision_tower: folder or hub name of the tower, of the original layout; by default the one
+        base: the model that a projector, an adapter or a delta belongs to; adapters usually name
+            theirs.
+        vision_tower: folder or hub name of the vision tower, for LLaVA's format; by default the one
             that config.json names.
-        dtype: precision of the weights in memory; "auto" is bfloat16 where the device computes in
-            it, float32 elsewhere (see `precision`); "stored" is that of the files where all are of
-            one in 16 bits, else float32: nothing is lost.
+        dtype: precision of the weights in memory. "auto" is bfloat16 where the device computes in
+            it and float32 elsewhere (see `precision`). "stored" is the files' 16-bit dtype if they
+            all have the same one, otherwise float32, so that no precision is lost.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
             "flash_attention_2").
-        template: name of a conversation template, in place of the one that the files point to; or
-            "own", the chat template that the checkpoint brings.
+        template: name of a conversation template, instead of the one that the files point to; or
+            "own" for the chat template that comes with the checkpoint.
 
     Raises:
-        ConfigError: the folder is missing, is no checkpoint of a known kind, or what it holds does
-            not fit together; the message names the file and what to do.
+        ConfigError: the folder is missing, is not a checkpoint of a known kind, or its files do not
+            belong together; the message names the file and what to do.
         MissingPackageError: an optional package is needed.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
@@ -178,7 +197,7 @@ def load_model(
     )
 
 
-@no_collecting()
+@_without_garbage_collection()
 def load_opened(
     opened: OpenedCheckpoint,
     *,
@@ -186,12 +205,12 @@ def load_opened(
     device: str = "auto",
     quantization: Quantization | None = None,
     attention: str = "sdpa",
-) -> Core:
-    """Load the model of a checkpoint that is opened already; see `load_model`."""
+) -> LoadedModel:
+    """Load the model of a checkpoint that has been opened; see `load_model`."""
     checkpoint = opened.checkpoint
     target = select_device(device)
     precision = torch.float32 if dtype == "stored" else select_dtype(dtype, target)
-    if dtype == "stored" and not checkpoint.adapters:  # which would be merged in 16 bits
+    if dtype == "stored" and not checkpoint.adapters:  # merging one in 16 bits would lose precision
         precision = _find_stored_dtype(opened.stored.values())
     processor = opened.processor
     problems = check_weights(checkpoint, opened.architecture, opened.stored)
@@ -199,7 +218,7 @@ def load_opened(
     if problems:
         raise ConfigError(problems[0])
     template = opened.template
-    check_deltas(checkpoint.parts, checkpoint.text_model_type)
+    check_deltas(checkpoint.weights, checkpoint.text_model_type)
     model = build_model(
         checkpoint,
         opened.architecture,
@@ -214,7 +233,7 @@ def load_opened(
 
         model = apply_adapter(model, folder, merge=quantization is None)
     stop_ids = find_stop_ids(template, processor.tokenizer)
-    return Core(
+    return LoadedModel(
         model=model.eval(),
         processor=processor,
         tokenizer=processor.tokenizer,
@@ -226,23 +245,24 @@ def load_opened(
     )
 
 
-def load_without_weights(path: str | Path, *, template: str | None = None) -> Core:
-    """Load what speaks with a checkpoint of transformers' layout, for an engine that has its model.
+def load_without_weights(path: str | Path, *, template: str | None = None) -> LoadedModel:
+    """Load all of a checkpoint in transformers' format but its weights.
 
-    The core encodes and decodes; its model is a configuration and nothing else.
+    For engines that load the model themselves: the result encodes and decodes, and its `model` has
+    nothing but a configuration.
 
     Raises:
-        ConfigError: as of `load_model`.
+        ConfigError: as in `load_model`.
     """
     opened = open_checkpoint(path, template=template)
     checkpoint = opened.checkpoint
-    if checkpoint.layout != "published":
-        raise ConfigError(f"{str(path)!r} is not in transformers' layout: export it to hf")
+    if checkpoint.format != "hf":
+        raise ConfigError(f"{str(path)!r} is not in transformers' format: export it with --to hf")
     config, processor = opened.config, opened.processor
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
     model.generation_config = _read_generation_config(checkpoint, model)
     stop_ids = find_stop_ids(opened.template, processor.tokenizer)
-    return Core(
+    return LoadedModel(
         model=model,
         processor=processor,
         tokenizer=processor.tokenizer,
@@ -258,7 +278,7 @@ def select_device(name: str) -> torch.device:
     """Return the torch device that `name` ("auto", "cpu", "cuda:1", ...) stands for.
 
     Raises:
-        ConfigError: no such device here.
+        ConfigError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -274,10 +294,10 @@ def select_device(name: str) -> torch.device:
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the precision that a name of the configuration stands for on a device.
+    """Return the dtype that a name in the configuration stands for on a device.
 
     Raises:
-        ConfigError: no such precision.
+        ConfigError: the name is not known.
     """
     if isinstance(dtype, torch.dtype):
         return dtype
@@ -288,8 +308,8 @@ def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def _find_stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
-    """Return that of 16 bits which all numbers of a checkpoint have, else float32."""
+def _find_stored_dtype(stored: Iterable[StoredTensor]) -> torch.dtype:
+    """Return the 16-bit dtype that all tensors of a checkpoint share, otherwise float32."""
     names = {each.dtype for each in stored if each.dtype in ("F16", "BF16", "F32", "F64")}
     if len(names) != 1:
         return torch.float32
@@ -299,17 +319,17 @@ def _find_stored_dtype(stored: Iterable[Stored]) -> torch.dtype:
 def build_model(
     checkpoint: Checkpoint,
     architecture: Architecture,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     *,
     dtype: torch.dtype,
     device: torch.device,
     quantization: Quantization | None,
     attention: str,
 ) -> Any:
-    """Return the model with its weights, read straight into their places.
+    """Return the model with its weights, which are read straight into its parameters.
 
     Raises:
-        ConfigError: the weights cannot be read, or this attention is not to be had.
+        ConfigError: the weights cannot be read, or the attention implementation is not available.
         MissingPackageError: attention or quantization needs a package.
     """
     from safetensors import SafetensorError
@@ -336,13 +356,15 @@ def build_model(
             f"the weights in {str(checkpoint.folder)!r} do not load: {error}; fetch them again"
         ) from error
     model, _ = loaded
-    model.config._name_or_path = str(checkpoint.folder)  # what peft writes into adapters as base
+    model.config._name_or_path = str(
+        checkpoint.folder
+    )  # peft writes this into adapters as their base
     model.generation_config = _read_generation_config(checkpoint, model)
     return model
 
 
 def _choose_attention(checkpoint: Checkpoint, attention: str) -> str | dict[str, str]:
-    """MPT has a bias for each distance, which only the plain computation takes."""
+    """MPT adds a bias for each distance (ALiBi), which only eager attention supports."""
     if checkpoint.text_model_type != "mpt":
         return attention
     return {"": attention, "vision_config": attention, "text_config": "eager"}

@@ -1,7 +1,7 @@
-"""PEFT adapters over a loaded model: put in, seen to change something, merged into the weights.
+"""Applies PEFT adapters to a loaded model, checks that they have an effect, and merges them.
 
-The last step of `load_model` for LoRA checkpoints. LLaVA's own adapters name the language model's
-modules as LLaVA did, others as the transformers of their day; `names` knows both.
+The last step of `load_model` for LoRA checkpoints. LLaVA's own adapters name modules as LLaVA does,
+others as the version of transformers that they were trained with; `tensor_names` translates both.
 
 File formats: peft's adapter_config.json and adapter_model.safetensors (or .bin).
 """
@@ -15,8 +15,8 @@ import torch
 
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint.locate import REMEDY, read_json
-from llava_ray.model.checkpoint.tensor_names import Layout, detect_layout, to_memory
-from llava_ray.model.checkpoint.weights import Stored, open_file
+from llava_ray.model.checkpoint.tensor_names import CheckpointFormat, detect_format, to_memory
+from llava_ray.model.checkpoint.weights import StoredTensor, open_file
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = re.compile(r"^(base_model\.model\.|base_model\.)")
@@ -24,16 +24,16 @@ _LORA = re.compile(r"(.+)\.(lora_(?:A|B|magnitude_vector|embedding_A|embedding_B
 
 
 def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
-    """Return the model with the adapter's effect.
+    """Return the model with the adapter applied.
 
     Args:
-        model: from transformers or from `modules`; it is changed in place.
+        model: a class of transformers or of `modeling`; it is changed in place.
         folder: holds adapter_config.json and the adapter's weights.
-        merge: add the adapter to the weights; else it stays beside them, as quantized weights need.
+        merge: add the adapter to the weights; quantized weights need it to stay separate.
 
     Raises:
-        ConfigError: the adapter is no LoRA, is damaged, was made for another base, or changes no
-            logits.
+        ConfigError: the adapter is not a LoRA, is damaged, was trained on another base, or has no
+            effect on the logits.
         MissingPackageError: peft is not installed.
     """
     try:
@@ -55,7 +55,7 @@ def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
     adapted.eval()
     if before is not None and torch.equal(before, compute_probe(adapted.base_model.model, targets)):
         raise ConfigError(
-            f"the adapter in {folder} changes no logits: its weights are all nought, or were saved "
+            f"the adapter in {folder} changes no logits: its weights are all zero, or were saved "
             "before training began; train it, or load its base alone"
         )
     if not merge:
@@ -72,18 +72,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return an adapter's configuration.
 
     Raises:
-        ConfigError: there is none, or it is not that of a LoRA.
+        ConfigError: there is none, or it is not a LoRA.
     """
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise ConfigError(
-            f"{folder / 'adapter_config.json'}: adapters of the kind {settings.get('peft_type')!r} "
+            f"{folder / 'adapter_config.json'}: peft_type {settings.get('peft_type')!r} adapters "
             "are not supported: use LoRA (DoRA and rank-stabilised LoRA included)"
         )
     return settings
 
 
-def read_adapter(folder: Path) -> dict[str, Stored]:
+def read_adapter(folder: Path) -> dict[str, StoredTensor]:
     """Return an adapter's tensors by their names in the file, without peft's prefix.
 
     Raises:
@@ -99,10 +99,10 @@ def read_adapter(folder: Path) -> dict[str, Stored]:
 
 @torch.inference_mode()
 def compute_probe(model: Any, targets: list[str]) -> torch.Tensor:
-    """Return logits for a few fixed tokens, and for pixels of noise if an adapter is about those.
+    """Return logits of fixed tokens, and image features if an adapter changes vision modules.
 
     Args:
-        model: any of ours.
+        model: a loaded LLaVA.
         targets: names of the modules that an adapter changes.
     """
     config = model.config
@@ -118,36 +118,36 @@ def compute_probe(model: Any, targets: list[str]) -> torch.Tensor:
     return torch.cat([text.flatten(), model.model.multi_modal_projector(states).flatten()]).float()
 
 
-def find_place(name: str, layout: Layout) -> str | None:
-    """Return the name in memory of a module that an adapter's file names."""
-    place = to_memory(f"{name}.weight", layout)
+def find_place(name: str, file_format: CheckpointFormat) -> str | None:
+    """Return the name in memory of a module as an adapter's file names it."""
+    place = to_memory(f"{name}.weight", file_format)
     return place.removesuffix(".weight") if place else None
 
 
 def sort_tensors(
-    model: Any, folder: Path, tensors: Mapping[str, Stored], settings: Mapping[str, Any]
-) -> tuple[dict[str, Stored], dict[str, Stored]]:
-    """Return an adapter's low-rank tensors and its whole ones, by their names in memory.
+    model: Any, folder: Path, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Return an adapter's low-rank tensors and its full-size ones, by their names in memory.
 
     Raises:
-        ConfigError: the model has no place for one.
+        ConfigError: the model has no parameter or module for one of them.
     """
-    layout = detect_layout(tensors)
+    file_format = detect_format(tensors)
     modules = dict(model.named_modules())
     parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    lora: dict[str, Stored] = {}
-    whole: dict[str, Stored] = {}
+    lora: dict[str, StoredTensor] = {}
+    whole: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         match = _LORA.fullmatch(name)
         if match is None:
             place = to_memory(
-                re.sub(r"\.(modules_to_save(\.default)?|base_layer)", "", name), layout
+                re.sub(r"\.(modules_to_save(\.default)?|base_layer)", "", name), file_format
             )
             if place is None or parameters.get(place) != tensor.shape:
                 raise refuse_base(folder, name, tensor, settings)
             whole[place] = tensor
             continue
-        place = find_place(match[1], layout)
+        place = find_place(match[1], file_format)
         module = modules.get(place or "")
         if module is None or not _fits(module, match[2], tensor.shape):
             raise refuse_base(folder, name, tensor, settings)
@@ -159,7 +159,7 @@ def sort_tensors(
 
 
 def _fits(module: Any, kind: str, shape: tuple[int, ...]) -> bool:
-    """Whether a low-rank tensor has the sizes of its module."""
+    """Return whether a low-rank tensor's shape fits its module."""
     if kind.startswith("lora_embedding"):
         size = module.num_embeddings if kind.endswith("A") else module.embedding_dim
         return shape[1 if kind.endswith("A") else 0] == size
@@ -171,11 +171,11 @@ def _fits(module: Any, kind: str, shape: tuple[int, ...]) -> bool:
 
 
 def _translate_settings(
-    settings: Mapping[str, Any], lora: Mapping[str, Stored], targets: list[str]
+    settings: Mapping[str, Any], lora: Mapping[str, StoredTensor], targets: list[str]
 ) -> dict[str, Any]:
-    """Return LoraConfig's arguments: exactly the modules that have tensors, by their names here.
+    """Return LoraConfig's arguments for exactly the modules that have tensors.
 
-    Ranks are read from the tensors.
+    Ranks are read from the tensors' shapes.
     """
     ranks = {
         name.rpartition(".lora_")[0]: tensor.shape[0]
@@ -201,7 +201,7 @@ def _translate_settings(
 def find_alphas(settings: Mapping[str, Any], targets: list[str]) -> dict[str, float]:
     """Return the alphas of modules that have one of their own (`alpha_pattern`).
 
-    They are given as patterns of names, of which the end is the same in every layout.
+    The patterns match module names, of which only the end is the same in every format.
     """
     alphas = {}
     for target in targets:
@@ -213,18 +213,19 @@ def find_alphas(settings: Mapping[str, Any], targets: list[str]) -> dict[str, fl
 
 
 @torch.no_grad()
-def _replace(model: Any, name: str, tensor: Stored) -> None:
+def _replace(model: Any, name: str, tensor: StoredTensor) -> None:
     parameter = model.get_parameter(name)
     parameter.copy_(tensor[...])
 
 
 def refuse_base(
-    folder: Path, name: str, tensor: Stored, settings: Mapping[str, Any]
+    folder: Path, name: str, tensor: StoredTensor, settings: Mapping[str, Any]
 ) -> ConfigError:
-    """Return the error for a tensor that has no place in the model."""
+    """Return the error for a tensor that does not fit the model."""
     made_for = settings.get("base_model_name_or_path")
     hint = f" ({made_for!r}, says its adapter_config.json)" if made_for else ""
     return ConfigError(
-        f"{tensor.file} changes {name!r} {list(tensor.shape)}, for which the base has no place of "
-        f"that size: the adapter in {folder} was made for another model; give that{hint} as base"
+        f"{tensor.file} changes {name!r} {list(tensor.shape)}, and the base has nothing of that "
+        f"name and shape: the adapter in {folder} was trained on another model; give that{hint} as "
+        "base"
     )

@@ -1,13 +1,13 @@
-"""The LLaVAs that transformers' own classes cannot express, as small subclasses of them.
+"""Subclasses of transformers' Llava classes, for checkpoints that those cannot express.
 
-`original` and `core` choose: whatever transformers' Llava classes compute alike is loaded into
-those; what differs is here, and only that:
+`architecture` chooses the class. transformers' own classes are used wherever they compute the same;
+only the differences are here:
 
     projectors of one, three or more linear layers, or none
     anyres tiles joined flat, or on a grid with or without the cropping of padding (LLaVA's
     `mm_patch_merge_type`), with LLaVA's own rounding
-    an image token beyond the vocabulary, so that original checkpoints keep their sizes
-    language models whose embeddings have another name (MPT)
+    an image token outside the vocabulary, so that checkpoints of LLaVA's format keep their sizes
+    language models whose embeddings are named differently (MPT)
 
 Shapes: N images, T tiles of an image (the first is the whole image), P patches of a tile,
 D hidden.
@@ -28,11 +28,11 @@ from llava_ray.model.anyres import join_tiles
 from llava_ray.model.checkpoint.tensor_names import count_projector_layers
 
 EMBEDDINGS = {"mpt": "wte", "gpt_neox": "embed_in"}
-"""What a language model calls its token embeddings; others say `embed_tokens`."""
+"""Names of the token embeddings where they are not `embed_tokens`."""
 
 
 class Projector(nn.Module):
-    """`linear_1`, GELU, `linear_2`, ...: as many linear layers as asked for, none included."""
+    """`linear_1`, GELU, `linear_2`, ...: any number of linear layers, zero included."""
 
     def __init__(self, in_size: int, out_size: int, num_layers: int) -> None:
         super().__init__()
@@ -49,9 +49,9 @@ class Projector(nn.Module):
 
 
 class Llava(LlavaForConditionalGeneration):
-    """LLaVA with one tile an image.
+    """LLaVA with one tile for each image.
 
-    `config` has, beside `LlavaConfig`'s fields, `mm_projector_type`.
+    `config` has `mm_projector_type` in addition to `LlavaConfig`'s fields.
     """
 
     def __init__(self, config: Any) -> None:
@@ -61,7 +61,7 @@ class Llava(LlavaForConditionalGeneration):
 
 
 class AnyresModel(LlavaNextModel):
-    """LLaVA-NeXT's trunk that joins tiles as `config.mm_patch_merge_type` says."""
+    """LLaVA-NeXT's trunk, joining tiles as `config.mm_patch_merge_type` says."""
 
     def pack_image_features(
         self,
@@ -70,13 +70,13 @@ class AnyresModel(LlavaNextModel):
         vision_feature_select_strategy: str,
         image_newline: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Return what the language model reads of each image, [tokens, D], and how many.
+        """Return each image's features, [tokens, D], and the numbers of tokens.
 
         Args:
             image_features: of each image, [T, P, D].
-            image_sizes: [N, 2], height and width of the images as they came.
-            vision_feature_select_strategy: has been applied already.
-            image_newline: [D], after each row of the grid where the merge type says "unpad".
+            image_sizes: [N, 2], height and width of the original images.
+            vision_feature_select_strategy: already applied; not used.
+            image_newline: [D], put after each row of the grid if the merge type has "unpad".
         """
         config: Any = self.config
         packed = [
@@ -97,7 +97,8 @@ class AnyresModel(LlavaNextModel):
 class LlavaAnyres(LlavaNextForConditionalGeneration):
     """LLaVA with images laid out in tiles.
 
-    `config` has, beside `LlavaNextConfig`'s fields, `mm_projector_type` and `mm_patch_merge_type`.
+    `config` has `mm_projector_type` and `mm_patch_merge_type` in addition to `LlavaNextConfig`'s
+    fields.
     """
 
     def __init__(self, config: Any) -> None:
@@ -119,7 +120,7 @@ def _tie(config: Any) -> dict[str, str]:
 
 
 def _adapt(model: Any, config: Any) -> None:
-    """Give a new model the projector of its type and room for its image token."""
+    """Give a new model the projector of its type, and make its image token safe to look up."""
     projector = getattr(config, "mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         model.model.multi_modal_projector = Projector(
@@ -133,7 +134,7 @@ def _adapt(model: Any, config: Any) -> None:
 
 
 def _keep_in_vocabulary(embeddings: nn.Module, args: tuple[torch.Tensor, ...]) -> Any:
-    """Let the image token's id, which has no row, through: features take its place anyway."""
+    """Clamp the image token's id, which has no row; image features replace its embedding anyway."""
     ids, *rest = args
     last = embeddings.num_embeddings - 1  # type: ignore[operator]
     return (ids.clamp(max=last), *rest)

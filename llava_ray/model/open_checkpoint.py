@@ -13,10 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from llava_ray.model.architecture import Architecture, describe_model, read_published
+from llava_ray.model.architecture import Architecture, describe_model, read_hf_config
 from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
 from llava_ray.model.checkpoint.llava_format import read_pinpoints
-from llava_ray.model.checkpoint.weights import Stored, open_parts
+from llava_ray.model.checkpoint.weights import StoredTensor, open_weights
 from llava_ray.model.choose_template import check_template_name, choose_template
 from llava_ray.model.processor import load_processor
 from llava_ray.template import Template
@@ -38,14 +38,14 @@ class OpenedCheckpoint:
     template_name: str | None = None
 
     @cached_property
-    def stored(self) -> dict[str, Stored]:
+    def stored(self) -> dict[str, StoredTensor]:
         """The tensors by their names in memory; each is read from its file when it is indexed."""
-        return open_parts(self.checkpoint.parts)
+        return open_weights(self.checkpoint.weights)
 
     @cached_property
     def processor(self) -> Any:
         """transformers' processor: the tokenizer and the preprocessing of images."""
-        if self.checkpoint.layout == "published":
+        if self.checkpoint.format == "hf":
             return load_processor(self.checkpoint, config=self.config)
         pinpoints = None
         if self.checkpoint.aspect_mode == "anyres":
@@ -55,8 +55,8 @@ class OpenedCheckpoint:
     @cached_property
     def config(self) -> Any:
         """transformers' configuration of the model."""
-        if self.checkpoint.layout == "published":
-            return read_published(self.checkpoint)
+        if self.checkpoint.format == "hf":
+            return read_hf_config(self.checkpoint)
         return self.architecture.config
 
     @cached_property
@@ -66,12 +66,12 @@ class OpenedCheckpoint:
 
     def describe_model(self, image_token_id: int) -> Architecture:
         """Return the architecture with an image token of that id, without reading the processor."""
-        is_published = self.checkpoint.layout == "published"
+        is_hf = self.checkpoint.format == "hf"
         return describe_model(
             self.checkpoint,
             self.stored,
             image_token_id,
-            config=self.config if is_published else None,
+            config=self.config if is_hf else None,
         )
 
     @cached_property
@@ -96,7 +96,7 @@ def open_checkpoint(
 
     Args:
         path: a folder, a hub name, an address that fsspec knows, or "demo" for the embedded model.
-        base: the model below a projector, an adapter or a delta.
+        base: the model that a projector, an adapter or a delta belongs to.
         vision_tower: folder or hub name of the vision tower, for checkpoints in LLaVA's own format.
         template: name of a conversation template, or "own" for the one that the checkpoint brings;
             default: the one that the files point to.

@@ -1,7 +1,7 @@
-"""Puts a checkpoint's tokenizer and image preprocessing together, and encodes prompts with them.
+"""Loads a checkpoint's processor: its tokenizer and image preprocessing.
 
-transformers' processors, in their PIL implementation: it needs no torchvision and gives the pixels
-of LLaVA's own code. For the original layout they are set up from what LLaVA's config.json says.
+These are transformers' processors in their PIL implementation, which needs no torchvision and gives
+the pixels of LLaVA's own code. For LLaVA's format they are configured from its config.json.
 
 Shapes: T tokens, N images.
 """
@@ -46,39 +46,39 @@ def load_processor(
     """Return transformers' processor for a checkpoint.
 
     Args:
-        checkpoint: what was found.
-        pinpoints: sizes for anyres, of the original layout.
-        config: transformers' configuration, of the published layout.
+        checkpoint: the inspected checkpoint.
+        pinpoints: the sizes for anyres, for LLaVA's format.
+        config: transformers' configuration, for transformers' format.
 
     Raises:
-        ConfigError: a part does not load, or the tokenizer does not fit the model.
+        ConfigError: a file does not load, or the tokenizer does not fit the model.
         MissingPackageError: the tokenizer needs a package.
     """
-    if checkpoint.layout == "published":
-        return _load_published(checkpoint, config)
-    return _load_original(checkpoint, pinpoints)
+    if checkpoint.format == "hf":
+        return _load_hf_processor(checkpoint, config)
+    return _load_llava_processor(checkpoint, pinpoints)
 
 
 def mark_images(text: str) -> str:
-    """Put each `<image>` between `<im_start>` and `<im_end>`, unless it stands there already."""
+    """Enclose each `<image>` in `<im_start>` and `<im_end>`, unless it is already."""
     start, end = START_END
     marked = start + IMAGE_TOKEN + end
     return text.replace(marked, IMAGE_TOKEN).replace(IMAGE_TOKEN, marked)
 
 
 def encode_images(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for at least one image; pixels in float32."""
+    """Return the model's inputs for one or more images; pixels in float32."""
     inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].float()
     return inputs
 
 
-def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
+def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
     from transformers import AutoImageProcessor, LlavaNextProcessor, LlavaProcessor
 
     folder, config = checkpoint.folder, checkpoint.config
     if checkpoint.kind == "adapter":
-        folder = checkpoint.parts[0].files[0].parent
+        folder = checkpoint.weights[0].files[0].parent
     tokenizer = load_tokenizer(checkpoint, model_config)
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -117,7 +117,7 @@ def _load_published(checkpoint: Checkpoint, model_config: Any) -> Any:
 
 
 def _onevision_processor(**settings: Any) -> Any:
-    """Return LLaVA-OneVision's processor for images alone: its videos would need torchvision."""
+    """Return LLaVA-OneVision's processor for images only: videos would need torchvision."""
     from transformers import LlavaOnevisionProcessor
     from transformers.processing_utils import ProcessorMixin
 
@@ -136,11 +136,11 @@ def _onevision_processor(**settings: Any) -> Any:
     return ImageProcessor(**settings)
 
 
-def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) -> Any:
+def _load_llava_processor(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) -> Any:
     from transformers import LlavaNextProcessor, LlavaProcessor
 
     assert checkpoint.tower_folder is not None
-    tokenizer = load_original_tokenizer(checkpoint)
+    tokenizer = load_llava_tokenizer(checkpoint)
     is_siglip = _is_siglip(checkpoint.tower_folder)
     processor = LlavaNextProcessor if pinpoints else LlavaProcessor
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch" or is_siglip
@@ -160,18 +160,18 @@ def _load_original(checkpoint: Checkpoint, pinpoints: list[list[int]] | None) ->
 def read_preprocessing(
     tower: Path, *, pad: bool = False, pinpoints: list[list[int]] | None = None
 ) -> Any:
-    """Return how a vision tower wants its images, from its preprocessor_config.json.
+    """Return the image processor that a vision tower's preprocessor_config.json describes.
 
     Args:
-        tower: its folder.
-        pad: add borders until an image is square.
-        pinpoints: sizes for anyres.
+        tower: the tower's folder.
+        pad: add borders to make an image square.
+        pinpoints: the sizes for anyres.
     """
     from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
     found = read_json(tower / "preprocessor_config.json")
     settings = {name: found[name] for name in IMAGE_SETTINGS if name in found}
-    for name in ("size", "crop_size"):  # old files hold one number
+    for name in ("size", "crop_size"):  # old files have a single number
         if isinstance(settings.get(name), int):
             side = settings[name]
             is_edge = name == "size" and settings.get("do_center_crop", True)
@@ -179,7 +179,9 @@ def read_preprocessing(
     if _is_siglip(tower):
         settings = {"do_center_crop": False, **settings}
     if pinpoints:
-        settings.setdefault("crop_size", settings.get("size"))  # transformers' name for a tile's
+        settings.setdefault(
+            "crop_size", settings.get("size")
+        )  # transformers' name for the size of a tile
         return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
     return LlavaImageProcessorPil(**settings, do_pad=pad)
 
@@ -204,7 +206,7 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
     from transformers import CONFIG_MAPPING, AutoTokenizer
 
     folder = checkpoint.tokenizer_folder
-    # Without it transformers looks into config.json, which of the original layout it does not know.
+    # Without it transformers reads config.json, which it does not understand in LLaVA's format.
     config = config or CONFIG_MAPPING[checkpoint.text_model_type]()
     try:
         return AutoTokenizer.from_pretrained(folder, config=config)
@@ -219,10 +221,10 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
         ) from error
 
 
-def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
-    """Return the tokenizer of a checkpoint in the original layout, with all tokens for images.
+def load_llava_tokenizer(checkpoint: Checkpoint) -> Any:
+    """Return the tokenizer of a checkpoint in LLaVA's format, with all image tokens added.
 
-    In the order of LLaVA's code, which counts those that the files lack on from the last token.
+    They are added in the order of LLaVA's code, so that tokens missing from the files get its ids.
 
     Raises:
         ConfigError: it does not load.
@@ -238,7 +240,7 @@ def load_original_tokenizer(checkpoint: Checkpoint) -> Any:
 
 
 def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str) -> None:
-    """A tokenizer that lacks the image token would spell it out, and no image would be seen."""
+    """Without an image token the tokenizer would split it, and the model would see no image."""
     config = checkpoint.config
     expected = config.get("image_token_index", config.get("image_token_id"))
     found = tokenizer.convert_tokens_to_ids(image_token)

@@ -1,9 +1,13 @@
-"""Conversations as a model reads them: messages -> prompt text; messages -> ids and labels.
+"""Conversation templates: messages -> prompt text, and messages -> ids and labels.
 
-Between the records of a conversation and everything that computes: an engine is asked with what
-`render` writes and a model is trained on what `encode` gives, and both come from one walk over the
-messages. `TEMPLATES` are those of LLaVA's own code, by name; `OwnTemplate` runs the Jinja template
-that a checkpoint of transformers brings.
+Inference uses what `render` writes and training uses what `encode` returns. Two implementations:
+
+    ListedTemplate   the templates of LLaVA's own code, by name (`TEMPLATES`). `render` and `encode`
+                     share one walk over the messages (`ListedTemplate.walk`). `source` writes the
+                     same format a second time, as Jinja, for checkpoints that are exported; a test
+                     holds the two equal.
+    OwnTemplate      the Jinja template that comes with a checkpoint. `encode` finds the answers by
+                     rendering each beginning of the conversation.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +19,7 @@ from llava_ray.template.tokens import (
     IGNORED,
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN,
-    Encoded,
+    EncodedConversation,
     Notation,
     check_images,
     tokenize_pieces,
@@ -32,7 +36,7 @@ __all__ = [
     "IMAGE_TOKEN",
     "OTHER_NAMES",
     "TEMPLATES",
-    "Encoded",
+    "EncodedConversation",
     "ListedTemplate",
     "Notation",
     "OwnTemplate",
@@ -44,12 +48,12 @@ __all__ = [
 
 
 class Template(Protocol):
-    """Writes conversations for one model. Implementations: `ListedTemplate`, `OwnTemplate`.
+    """Writes conversations in one model's format. See `ListedTemplate` and `OwnTemplate`.
 
     Attributes:
-        name: as in `TEMPLATES`, or "own".
-        stop: texts at which an answer ends, beside the end-of-sequence tokens.
-        source: the same template in Jinja, which other engines take.
+        name: a key of `TEMPLATES`, or "own".
+        stop: texts that end an answer, in addition to the end-of-sequence tokens.
+        source: the same template as Jinja, for other engines.
     """
 
     @property
@@ -62,7 +66,7 @@ class Template(Protocol):
     def source(self) -> str: ...
 
     def render(self, messages: "Sequence[Message]", *, add_generation_prompt: bool = True) -> str:
-        """Return the prompt text, with the image token once for each image, in order.
+        """Return the prompt text, with one image token for each image, in order.
 
         Raises:
             RequestError: the template does not accept this conversation.
@@ -76,14 +80,14 @@ class Template(Protocol):
         *,
         sample_id: str = "",
         num_images: int | None = None,
-    ) -> Encoded:
-        """Return a conversation as training reads it: T ids, and T labels.
+    ) -> EncodedConversation:
+        """Return a conversation for training: T ids and T labels.
 
         Args:
-            messages: the conversation; the bytes of its images are not looked at.
+            messages: the conversation; the bytes of its images are not read.
             tokenizer: transformers' tokenizer of the model.
             sample_id: names the sample in errors.
-            num_images: how many images come with the sample, to be compared with the messages'.
+            num_images: how many images the sample has; checked against the messages.
 
         Raises:
             SampleError: it cannot be encoded; the message names the sample.

@@ -1,7 +1,7 @@
-"""What a conversation has to be like to be written at all, and to be trained on.
+"""Checks conversations before a template writes them.
 
-Before the walk of a template: `find_problem` for whoever asks a model, `check_sample` for training,
-which is stricter, since nobody would see what went wrong.
+`find_problem` is for inference. `check_sample` is for training and stricter, because there nobody
+would notice what went wrong.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from llava_ray.types import ImagePart, Message
 
 
 def find_problem(messages: Sequence[Message], *, has_system: bool = True) -> str | None:
-    """Return what is wrong with the order of a conversation, with the remedy.
+    """Return what is wrong with the order of the messages and how to fix it, or None.
 
     Args:
         messages: an optional system message, then user and assistant in turn.
-        has_system: the template has a place for a system message.
+        has_system: whether the template supports a system message.
     """
     if not messages:
         return "the conversation is empty: begin with a user message"
@@ -24,18 +24,18 @@ def find_problem(messages: Sequence[Message], *, has_system: bool = True) -> str
     for i, message in enumerate(messages):
         if message.role == "system" and i == 0:
             if not has_system:
-                return "this template has no place for a system message: leave it out"
+                return "this template does not support a system message: leave it out"
             if any(isinstance(part, ImagePart) for part in message.parts):
-                return "an image stands in the system message: put it into a user message"
+                return "there is an image in the system message: move it to a user message"
         elif message.role != expected:
             return (
-                f"message {i + 1} is from the {message.role} where the {expected} speaks: send "
-                "user and assistant messages in turn, at most one system message first"
+                f"message {i + 1} is from the {message.role}, expected one from the {expected}: "
+                "send user and assistant messages in turn, at most one system message first"
             )
         else:
             expected = "assistant" if expected == "user" else "user"
     if messages[-1].role == "system":
-        return "there is only a system message: add one from the user"
+        return "there is only a system message: add a user message"
     return None
 
 
@@ -58,8 +58,8 @@ def check_sample(
         named = count_images(messages)
         if named != num_images:
             problem = (
-                f"the conversation names {named} images and {num_images} come with it: name "
-                "each image once"
+                f"the messages contain {named} images and the sample has {num_images}: refer to "
+                "each image exactly once"
             )
     if problem is not None:
         raise SampleError(f"{name_sample(sample_id)}: {problem}")
@@ -72,13 +72,13 @@ def name_sample(sample_id: str) -> str:
 
 def _find_empty(messages: Sequence[Message]) -> str | None:
     if not any(message.role == "assistant" for message in messages):
-        return "it has no message from the assistant, so there is nothing to learn: add the answer"
+        return "it has no assistant message, so there is nothing to learn: add the answer"
     for i, message in enumerate(messages):
         if IMAGE_TOKEN in join_text(message):
             return (
-                f"the text of message {i + 1} has {IMAGE_TOKEN} in it without an image: make "
-                "each one an image of the message, or remove it"
+                f"the text of message {i + 1} contains {IMAGE_TOKEN} without an image: add an "
+                "image to the message for each one, or remove it"
             )
         if not join_text(message) and not count_images([message]):
-            return f"message {i + 1} is empty: write it, or leave the sample out"
+            return f"message {i + 1} is empty: fill it in, or remove the sample"
     return None

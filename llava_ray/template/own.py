@@ -1,7 +1,7 @@
-"""The template that a checkpoint brings: Jinja, as transformers' processors run it.
+"""The chat template that comes with a checkpoint: Jinja, run as transformers' processors run it.
 
-It sees each message as `{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}` and
-leaves one image token for each image.
+A message is `{"role", "content": [{"type": "text", "text"} | {"type": "image"}]}` to the template,
+which must write one image token for each image.
 """
 
 from collections.abc import Sequence
@@ -10,7 +10,13 @@ from typing import Any
 
 from llava_ray.errors import RequestError, SampleError
 from llava_ray.template.check import check_sample, name_sample
-from llava_ray.template.tokens import Encoded, Notation, Piece, encode_pieces, split_parts
+from llava_ray.template.tokens import (
+    EncodedConversation,
+    Notation,
+    Segment,
+    encode_segments,
+    split_parts,
+)
 from llava_ray.types import Message
 
 VICUNA = (
@@ -24,7 +30,7 @@ VICUNA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
-"""LLaVA-1.5's roles and nothing else, for engines that come without a template."""
+"""LLaVA-1.5's roles without a system prompt, for engines that have no template of their own."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class OwnTemplate:
 
     Attributes:
         source: the template.
-        variables: further names that it may use (`bos_token`, `eos_token`).
+        variables: further variables that it may use (`bos_token`, `eos_token`).
         notation: how the checkpoint writes images and reads text.
     """
 
@@ -43,16 +49,16 @@ class OwnTemplate:
 
     @property
     def name(self) -> str:
-        """Says that it is the checkpoint's own."""
+        """ "own": the template is the checkpoint's."""
         return "own"
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """None: such checkpoints say with tokens that an answer ends."""
+        """Empty: in these checkpoints end-of-sequence tokens end an answer."""
         return ()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
-        """Return the prompt text; see `Template.render`. The error says what the template said."""
+        """Return the prompt text; see `Template.render`. Errors quote the template's message."""
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -83,16 +89,18 @@ class OwnTemplate:
         *,
         sample_id: str = "",
         num_images: int | None = None,
-    ) -> Encoded:
+    ) -> EncodedConversation:
         """Return ids and labels; see `Template.encode`.
 
-        The answer at message k is what the text of k messages has and the prompt for it has not.
+        The answer in message k is the difference between the rendered first k messages and the
+        prompt that precedes it.
 
         Raises:
-            SampleError: also if the texts of a conversation's beginnings do not begin the whole.
+            SampleError: also if a rendered beginning of the conversation is not a prefix of the
+                rendered whole.
         """
         check_sample(messages, sample_id, num_images)
-        pieces: list[Piece] = []
+        segments: list[Segment] = []
         whole = self._render_part(messages, sample_id, ask=False)
         place = 0
         for i, message in enumerate(messages):
@@ -102,15 +110,18 @@ class OwnTemplate:
             answered = self._render_part(messages[: i + 1], sample_id, ask=False)
             if not (whole.startswith(answered) and answered.startswith(prompt)):
                 raise SampleError(
-                    f"{name_sample(sample_id)}: the checkpoint's chat template writes message "
-                    f"{i + 1} in another way when it is not the last, so it cannot be told what "
-                    "of it is learned: give a template by name (template='vicuna_v1')"
+                    f"{name_sample(sample_id)}: the checkpoint's chat template renders message "
+                    f"{i + 1} differently when it is not the last, so the tokens to learn cannot "
+                    "be identified: give a template by name (template='vicuna_v1')"
                 )
             end = len(prompt) + len(self._cut(answered[len(prompt) :]))
-            pieces += [Piece(whole[place : len(prompt)]), Piece(whole[len(prompt) : end], True)]
+            segments += [
+                Segment(whole[place : len(prompt)]),
+                Segment(whole[len(prompt) : end], True),
+            ]
             place = end
-        pieces.append(Piece(whole[place:]))
-        return encode_pieces(tokenizer, pieces, self.notation)
+        segments.append(Segment(whole[place:]))
+        return encode_segments(tokenizer, segments, self.notation)
 
     def _render_part(self, messages: Sequence[Message], sample_id: str, *, ask: bool) -> str:
         try:
@@ -119,7 +130,7 @@ class OwnTemplate:
             raise SampleError(f"{name_sample(sample_id)}: {error.message}") from error
 
     def _cut(self, answer: str) -> str:
-        """Leave out the space behind an end-of-turn token, which no answer gets as far as."""
+        """Remove white space after an end-of-turn token, at which generation stops."""
         text = answer.rstrip()
         return text if text.endswith(self.notation.special_tokens) else answer
 

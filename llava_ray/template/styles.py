@@ -1,7 +1,7 @@
-"""The walks: how each style writes a conversation, piece by piece.
+"""How each style of LLaVA's templates writes a conversation, segment by segment.
 
-Between a template's row, which has the texts, and the tokens. Every style is one generator over
-turns; it says of each piece whether a model learns to say it.
+Called by `ListedTemplate.walk`. Each style is one generator over the turns; a segment says whether
+the model is trained to write it.
 
     single   system###Human: …###Assistant: …###
     two      system USER: … ASSISTANT: …</s>USER: …
@@ -13,78 +13,88 @@ turns; it says of each piece whether a model learns to say it.
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from llava_ray.template.tokens import Piece
+from llava_ray.template.tokens import Segment
 
 Style = Literal["single", "two", "chatml", "llama_2", "plain"]
 
 _CHATML_ROLES = ("<|im_start|>user\n", "<|im_start|>assistant\n")
 
 
-class Turn(NamedTuple):
-    """A message as text, its images written out."""
+class RenderedTurn(NamedTuple):
+    """A message as text, with image tokens written out."""
 
     is_answer: bool
     text: str
 
 
 def walk_named(
-    system: str, turns: Sequence[Turn], *, roles: tuple[str, str], gap: str, end: str, ask: bool
-) -> Iterator[Piece]:
-    """Write "single" and "two": a name before each turn, `gap` or `end` after it.
+    system: str,
+    turns: Sequence[RenderedTurn],
+    *,
+    roles: tuple[str, str],
+    gap: str,
+    end: str,
+    ask: bool,
+) -> Iterator[Segment]:
+    """Write "single" and "two": the role before each turn, `gap` or `end` after it.
 
-    What is learned of an answer begins with the space after the colon, because prompts end in the
-    colon: tokenizers join that space to the first word.
+    The learned segment of an answer begins with the space after the colon: prompts end with the
+    colon, and tokenizers join the space to the first word.
     """
-    yield Piece(system + gap)
+    yield Segment(system + gap)
     for turn in turns:
-        yield Piece(f"{roles[turn.is_answer]}:")
-        yield Piece(f" {turn.text}{end if turn.is_answer else gap}", turn.is_answer)
+        yield Segment(f"{roles[turn.is_answer]}:")
+        yield Segment(f" {turn.text}{end if turn.is_answer else gap}", turn.is_answer)
     if ask:
-        yield Piece(f"{roles[1]}:")
+        yield Segment(f"{roles[1]}:")
 
 
 def walk_chatml(
-    system: str, turns: Sequence[Turn], *, gap: str, end: str, ask: bool
-) -> Iterator[Piece]:
-    """Write "chatml"; `gap` is what stands between `end` and the next turn."""
-    yield Piece(f"<|im_start|>system\n{system}{end}{gap}")
+    system: str, turns: Sequence[RenderedTurn], *, gap: str, end: str, ask: bool
+) -> Iterator[Segment]:
+    """Write "chatml"; `gap` is the text between `end` and the next turn."""
+    yield Segment(f"<|im_start|>system\n{system}{end}{gap}")
     for turn in turns:
-        yield Piece(_CHATML_ROLES[turn.is_answer])
-        yield Piece(turn.text + end, turn.is_answer)
-        yield Piece(gap)
+        yield Segment(_CHATML_ROLES[turn.is_answer])
+        yield Segment(turn.text + end, turn.is_answer)
+        yield Segment(gap)
     if ask:
-        yield Piece(_CHATML_ROLES[1])
+        yield Segment(_CHATML_ROLES[1])
 
 
-def walk_llama_2(system: str, turns: Sequence[Turn], *, begin: str, end: str) -> Iterator[Piece]:
-    """Write "llama_2": the system text within the first question, `begin` before all later ones.
+def walk_llama_2(
+    system: str, turns: Sequence[RenderedTurn], *, begin: str, end: str
+) -> Iterator[Segment]:
+    """Write "llama_2": the system text inside the first question, `begin` before every later one.
 
-    Nothing asks for an answer but the end of the question.
+    The end of a question is what prompts for an answer.
     """
     asked = f"<<SYS>>\n{system}\n<</SYS>>\n\n" if system else ""
     for i, turn in enumerate(turns):
         if turn.is_answer:
-            yield Piece(f" {turn.text} {end}", True)
+            yield Segment(f" {turn.text} {end}", True)
         else:
-            yield Piece(f"{begin if i else ''}[INST] {asked}{turn.text} [/INST]")
+            yield Segment(f"{begin if i else ''}[INST] {asked}{turn.text} [/INST]")
             asked = ""
 
 
-def walk_plain(turns: Sequence[Turn], *, end: str) -> Iterator[Piece]:
-    """Write "plain" as a prompt: every turn on a line of its own."""
+def walk_plain(turns: Sequence[RenderedTurn], *, end: str) -> Iterator[Segment]:
+    """Write "plain" as a prompt: each turn on its own line."""
     for turn in turns:
-        yield Piece(turn.text + end, turn.is_answer)
+        yield Segment(turn.text + end, turn.is_answer)
 
 
-def walk_caption(images: str, caption: str, *, end: str) -> Iterator[Piece]:
-    """Write "plain" as LLaVA's trainer does: the question is left out, the caption learned."""
-    yield Piece(images)
-    yield Piece(caption + end, True)
+def walk_caption(images: str, caption: str, *, end: str) -> Iterator[Segment]:
+    """Write "plain" as LLaVA's trainer does: only the caption, which is learned."""
+    yield Segment(images)
+    yield Segment(caption + end, True)
 
 
-def walk_headed(system: str, turns: Sequence[Turn], *, roles: tuple[str, str]) -> Iterator[Piece]:
-    """Write "single" as LLaVA's trainer does: a line for each turn, the first piece the header."""
-    yield Piece(f"{system}\n\n")
+def walk_headed(
+    system: str, turns: Sequence[RenderedTurn], *, roles: tuple[str, str]
+) -> Iterator[Segment]:
+    """Write "single" as LLaVA's trainer does: first the header, then a line for each turn."""
+    yield Segment(f"{system}\n\n")
     for turn in turns:
-        yield Piece(f"### {roles[turn.is_answer]}: {turn.text}\n", turn.is_answer)
-    yield Piece("### ", True)
+        yield Segment(f"### {roles[turn.is_answer]}: {turn.text}\n", turn.is_answer)
+    yield Segment("### ", True)

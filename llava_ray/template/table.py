@@ -1,7 +1,7 @@
-"""The conversation templates of LLaVA's own code, as one table.
+"""The table of LLaVA's own conversation templates, by name.
 
-Texts, roles and separators are constants of its checkpoints: a model was trained on exactly these
-(LLaVA 1.2, `conversation.py`; `qwen` is that of LLaVA-NeXT). What the styles mean is in `listed`.
+Models were trained on exactly these texts, roles and separators (LLaVA 1.2, `conversation.py`;
+`qwen` is from LLaVA-NeXT). The styles are explained in `styles`.
 """
 
 import difflib
@@ -11,7 +11,7 @@ from typing import Any
 
 from llava_ray.errors import ConfigError
 from llava_ray.template.listed import ListedTemplate
-from llava_ray.template.styles import Turn
+from llava_ray.template.styles import RenderedTurn
 
 _HELPFUL = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
 _CURIOUS = "A chat between a curious {} and an artificial intelligence assistant. "
@@ -62,8 +62,10 @@ _EXAMPLE_ANSWER = (
     "instability.\n"
 )
 _EXAMPLE = (
-    Turn(False, "What are the key differences between renewable and non-renewable energy sources?"),
-    Turn(True, _EXAMPLE_ANSWER),
+    RenderedTurn(
+        False, "What are the key differences between renewable and non-renewable energy sources?"
+    ),
+    RenderedTurn(True, _EXAMPLE_ANSWER),
 )
 
 _TAGS = ("<Image>", "</Image>")
@@ -92,7 +94,7 @@ OTHER_NAMES = {
     "v0_plain": "plain",
     "qwen_1_5": "qwen",
 }
-"""Second names of the same templates."""
+"""Aliases of templates."""
 
 TEMPLATES: Mapping[str, ListedTemplate] = MappingProxyType(
     {template.name: template for template in _LISTED}
@@ -103,7 +105,7 @@ def find_template(name: str) -> ListedTemplate:
     """Return the template of that name.
 
     Raises:
-        ConfigError: there is none; the message lists those that there are.
+        ConfigError: there is none; the message lists the known names.
     """
     found = TEMPLATES.get(OTHER_NAMES.get(name, name))
     if found is None:
@@ -111,6 +113,6 @@ def find_template(name: str) -> ListedTemplate:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ConfigError(
-            f"there is no conversation template {name!r}: {hint}There are {', '.join(known)}"
+            f"there is no conversation template {name!r}: {hint}Known are {', '.join(known)}"
         )
     return found

@@ -1,8 +1,8 @@
-"""Text -> token ids, and labels for the parts of it that a model learns to say.
+"""Segments of text -> token ids and labels; and what templates read of a message.
 
-The last step of every template. A template hands over pieces of text and whether each is learned;
-their joined text is tokenised as the model reads it, and a token is learned if its first character
-is. So ids and labels cannot disagree, whatever the tokenizer does between two pieces.
+The last step of every template. A template hands over segments of text and whether each is learned;
+the joined text is tokenised as the model reads it, and a token is learned if its first character
+is. So ids and labels cannot disagree, whatever the tokenizer does at the border of two segments.
 
 Shapes: T tokens.
 """
@@ -14,12 +14,18 @@ from typing import Any, NamedTuple
 from llava_ray.errors import ConfigError, RequestError
 from llava_ray.types import ImagePart, Message, TextPart
 
+IMAGE_TOKEN = "<image>"
+IMAGE_PLACEHOLDER = -200
+"""Stands for a whole image in token ids, as in LLaVA's own code."""
+IGNORED = -100
+"""The label of a token that is not learned."""
+
 OPENING, CLOSING = "([{", ".,;:!?)]}"
-"""What may stand right before an image, and right behind it, among words."""
+"""Characters that may directly precede an image and directly follow it."""
 
 
 def split_parts(message: Message) -> list[str | None]:
-    """Return a message's parts in order, neighbouring texts joined, None for each image."""
+    """Return a message's parts in order: adjacent texts joined, None for each image."""
     runs: list[str | None] = []
     for part in message.parts:
         if isinstance(part, ImagePart):
@@ -37,48 +43,41 @@ def join_text(message: Message) -> str:
 
 
 def count_images(messages: Sequence[Message]) -> int:
-    """Return how many images stand in messages."""
+    """Return how many images the messages contain."""
     return sum(isinstance(part, ImagePart) for message in messages for part in message.parts)
 
 
 def touch(before: str, after: str) -> bool:
-    """Return whether neither text brings the space, bracket or stop that keeps them apart."""
+    """Return whether two texts would run together: no space or punctuation separates them."""
     if not before or not after:
         return False
     is_apart = before[-1].isspace() or before[-1] in OPENING
     return not (is_apart or after[0].isspace() or after[0] in CLOSING)
 
 
-IMAGE_TOKEN = "<image>"
-IMAGE_PLACEHOLDER = -200
-"""Stands for a whole image in token ids, as in LLaVA's own code."""
-IGNORED = -100
-"""The label of a token that is not learned."""
-
-
 def check_images(prompt: str, num_images: int, image_token: str = IMAGE_TOKEN) -> None:
-    """Raise a `RequestError` unless a prompt names each image that comes with it, once."""
+    """Raise a `RequestError` unless a prompt has exactly one image token for each image."""
     if prompt.count(image_token) != num_images:
         raise RequestError(
-            f"the prompt names {prompt.count(image_token)} images and {num_images} came with "
-            f"it: write {image_token} once for each image",
+            f"the prompt names {prompt.count(image_token)} images and {num_images} came with it: "
+            f"write {image_token} once for each image",
             param="messages",
         )
 
 
-class Piece(NamedTuple):
-    """A piece of a conversation's text, and whether a model learns to say it."""
+class Segment(NamedTuple):
+    """A stretch of a conversation's text, and whether the model is trained to write it."""
 
     text: str
     is_learned: bool = False
 
 
-class Encoded(NamedTuple):
-    """A conversation as training reads it.
+class EncodedConversation(NamedTuple):
+    """A tokenised conversation for training.
 
     Attributes:
         input_ids: T ids, `IMAGE_PLACEHOLDER` for each image.
-        labels: T labels: the id itself where it is learned, elsewhere `IGNORED`.
+        labels: T labels: the id itself where it is learned, `IGNORED` elsewhere.
     """
 
     input_ids: list[int]
@@ -87,16 +86,16 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class Notation:
-    """How one checkpoint writes images, and how it reads text.
+    """How one checkpoint writes images and tokenises text.
 
     Attributes:
         image_token: stands for an image in text.
-        marks: what stands before and after it (`<im_start>`, `<im_end>`), of checkpoints with
+        marks: written before and after it (`<im_start>`, `<im_end>`) for checkpoints with
             `mm_use_im_start_end`.
-        special_tokens: texts with a meaning to the tokenizer. Inside what people write they are
-            broken up, so that nobody can end a turn or claim an image by typing them.
-        in_pieces: text is tokenised as by LLaVA's own code, each piece between two images by
-            itself; otherwise as by transformers' processors, as a whole.
+        special_tokens: texts with a meaning to the tokenizer. They are broken up where users type
+            them, so that nobody can end a turn or claim an image that way.
+        in_pieces: tokenise as LLaVA's own code does, each piece between two images by itself;
+            otherwise the whole text at once, as transformers' processors do.
     """
 
     image_token: str = IMAGE_TOKEN
@@ -106,38 +105,41 @@ class Notation:
 
     @property
     def image(self) -> str:
-        """What is written for an image."""
+        """The text that stands for an image."""
         return self.marks[0] + self.image_token + self.marks[1]
 
     def quote(self, text: str) -> str:
-        """Return what somebody wrote with the special tokens in it broken up."""
+        """Return a user's text with a space inside each special token."""
         for token in self.special_tokens:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
 
 
 def tokenize_pieces(tokenizer: Any, text: str, image_token: str = IMAGE_TOKEN) -> list[int]:
-    """Return a prompt's ids as LLaVA makes them, `IMAGE_PLACEHOLDER` for each image.
+    """Return a prompt's ids as LLaVA's code computes them, `IMAGE_PLACEHOLDER` for each image.
 
-    Each piece between images is tokenised by itself, and only the first keeps its beginning of
-    sequence; so a piece begins as a text does, which is why the ids differ from those of the whole.
+    Each piece between two images is tokenised by itself, and only the first keeps its
+    beginning-of-sequence token. Tokenizers treat the start of a text specially, so the ids differ
+    from those of the whole text.
     """
     return [id_ for id_, _ in _read_pieces(tokenizer, text, image_token, has_places=False)]
 
 
-def encode_pieces(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -> Encoded:
-    """Return the ids of the joined pieces, and labels where they are learned.
+def encode_segments(
+    tokenizer: Any, segments: Sequence[Segment], notation: Notation
+) -> EncodedConversation:
+    """Return the ids of the joined segments, and their labels.
 
     Raises:
-        ConfigError: the tokenizer cannot say where in the text a token begins.
+        ConfigError: the tokenizer gives no offsets of its tokens.
     """
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"the tokenizer {type(tokenizer).__name__} does not tell where its tokens stand in a "
-            "text, which labels are made from: save it as tokenizer.json (`use_fast=True`)"
+            f"the tokenizer {type(tokenizer).__name__} does not give the offsets of its tokens, "
+            "which labels are computed from: save it as tokenizer.json (`use_fast=True`)"
         )
-    text = "".join(piece.text for piece in pieces)
-    is_learned = [piece.is_learned for piece in pieces for _ in piece.text]
+    text = "".join(segment.text for segment in segments)
+    is_learned = [segment.is_learned for segment in segments for _ in segment.text]
     read = _read_pieces if notation.in_pieces else _read_whole
     ids: list[int] = []
     labels: list[int] = []
@@ -145,19 +147,19 @@ def encode_pieces(tokenizer: Any, pieces: Sequence[Piece], notation: Notation) -
         ids.append(id_)
         kept = place is not None and is_learned[min(place, len(text) - 1)]
         labels.append(id_ if kept else IGNORED)
-    return Encoded(ids, labels)
+    return EncodedConversation(ids, labels)
 
 
 def _read_pieces(
     tokenizer: Any, text: str, image_token: str, *, has_places: bool = True
 ) -> Iterator[tuple[int, int | None]]:
-    """Yield each id, and where in the text it begins (None: it is not written there)."""
+    """Yield each id and the offset in the text at which it begins (None: not from the text)."""
     beginning: list[int] = tokenizer("").input_ids[:1]
     begins = bool(beginning) and beginning == [tokenizer.bos_token_id]
     place = 0
     if begins:
         yield beginning[0], None
-        if text.startswith(tokenizer.bos_token):  # written by the template already
+        if text.startswith(tokenizer.bos_token):  # the template has written it already
             place = len(tokenizer.bos_token)
     for i, piece in enumerate(text[place:].split(image_token)):
         if i:
@@ -170,7 +172,7 @@ def _read_pieces(
 
 
 def _read_whole(tokenizer: Any, text: str, image_token: str) -> Iterator[tuple[int, int | None]]:
-    """Yield what `_read_pieces` does for a text that is tokenised as a whole."""
+    """Yield the same as `_read_pieces` for a text that is tokenised as a whole."""
     bos = tokenizer.bos_token
     image_id = tokenizer.convert_tokens_to_ids(image_token)
     read = tokenizer(

@@ -16,8 +16,8 @@ from llava_ray.config import TrainConfig
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.checkpoint.tensor_names import to_memory
-from llava_ray.model.checkpoint.weights import open_file, open_parts
-from llava_ray.model.loading import Core, load_model
+from llava_ray.model.checkpoint.weights import open_file, open_weights
+from llava_ray.model.loading import LoadedModel, load_model
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.inputs import Inputs, encode_blank_image
 from llava_ray.train.param_groups import (
@@ -56,7 +56,7 @@ class TrainState:
         device: on which it computes.
     """
 
-    core: Core
+    core: LoadedModel
     engine: Any
     blank: Inputs
     param_groups: list[ParamGroupSummary]
@@ -103,7 +103,7 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
     return TrainState(core, engine, blank, param_groups, read_stage(described), device)
 
 
-def load_for_training(config: TrainConfig, device: torch.device) -> Core:
+def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:
     """Return a run's model, in its precision and ready for gradients.
 
     Raises:
@@ -152,9 +152,9 @@ def load_projector(model: Any, path: str) -> None:
     folder = find_folder(path)
     if (folder / "mm_projector.bin").is_file():
         found = open_file(folder / "mm_projector.bin")
-        stored = {to_memory(name, "original"): tensor for name, tensor in found.items()}
+        stored = {to_memory(name, "llava"): tensor for name, tensor in found.items()}
     else:
-        stored = dict(open_parts(inspect_checkpoint(path).parts))
+        stored = dict(open_weights(inspect_checkpoint(path).weights))
     places = ("model.multi_modal_projector.", "model.image_newline")
     for name, parameter in model.named_parameters():
         if not name.startswith(places):

@@ -20,16 +20,11 @@ from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint
+from llava_ray.storage import is_address
 from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.log import print_line
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
-from llava_ray.train.run_folder import (
-    export_run,
-    is_remote,
-    is_started,
-    open_run_folder,
-    write_settings,
-)
+from llava_ray.train.run_folder import export_run, is_started, open_run_folder, write_settings
 from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
@@ -176,7 +171,7 @@ def resolve_paths(config: TrainConfig) -> TrainConfig:
     for name in ("data", "judge_wording"):
         if settings["benchmarks"] and settings["benchmarks"][name]:
             settings["benchmarks"][name] = str(name_base(settings["benchmarks"][name]))
-    if not is_remote(config.output_dir):
+    if not is_address(config.output_dir):
         settings["output_dir"] = str(Path(config.output_dir).expanduser().resolve())
     settings["output_dir"] = settings["output_dir"].rstrip("/")
     return TrainConfig(**settings)

@@ -21,17 +21,12 @@ from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.export.atomic_folder import write_json
 from llava_ray.model.export.export import export_model
-from llava_ray.storage import open_folder
+from llava_ray.storage import is_address, open_folder
 from llava_ray.train.checkpoint import MODEL, read_progress
 from llava_ray.train.log import LOG, read_log
 
 FILES = ("config.yaml", "train_log.jsonl")
 """What a run goes on with, beside its checkpoints."""
-
-
-def is_remote(path: str) -> bool:
-    """Whether a run is kept elsewhere than on a disk."""
-    return "://" in path
 
 
 @contextlib.contextmanager
@@ -40,7 +35,7 @@ def open_run_folder(address: str) -> Iterator[Path]:
 
     The local one has what a run goes on with.
     """
-    if not is_remote(address):
+    if not is_address(address):
         home = Path(address)
         home.mkdir(parents=True, exist_ok=True)
         yield home
@@ -57,14 +52,9 @@ def open_run_folder(address: str) -> Iterator[Path]:
 
 def upload_run_folder(home: Path, address: str) -> None:
     """Send what was written so far to the run's address; nothing is to be done on a disk."""
-    if not is_remote(address):
+    if not is_address(address):
         return
-    folder = open_folder(address)
-    for path in sorted(home.rglob("*")):
-        if path.is_file():
-            target = folder.path(path.relative_to(home).as_posix())
-            folder.files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            folder.files.put_file(str(path), target)
+    open_folder(address).send(home)
 
 
 def is_started(address: str) -> bool:
@@ -111,7 +101,7 @@ def export_run(
     target = export_model(
         checkpoint / MODEL,
         folder / EXPORT,
-        to=config.export_to or ("hf" if begun_with.layout == "published" else "original"),
+        to=config.export_to or ("hf" if begun_with.format == "hf" else "original"),
         vision_tower=config.vision_tower if config.method == "lora" else None,
         overwrite=True,
     )

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from llava_ray.config import TrainConfig
-from llava_ray.model.checkpoint.llava_format import KINDS_OF_TEXT
+from llava_ray.model.checkpoint.llava_format import LLAVA_CLASSES
 from llava_ray.model.checkpoint.tensor_names import from_memory
 from llava_ray.model.export.atomic_folder import write_json
-from llava_ray.model.export.export import write_core
+from llava_ray.model.export.export import write_model
 from llava_ray.model.export.projector import get_projector
 from llava_ray.train.deepspeed_engine import TrainState
 from llava_ray.train.param_groups import ADAPTER, find_lora_targets, find_param_group
@@ -49,7 +49,7 @@ def write_weights(folder: Path, state: TrainState, config: TrainConfig) -> None:
     core = replace(state.core, model=_fill(state.core.model, tensors))
     base = str(name_base(config.model))
     fields = {"llava_ray_base": base} if form == "projector" else {}
-    write_core(folder, core, form, fields=fields)
+    write_model(folder, core, form, fields=fields)
 
 
 def choose_form(state: TrainState, config: TrainConfig) -> str:
@@ -59,11 +59,11 @@ def choose_form(state: TrainState, config: TrainConfig) -> str:
     checkpoint = state.core.checkpoint
     is_alone = config.method == "projector" and not config.train_vision_tower
     has_form = (
-        checkpoint.text_model_type in KINDS_OF_TEXT and checkpoint.model_type != "llava_onevision"
+        checkpoint.text_model_type in LLAVA_CLASSES and checkpoint.model_type != "llava_onevision"
     )
     if is_alone and has_form and checkpoint.kind == "full" and not checkpoint.uses_start_end:
         return "projector"
-    return "hf" if checkpoint.layout == "published" else "original"
+    return "hf" if checkpoint.format == "hf" else "original"
 
 
 def collect_weights(state: TrainState, form: str, config: TrainConfig) -> Tensors:
@@ -95,7 +95,7 @@ def write_adapter(
     from safetensors.torch import save_file
 
     core = state.core
-    is_original = core.checkpoint.layout == "original" and core.checkpoint.kind == "full"
+    is_original = core.checkpoint.format == "llava" and core.checkpoint.kind == "full"
     lora, extra = {}, {}
     for name, tensor in tensors.items():
         written = _name(core, name.replace(f".{ADAPTER}", ""), is_original)
@@ -138,7 +138,7 @@ def _name(core: Any, name: str, is_original: bool) -> str:
         return name
     return from_memory(
         name,
-        "original",
+        "llava",
         text_model_type=core.checkpoint.text_model_type,
         projector=get_projector(core.model.config),
     )

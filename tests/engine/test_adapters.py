@@ -17,7 +17,7 @@ from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError, ModelNotFoundError
 from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import load_model
-from llava_ray.model.quiet import has_fast_bfloat16
+from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
 IMAGE, OTHER = make_image(1), make_image(2)
@@ -199,7 +199,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     tensors = make_lora(Original())
     tensors = {name.replace("layers.0", "layers.9"): each for name, each in tensors.items()}
     folder = write_adapter(tmp_path, tensors, "the/base")
-    with pytest.raises(ConfigError, match="made for another model"):
+    with pytest.raises(ConfigError, match="trained on another model"):
         load(str(Original().write(tmp_path / "whole")), {"mine": str(folder)})
 
 

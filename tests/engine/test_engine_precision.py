@@ -17,7 +17,7 @@ from llava_ray.engine.protocol import Engine
 from llava_ray.engine.torch_engine.execution.packed_linear import PackedLinear, quantize_linears
 from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import load_model, load_without_weights
-from llava_ray.model.quiet import has_fast_bfloat16
+from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
 
 slow_in_bfloat16 = pytest.mark.skipif(has_fast_bfloat16(), reason="auto is bfloat16 on this CPU")

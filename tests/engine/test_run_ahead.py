@@ -11,7 +11,6 @@ from support.engine_requests import (
     ScriptedRunner,
     answer,
     ask_late,
-    generate,  # noqa: F401 - a fixture
     load,
     make_sequence,
     mixed_prompts,
@@ -38,7 +37,6 @@ def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("prefill_tokens", [7, 4096])
 def test_requests_that_come_and_go_get_the_answers_of_generate(
-    generate,  # noqa: F811 - the fixture
     graphs,
     prefill_tokens,
 ):

@@ -26,7 +26,7 @@ def test_the_doctor_names_problems_and_ends_with_1(
     code, told, _ = run(capsys, "doctor", folder)
     assert code == 1
     assert "problem: " in told
-    assert "give the language model that it was made for as base" in told
+    assert "give the language model that it was trained on as base" in told
     base = Original().write_lm(tmp_path / "base")
     code, told, _ = run(capsys, "doctor", folder, "--base", base)
     assert code == 0
@@ -62,11 +62,11 @@ def test_a_delta_is_made_and_applied(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("words", "told"),
     [
         (["export", "/no/such", "OUT"], "there is no such folder"),
-        (["export", "TINY", "OUT", "--max-shard-size", "much"], "'much' is no size"),
-        (["export", "TINY", "OUT", "--base", "TINY"], "leave base away"),
+        (["export", "TINY", "OUT", "--max-shard-size", "much"], "'much' is not a size"),
+        (["export", "TINY", "OUT", "--base", "TINY"], "leave base out"),
         (["export", "TINY", "TINY"], "is not empty"),
-        (["export", "TINY", "OUT", "--tower-name", "x"], "leave --tower-name away"),
-        (["build", "OUT", "--llm", "TINY", "--vision-tower", "TINY"], "has eyes already"),
+        (["export", "TINY", "OUT", "--tower-name", "x"], "leave --tower-name out"),
+        (["build", "OUT", "--llm", "TINY", "--vision-tower", "TINY"], "already has a vision tower"),
         (["delta", "make", "TINY", "OUT", "--base", "TINY"], "--to original"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value[:1] + value[3:4]),

@@ -19,34 +19,33 @@ PROMPT = "<s>see <image>\nand <image> what?"
 @pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
 def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", kind)
-    core = load_model(folder, dtype="float32", device="cpu")
-    assert type(core.model) is type(model)
-    inputs = core.encode(PROMPT, [make_image(), make_image(1, width=31, height=97)])
+    loaded = load_model(folder, dtype="float32", device="cpu")
+    assert type(loaded.model) is type(model)
+    inputs = loaded.encode(PROMPT, [make_image(), make_image(1, width=31, height=97)])
     with torch.inference_mode():
         expected = model(**inputs).logits
-        torch.testing.assert_close(core.model(**inputs).logits, expected)
+        torch.testing.assert_close(loaded.model(**inputs).logits, expected)
 
 
 def test_a_image_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", "llava_onevision")
-    core = load_model(folder, dtype="float32", device="cpu")
-    inputs = core.encode("<image>", [make_image(width=60, height=60)])
+    loaded = load_model(folder, dtype="float32", device="cpu")
+    inputs = loaded.encode("<image>", [make_image(width=60, height=60)])
     with torch.inference_mode():
         model(**inputs)  # compares the number of ids and of features itself
-    num_tokens = inputs["input_ids"][0].tolist().count(core.image_token_id)
+    num_tokens = inputs["input_ids"][0].tolist().count(loaded.image_token_id)
     assert num_tokens < 16 + 8 * 9  # of the four tiles' 8 x 8 patches fewer are left
 
 
 def test_names_as_they_were_published_are_read(tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", "llava_next")
     tensors = {
-        from_memory(name, "published"): tensor.clone()
-        for name, tensor in model.state_dict().items()
+        from_memory(name, "hf"): tensor.clone() for name, tensor in model.state_dict().items()
     }
     save_file(tensors, folder / "model.safetensors")
     assert "language_model.model.norm.weight" in load_file(folder / "model.safetensors")
-    core = load_model(folder, dtype="float32", device="cpu")
-    for name, tensor in core.model.state_dict().items():
+    loaded = load_model(folder, dtype="float32", device="cpu")
+    for name, tensor in loaded.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name])
 
 
@@ -72,9 +71,9 @@ def test_an_image_token_with_another_id_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": 48}, r"is \[\d+, 32\], and .*config.json asks for \[\d+, 48\]"),
+        ({"hidden_size": 48}, r"has shape \[\d+, 32\], and .*config.json needs \[\d+, 48\]"),
         ({"num_hidden_layers": 3}, "the weights of .* lack 9 tensors"),
-        ({"hidden_size": "many"}, r"config\.json describes no model that can be built"),
+        ({"hidden_size": "many"}, r"config\.json does not describe a model that can be built"),
     ],
 )
 def test_sizes_that_do_not_fit_are_told_with_the_file(change, message, tmp_path: Path) -> None:
@@ -88,9 +87,11 @@ def test_sizes_that_do_not_fit_are_told_with_the_file(change, message, tmp_path:
 
 def test_a_prompt_of_several_turns_is_encoded_as_transformers_does(tmp_path: Path) -> None:
     folder, _ = write_published(tmp_path / "model", "llava")
-    core = load_model(folder, device="cpu")
+    loaded = load_model(folder, device="cpu")
     text = "USER: <image>\nhello ASSISTANT: yes</s>USER: <image> more"
-    expected = core.processor(text=text, images=[make_image(), make_image(1)], return_tensors="pt")
-    inputs = core.encode(text, [make_image(), make_image(1)])
+    expected = loaded.processor(
+        text=text, images=[make_image(), make_image(1)], return_tensors="pt"
+    )
+    inputs = loaded.encode(text, [make_image(), make_image(1)])
     assert inputs["input_ids"].tolist() == expected["input_ids"].tolist()
     assert torch.equal(inputs["pixel_values"], expected["pixel_values"])

@@ -19,15 +19,15 @@ forward mended): the first eight logits of the last position."""
 @pytest.mark.parametrize("kind", KINDS)
 def test_logits_are_those_of_the_reference(kind: str, tmp_path: Path) -> None:
     original = KINDS[kind]
-    core = load(original.write(tmp_path / "any name"))
-    assert_same_logits(core, original)
+    loaded = load(original.write(tmp_path / "any name"))
+    assert_same_logits(loaded, original)
 
 
 @pytest.mark.parametrize("kind", OF_THE_ORIGINAL)
 def test_logits_are_those_of_the_original_code(kind: str, tmp_path: Path) -> None:
-    core = load(KINDS[kind].write(tmp_path / "model"))
+    loaded = load(KINDS[kind].write(tmp_path / "model"))
     with torch.inference_mode():
-        found = core.model(**core.encode(PROMPT, images())).logits[0, -1, :8]
+        found = loaded.model(**loaded.encode(PROMPT, images())).logits[0, -1, :8]
     torch.testing.assert_close(found, torch.tensor(OF_THE_ORIGINAL[kind]), rtol=0, atol=1e-3)
 
 
@@ -36,10 +36,10 @@ def test_generation_continues_with_the_best_tokens_of_the_reference(
     kind: str, tmp_path: Path
 ) -> None:
     original = KINDS[kind]
-    core = load(original.write(tmp_path / "model"))
-    inputs = core.encode("<image> a", [make_image()])
+    loaded = load(original.write(tmp_path / "model"))
+    inputs = loaded.encode("<image> a", [make_image()])
     length = inputs["input_ids"].shape[1]
-    out = core.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
+    out = loaded.model.generate(**inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1)
     text, best = "<image> a", []
     embed = original.lm.get_input_embeddings()
     with torch.inference_mode():
@@ -56,20 +56,20 @@ def test_generation_continues_with_the_best_tokens_of_the_reference(
 @pytest.mark.parametrize("size", [(5, 200), (28, 28), (57, 55), (300, 100), (84, 28), (99, 33)])
 def test_a_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
     original = Original(aspect="anyres", merge="spatial_unpad")
-    core = load(original.write(tmp_path / "model"))
+    loaded = load(original.write(tmp_path / "model"))
     image = make_image(width=size[0], height=size[1])
-    inputs = core.encode("<image>", [image])
+    inputs = loaded.encode("<image>", [image])
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(core.image_token_id) == len(original.features(image))
+    assert ids.count(loaded.image_token_id) == len(original.features(image))
     with torch.inference_mode():
-        core.model(**inputs)  # transformers itself compares ids and features
+        loaded.model(**inputs)  # transformers itself compares ids and features
 
 
 def test_a_image_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
-    core = load(Original(start_end=True).write(tmp_path / "model"))
-    assert core.tokenize("a <im_start><image><im_end>") == core.tokenize("a <image>")
-    start, end = (core.tokenizer.convert_tokens_to_ids(t) for t in ("<im_start>", "<im_end>"))
-    assert core.tokenize("<image>")[-3:] == [start, -200, end]
+    loaded = load(Original(start_end=True).write(tmp_path / "model"))
+    assert loaded.tokenize("a <im_start><image><im_end>") == loaded.tokenize("a <image>")
+    start, end = (loaded.tokenizer.convert_tokens_to_ids(t) for t in ("<im_start>", "<im_end>"))
+    assert loaded.tokenize("<image>")[-3:] == [start, -200, end]
 
 
 def test_the_tower_may_lie_beside_the_checkpoint_with_its_weights(tmp_path: Path) -> None:
@@ -131,17 +131,17 @@ def test_weights_saved_as_pickled_shards_are_read_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["llava-v1.5-pad", "llava-v1-linear-square"])
 def test_golden_outputs_of_the_original_code(case: str) -> None:
     folder = GOLDEN / case
-    core = load(folder / "checkpoint", vision_tower=GOLDEN / "openai-clip-micro")
+    loaded = load(folder / "checkpoint", vision_tower=GOLDEN / "openai-clip-micro")
     outputs = np.load(folder / "golden.npz")
     for record in json.loads((folder / "golden.json").read_text())["records"]:
         images = [Image.open(folder / name).convert("RGB") for name in record["images"]]
-        inputs = core.encode(record["prompt"], images)
+        inputs = loaded.encode(record["prompt"], images)
         length = inputs["input_ids"].shape[1]
         expected, greedy = (outputs[f"{name}_{record['index']}"] for name in ("logits", "greedy"))
         with torch.inference_mode():
-            logits = core.model(**inputs).logits[0, -16:].numpy()
-        out = core.model.generate(**inputs, max_new_tokens=len(greedy) - 1, do_sample=False)
-        assert core.tokenize(record["prompt"]) == record["input_ids"]
+            logits = loaded.model(**inputs).logits[0, -16:].numpy()
+        out = loaded.model.generate(**inputs, max_new_tokens=len(greedy) - 1, do_sample=False)
+        assert loaded.tokenize(record["prompt"]) == record["input_ids"]
         assert length == record["sequence_length"]
         assert np.abs(logits - expected).max() < 2e-3
         assert out[0, length:].tolist() == greedy[1:].tolist()

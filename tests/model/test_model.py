@@ -13,7 +13,8 @@ from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, RequestError
 from llava_ray.model.build.random_model import TINY, build_random_model
-from llava_ray.model.loading import load_model
+from llava_ray.model.loading import load_model, load_opened
+from llava_ray.model.open_checkpoint import open_checkpoint
 from llava_ray.types import ImagePart, Message, TextPart
 
 
@@ -24,42 +25,56 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_prompt_becomes_ids_with_as_many_image_tokens_as_the_model_makes():
-    core = load_model(tiny_model(), dtype="float32", device="cpu")
-    inputs = core.encode("<image> and <image>?", [make_image(), make_image(1, width=90)])
+    loaded = load_model(tiny_model(), dtype="float32", device="cpu")
+    inputs = loaded.encode("<image> and <image>?", [make_image(), make_image(1, width=90)])
     ids = inputs["input_ids"][0].tolist()
-    assert ids.count(core.image_token_id) == 2 * TINY.num_image_tokens
-    assert ids[0] == core.tokenizer.bos_token_id
+    assert ids.count(loaded.image_token_id) == 2 * TINY.num_image_tokens
+    assert ids[0] == loaded.tokenizer.bos_token_id
     assert inputs["pixel_values"].shape == (2, 3, TINY.image_size, TINY.image_size)
     with torch.inference_mode():
-        assert core.model(**inputs).logits.shape[1] == len(ids)
+        assert loaded.model(**inputs).logits.shape[1] == len(ids)
+
+
+def test_a_checkpoint_is_opened_once():
+    opened = open_checkpoint(tiny_model())
+    loaded = load_opened(opened, device="cpu")
+    assert loaded.checkpoint is opened.checkpoint
+    assert loaded.processor is opened.processor
+    assert loaded.template is opened.template
+    assert loaded.context_length == opened.context_length == TINY.context_length
+
+
+def test_a_wrong_template_is_refused_before_a_checkpoint_is_looked_for():
+    with pytest.raises(ConfigError, match=r"template='nope': .*Known are"):
+        open_checkpoint("/no/such/folder", template="nope")
 
 
 def test_a_beginning_that_the_template_wrote_is_not_doubled():
-    core = load_model(tiny_model(), dtype="float32", device="cpu")
-    plain, written = core.encode("hello"), core.encode("<s>hello")
+    loaded = load_model(tiny_model(), dtype="float32", device="cpu")
+    plain, written = loaded.encode("hello"), loaded.encode("<s>hello")
     assert plain["input_ids"].tolist() == written["input_ids"].tolist()
     assert "pixel_values" not in plain
 
 
 def test_the_template_of_the_checkpoint_renders_conversations():
-    core = load_model(tiny_model(), dtype="float32", device="cpu")
+    loaded = load_model(tiny_model(), dtype="float32", device="cpu")
     image_and_text = (ImagePart(b""), TextPart("what is <image>?"))
-    text = core.template.render([Message("user", image_and_text)])
+    text = loaded.template.render([Message("user", image_and_text)])
     assert text == "USER: <image>\nwhat is < image>?\nASSISTANT:"
 
 
 def test_the_number_of_images_must_be_the_number_of_places_for_them():
-    core = load_model(tiny_model(), dtype="float32", device="cpu")
+    loaded = load_model(tiny_model(), dtype="float32", device="cpu")
     with pytest.raises(RequestError, match="names 2 images and 1 came with it"):
-        core.encode("<image><image>", [make_image()])
+        loaded.encode("<image><image>", [make_image()])
 
 
 def test_what_is_loaded_has_the_precision_and_the_limits_asked_for():
-    core = load_model(tiny_model(), device="cpu")
-    assert {parameter.dtype for parameter in core.model.parameters()} == {torch.bfloat16}
-    assert core.context_length == TINY.context_length
-    assert core.eos_token_ids == {core.tokenizer.eos_token_id}
-    assert not core.model.training
+    loaded = load_model(tiny_model(), device="cpu")
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.bfloat16}
+    assert loaded.context_length == TINY.context_length
+    assert loaded.eos_token_ids == {loaded.tokenizer.eos_token_id}
+    assert not loaded.model.training
 
 
 def test_loading_says_nothing_on_the_terminal(capfd, caplog):
@@ -76,7 +91,7 @@ def test_the_same_seed_builds_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("config.json", "is no checkpoint, it has no config.json: give the folder"),
+        ("config.json", "is not a checkpoint, it has no config.json: give the folder"),
         ("model.safetensors", "lacks its weights"),
         ("tokenizer.json", "lacks its tokenizer"),
         ("processor_config.json", "lacks its image preprocessing"),
@@ -114,7 +129,8 @@ def test_a_truncated_weight_file_is_told(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(
-        ConfigError, match=r"model\.safetensors does not load: it has .* bytes .*; fetch it again"
+        ConfigError,
+        match=r"model\.safetensors does not load: it has .* bytes .*; download it again",
     ):
         load_model(folder, device="cpu")
 
@@ -139,7 +155,10 @@ def test_a_hub_name_is_looked_for_in_the_hub_and_its_absence_is_told(tmp_path: P
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True
         )
 
-    assert "'some/model' is no folder here, and the hub does not give it" in find().stderr
+    assert (
+        "'some/model' is not a local folder and could not be downloaded from the hub"
+        in find().stderr
+    )
     cached = tmp_path / "models--some--model" / "snapshots" / "abc"
     cached.mkdir(parents=True)
     (cached / "config.json").write_text("{}")

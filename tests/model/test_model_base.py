@@ -55,9 +55,9 @@ def test_a_projector_alone_asks_for_its_base(tmp_path):
 
 def test_a_lora_is_merged_with_what_was_trained_beside_it(tmp_path, base):
     original = Original()
-    core = load(write_lora(original, tmp_path / "adapter"), base=base)
-    assert_same_logits(core, add_lora(Original()))
-    assert not [name for name, _ in core.model.named_modules() if "lora" in name]
+    loaded = load(write_lora(original, tmp_path / "adapter"), base=base)
+    assert_same_logits(loaded, add_lora(Original()))
+    assert not [name for name, _ in loaded.model.named_modules() if "lora" in name]
 
 
 def test_a_lora_over_a_whole_llava_keeps_its_tower(tmp_path):
@@ -89,10 +89,10 @@ def test_an_adapter_that_peft_trained_over_transformers_own_llava_is_loaded(tmp_
     with torch.inference_mode():
         expected = trained(**inputs).logits
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    core = load(tmp_path / "adapter", base=tiny_model())
+    loaded = load(tmp_path / "adapter", base=tiny_model())
     with torch.inference_mode():
-        torch.testing.assert_close(core.model(**inputs).logits, expected, atol=1e-4, rtol=0)
-    assert core.checkpoint.kind == "adapter"
+        torch.testing.assert_close(loaded.model(**inputs).logits, expected, atol=1e-4, rtol=0)
+    assert loaded.checkpoint.kind == "adapter"
 
 
 def test_an_adapter_that_changes_no_logits_is_an_error(tmp_path, base):
@@ -101,7 +101,7 @@ def test_an_adapter_that_changes_no_logits_is_an_error(tmp_path, base):
         if "lora_B" in name:
             tensors[name].zero_()
     folder = write_lora(Original(), tmp_path / "adapter", tensors)
-    with pytest.raises(ConfigError, match="changes no logits: its weights are all nought"):
+    with pytest.raises(ConfigError, match="changes no logits: its weights are all zero"):
         load(folder, base=base)
 
 
@@ -114,7 +114,9 @@ def test_an_adapter_for_another_base_is_an_error_that_names_the_right_one(change
     else:
         tensors[name] = torch.zeros(RANK, 48)
     folder = write_lora(Original(), tmp_path / "adapter", tensors)
-    with pytest.raises(ConfigError, match=r"made for another model; give that \('the/base', says"):
+    with pytest.raises(
+        ConfigError, match=r"trained on another model; give that \('the/base', says"
+    ):
         load(folder, base=base)
 
 
@@ -127,7 +129,7 @@ def test_a_lora_without_its_projector_is_told_with_the_file_that_is_missing(tmp_
 
 def test_an_adapter_names_its_base_and_tells_when_that_is_not_here(tmp_path):
     folder = write_adapter(tmp_path / "adapter", make_lora(Original()), "/no/such/base")
-    with pytest.raises(ConfigError, match=r"the base '/no/such/base' of .* is not here"):
+    with pytest.raises(ConfigError, match=r"the base '/no/such/base' of .* was not found"):
         load(folder)
 
 
@@ -166,9 +168,9 @@ def test_a_delta_is_added_to_its_base(tmp_path, base):
             if "norm" not in name:
                 parameter += 0.1
     folder = write_delta(changed, base, tmp_path / "delta")
-    core = load(folder, base=base)
-    assert core.checkpoint.kind == "delta"
-    assert_same_logits(core, changed)
+    loaded = load(folder, base=base)
+    assert loaded.checkpoint.kind == "delta"
+    assert_same_logits(loaded, changed)
     assert not torch.equal(changed.lm.lm_head.weight, original.lm.lm_head.weight)
 
 
@@ -191,7 +193,7 @@ def test_a_delta_does_not_change_the_tower(tmp_path, base):
 
 def test_a_delta_without_its_base_and_a_base_without_a_delta_are_told(tmp_path, base):
     whole = Original().write(tmp_path / "whole")
-    with pytest.raises(ConfigError, match="they are no delta: leave base away"):
+    with pytest.raises(ConfigError, match="has full weights, not a delta: leave base out"):
         load(whole, base=base)
     delta = write_delta(Original(), base, tmp_path / "delta")
     with pytest.raises(ConfigError, match="look like a delta"):
@@ -199,5 +201,5 @@ def test_a_delta_without_its_base_and_a_base_without_a_delta_are_told(tmp_path, 
 
 
 def test_a_base_that_would_change_nothing_is_refused(base):
-    with pytest.raises(ConfigError, match="would change nothing: leave base away"):
+    with pytest.raises(ConfigError, match="would have no effect: leave base out"):
         load_model(tiny_model(), base=base)

@@ -122,17 +122,17 @@ def clip(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("pair", PAIRS)
 def test_text_is_read_as_the_language_model_reads_it_and_images_too(pair: str, built: Any) -> None:
     model, folder = built(PAIRS[pair])
-    core = load(folder)
-    text = core.encode("what is it?")
-    both = core.encode(
+    loaded = load(folder)
+    text = loaded.encode("what is it?")
+    both = loaded.encode(
         "see <image>\nand <image>?", [make_image(), make_image(1, width=90, height=30)]
     )
     plain = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
         expected = model(**text).logits
-        found = core.model(**text).logits[..., : expected.shape[-1]]
+        found = loaded.model(**text).logits[..., : expected.shape[-1]]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert torch.equal(plain(**both).logits, core.model(**both).logits)
+        assert torch.equal(plain(**both).logits, loaded.model(**both).logits)
 
 
 @pytest.mark.parametrize("pair", ["llama", "mistral, anyres", "gemma3_text", "gpt_neox"])
@@ -142,15 +142,15 @@ def test_what_is_built_is_served_by_our_engine(pair: str, built: Any) -> None:
 
 @pytest.mark.parametrize("pair", ["tied, siglip, pad, linear", "mistral, anyres"])
 def test_what_is_built_learns(pair: str, built: Any) -> None:
-    core = load(built(PAIRS[pair])[1])
-    core.model.train().requires_grad_(False)
-    projector = core.model.model.multi_modal_projector.requires_grad_(True)
-    inputs = core.encode("<image> a red square", [make_image()])
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == core.image_token_id, -100)
+    loaded = load(built(PAIRS[pair])[1])
+    loaded.model.train().requires_grad_(False)
+    projector = loaded.model.model.multi_modal_projector.requires_grad_(True)
+    inputs = loaded.encode("<image> a red square", [make_image()])
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == loaded.image_token_id, -100)
     optimizer = torch.optim.Adam(projector.parameters(), lr=0.01)
     losses = []
     for _ in range(8):
-        loss = core.model(**inputs, labels=labels).loss
+        loss = loaded.model(**inputs, labels=labels).loss
         loss.backward()
         assert all(parameter.grad is not None for parameter in projector.parameters())
         optimizer.step()
@@ -195,13 +195,13 @@ def test_the_same_seed_builds_the_same_projector_and_another_another(
 def test_the_language_models_own_chat_template_learns_of_images(tmp_path: Path, clip: Path) -> None:
     write_language_model(tmp_path / "lm", chat=CHAT)
     parts = {"llm": tmp_path / "lm", "vision_tower": clip}
-    core = load(build_llava(tmp_path / "own", **parts))
+    loaded = load(build_llava(tmp_path / "own", **parts))
     said = [Message("user", (ImagePart(b""), TextPart("what?")))]
-    assert core.template.render(said) == "<s>[user]\n<image>\nwhat?</s>[assistant]\n"
-    learned = core.template.encode(
-        [*said, Message("assistant", (TextPart("yes"),))], core.tokenizer
+    assert loaded.template.render(said) == "<s>[user]\n<image>\nwhat?</s>[assistant]\n"
+    learned = loaded.template.encode(
+        [*said, Message("assistant", (TextPart("yes"),))], loaded.tokenizer
     )
-    assert core.tokenizer.decode([id_ for id_ in learned.labels if id_ >= 0]) == "yes</s>"
+    assert loaded.tokenizer.decode([id_ for id_ in learned.labels if id_ >= 0]) == "yes</s>"
     named = load(build_llava(tmp_path / "named", **parts, template="vicuna_v1"))
     assert named.template.name == "vicuna_v1"
     assert named.template.render(said).endswith("USER: <image>\nwhat? ASSISTANT:")
@@ -215,35 +215,35 @@ def test_answers_end_as_the_language_models_do(tmp_path: Path, clip: Path) -> No
         file = tmp_path / "lm" / name
         file.write_text(file.read_text().replace("</s>", "<over>"))
     folder = build_llava(tmp_path / "out", llm=tmp_path / "lm", vision_tower=clip)
-    core = load(folder)
+    loaded = load(folder)
     said = [Message("user", (TextPart("a"),)), Message("assistant", (TextPart("b"),))]
-    text = core.template.render(said, add_generation_prompt=False)
+    text = loaded.template.render(said, add_generation_prompt=False)
     assert text.endswith("ASSISTANT: b<over>")
-    assert core.eos_token_ids == {core.tokenizer.convert_tokens_to_ids("<over>")}
+    assert loaded.eos_token_ids == {loaded.tokenizer.convert_tokens_to_ids("<over>")}
 
 
 def test_a_built_model_is_exported_like_any_other(built: Any, tmp_path: Path) -> None:
     _, folder = built(PAIRS["mistral, anyres"])
-    core = load(export_model(folder, tmp_path / "out", to="original"))
-    inputs = core.encode("see <image>", [make_image()])
+    loaded = load(export_model(folder, tmp_path / "out", to="original"))
+    inputs = loaded.encode("see <image>", [make_image()])
     with torch.inference_mode():
         assert torch.equal(
-            core.model(**inputs).logits,
+            loaded.model(**inputs).logits,
             load(folder).model(**load(folder).encode("see <image>", [make_image()])).logits,
         )
-    with pytest.raises(ConfigError, match="no language model of the kind 'qwen3'"):
+    with pytest.raises(ConfigError, match="does not support the language model 'qwen3'"):
         export_model(built(PAIRS["qwen3, class token"])[1], tmp_path / "qwen3", to="original")
-    with pytest.raises(ConfigError, match="takes no GPT-NeoX as language model"):
+    with pytest.raises(ConfigError, match="does not support GPT-NeoX as its language model"):
         export_model(built(PAIRS["gpt_neox"])[1], tmp_path / "neox", to="vllm")
 
 
 @pytest.mark.parametrize(
     ("kind", "settings", "message"),
     [
-        ("gemma2", {}, "of the kind 'gemma2' .its logits are more than its head makes"),
-        ("granite", {"logits_scaling": 3.0}, "of the kind 'granite'"),
-        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "of the kind 'gpt2'"),
-        ("phi", {}, "has no head that a LLaVA can take over"),
+        ("gemma2", {}, "model_type 'gemma2' .it changes its logits after the output head"),
+        ("granite", {"logits_scaling": 3.0}, "model_type 'granite'"),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, "model_type 'gpt2'"),
+        ("phi", {}, "has no output head that a LLaVA can use"),
     ],
 )
 def test_a_language_model_that_a_llava_would_change_is_refused(
@@ -261,11 +261,11 @@ def test_parts_that_do_not_fit_are_told(tmp_path: Path, clip: Path, built: Any) 
     for change, message in (
         ({"projector": "mlp3x_gelu"}, "projector='mlp3x_gelu': .* use mlp2x_gelu, linear"),
         ({"projector": "identity"}, "features have 16 numbers and .* embeddings 32"),
-        ({"select_layer": -9}, r"has 3 layers, so there are hidden states -4 to 3"),
+        ({"select_layer": -9}, r"has 3 layers, so its hidden states are numbered -4 to 3"),
         ({"image_aspect": "anyres", "select_feature": "cls_patch"}, "grid of anyres; use patch"),
-        ({"llm": clip}, "'clip_vision_model', which is no language model that continues"),
-        ({"vision_tower": tmp_path / "lm"}, "of the kind 'llama': give a CLIP or SigLIP"),
-        ({"llm": built(PAIRS["llama"])[1]}, "has eyes already"),
+        ({"llm": clip}, "'clip_vision_model', which is not a language model that continues"),
+        ({"vision_tower": tmp_path / "lm"}, "model_type 'llama': give a CLIP or SigLIP"),
+        ({"llm": built(PAIRS["llama"])[1]}, "already has a vision tower"),
         ({"llm": "/no/such"}, "there is no such folder"),
     ):
         with pytest.raises(ConfigError, match=message):

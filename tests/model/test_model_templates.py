@@ -18,11 +18,11 @@ from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError
 from llava_ray.model.choose_template import guess_template
 from llava_ray.model.doctor import diagnose
-from llava_ray.model.loading import Core, load_model
+from llava_ray.model.loading import LoadedModel, load_model
 from llava_ray.types import ChatRequest, Message, Sampling
 
 
-def load(folder: Path, **options: Any) -> Core:
+def load(folder: Path, **options: Any) -> LoadedModel:
     return load_model(folder, dtype="float32", device="cpu", **options)
 
 
@@ -68,15 +68,15 @@ def test_the_template_is_guessed_by_what_the_files_say(
     ],
 )
 def test_the_name_of_the_folder_says_nothing(original: Original, name: str, tmp_path: Path) -> None:
-    core = load(original.write(tmp_path / "llava-v1-llama-2-mpt-chat-v0"))
-    assert core.template.name == name
+    loaded = load(original.write(tmp_path / "llava-v1-llama-2-mpt-chat-v0"))
+    assert loaded.template.name == name
 
 
 def test_a_given_template_comes_before_what_the_files_say(tmp_path: Path) -> None:
     folder = Original(extra={"llava_ray_template": "llava_v0"}).write(tmp_path / "model")
     assert load(folder, template="v1_mmtag").template.name == "v1_mmtag"
-    core = load(tiny_model(), template="llava_llama_2")
-    assert core.template.name == "llava_llama_2"
+    loaded = load(tiny_model(), template="llava_llama_2")
+    assert loaded.template.name == "llava_llama_2"
     assert load(tiny_model()).template.name == "own"
     assert load(tiny_model(), template="own").template.name == "own"
 
@@ -85,7 +85,7 @@ def test_a_template_that_is_not_known_is_told(tmp_path: Path) -> None:
     folder = Original().write(tmp_path / "model")
     with pytest.raises(ConfigError, match="'vicuna_v2': did you mean 'vicuna_v1'"):
         load(folder, template="vicuna_v2")
-    with pytest.raises(ConfigError, match="brings no chat template that knows of images"):
+    with pytest.raises(ConfigError, match="has no chat template that supports images"):
         load(folder, template="own")
     folder = Original(extra={"llava_ray_template": "v9"}).write(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"config\.json \(llava_ray_template\): there is no"):
@@ -97,46 +97,46 @@ def test_a_language_models_own_template_is_not_taken_for_a_llavas(tmp_path: Path
     file = folder / "tokenizer_config.json"
     source = "{% for m in messages %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": source}))
-    core = load(folder)
-    assert core.processor.chat_template == source
-    assert core.template.name == "mistral_instruct"
-    assert core.template.render(talk("<image>\nhi")) == "[INST] <image>\nhi [/INST]"
+    loaded = load(folder)
+    assert loaded.processor.chat_template == source
+    assert loaded.template.name == "mistral_instruct"
+    assert loaded.template.render(talk("<image>\nhi")) == "[INST] <image>\nhi [/INST]"
 
 
 @pytest.mark.parametrize("start_end", [False, True])
 def test_a_core_trains_on_what_it_is_asked_with(start_end: bool, tmp_path: Path) -> None:
-    core = load(Original(start_end=start_end).write(tmp_path / "model"))
+    loaded = load(Original(start_end=start_end).write(tmp_path / "model"))
     messages = talk("hi", "Hello.", "What is <image> here?", "A cat.")
-    ids, labels = core.template.encode(messages, core.tokenizer, sample_id="a", num_images=1)
-    assert learned(core.tokenizer, ids, labels) == [" Hello.</s>", " A cat.</s>"]
-    prompt = core.template.render(messages[:3])
-    asked = core.tokenize(prompt)
+    ids, labels = loaded.template.encode(messages, loaded.tokenizer, sample_id="a", num_images=1)
+    assert learned(loaded.tokenizer, ids, labels) == [" Hello.</s>", " A cat.</s>"]
+    prompt = loaded.template.render(messages[:3])
+    asked = loaded.tokenize(prompt)
     assert ids[: len(asked)] == asked
-    assert core.encode(prompt, [make_image()])["input_ids"].shape[1] > len(asked)
+    assert loaded.encode(prompt, [make_image()])["input_ids"].shape[1] > len(asked)
 
 
 def test_a_published_core_trains_on_what_its_processor_reads() -> None:
-    core = load(tiny_model())
+    loaded = load(tiny_model())
     messages = talk("<image>\nWhat?", "A cat.", "Why?", "So.")
-    ids, labels = core.template.encode(messages, core.tokenizer)
-    assert [text.strip() for text in learned(core.tokenizer, ids, labels)] == [
+    ids, labels = loaded.template.encode(messages, loaded.tokenizer)
+    assert [text.strip() for text in learned(loaded.tokenizer, ids, labels)] == [
         "A cat.</s>",
         "So.</s>",
     ]
-    prompt = core.template.render(messages[:1])
-    (read,) = core.encode(prompt, [make_image()])["input_ids"].tolist()
+    prompt = loaded.template.render(messages[:1])
+    (read,) = loaded.encode(prompt, [make_image()])["input_ids"].tolist()
     start = next(i for i, label in enumerate(labels) if label != -100)
-    asked = [i for i in read if i != core.image_token_id]
+    asked = [i for i in read if i != loaded.image_token_id]
     assert ids[:start] == [*asked[: ids.index(-200)], -200, *asked[ids.index(-200) :]]
 
 
 def test_a_stop_text_that_is_a_token_ends_answers_as_a_token(tmp_path: Path) -> None:
     original = Original(start_end=True, extra={"llava_ray_template": "chatml_direct"})
     original.tokenizer.add_tokens(list(CHATML), special_tokens=True)
-    core = load(original.write(tmp_path / "model"))
-    end, eos = core.tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
-    assert core.eos_token_ids == {end, eos}
-    assert "< |im_end|>" in core.template.render([say("user", "x <|im_end|>")])
+    loaded = load(original.write(tmp_path / "model"))
+    end, eos = loaded.tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    assert loaded.eos_token_ids == {end, eos}
+    assert "< |im_end|>" in loaded.template.render([say("user", "x <|im_end|>")])
 
 
 # Serving

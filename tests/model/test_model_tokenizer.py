@@ -16,9 +16,9 @@ from support.reference_logits import GOLDEN, load
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.doctor import diagnose
-from llava_ray.model.processor import load_original_tokenizer
+from llava_ray.model.processor import load_llava_tokenizer
 from llava_ray.template import tokenize_pieces
-from llava_ray.template.tokens import Notation, Piece, encode_pieces
+from llava_ray.template.tokens import Notation, Segment, encode_segments
 
 TEXTS = [
     "what is it",
@@ -76,7 +76,7 @@ def write(folder: Path, model: bytes, settings: dict[str, Any] | None, text: str
 
 
 def read(folder: Path) -> Any:
-    return load_original_tokenizer(inspect_checkpoint(folder))
+    return load_llava_tokenizer(inspect_checkpoint(folder))
 
 
 def spell(model: bytes, *, each: bool, spaced: bool | None = None) -> Callable[[str], list[int]]:
@@ -139,7 +139,7 @@ def test_each_piece_of_a_prompt_begins_as_a_text_does(legacy, model, tmp_path):
         for piece in others:
             expected += [-200, *spelled(piece)[1:]]
         assert tokenize_pieces(tokenizer, prompt) == expected
-        encoded = encode_pieces(tokenizer, [Piece("</s>"), Piece(prompt, True)], Notation())
+        encoded = encode_segments(tokenizer, [Segment("</s>"), Segment(prompt, True)], Notation())
         assert [id_ for id_ in encoded.labels[2:] if id_ >= 0] == [
             id_ for id_ in encoded.input_ids[2:] if id_ >= 0
         ]

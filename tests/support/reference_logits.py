@@ -7,13 +7,13 @@ from PIL import Image
 from support.llava_checkpoints import Original
 from support.tiny_checkpoint import make_image
 
-from llava_ray.model.loading import Core, load_model
+from llava_ray.model.loading import LoadedModel, load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = "look: <image>\nand this <image> what is it?"
 
 
-def load(folder: Path, **options) -> Core:
+def load(folder: Path, **options) -> LoadedModel:
     return load_model(folder, dtype="float32", device="cpu", **options)
 
 
@@ -21,7 +21,7 @@ def images() -> list[Image.Image]:
     return [make_image(), make_image(1, width=31, height=97)]
 
 
-def assert_same_logits(core: Core, original: Original) -> None:
+def assert_same_logits(core: LoadedModel, original: Original) -> None:
     inputs = core.encode(PROMPT, images())
     with torch.inference_mode():
         found = core.model(**inputs).logits[0]

@@ -6,7 +6,7 @@ from PIL import Image
 from support.tiny_checkpoint import make_image
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.model.loading import Core
+from llava_ray.model.loading import LoadedModel
 from llava_ray.types import Prompt, Sampling
 
 PROMPTS = [
@@ -28,14 +28,14 @@ async def answer(engine: TorchEngine) -> list[str]:
         await engine.close()
 
 
-def generate(core: Core, text: str, images: list[Image.Image]) -> str:
+def generate(core: LoadedModel, text: str, images: list[Image.Image]) -> str:
     inputs = core.encode(text, images)
     length = inputs["input_ids"].shape[1]
     ids = core.model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
     return core.tokenizer.decode(ids[0, length:], skip_special_tokens=True)
 
 
-def assert_served_as_generated(core: Core) -> None:
+def assert_served_as_generated(core: LoadedModel) -> None:
     core.model.generation_config.eos_token_id = None
     expected = [generate(core, text, images) for text, images in PROMPTS]
     assert asyncio.run(answer(TorchEngine(core))) == expected

@@ -9,7 +9,7 @@ from torch import nn
 
 from jobs.embedded_model.muon import Muon
 from llava_ray.model.loading import select_dtype
-from llava_ray.model.quiet import choose_dtype
+from llava_ray.model.precision import choose_dtype
 
 CPUINFO = Path("/proc/cpuinfo")
 

@@ -24,7 +24,7 @@ EXPORTED = {
     "llava_ray.evaluate": ["compare_runs", "evaluate_model"],
     "llava_ray.serve": ["build_app", "serve_models"],
     "llava_ray.engine": ["load_engine"],
-    "llava_ray.model": ["Core", "load_model"],
+    "llava_ray.model": ["LoadedModel", "load_model"],
 }
 
 

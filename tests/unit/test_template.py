@@ -201,10 +201,10 @@ def test_halves_of_a_token_around_a_image_do_not_meet() -> None:
     ("messages", "match"),
     [
         ([], "empty"),
-        ([say("assistant", "a")], "message 1 is from the assistant where the user"),
-        ([*talk("a"), *talk("b")], "message 2 is from the user where the assistant"),
+        ([say("assistant", "a")], "message 1 is from the assistant, expected one from the user"),
+        ([*talk("a"), *talk("b")], "message 2 is from the user, expected one from the assistant"),
         ([*talk("a", "b"), say("system", "c")], "message 3 is from the system"),
-        ([say("system", "<image>"), *talk("a")], "an image stands in the system message"),
+        ([say("system", "<image>"), *talk("a")], "there is an image in the system message"),
         ([say("system", "a")], "only a system message"),
     ],
 )
@@ -401,14 +401,14 @@ def test_a_question_at_the_end_is_not_learned() -> None:
     ("name", "messages", "num_images", "match"),
     [
         ("vicuna_v1", [], None, "the conversation is empty"),
-        ("vicuna_v1", talk("hi"), None, "no message from the assistant"),
+        ("vicuna_v1", talk("hi"), None, "no assistant message"),
         ("vicuna_v1", [*talk("hi"), *talk("ho")], None, "message 2 is from the user"),
         ("vicuna_v1", [*talk("a", "b"), say("assistant", "c")], None, "message 3 is from the ass"),
         ("vicuna_v1", talk("hi", ""), None, "message 2 is empty"),
         ("vicuna_v1", talk("", "Hello."), None, "message 1 is empty"),
-        ("vicuna_v1", talk("<image>", "a"), 2, "names 1 images and 2 come"),
-        ("vicuna_v1", talk("a", "b"), 1, "names 0 images and 1 come"),
-        ("llava_v0", talk("<image><image>", "a"), 1, "names 2 images and 1 come"),
+        ("vicuna_v1", talk("<image>", "a"), 2, "contain 1 images and the sample has 2"),
+        ("vicuna_v1", talk("a", "b"), 1, "contain 0 images and the sample has 1"),
+        ("llava_v0", talk("<image><image>", "a"), 1, "contain 2 images and the sample has 1"),
         ("plain", talk("<image>", "a", "b", "c"), None, "'plain' is for captions"),
         ("plain", talk("<image>"), None, "'plain' is for captions"),
         ("plain", talk("hi", "a"), None, "'plain' is for captions"),
@@ -426,7 +426,7 @@ def test_a_sample_that_cannot_be_encoded_is_named(
 
 def test_an_image_token_in_a_text_is_not_taken_for_a_image() -> None:
     messages = [Message("user", (TextPart("<image>\nWhat?"),)), *talk("", "a")[1:]]
-    with pytest.raises(SampleError, match="sample 'x': the text of message 1 has <image> in it"):
+    with pytest.raises(SampleError, match="sample 'x': the text of message 1 contains <image>"):
         find_template("vicuna_v1").encode(messages, llama_tokenizer(legacy=True), sample_id="x")
 
 
@@ -457,7 +457,7 @@ def test_an_own_template_that_rewrites_the_past_cannot_be_encoded() -> None:
         "{{ m['content'][0]['text'] if loop.last else '...' }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    with pytest.raises(SampleError, match=r"sample 'x': .*message 2 in another way.*by name"):
+    with pytest.raises(SampleError, match=r"sample 'x': .*message 2 differently.*by name"):
         OwnTemplate(source).encode(
             talk("a", "b", "c", "d"), byte_tokenizer(begins=True), sample_id="x"
         )

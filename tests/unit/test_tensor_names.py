@@ -4,7 +4,7 @@ import pytest
 
 from llava_ray.model.checkpoint.tensor_names import (
     count_projector_layers,
-    detect_layout,
+    detect_format,
     from_memory,
     to_memory,
     tower_to_memory,
@@ -37,20 +37,20 @@ ORIGINAL = {
 
 @pytest.mark.parametrize(("stored", "memory"), PUBLISHED.items())
 def test_published_names_go_there_and_back(stored, memory):
-    assert to_memory(stored, "published") == memory
-    assert from_memory(memory, "published") == stored
+    assert to_memory(stored, "hf") == memory
+    assert from_memory(memory, "hf") == stored
 
 
 @pytest.mark.parametrize(("stored", "memory"), ORIGINAL.items())
 def test_original_names_go_there_and_back(stored, memory):
-    assert to_memory(stored, "original") == memory
-    assert from_memory(memory, "original") == stored
+    assert to_memory(stored, "llava") == memory
+    assert from_memory(memory, "llava") == stored
 
 
 def test_a_linear_projector_has_no_number_in_the_original_layout():
     memory = "model.multi_modal_projector.linear_1.weight"
-    assert to_memory("model.mm_projector.weight", "original") == memory
-    assert from_memory(memory, "original", projector="linear") == "model.mm_projector.weight"
+    assert to_memory("model.mm_projector.weight", "llava") == memory
+    assert from_memory(memory, "llava", projector="linear") == "model.mm_projector.weight"
 
 
 def test_mpt_calls_its_trunk_transformer():
@@ -59,18 +59,18 @@ def test_mpt_calls_its_trunk_transformer():
         "transformer.wte.weight": "model.language_model.wte.weight",
         "transformer.mm_projector.2.weight": "model.multi_modal_projector.linear_2.weight",
     }.items():
-        assert to_memory(stored, "original") == memory
-        assert from_memory(memory, "original", text_model_type="mpt") == stored
+        assert to_memory(stored, "llava") == memory
+        assert from_memory(memory, "llava", text_model_type="mpt") == stored
 
 
 @pytest.mark.parametrize("memory", PUBLISHED.values())
 def test_what_transformers_saves_today_is_read_too(memory):
-    assert to_memory(memory, "published") == memory
+    assert to_memory(memory, "hf") == memory
 
 
 def test_buffers_that_old_files_hold_have_no_place():
-    assert to_memory("model.layers.0.self_attn.rotary_emb.inv_freq", "original") is None
-    assert to_memory("vision_tower.vision_model.embeddings.position_ids", "published") is None
+    assert to_memory("model.layers.0.self_attn.rotary_emb.inv_freq", "llava") is None
+    assert to_memory("vision_tower.vision_model.embeddings.position_ids", "hf") is None
 
 
 def test_the_text_half_of_a_clip_has_no_place():
@@ -82,10 +82,10 @@ def test_the_text_half_of_a_clip_has_no_place():
 
 
 def test_the_layout_is_told_from_the_names():
-    assert detect_layout(PUBLISHED) == "published"
-    assert detect_layout(PUBLISHED.values()) == "published"
-    assert detect_layout(ORIGINAL) == "original"
-    assert detect_layout(["transformer.wte.weight"]) == "original"
+    assert detect_format(PUBLISHED) == "hf"
+    assert detect_format(PUBLISHED.values()) == "hf"
+    assert detect_format(ORIGINAL) == "llava"
+    assert detect_format(["transformer.wte.weight"]) == "llava"
 
 
 def test_a_projector_has_as_many_layers_as_its_type_says():

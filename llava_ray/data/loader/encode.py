@@ -20,7 +20,7 @@ from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from llava_ray.model.processor import encode_images
 from llava_ray.template import IGNORED, IMAGE_PLACEHOLDER, Template
-from llava_ray.template.tokens import Encoded
+from llava_ray.template.tokens import EncodedConversation
 from llava_ray.types import Sample
 
 Size = tuple[int, int]
@@ -105,7 +105,7 @@ class Encoder:
         arrays = {name: np.asarray(values) for name, values in encoded.items()}
         return EncodedSample(row.sample.sample_id, ids, labels, arrays)
 
-    def tokenize(self, sample: Sample) -> Encoded:
+    def tokenize(self, sample: Sample) -> EncodedConversation:
         """Return ids and labels with one `IMAGE_PLACEHOLDER` an image.
 
         Raises:
@@ -135,7 +135,9 @@ class Encoder:
             return []
         return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
 
-    def _expand(self, read: Encoded, counts: Sequence[int]) -> tuple[np.ndarray, np.ndarray, int]:
+    def _expand(
+        self, read: EncodedConversation, counts: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray, int]:
         """Return ids and labels with every image at its length, and how many images there are.
 
         A sample keeps at most as many images as have a place.
@@ -183,17 +185,19 @@ def make_encoder(
         processor=opened.processor,
         template=opened.template,
         config=opened.architecture.config,
-        counts_as_llava=opened.checkpoint.layout == "original",
+        counts_as_llava=opened.checkpoint.format == "llava",
         max_length=max_length or opened.context_length,
         truncates=truncates,
     )
 
 
-def _measure(read: Encoded, counts: Sequence[int]) -> int:
+def _measure(read: EncodedConversation, counts: Sequence[int]) -> int:
     return len(read.input_ids) - len(counts) + sum(counts)
 
 
-def _truncate(read: Encoded, counts: Sequence[int], limit: int, sample_id: str) -> Encoded:
+def _truncate(
+    read: EncodedConversation, counts: Sequence[int], limit: int, sample_id: str
+) -> EncodedConversation:
     """Return the beginning of a sample that fits, cut before an image rather than inside it."""
     left = iter(counts)
     length = kept = 0
@@ -202,7 +206,7 @@ def _truncate(read: Encoded, counts: Sequence[int], limit: int, sample_id: str) 
         if length > limit:
             break
         kept += 1
-    cut = Encoded(read.input_ids[:kept], read.labels[:kept])
+    cut = EncodedConversation(read.input_ids[:kept], read.labels[:kept])
     if all(label == IGNORED for label in cut.labels):
         raise SampleError(
             f"sample {sample_id!r}: nothing that is learned is left of it within {limit} tokens: "

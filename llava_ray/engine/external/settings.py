@@ -109,7 +109,7 @@ def prepare_folder(path: str) -> Path:
         ConfigError: as of `export_model`.
     """
     checkpoint = inspect_checkpoint(path)
-    files = find_weights(checkpoint.folder) if checkpoint.layout == "published" else ()
+    files = find_weights(checkpoint.folder) if checkpoint.format == "hf" else ()
     if any(name.startswith(_TOWER) for file in files for name in open_file(file)):
         return checkpoint.folder
     sources = [

@@ -36,7 +36,7 @@ from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, i
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.loading import Core, load_model, select_device, select_dtype
+from llava_ray.model.loading import LoadedModel, load_model, select_device, select_dtype
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
@@ -67,7 +67,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        core: Core,
+        core: LoadedModel,
         *,
         adapters: LoraAdapters | None = None,
         runner: StepRunner | None = None,
@@ -269,7 +269,7 @@ class TorchEngine:
         )
 
 
-def _weigh_images(core: Core) -> float:
+def _weigh_images(core: LoadedModel) -> float:
     """Return what encoding an image token costs, in tokens of the language model."""
 
     def count(module: torch.nn.Module) -> int:

@@ -1,6 +1,6 @@
-"""The two models that a new LLaVA is made of, loaded and looked at.
+"""Loads and checks the two models that a new LLaVA is built from.
 
-For `compose`: a causal language model with its tokenizer, and a vision tower.
+For `build`: a causal language model with its tokenizer, and a vision tower.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from llava_ray.model.checkpoint.weights import find_weights, open_file
 from llava_ray.template import IMAGE_TOKEN
 
 KINDS = "llama, mistral, qwen2, qwen3, gemma, gemma3_text, gpt_neox"
-"""Language models of which it is known that a LLaVA holds them; others may do, and are tried."""
+"""Language models that are known to work in a LLaVA; others are tried and checked."""
 
 TOWERS = {
     "clip": "CLIPVisionModel",
@@ -34,15 +34,15 @@ class LanguageModel(NamedTuple):
     tokenizer: Any
 
 
-class Tower(NamedTuple):
-    """A vision tower, and the folder that says how it wants its images."""
+class VisionTower(NamedTuple):
+    """A vision tower, and the folder with its image preprocessing."""
 
     model: Any
     folder: Path
 
     @property
     def has_cls(self) -> bool:
-        """Whether a class token stands before the patches, as in CLIP."""
+        """Whether a class token precedes the patches, as in CLIP."""
         return self.model.config.model_type == "clip_vision_model"
 
 
@@ -50,7 +50,7 @@ def load_language_model(path: str | Path) -> LanguageModel:
     """Load a causal language model and its tokenizer, in the precision in which it is stored.
 
     Raises:
-        ConfigError: there is none, or it is one that a LLaVA cannot hold.
+        ConfigError: there is none, or a LLaVA cannot be built from it.
     """
     from safetensors import SafetensorError
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, AutoTokenizer
@@ -59,13 +59,13 @@ def load_language_model(path: str | Path) -> LanguageModel:
     config = _read_config(folder, "language model")
     if hasattr(config, "vision_config"):
         raise ConfigError(
-            f"{str(path)!r} has eyes already (kind {config.model_type!r}): give a language model "
-            "that reads only text"
+            f"{str(path)!r} already has a vision tower (model_type {config.model_type!r}): give a "
+            "language model that reads only text"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ConfigError(
-            f"{str(path)!r} is of the kind {config.model_type!r}, which is no language model that "
-            f"continues text: use one of the kinds {KINDS}"
+            f"{str(path)!r} has model_type {config.model_type!r}, which is not a language model "
+            f"that continues text: use one of {KINDS}"
         )
     _check_weights(folder)
     found = tuple(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())
@@ -80,17 +80,17 @@ def load_language_model(path: str | Path) -> LanguageModel:
     head = model.get_output_embeddings()
     if model.base_model is model or head is None or getattr(head, "bias", None) is not None:
         raise ConfigError(
-            f"{str(path)!r} (kind {config.model_type!r}) has no head that a LLaVA can take over: "
-            f"use a model of the kinds {KINDS}"
+            f"{str(path)!r} (model_type {config.model_type!r}) has no output head that a LLaVA can "
+            f"use: use one of {KINDS}"
         )
     return LanguageModel(model.eval(), tokenizer)
 
 
 def add_image_token(language: LanguageModel) -> LanguageModel:
-    """Return the language model with a tokenizer that knows `<image>`.
+    """Return the language model with a tokenizer that has `<image>`.
 
-    Where that can be done it gives whole prompts the ids that LLaVA's code gives their pieces, so
-    that the model reads the same in every form that it is exported to.
+    If possible, the tokenizer gives whole prompts the ids that LLaVA's code computes piece by piece,
+    so that the model reads the same ids in every format it is exported to.
     """
     tokenizer = language.tokenizer
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
@@ -99,11 +99,11 @@ def add_image_token(language: LanguageModel) -> LanguageModel:
     return LanguageModel(language.model, tokenizer)
 
 
-def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
+def load_tower(path: str | Path, *, dtype: torch.dtype) -> VisionTower:
     """Load a CLIP or SigLIP vision tower.
 
     Raises:
-        ConfigError: there is none, or it is of another kind.
+        ConfigError: there is none, or it is neither CLIP nor SigLIP.
     """
     import transformers
     from safetensors import SafetensorError
@@ -112,7 +112,7 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
     config = _read_config(folder, "vision tower")
     if config.model_type not in TOWERS:
         raise ConfigError(
-            f"the vision tower {str(path)!r} is of the kind {config.model_type!r}: give a CLIP or "
+            f"the vision tower {str(path)!r} has model_type {config.model_type!r}: give a CLIP or "
             "SigLIP model"
         )
     if not (folder / "preprocessor_config.json").is_file():
@@ -124,7 +124,7 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
     tower_class = getattr(transformers, TOWERS[config.model_type])
     vision = getattr(config, "vision_config", config)
     if vision.model_type == "siglip_vision_model":
-        vision.vision_use_head = False  # it sums up an image, which LLaVA does not read
+        vision.vision_use_head = False  # its pooled output is not used by LLaVA
     try:
         loaded, report = tower_class.from_pretrained(
             folder, config=vision, dtype=dtype, output_loading_info=True
@@ -138,11 +138,11 @@ def load_tower(path: str | Path, *, dtype: torch.dtype) -> Tower:
             f"the vision tower {str(path)!r} lacks {len(missing)} tensors "
             f"({', '.join(missing[:3])}): its weights do not belong to its config.json"
         )
-    return Tower(loaded.eval(), folder)
+    return VisionTower(loaded.eval(), folder)
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise a ConfigError that names the file, if weights are missing or damaged."""
+    """Raise a ConfigError that names the file if weights are missing or damaged."""
     files = find_weights(folder)
     require_files(folder, "weights", files)
     for file in files:
@@ -160,5 +160,5 @@ def _read_config(folder: Path, what: str) -> Any:
         return AutoConfig.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"the {what} {str(folder)!r} is of no kind that transformers knows: {error}"
+            f"the {what} {str(folder)!r} is not a model that transformers knows: {error}"
         ) from error

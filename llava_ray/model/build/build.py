@@ -1,7 +1,7 @@
-"""Builds a new LLaVA from a language model and a vision tower, with a fresh projector between.
+"""Builds a new LLaVA from a language model and a vision tower, joined by a new projector.
 
-The beginning of a training run, behind `llava-ray build`. What comes out answers text as the
-language model did and knows nothing of images yet; it is a folder in the published layout.
+Behind `llava-ray build`, the start of a training run. The result is a folder in transformers'
+format. It answers text as the language model does, and its projector is untrained.
 """
 
 import copy
@@ -12,22 +12,22 @@ import torch
 from torch import nn
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.build.backbones import (KINDS, LanguageModel, Tower, add_image_token, load_language_model, load_tower)
+from llava_ray.model.build.backbones import (KINDS, LanguageModel, VisionTower, add_image_token, load_language_model, load_tower)
 from llava_ray.model.checkpoint.locate import find_folder
 from llava_ray.model.modeling import Projector
 from llava_ray.model.checkpoint.tensor_names import count_projector_layers
 from llava_ray.model.export.chat_template import choose_chat
 from llava_ray.model.processor import read_preprocessing
-from llava_ray.model.quiet import no_remarks
+from llava_ray.model.transformers_output import no_warnings
 from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, write_folder
-from llava_ray.model.export.hf_writer import write_published
+from llava_ray.model.export.hf_writer import write_hf
 from llava_ray.template import IMAGE_TOKEN
 
 ImageAspect = Literal["square", "pad", "anyres"]
 SelectFeature = Literal["patch", "cls_patch"]
 
 GRID = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""How many tiles high and wide an image may be laid out with anyres (LLaVA-NeXT)."""
+"""The grids, in tiles high and wide, that anyres may lay an image out on (LLaVA-NeXT)."""
 
 
 def build_llava(
@@ -46,30 +46,31 @@ def build_llava(
 ) -> Path:
     """Write a LLaVA made of a language model, a tower and a new projector; return its folder.
 
-    The precision is the language model's. The same arguments always write the same weights. Where
-    the language model has no row left for `<image>`, rows are added, each the mean of the others.
+    The dtype is the language model's. The same arguments always write the same weights. If the
+    embeddings have no free row for `<image>`, rows are added, each the mean of the others.
 
     Args:
         out: the folder to write.
         llm: folder or hub name of a causal language model that transformers knows.
         vision_tower: folder or hub name of a CLIP or SigLIP model.
-        projector: "mlp2x_gelu", "linear" or "identity", as the original names them.
-        image_aspect: how an image is brought to the tower's square: "square" crops (or squeezes,
-            as the tower does it), "pad" adds borders, "anyres" also lays it out in tiles.
-        select_layer: which hidden states of the tower are its features; -2: the last but one.
-        select_feature: "patch" leaves out the class token, "cls_patch" keeps it.
-        template: name of a conversation template; by default the language model's own, or what
-            fits it.
-        max_shard_size: of a weight file.
-        seed: of the new weights.
-        overwrite: replace the checkpoint that `out` holds.
+        projector: "mlp2x_gelu", "linear" or "identity", as LLaVA names them.
+        image_aspect: how an image is fitted to the tower's square input: "square" crops it (or
+            squeezes it, as the tower's preprocessing says), "pad" adds borders, "anyres" also lays
+            it out in tiles.
+        select_layer: the hidden states of the tower that are its features; -2: the last but one.
+        select_feature: "patch" drops the class token, "cls_patch" keeps it.
+        template: name of a conversation template; by default the language model's own, or one that
+            suits it.
+        max_shard_size: maximum size of a weight file.
+        seed: seed of the new weights.
+        overwrite: replace the checkpoint in `out`.
 
     Raises:
-        ConfigError: a part cannot be used, or the two do not fit together.
+        ConfigError: a model cannot be used, or the two do not fit together.
     """
     sources = [find_folder(llm), find_folder(vision_tower)]
     _check_projector(projector)
-    with write_folder(out, overwrite=overwrite, sources=sources) as scratch, no_remarks():
+    with write_folder(out, overwrite=overwrite, sources=sources) as scratch, no_warnings():
         language = load_language_model(llm)
         source, name = choose_chat(language.tokenizer, language.model.config.model_type, template)
         language = add_image_token(language)
@@ -80,7 +81,7 @@ def build_llava(
         processor = _build_processor(language.tokenizer, tower, config, image_aspect)
         processor.chat_template = source
         fields = {"llava_ray_template": name} if name else {}
-        write_published(scratch, model, processor, max_shard_size=max_shard_size, fields=fields)
+        write_hf(scratch, model, processor, max_shard_size=max_shard_size, fields=fields)
     return Path(out)
 
 
@@ -91,20 +92,20 @@ def _check_projector(projector: str) -> None:
         is_known = False
     if not is_known:
         raise ConfigError(
-            f"projector={projector!r}: transformers' LLaVA has one of two layers; use mlp2x_gelu, "
-            "linear or identity"
+            f"projector={projector!r}: the projector of transformers' LLaVA has at most two layers; "
+            "use mlp2x_gelu, linear or identity"
         )
 
 
 def _describe(
     language: LanguageModel,
-    tower: Tower,
+    tower: VisionTower,
     projector: str,
     image_aspect: ImageAspect,
     select_layer: int,
     select_feature: SelectFeature,
 ) -> Any:
-    """Return transformers' configuration of the whole."""
+    """Return transformers' configuration of the LLaVA."""
     from transformers import LlavaConfig, LlavaNextConfig
 
     vision = copy.deepcopy(tower.model.config)
@@ -112,12 +113,12 @@ def _describe(
     num_layers = vision.num_hidden_layers
     if not -num_layers - 1 <= select_layer <= num_layers:
         raise ConfigError(
-            f"select_layer={select_layer}: the tower has {num_layers} layers, so there are hidden "
-            f"states {-num_layers - 1} to {num_layers}"
+            f"select_layer={select_layer}: the tower has {num_layers} layers, so its hidden states "
+            f"are numbered {-num_layers - 1} to {num_layers}"
         )
     if projector == "identity" and vision.hidden_size != text.hidden_size:
         raise ConfigError(
-            f"projector='identity': the tower's features have {vision.hidden_size} numbers and the "
+            f"projector='identity': the tower's features have size {vision.hidden_size} and the "
             f"language model's embeddings {text.hidden_size}; use mlp2x_gelu"
         )
     keeps_cls = tower.has_cls and select_feature == "cls_patch"
@@ -143,8 +144,8 @@ def _describe(
     )
 
 
-def _join(language: LanguageModel, tower: Tower, config: Any, *, seed: int) -> Any:
-    """Return transformers' model around the parts, which are not copied."""
+def _join(language: LanguageModel, tower: VisionTower, config: Any, *, seed: int) -> Any:
+    """Return transformers' model around the two models, whose weights are not copied."""
     from transformers import AutoModelForImageTextToText
 
     try:
@@ -168,7 +169,7 @@ def _join(language: LanguageModel, tower: Tower, config: Any, *, seed: int) -> A
 
 
 def _plain_generation(language: LanguageModel) -> Any:
-    """The tokens at which an answer ends; how it is sampled is for who asks."""
+    """Return a generation config with special tokens only; sampling is up to each request."""
     from transformers import GenerationConfig
 
     theirs, tokenizer = language.model.generation_config, language.tokenizer
@@ -181,10 +182,10 @@ def _plain_generation(language: LanguageModel) -> Any:
 
 @torch.inference_mode()
 def _check_text(language: LanguageModel, model: Any) -> None:
-    """Raise if the whole does not continue text as the language model does.
+    """Raise if the LLaVA does not continue text exactly as the language model does.
 
-    Some language models do more to their logits than their head does (Gemma 2 bounds them,
-    Granite and Cohere scale them), which transformers' LLaVA leaves out.
+    Some language models change their logits after the head (Gemma 2 bounds them, Granite and Cohere
+    scale them), which transformers' LLaVA does not do.
     """
     text = language.model.config
     ids = torch.arange(min(8, text.vocab_size))[None]
@@ -195,19 +196,19 @@ def _check_text(language: LanguageModel, model: Any) -> None:
         expected = language.model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise _refuse(text.model_type, str(error)) from error
-    is_bounded = getattr(text, "final_logit_softcapping", None)  # small logits hardly show it
+    is_bounded = getattr(text, "final_logit_softcapping", None)  # bounding hardly changes small logits
     if is_bounded or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
-        raise _refuse(text.model_type, "its logits are more than its head makes of its states")
+        raise _refuse(text.model_type, "it changes its logits after the output head")
 
 
 def _refuse(kind: str, reason: str) -> ConfigError:
     return ConfigError(
-        f"transformers' LLaVA cannot hold a language model of the kind {kind!r} ({reason}): use "
-        f"one of the kinds {KINDS}"
+        f"transformers' LLaVA does not support a language model with model_type {kind!r} "
+        f"({reason}): use one of {KINDS}"
     )
 
 
-def _build_processor(tokenizer: Any, tower: Tower, config: Any, image_aspect: ImageAspect) -> Any:
+def _build_processor(tokenizer: Any, tower: VisionTower, config: Any, image_aspect: ImageAspect) -> Any:
     from transformers import LlavaNextProcessor, LlavaProcessor
 
     processor_class = LlavaNextProcessor if image_aspect == "anyres" else LlavaProcessor

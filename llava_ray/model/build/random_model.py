@@ -1,7 +1,7 @@
-"""Builds LLaVA folders from nothing: random weights, a byte tokenizer, no download.
+"""Builds small LLaVA checkpoints with random weights and a byte tokenizer; nothing is downloaded.
 
-For tests (`TINY`) and for measuring speed (`SHAPE_103M`): what such a model says is noise, how it
-loads, encodes and computes is real.
+For tests (`TINY`) and speed measurements (`SHAPE_103M`). What such a model says is noise; loading,
+encoding and computing are as in a real one.
 """
 
 import string
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llava_ray.model.quiet import no_progress_bars
+from llava_ray.model.transformers_output import no_progress_bars
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -49,7 +49,7 @@ class Shape:
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of one image."""
+        """The number of tokens of one image."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -67,7 +67,7 @@ TINY = Shape(
     context_length=512,
     spread=0.2,
 )
-"""For tests: loads and answers in milliseconds; 16 tokens an image, grouped-query attention."""
+"""For tests: loads and answers in milliseconds; 16 tokens for each image, grouped-query attention."""
 
 SHAPE_103M = Shape(
     hidden_size=768,
@@ -82,7 +82,7 @@ SHAPE_103M = Shape(
     patch_size=16,
     context_length=1024,
 )
-"""For speed: 196 tokens an image, about a hundred million weights."""
+"""For speed measurements: about 103 million weights, 196 tokens for each image."""
 
 
 def build_random_model(
@@ -92,7 +92,7 @@ def build_random_model(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
 ) -> Path:
-    """Write a LLaVA with random weights into a folder that `load_model` reads; return the folder.
+    """Write a LLaVA with random weights that `load_model` can load; return its folder.
 
     The same arguments always write the same weights.
     """
@@ -163,7 +163,7 @@ def build_random_model(
 def build_byte_tokenizer(*, context_length: int) -> Any:
     """Return a byte-level tokenizer: all bytes, pairs of letters, `<image>`, `<s>`, `</s>`.
 
-    Any text survives it, and one character may take several tokens, as with real ones.
+    It encodes any text without loss, and a character may take several tokens, as in real ones.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

@@ -1,8 +1,7 @@
-"""What a folder is: its kind, its layout and which files make up the model, told from the files.
+"""Recognises what a folder holds: the kind of checkpoint, its format, and the files of the model.
 
-The second step of `load_model` and all of what `doctor` reads: configurations and lists of files,
-no weights, and never the folder's name. LLaVA's own code decides by substrings of the name; here a
-folder may be called anything.
+The first step of `open_checkpoint`. Reads configurations, lists of files and the headers of weight
+files, and never looks at the folder's name (LLaVA's own code decides by substrings of it).
 """
 
 import re
@@ -14,18 +13,18 @@ from typing import Any, Literal
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.llava_format import (
     TEXT_TYPES,
-    check_original,
+    check_llava_config,
     find_tower,
-    is_original,
+    is_llava_config,
     is_tower_trained,
     read_aspect,
     read_text_type,
 )
 from llava_ray.model.checkpoint.locate import REMEDY, find_folder, read_json
-from llava_ray.model.checkpoint.tensor_names import Layout
-from llava_ray.model.checkpoint.weights import Part, find_weights, open_file
+from llava_ray.model.checkpoint.tensor_names import CheckpointFormat
+from llava_ray.model.checkpoint.weights import WeightFiles, find_weights, open_file
 
-Kind = Literal["full", "projector", "lora", "adapter", "delta"]
+CheckpointKind = Literal["full", "projector", "lora", "adapter", "delta"]
 
 HF_TYPES = ("llava", "llava_next", "llava_onevision")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -36,32 +35,33 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was found.
+    """What a folder holds.
 
     Attributes:
-        folder: where it is.
-        kind: "full"; "projector" (`mm_projector.bin` over a language model); "lora" (LLaVA's own:
-            adapter, `non_lora_trainables.bin`, config.json); "adapter" (any other PEFT adapter
-            over a LLaVA); "delta" (to be added to a language model).
-        layout: "published" (transformers') or "original" (LLaVA's).
-        model_type: transformers' class: "llava", "llava_next" (anyres) or "llava_onevision".
-        text_model_type: of the language model: "llama", "mistral", "mpt", ...
-        config: the LLaVA's config.json as it is; of an adapter, its base's.
-        tower: the vision tower as the configuration names it.
+        folder: its path.
+        kind: "full" (all weights); "projector" (`mm_projector.bin` over a language model); "lora"
+            (by LLaVA's trainer: adapter, `non_lora_trainables.bin`, config.json); "adapter" (any
+            other PEFT adapter over a LLaVA); "delta" (to be added to a language model).
+        format: "hf" (transformers') or "llava" (LLaVA's own).
+        model_type: transformers' name of the model: "llava", "llava_next" (anyres) or
+            "llava_onevision".
+        text_model_type: that of the language model: "llama", "mistral", "mpt", ...
+        config: the content of config.json; for an adapter, that of its base.
+        tower: the vision tower's name in the configuration.
         projector: "linear", "mlpNx_gelu" or "identity".
         aspect_mode: "square", "pad" or "anyres".
-        merge_type: "flat", "spatial" or "spatial_unpad"; how the tiles of anyres are joined.
-        base: the folder of the language model or LLaVA below this, where there is one.
-        tower_folder: the folder with the tower's configuration, of the original layout.
+        merge_type: how the tiles of anyres are joined: "flat", "spatial" or "spatial_unpad".
+        base: the folder of the language model or LLaVA that this belongs to, if there is one.
+        tower_folder: the folder with the vision tower's configuration; LLaVA's format only.
         tokenizer_folder: the folder that has the tokenizer.
-        parts: the weight files, lowest first.
-        adapters: folders of adapters that are merged into the weights, lowest first.
-        template: the name of a conversation template, where a file names one.
+        weights: the weight files, in the order in which they are applied.
+        adapters: folders of adapters that are merged into the weights, in that order.
+        template: the name of a conversation template, if config.json has one.
     """
 
     folder: Path
-    kind: Kind
-    layout: Layout
+    kind: CheckpointKind
+    format: CheckpointFormat
     model_type: str
     text_model_type: str
     config: dict[str, Any] = field(repr=False)
@@ -72,31 +72,32 @@ class Checkpoint:
     base: Path | None
     tower_folder: Path | None
     tokenizer_folder: Path
-    parts: tuple[Part, ...] = field(repr=False)
+    weights: tuple[WeightFiles, ...] = field(repr=False)
     adapters: tuple[Path, ...]
     template: str | None
 
     @property
     def uses_start_end(self) -> bool:
-        """Each image stands between `<im_start>` and `<im_end>`."""
+        """Whether each image is enclosed in `<im_start>` and `<im_end>`."""
         return bool(self.config.get("mm_use_im_start_end"))
 
     @property
     def uses_patch_token(self) -> bool:
-        """The tokenizer knows `<im_patch>`, which nothing is written with."""
+        """Whether the tokenizer has `<im_patch>`, a token that prompts never use."""
         return bool(self.config.get("mm_use_im_patch_token", True))
 
     @property
     def in_pieces(self) -> bool:
-        """Text is tokenised as by LLaVA's code, each piece between two images by itself.
+        """Whether each piece of a prompt between two images is tokenised by itself, as LLaVA does.
 
-        What `export` made of transformers' layout may have been trained with whole prompts.
+        False for checkpoints that `export` converted from transformers' format, where the model
+        may have been trained on whole prompts.
         """
-        return self.layout == "original" and not self.config.get("llava_ray_whole_prompts")
+        return self.format == "llava" and not self.config.get("llava_ray_whole_prompts")
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the files say that helps to choose a conversation template."""
+        """The facts that help to choose a conversation template."""
         facts = {
             "model_type": self.config.get("model_type"),
             "architecture": (self.config.get("architectures") or [None])[0],
@@ -112,32 +113,32 @@ class Checkpoint:
 def inspect_checkpoint(
     path: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
 ) -> Checkpoint:
-    """Return what the folder at `path` is.
+    """Return what the folder at `path` holds.
 
     Args:
         path: see `find_folder`.
-        base: the language model (or LLaVA) below a projector, an adapter or a delta; an adapter's
-            own configuration names one, which is taken if this is None.
-        vision_tower: the folder or hub name of the tower; by default the one that config.json
-            names, looked for as a path, inside the folder, beside it, and on the hub.
+        base: the language model (or LLaVA) that a projector, an adapter or a delta belongs to; by
+            default the one that the adapter's configuration names.
+        vision_tower: folder or hub name of the tower; by default the one that config.json names,
+            which is looked for as a path, inside the folder, beside it, and on the hub.
 
     Raises:
-        ConfigError: it is no checkpoint, of no known kind, or what it needs is not there.
+        ConfigError: it is not a checkpoint, not of a known kind, or a file it needs is missing.
     """
     folder = find_folder(path)
     adapter = _find_adapter(folder)
     if adapter and not (folder / "config.json").is_file():
         return _inspect_adapter(folder, adapter, base, vision_tower)
     config = _read_config(folder)
-    if is_original(config):
-        return _inspect_original(folder, config, adapter, base, vision_tower)
+    if is_llava_config(config):
+        return _inspect_llava(folder, config, adapter, base, vision_tower)
     if adapter and not find_weights(folder):
         return _inspect_adapter(folder, adapter, base, vision_tower)
     _refuse(folder, base=base, vision_tower=vision_tower)
-    return _inspect_published(folder, config)
+    return _inspect_hf(folder, config)
 
 
-def _inspect_published(folder: Path, config: dict[str, Any]) -> Checkpoint:
+def _inspect_hf(folder: Path, config: dict[str, Any]) -> Checkpoint:
     weights = find_weights(folder)
     require_files(folder, "weights", weights)
     require_files(folder, "tokenizer", _existing(folder, TOKENIZER_FILES), TOKENIZER_FILES)
@@ -147,24 +148,24 @@ def _inspect_published(folder: Path, config: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         folder=folder,
         kind="full",
-        layout="published",
+        format="hf",
         model_type=config["model_type"],
         text_model_type=(config.get("text_config") or {}).get("model_type", "llama"),
         config=config,
         tower=vision.get("model_type", "clip_vision_model"),
         projector=_tell_projector(weights),
-        aspect_mode=_read_published_aspect(folder, config),
+        aspect_mode=_read_hf_aspect(folder, config),
         merge_type="flat" if config["model_type"] == "llava" else "spatial_unpad",
         base=None,
         tower_folder=None,
         tokenizer_folder=folder,
-        parts=(Part(weights),),
+        weights=(WeightFiles(weights),),
         adapters=(),
         template=config.get("llava_ray_template"),
     )
 
 
-def _inspect_original(
+def _inspect_llava(
     folder: Path,
     config: dict[str, Any],
     adapter: Path | None,
@@ -174,25 +175,25 @@ def _inspect_original(
     weights = () if adapter else find_weights(folder)
     kind = _tell_kind(folder, adapter, weights, base)
     base_folder = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[WeightFiles, ...] = ()
     if kind != "full":
         base_folder = _find_base(folder, kind, adapter, base or config.get("llava_ray_base"))
         parts = _read_base(base_folder)
     if kind in ("full", "delta"):
-        parts = (*parts, Part(weights, "delta" if kind == "delta" else "weights"))
+        parts = (*parts, WeightFiles(weights, "delta" if kind == "delta" else "weights"))
     extra = {"projector": "mm_projector.bin", "lora": "non_lora_trainables.bin"}.get(kind)
     if extra and (folder / extra).is_file():
-        parts = (*parts, Part((folder / extra,)))
-    check_original(folder, config)
+        parts = (*parts, WeightFiles((folder / extra,)))
+    check_llava_config(folder, config)
     tower = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     tower_folder = find_tower(folder, tower, vision_tower, base_folder)
-    # Checkpoints hold the tower too, rounded like all of their weights. LLaVA's code reads that
-    # only if it was trained, and else the tower's own files.
+    # Checkpoints contain the tower too, in their lower precision. LLaVA's code reads that copy only
+    # if the tower was trained, and otherwise the tower's own files.
     tower_role = "tower" if is_tower_trained(config) else "frozen_tower"
     return Checkpoint(
         folder=folder,
         kind=kind,
-        layout="original",
+        format="llava",
         model_type="llava_next" if read_aspect(config) == "anyres" else "llava",
         text_model_type=read_text_type(config) or "llama",
         config=config,
@@ -203,7 +204,7 @@ def _inspect_original(
         base=base_folder,
         tower_folder=tower_folder,
         tokenizer_folder=_find_tokenizer(folder, base_folder),
-        parts=(Part(find_weights(tower_folder), tower_role), *parts),
+        weights=(WeightFiles(find_weights(tower_folder), tower_role), *parts),
         adapters=(folder,) if kind == "lora" else (),
         template=config.get("llava_ray_template"),
     )
@@ -223,7 +224,9 @@ def _inspect_adapter(
             "kind": "adapter",
             "base": base_folder,
             "tokenizer_folder": folder if has_tokenizer else below.tokenizer_folder,
-            "parts": (*below.parts, Part((extra,))) if extra.is_file() else below.parts,
+            "weights": (*below.weights, WeightFiles((extra,)))
+            if extra.is_file()
+            else below.weights,
             "adapters": (*below.adapters, folder),
         }
     )
@@ -232,7 +235,7 @@ def _inspect_adapter(
 def require_files(
     folder: Path, what: str, found: tuple[Path, ...], names: tuple[str, ...] = ()
 ) -> None:
-    """Raise a ConfigError that names what a folder lacks, if nothing was found."""
+    """Raise a ConfigError that says what a folder lacks, if nothing was found."""
     if not found:
         names = names or ("model.safetensors", "model.safetensors.index.json")
         raise ConfigError(
@@ -242,7 +245,7 @@ def require_files(
 
 def _tell_kind(
     folder: Path, adapter: Path | None, weights: tuple[Path, ...], base: str | Path | None
-) -> Kind:
+) -> CheckpointKind:
     if adapter:
         return "lora"
     if weights:
@@ -260,25 +263,27 @@ def _tell_kind(
     )
 
 
-def _find_base(folder: Path, kind: Kind, adapter: Path | None, base: str | Path | None) -> Path:
+def _find_base(
+    folder: Path, kind: CheckpointKind, adapter: Path | None, base: str | Path | None
+) -> Path:
     named = base
     if named is None and adapter:
         named = read_json(adapter).get("base_model_name_or_path")
     if not named:
         raise ConfigError(
-            f"model {str(folder)!r} holds only a {kind}: give the language model that it was made "
-            "for as base"
+            f"model {str(folder)!r} holds only a {kind}: give the language model that it was "
+            "trained on as base"
         )
     try:
         return find_folder(named)
     except ConfigError as error:
         raise ConfigError(
-            f"the base {str(named)!r} of {str(folder)!r} is not here: {error.message}; give the "
-            "folder or hub name of the model that it was made for as base"
+            f"the base {str(named)!r} of {str(folder)!r} was not found: {error.message}; give the "
+            "folder or hub name of the model that it was trained on as base"
         ) from error
 
 
-def _read_base(folder: Path) -> tuple[Part, ...]:
+def _read_base(folder: Path) -> tuple[WeightFiles, ...]:
     """Return the weight files of a base: a language model, or a LLaVA with all its weights."""
     if _find_adapter(folder) and not find_weights(folder):
         raise ConfigError(
@@ -288,7 +293,7 @@ def _read_base(folder: Path) -> tuple[Part, ...]:
     _read_json_config(folder)
     weights = find_weights(folder)
     require_files(folder, "weights", weights)
-    return (Part(weights),)
+    return (WeightFiles(weights),)
 
 
 def _find_adapter(folder: Path) -> Path | None:
@@ -313,7 +318,7 @@ def _read_json_config(folder: Path) -> dict[str, Any]:
     file = folder / "config.json"
     if not file.is_file():
         raise ConfigError(
-            f"model {str(folder)!r} is no checkpoint, it has no config.json: "
+            f"model {str(folder)!r} is not a checkpoint, it has no config.json: "
             "give the folder that holds config.json and the weights"
         )
     return read_json(file)
@@ -324,18 +329,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind in HF_TYPES and "text_config" in config:
         return config
-    if is_original(config) and read_text_type(config):
+    if is_llava_config(config) and read_text_type(config):
         return config
     if kind == "llava" and "vision_config" in config:
         return config
     known = ", ".join(dict.fromkeys([*HF_TYPES, *TEXT_TYPES]))
     raise ConfigError(
-        f"model {str(folder)!r} is of the kind {kind!r}, which is no LLaVA that can be loaded "
-        f"({known}): give a LLaVA's folder, or build one from this with `llava-ray build`"
+        f"model {str(folder)!r} has model_type {kind!r}, which is not a LLaVA that can be loaded "
+        f"({known}): give the folder of a LLaVA, or build one from this with `llava-ray build`"
     )
 
 
-def _read_published_aspect(folder: Path, config: Mapping[str, Any]) -> str:
+def _read_hf_aspect(folder: Path, config: Mapping[str, Any]) -> str:
     if config["model_type"] != "llava":
         return "anyres"
     for file in _existing(folder, PROCESSOR_FILES):
@@ -346,7 +351,7 @@ def _read_published_aspect(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _tell_projector(weights: tuple[Path, ...]) -> str:
-    """Return the projector's type by the layers that the files hold."""
+    """Return the projector's type, judged by the layers in the weight files."""
     names = {name for file in weights for name in open_file(file)}
     count = sum(bool(_LINEAR.search(name)) for name in names)
     return {0: "identity", 1: "linear"}.get(count, f"mlp{count}x_gelu")
@@ -356,6 +361,6 @@ def _refuse(folder: Path, **given: str | Path | None) -> None:
     for name, value in given.items():
         if value is not None:
             raise ConfigError(
-                f"model {str(folder)!r} has all of its parts in it, and {name}={str(value)!r} "
-                f"would change nothing: leave {name} away"
+                f"model {str(folder)!r} is complete, and {name}={str(value)!r} would have no "
+                f"effect: leave {name} out"
             )

@@ -1,7 +1,7 @@
-"""The fields of the original's config.json: what they mean, and whether they are known here.
+"""Reads and checks the config.json of LLaVA's own checkpoint format.
 
-Below `checkpoint`, which asks whether a folder is of the original layout and what it needs beside
-its own files. Field names and their defaults are those of LLaVA 1.2.
+Used by `inspect` to recognise the format and to find the vision tower. Field names and defaults are
+those of LLaVA 1.2.
 """
 
 import ast
@@ -22,41 +22,41 @@ TEXT_TYPES = {
     "llava_qwen": "qwen2",
     "llava_gemma": "gemma",
 }
-"""The language model of an original checkpoint, by the `model_type` of its config.json."""
+"""The language model's type, by the `model_type` in a config.json of LLaVA's format."""
 
-KINDS_OF_TEXT = {
+LLAVA_CLASSES = {
     "llama": ("llava", "LlavaLlamaForCausalLM"),
     "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
     "mpt": ("llava_mpt", "LlavaMptForCausalLM"),
     "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
     "gemma": ("llava_gemma", "LlavaGemmaForCausalLM"),
 }
-"""`model_type` and class of an original checkpoint, by its language model.
+"""`model_type` and class in a config.json of LLaVA's format, by the language model's type.
 
-LLaVA's code takes "llava" for "llava_llama"; SGLang knows only the first.
+LLaVA's code treats "llava" and "llava_llama" alike; SGLang knows only the first.
 """
 
 RESERVED = re.compile(
     r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|llava_ray_.*"
     r"|version|_name_or_path"
 )
-"""Fields of a config.json that LLaVA's code and this package read, beside the language model's."""
+"""Fields that LLaVA's code and this package read, in addition to the language model's own."""
 
 ASPECT_MODES = ("square", "pad", "anyres")
 MERGE_TYPES = ("flat", "spatial", "spatial_unpad")
 
 
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json is of LLaVA's own layout."""
+def is_llava_config(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json is in LLaVA's own format."""
     if "text_config" in config or "vision_config" in config:
         return False
     return any(name.startswith("mm_") for name in config) or config.get("model_type") in TEXT_TYPES
 
 
 def read_text_type(config: Mapping[str, Any]) -> str | None:
-    """Return the kind of the language model of an original config.json, or None if it has none.
+    """Return the language model's type from a config.json of LLaVA's format, or None if unknown.
 
-    LLaVA's first checkpoints (v0) call themselves by it.
+    LLaVA's first checkpoints (v0) have "llama" as their own `model_type`.
     """
     kind = config.get("model_type")
     if kind == "llama" and "mm_vision_tower" in config:
@@ -65,25 +65,25 @@ def read_text_type(config: Mapping[str, Any]) -> str | None:
 
 
 def read_aspect(config: Mapping[str, Any]) -> str:
-    """Return how images are brought to the tower's size."""
+    """Return how images are fitted to the tower's input size."""
     return config.get("image_aspect_ratio") or "square"
 
 
 def is_tower_trained(config: Mapping[str, Any]) -> bool:
-    """Return whether the vision tower was trained with the rest, by LLaVA or by LLaVA-NeXT."""
+    """Return whether the vision tower was trained too, by LLaVA or by LLaVA-NeXT."""
     tuned = config.get("mm_tunable_parts") or ""
     return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in tuned
 
 
-def check_original(folder: Path, config: Mapping[str, Any]) -> None:
-    """Check that everything an original configuration asks for is known here.
+def check_llava_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Check that everything a config.json of LLaVA's format asks for is supported.
 
     Raises:
-        ConfigError: it is not; the message names the field.
+        ConfigError: something is not; the message names the field.
     """
     where = f"{folder / 'config.json'}: "
     if config.get("s2"):
-        raise ConfigError(f"{where}S2 vision towers (s2=true) are not supported: train without")
+        raise ConfigError(f"{where}S2 vision towers (s2=true) are not supported: train without S2")
     if config.get("mm_resampler_type"):
         raise ConfigError(f"{where}resamplers (mm_resampler_type) are not supported")
     projector = config.get("mm_projector_type") or "linear"
@@ -105,15 +105,15 @@ def check_original(folder: Path, config: Mapping[str, Any]) -> None:
         read_pinpoints(folder, config)
         if feature == "cls_patch" and merge != "flat":
             raise ConfigError(
-                f"{where}cls_patch features have a class token in each tile, and only "
-                f"mm_patch_merge_type=flat can join them, not {merge}"
+                f"{where}cls_patch features have a class token in each tile, which only "
+                f"mm_patch_merge_type=flat can join, not {merge}"
             )
 
 
 def read_pinpoints(folder: Path, config: Mapping[str, Any]) -> list[list[int]]:
     """Return the sizes [height, width] that anyres may choose from.
 
-    The original writes (width, height), as a list or as text.
+    LLaVA writes them as (width, height), in a list or as text.
 
     Raises:
         ConfigError: there are none, or they are not pairs of numbers.
@@ -135,10 +135,10 @@ def read_pinpoints(folder: Path, config: Mapping[str, Any]) -> list[list[int]]:
 def find_tower(
     folder: Path, named: str, given: str | Path | None, base: Path | None = None
 ) -> Path:
-    """Return the folder of an original checkpoint's vision tower.
+    """Return the folder of the vision tower that a checkpoint in LLaVA's format needs.
 
     Raises:
-        ConfigError: it is nowhere.
+        ConfigError: it was not found.
     """
     if given is not None:
         tower = find_folder(given)
@@ -150,14 +150,14 @@ def find_tower(
             )
         near = [place for place in (folder, base) if place]
         places = [p / named for place in near for p in (place, place.parent)]
-        places += [place / Path(named).name for place in near]  # a whole path that has moved
+        places += [place / Path(named).name for place in near]  # an absolute path that has moved
         places += [place / "vision_tower" for place in near]
         tower = next((place for place in places if (place / "config.json").is_file()), None)
         try:
             tower = tower or find_folder(named)
         except ConfigError as error:
             raise ConfigError(
-                f"{folder / 'config.json'} names the vision tower {named!r}, which is not here "
+                f"{folder / 'config.json'} names the vision tower {named!r}, which was not found "
                 f"({error.message}); give its folder or hub name as vision_tower"
             ) from error
     for name in ("config.json", "preprocessor_config.json"):

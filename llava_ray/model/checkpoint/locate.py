@@ -1,6 +1,6 @@
-"""Where a checkpoint is: a name, an address or a path -> a folder on this machine.
+"""Finds a checkpoint's folder: a name, an address or a path -> a folder on this machine.
 
-The first step of `load_model`; what the folder holds is `checkpoint`'s to say.
+`inspect` then recognises what the folder holds.
 """
 
 import json
@@ -16,7 +16,7 @@ from llava_ray.storage import fetch_folder
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 PICKLED_FILES = ("*.bin",)
-"""Fetched from a hub only where the weights are not there as safetensors."""
+"""Downloaded from the hub only if it has no safetensors."""
 
 REMEDY = "copy it from where the checkpoint came from"
 
@@ -25,13 +25,13 @@ def find_folder(path: str | Path) -> Path:
     """Return the folder that `path` stands for.
 
     Args:
-        path: a folder, a hub name ("owner/name", fetched once into the hub's cache, see
-            `HF_HOME` and `HF_TOKEN`), the address of a folder in a cloud ("s3://...", whatever
-            fsspec knows; see `cloud`), or "demo" for the embedded model.
+        path: a folder; a hub name ("owner/name"), which is downloaded once into the hub's cache
+            (see `HF_HOME` and `HF_TOKEN`); an address ("s3://...") that fsspec knows, which is
+            copied once (see `fetch_folder`); or "demo" for the embedded model.
 
     Raises:
         ConfigError: there is no such folder and no such model.
-        MissingPackageError: the cloud's package is not installed.
+        MissingPackageError: the package for that kind of address is not installed.
     """
     if "://" in str(path):
         return fetch_folder(str(path))
@@ -62,14 +62,14 @@ def _fetch(name: str) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(
-            f"model {name!r} is no folder here, and the hub does not give it ({reason}): check "
-            "the name and the network, log in with `hf auth login` if it is gated, or give the "
-            "folder of a checkpoint"
+            f"model {name!r} is not a local folder and could not be downloaded from the hub "
+            f"({reason}): check the name and the network, log in with `hf auth login` if it is "
+            "gated, or give the folder of a checkpoint"
         ) from error
 
 
 def read_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return what the folder says about its processor: patch size, image token, chat template."""
+    """Return the settings of a folder's processor: patch size, image token, chat template."""
     file = folder / "processor_config.json"
     settings = read_json(file) if file.is_file() else {}
     template = folder / "chat_template.jinja"
@@ -79,10 +79,10 @@ def read_processor_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return a JSON file's content.
+    """Return the JSON object in a file.
 
     Raises:
-        ConfigError: it is not JSON.
+        ConfigError: it is not JSON, or not an object.
     """
     try:
         content = json.loads(file.read_text())

@@ -1,7 +1,8 @@
-"""Folders of weights that appear whole or not at all.
+"""Writes checkpoint folders atomically, and weights in shards.
 
-Everything that writes a checkpoint (`export`, `compose`, `delta`) writes it beside its place and
-moves it there at the end, so that a reader never meets half of one and a failure leaves nothing.
+Everything that writes a checkpoint (`export`, `build`, `delta`) writes into a scratch folder next
+to the target and moves it there at the end, so that readers never see an incomplete folder and a
+failure leaves nothing behind.
 """
 
 import contextlib
@@ -24,7 +25,7 @@ INDEX_FILE = "model.safetensors.index.json"
 MAX_SHARD_SIZE = "5GB"
 _UNITS = {"GB": 10**9, "MB": 10**6, "KB": 10**3, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
 _REPLACEABLE = ("config.json", "adapter_config.json")
-"""What a folder must hold before `overwrite` removes it: nobody's home has one."""
+"""Files of which a folder must have one before `overwrite` removes it."""
 
 
 @contextlib.contextmanager
@@ -38,13 +39,13 @@ def write_folder(
     """Give an empty folder to write to; move it to `out` when the block ends without an error.
 
     Args:
-        out: the folder to appear; its parents are made.
-        overwrite: replace the checkpoint that is there.
-        sources: folders that are read, in which `out` must not lie.
+        out: the folder to write; its parents are created.
+        overwrite: replace an existing checkpoint.
+        sources: folders that are read; `out` must not contain one or be inside one.
         num_bytes: about how much will be written.
 
     Raises:
-        ConfigError: `out` holds something and `overwrite` is not set, or cannot be written.
+        ConfigError: `out` is not empty and `overwrite` is not set, or it cannot be written.
     """
     target = Path(out).expanduser().resolve()
     _check_target(out, target, overwrite)
@@ -86,8 +87,8 @@ def _check_target(out: str | Path, target: Path, overwrite: bool) -> None:
         )
     if not any((target / name).is_file() for name in _REPLACEABLE):
         raise ConfigError(
-            f"{str(out)!r} holds something else than a checkpoint ({' or '.join(_REPLACEABLE)} is "
-            "not there), which --overwrite does not remove: give a new folder"
+            f"{str(out)!r} is not a checkpoint (it has no {' or '.join(_REPLACEABLE)}), and "
+            "--overwrite does not remove anything else: give a new folder"
         )
 
 
@@ -96,8 +97,8 @@ def _check_sources(out: str | Path, target: Path, sources: Sequence[Path | None]
         folder = source and source.expanduser().resolve()
         if folder and (target == folder or folder in target.parents or target in folder.parents):
             raise ConfigError(
-                f"{str(out)!r} and {str(source)!r}, which is read, lie one in the other: give a "
-                "folder beside it"
+                f"{str(out)!r} and the input {str(source)!r} are the same or inside one another: "
+                "give another folder"
             )
 
 
@@ -105,7 +106,7 @@ def _check_space(out: str | Path, place: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(place).free
     if num_bytes > free:
         raise ConfigError(
-            f"cannot write {str(out)!r}: it takes {num_bytes / 1e9:.1f} GB and "
+            f"cannot write {str(out)!r}: it needs {num_bytes / 1e9:.1f} GB and "
             f"{free / 1e9:.1f} GB are free there; make room, or give another folder"
         )
 
@@ -128,7 +129,7 @@ def parse_size(text: str | int) -> int:
     """Return the bytes that "5GB" or "500MiB" stand for.
 
     Raises:
-        ConfigError: it is no size.
+        ConfigError: it is not a size.
     """
     if isinstance(text, int):
         return text
@@ -137,9 +138,9 @@ def parse_size(text: str | int) -> int:
     try:
         size = int(float(number) * _UNITS[unit])
     except (KeyError, ValueError) as error:
-        raise ConfigError(f"{text!r} is no size: write for example 5GB or 500MB") from error
+        raise ConfigError(f"{text!r} is not a size: write for example 5GB or 500MB") from error
     if size <= 0:
-        raise ConfigError(f"{text!r} is no size for a file: write for example 5GB")
+        raise ConfigError(f"{text!r} is not a file size: write for example 5GB")
     return size
 
 
@@ -149,13 +150,13 @@ def write_shards(
     *,
     max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
-    """Write tensors as safetensors files of at most `max_shard_size`, or of one tensor.
+    """Write tensors as safetensors files of at most `max_shard_size` (or of a single tensor).
 
     One file is `model.safetensors`; several are numbered and listed in an index, as transformers
-    writes them. No more than one file's tensors are held at a time.
+    writes them. Only one file's tensors are in memory at a time.
 
     Args:
-        folder: where to.
+        folder: the folder.
         tensors: with their names in the file, in any precision and on any device.
         max_shard_size: "5GB", "500MiB" or a number of bytes.
     """
@@ -197,5 +198,5 @@ def _number_shards(folder: Path, written: list[tuple[Path, list[str]]], total: i
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file as transformers does: indented, with a line break at its end."""
+    """Write a JSON file as transformers does: indented, with a final line break."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

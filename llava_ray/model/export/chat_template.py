@@ -1,8 +1,8 @@
-"""The chat template that is written into a folder: of a new LLaVA, and of one that had none.
+"""Makes the chat template that is written with a new LLaVA, or with one that had none.
 
-For `compose` and `export`. Servers take what a template writes as it is, so it also writes the
-beginning of sequence. A language model's own template knows messages of text alone; before it runs,
-each message is made such a text, with `<image>` for each image.
+For `build` and `export`. Servers use the rendered text unchanged, so the template also writes the
+beginning-of-sequence token. A language model's own template supports only text; code before it
+turns each message into text, with `<image>` for each image.
 """
 
 from dataclasses import replace
@@ -28,14 +28,15 @@ _TAKE_IMAGES = (
 
 
 def choose_chat(tokenizer: Any, text_model_type: str, name: str | None) -> tuple[str, str | None]:
-    """Return the Jinja source for a new LLaVA, and the name of a listed template that says it too.
+    """Return the Jinja source for a new LLaVA, and the name of the equivalent listed template.
 
-    In this order: the template of that name; the language model's own; the one that fits the
-    language model, with the tokenizer's own end of sequence.
+    In this order: the template of that name; the language model's own; the listed one that suits
+    the language model, with the tokenizer's end-of-sequence token. The name is None if no listed
+    template is equivalent.
 
     Args:
-        tokenizer: of the language model.
-        text_model_type: its kind.
+        tokenizer: the language model's.
+        text_model_type: the language model's.
         name: of a listed template.
 
     Raises:
@@ -52,7 +53,7 @@ def choose_chat(tokenizer: Any, text_model_type: str, name: str | None) -> tuple
 
 
 def add_beginning(source: str, tokenizer: Any) -> str:
-    """Return a template that writes the beginning of sequence, if the tokenizer wants one."""
+    """Return a template that writes the beginning-of-sequence token, if the tokenizer adds one."""
     from jinja2.exceptions import TemplateError
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -1,11 +1,11 @@
-"""Deltas: what was trained, without the language model below it.
+"""Writes deltas: a trained checkpoint minus the language model that it was trained from.
 
-Behind `llava-ray delta make`. A delta is a checkpoint in LLaVA's own layout that holds, of each
-tensor that the language model has too, the difference; of embeddings and heads that have grown only
-the rows that both have are differences, and all else is whole. `load_model(delta, base=...)` and
-LLaVA's `apply_delta` read it.
+Behind `llava-ray delta make`. A delta is a checkpoint in LLaVA's own format. It has the difference
+for each tensor that the language model has too (for embeddings and heads with added rows, the
+difference of the rows that both have), and all other tensors in full. `load_model(delta, base=...)`
+and LLaVA's `apply_delta` read it.
 
-Weights are read and written a tensor at a time.
+Weights are read and written one tensor at a time.
 """
 
 import shutil
@@ -18,7 +18,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint, require_files
 from llava_ray.model.checkpoint.locate import find_folder
 from llava_ray.model.checkpoint.tensor_names import from_memory
-from llava_ray.model.checkpoint.weights import Part, Stored, find_weights, open_parts
+from llava_ray.model.checkpoint.weights import StoredTensor, WeightFiles, find_weights, open_weights
 from llava_ray.model.export.atomic_folder import (
     MAX_SHARD_SIZE,
     parse_size,
@@ -41,26 +41,26 @@ def make_delta(
     """Write a checkpoint minus the language model that it was trained from; return the folder.
 
     Args:
-        path: a checkpoint in the original layout, with all its weights.
+        path: a checkpoint in LLaVA's format, with full weights.
         out: the folder to write.
         base: the language model.
-        vision_tower: as of `load_model`.
-        max_shard_size: of a weight file.
-        overwrite: replace the checkpoint that `out` holds.
+        vision_tower: as in `load_model`.
+        max_shard_size: maximum size of a weight file.
+        overwrite: replace the checkpoint in `out`.
 
     Raises:
         ConfigError: the two do not fit together, or `out` cannot be written.
     """
     checkpoint = inspect_checkpoint(path, vision_tower=vision_tower)
-    if checkpoint.kind != "full" or checkpoint.layout != "original":
+    if checkpoint.kind != "full" or checkpoint.format != "llava":
         raise ConfigError(
-            f"{str(path)!r} is not a whole checkpoint in LLaVA's own layout, of which deltas are "
-            "made: write one with `llava-ray export PATH OUT --to original`"
+            f"{str(path)!r} is not a checkpoint with full weights in LLaVA's own format, which a "
+            "delta is made from: write one with `llava-ray export PATH OUT --to original`"
         )
     below = find_folder(base)
     weights = find_weights(below)
     require_files(below, "weights", weights)
-    stored, subtracted = open_parts(checkpoint.parts[1:]), open_parts([Part(weights)])
+    stored, subtracted = open_weights(checkpoint.weights[1:]), open_weights([WeightFiles(weights)])
     _check_same_shapes(stored, subtracted, below)
     sources = (checkpoint.folder, below)
     with write_folder(out, overwrite=overwrite, sources=sources) as scratch:
@@ -76,7 +76,7 @@ def make_delta(
 
 
 def _check_same_shapes(
-    stored: Mapping[str, Stored], subtracted: Mapping[str, Stored], base: Path
+    stored: Mapping[str, StoredTensor], subtracted: Mapping[str, StoredTensor], base: Path
 ) -> None:
     if missing := sorted(set(subtracted) - set(stored)):
         raise ConfigError(
@@ -94,12 +94,14 @@ def _check_same_shapes(
 
 
 def _subtract(
-    checkpoint: Checkpoint, stored: Mapping[str, Stored], subtracted: Mapping[str, Stored]
+    checkpoint: Checkpoint,
+    stored: Mapping[str, StoredTensor],
+    subtracted: Mapping[str, StoredTensor],
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in stored.items():
         written = from_memory(
             name,
-            "original",
+            "llava",
             text_model_type=checkpoint.text_model_type,
             projector=checkpoint.projector,
         )

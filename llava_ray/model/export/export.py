@@ -1,13 +1,13 @@
-"""Writes any checkpoint that loads in a form that others read, whole and with everything merged.
+"""Writes any checkpoint that loads in a form that other software reads, with everything merged.
 
-Behind `llava-ray export`. What is written is what `load_model` gives: adapters and deltas are in
-the weights, a projector is over its base.
+Behind `llava-ray export`. What is written is what `load_model` gives: adapters and deltas are
+merged into the weights, a projector is joined with its base.
 
-    hf          the published layout: transformers, vLLM, SGLang with --model-impl transformers
-    vllm        the same folder; only where the projector has no activation, config.json says so in
-                vLLM's words, which transformers does not know
-    original    LLaVA's own layout: its code, and SGLang's native class
-    projector   `mm_projector.bin` alone, over a language model
+    hf          transformers' format: for transformers, vLLM, SGLang with --model-impl transformers
+    vllm        the same; but if the projector has no activation, config.json names that as vLLM
+                does, which transformers does not understand
+    original    LLaVA's own format: for its code, and SGLang's native class
+    projector   only `mm_projector.bin`, to be loaded over a language model
 """
 
 from collections import Counter
@@ -20,19 +20,19 @@ import torch
 from llava_ray.errors import ConfigError
 from llava_ray.model.architecture import IDENTITY
 from llava_ray.model.checkpoint.inspect import PROCESSOR_FILES, Checkpoint
-from llava_ray.model.checkpoint.weights import Stored
+from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, parse_size, write_folder
 from llava_ray.model.export.chat_template import add_beginning
-from llava_ray.model.export.hf_writer import check_published, write_published
+from llava_ray.model.export.hf_writer import check_hf_form, write_hf
 from llava_ray.model.export.llava_writer import (
-    check_original_form,
+    check_llava_form,
     find_tokenizer_files,
-    write_original,
+    write_llava,
     write_projector,
 )
 from llava_ray.model.export.piecewise_tokenizer import agrees, join_pieces
-from llava_ray.model.loading import Core, load_opened
+from llava_ray.model.loading import LoadedModel, load_opened
 from llava_ray.model.open_checkpoint import open_checkpoint
 
 Form = Literal["hf", "vllm", "original", "projector"]
@@ -57,25 +57,25 @@ def export_model(
     """Write a checkpoint in another form; return its folder.
 
     Args:
-        path: as of `load_model`, as are `base` and `vision_tower`.
+        path, base, vision_tower: as in `load_model`.
         out: the folder to write.
-        to: see above; by default the layout that the checkpoint has, so that it is written anew,
-            whole, in shards and under today's names.
-        dtype: "float32", "bfloat16" or "float16"; by default every weight keeps its own, as towers
-            have that are kept beside a checkpoint.
-        max_shard_size: of a weight file, "5GB" or a number of bytes.
-        tower_name: of forms original and projector: what config.json is to call the vision tower
-            (a hub name); by default the tower is written into the folder.
-        overwrite: replace the checkpoint that `out` holds.
+        to: see above; by default the checkpoint's own format, so that it is rewritten with
+            everything merged, in shards and under current names.
+        dtype: "float32", "bfloat16" or "float16"; by default every weight keeps its own, which may
+            differ between vision tower and language model.
+        max_shard_size: maximum size of a weight file, "5GB" or a number of bytes.
+        tower_name: for the forms original and projector: the vision tower's name in config.json (a
+            hub name); by default the tower is written into the folder.
+        overwrite: replace the checkpoint in `out`.
 
     Raises:
         ConfigError: the checkpoint does not load, the form cannot express it, or `out` cannot be
-            written; nothing is left there then.
+            written; nothing is left in `out` then.
         MissingPackageError: an adapter needs peft.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
     checkpoint = opened.checkpoint
-    form = to or ("hf" if checkpoint.layout == "published" else "original")
+    form = to or ("hf" if checkpoint.format == "hf" else "original")
     _check_form(checkpoint, form, tower_name)
     stored = opened.stored
     precision = dtype or _find_dtype(stored)
@@ -86,15 +86,15 @@ def export_model(
         sources=(checkpoint.folder, checkpoint.base, checkpoint.tower_folder),
         num_bytes=0 if form == "projector" else num_bytes,
     ) as scratch:
-        core = load_opened(opened, dtype=precision, device="cpu")
+        loaded = load_opened(opened, dtype=precision, device="cpu")
         if dtype is None:
-            _keep_precision(core.model, stored)
-        ends = sorted(core.eos_token_ids)
-        core.model.generation_config.eos_token_id = ends if len(ends) > 1 else (ends or [None])[0]
+            _keep_precision(loaded.model, stored)
+        ends = sorted(loaded.eos_token_ids)
+        loaded.model.generation_config.eos_token_id = ends if len(ends) > 1 else (ends or [None])[0]
         place = Path(out).expanduser().resolve()
-        write_core(
+        write_model(
             scratch,
-            core,
+            loaded,
             form,
             place=place,
             max_shard_size=max_shard_size,
@@ -103,9 +103,9 @@ def export_model(
     return Path(out)
 
 
-def write_core(
+def write_model(
     folder: Path,
-    core: Core,
+    loaded: LoadedModel,
     form: str,
     *,
     place: Path | None = None,
@@ -116,30 +116,30 @@ def write_core(
     """Write a model in memory into an empty folder.
 
     Args:
-        folder: where to.
-        core: the model, not quantized, with what belongs to it.
+        folder: the folder.
+        loaded: the model, not quantized.
         form: one of `FORMS`.
-        place: where the folder will lie in the end; default: where it is.
-        max_shard_size: of a weight file.
-        tower_name: as of `export_model`.
-        fields: further ones of config.json.
+        place: the folder's final path; default: `folder`.
+        max_shard_size: maximum size of a weight file.
+        tower_name: as in `export_model`.
+        fields: more fields for config.json.
     """
     limit = parse_size(max_shard_size)
-    named = {**_name_template(core), **(fields or {})}
+    named = {**_name_template(loaded), **(fields or {})}
     if form in ("hf", "vllm"):
-        _write_published(folder, core, form, limit, named)
+        _write_hf_form(folder, loaded, form, limit, named)
     else:
         place = place or folder
-        _write_original(folder, core, form, limit, named, place=place, tower_name=tower_name)
+        _write_llava_form(folder, loaded, form, limit, named, place=place, tower_name=tower_name)
 
 
 def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> None:
-    """Raise if a form cannot express a checkpoint, before anything large is read."""
+    """Raise if a form cannot express a checkpoint, before any weights are read."""
     text = checkpoint.text_model_type
     if form not in FORMS:
         raise ConfigError(f"there is no form {form!r}: use one of {', '.join(FORMS)}")
     if form in ("original", "projector"):
-        check_original_form(
+        check_llava_form(
             checkpoint.model_type,
             text,
             select_layer=checkpoint.config.get("vision_feature_layer", -2),
@@ -147,23 +147,25 @@ def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> No
         return
     if tower_name:
         raise ConfigError(
-            f"--tower-name {tower_name!r} is for --to original and --to projector; a folder of the "
-            f"form {form} has its tower in it: leave --tower-name away"
+            f"--tower-name {tower_name!r} is only for --to original and --to projector; a folder "
+            f"of the form {form} contains its tower: leave --tower-name out"
         )
-    check_published(
+    check_hf_form(
         checkpoint.model_type,
         text,
         projector=checkpoint.projector,
         merge_type=checkpoint.merge_type,
     )
     if form == "vllm" and text == "gpt_neox":
-        raise ConfigError("vLLM's LLaVA takes no GPT-NeoX as language model: use --to hf")
+        raise ConfigError(
+            "vLLM's LLaVA does not support GPT-NeoX as its language model: use --to hf"
+        )
 
 
-def _keep_precision(model: Any, stored: Mapping[str, Stored]) -> None:
-    """Put weights that were stored otherwise than most back into a model as they were.
+def _keep_precision(model: Any, stored: Mapping[str, StoredTensor]) -> None:
+    """Restore the weights whose stored dtype differs from the model's, in their own dtype.
 
-    Not those that an adapter has changed.
+    Weights that an adapter has changed are left as they are.
     """
     for name, parameter in list(model.named_parameters()):
         tensor = stored.get(name)
@@ -179,35 +181,35 @@ def _keep_precision(model: Any, stored: Mapping[str, Stored]) -> None:
             )
 
 
-def _write_published(
-    folder: Path, core: Core, form: str, max_shard_size: int, fields: dict[str, Any]
+def _write_hf_form(
+    folder: Path, loaded: LoadedModel, form: str, max_shard_size: int, fields: dict[str, Any]
 ) -> None:
-    checkpoint = core.checkpoint
+    checkpoint = loaded.checkpoint
     files: list[Path] = []
-    if checkpoint.layout == "published":
+    if checkpoint.format == "hf":
         files = _find_processor_files(checkpoint)
     else:
         if checkpoint.in_pieces:
-            core.processor.tokenizer = join_pieces(core.tokenizer)
-        core.processor.chat_template = add_beginning(core.template.source, core.tokenizer)
+            loaded.processor.tokenizer = join_pieces(loaded.tokenizer)
+        loaded.processor.chat_template = add_beginning(loaded.template.source, loaded.tokenizer)
     if checkpoint.uses_start_end:
         fields["mm_use_im_start_end"] = True
-    activation = core.model.config.projector_hidden_act
+    activation = loaded.model.config.projector_hidden_act
     if form == "vllm" and (checkpoint.projector != "mlp2x_gelu" or activation == "linear"):
         fields["projector_hidden_act"] = IDENTITY
-    write_published(
+    write_hf(
         folder,
-        core.model,
-        core.processor,
+        loaded.model,
+        loaded.processor,
         files=files,
         max_shard_size=max_shard_size,
         fields=fields,
     )
 
 
-def _write_original(
+def _write_llava_form(
     folder: Path,
-    core: Core,
+    loaded: LoadedModel,
     form: str,
     max_shard_size: int,
     fields: dict[str, Any],
@@ -215,13 +217,13 @@ def _write_original(
     place: Path,
     tower_name: str | None,
 ) -> None:
-    parts = (folder, core.model, core.processor, core.checkpoint)
-    if not (core.checkpoint.in_pieces or agrees(core.tokenizer, core.tokenizer)):
+    parts = (folder, loaded.model, loaded.processor, loaded.checkpoint)
+    if not (loaded.checkpoint.in_pieces or agrees(loaded.tokenizer, loaded.tokenizer)):
         fields["llava_ray_whole_prompts"] = True
     if form == "projector":
         write_projector(*parts, place=place, tower_name=tower_name, fields=fields)
     else:
-        write_original(
+        write_llava(
             *parts,
             place=place,
             tower_name=tower_name,
@@ -230,14 +232,14 @@ def _write_original(
         )
 
 
-def _name_template(core: Core) -> dict[str, Any]:
-    """Return the field of config.json that names a conversation template, where one is named."""
-    return {} if core.template.name == OWN else {"llava_ray_template": core.template.name}
+def _name_template(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the field of config.json with the template's name, if it has one."""
+    return {} if loaded.template.name == OWN else {"llava_ray_template": loaded.template.name}
 
 
 def _find_processor_files(checkpoint: Checkpoint) -> list[Path]:
-    """Return the files of tokenizer and processor of a published checkpoint, to be copied."""
-    folder = checkpoint.parts[0].files[0].parent
+    """Return the tokenizer and processor files of a checkpoint in transformers' format."""
+    folder = checkpoint.weights[0].files[0].parent
     names = (*PROCESSOR_FILES, "chat_template.jinja", "chat_template.json")
     files = {name: folder / name for name in names if (folder / name).is_file()}
     for file in find_tokenizer_files(checkpoint.tokenizer_folder):
@@ -245,7 +247,7 @@ def _find_processor_files(checkpoint: Checkpoint) -> list[Path]:
     return list(files.values())
 
 
-def _find_dtype(stored: Mapping[str, Stored]) -> str:
+def _find_dtype(stored: Mapping[str, StoredTensor]) -> str:
     counts: Counter[str] = Counter()
     for tensor in stored.values():
         counts[tensor.dtype] += tensor.num_elements

@@ -1,12 +1,12 @@
-"""A model in memory -> a folder in the published layout, which transformers, vLLM, SGLang read.
+"""Writes a model in memory in transformers' format, which transformers, vLLM and SGLang read.
 
-The last step of `export --to hf` and of `build`. Names of tensors are those of llava-hf (see
-`names`), because vLLM refuses those that transformers saves by itself. What the layout has no place
-for is rewritten where that changes no number:
+The last step of `export --to hf` and of `build`. Tensors have llava-hf's names (see
+`tensor_names`), because vLLM refuses the ones that transformers itself saves. What the format
+cannot express is rewritten if that changes no result:
 
-    an image token beyond the vocabulary    rows are added, up to a multiple of 64 (llava-hf did so)
-    a projector of one linear layer         two, of which the second changes nothing
-    no projector                            two that change nothing
+    an image token outside the vocabulary   rows are added, up to a multiple of 64, as in llava-hf
+    a projector of one linear layer         two layers, the second an identity
+    no projector                            two identity layers
 """
 
 import json
@@ -24,7 +24,7 @@ from llava_ray.model.export.projector import PREFIX, get_projector, pad_projecto
 from llava_ray.model.modeling import EMBEDDINGS
 
 ROWS = 64
-"""Vocabularies grow to a multiple of this, which matrix kernels and tensor parallelism like."""
+"""Vocabularies grow to a multiple of this, for matrix kernels and tensor parallelism."""
 
 _PROCESSORS = {
     "llava": "LlavaProcessor",
@@ -39,7 +39,7 @@ _COUNTING = (
     "vision_feature_select_strategy",
     "vision_aspect_ratio",
 )
-"""What a processor must know to count an image's tokens."""
+"""The settings from which a processor computes the number of an image's tokens."""
 _CLASSES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
@@ -47,19 +47,19 @@ _CLASSES = {
 }
 
 
-def check_published(
+def check_hf_form(
     model_type: str, text_model_type: str, *, projector: str, merge_type: str
 ) -> None:
-    """Check that transformers' classes compute what a model computes.
+    """Check that transformers' own classes can express a model.
 
     Args:
-        model_type: of the whole ("llava", "llava_next", "llava_onevision").
-        text_model_type: of the language model.
-        projector: its type, as LLaVA names it.
+        model_type: the LLaVA's ("llava", "llava_next", "llava_onevision").
+        text_model_type: the language model's.
+        projector: the projector's type, as LLaVA names it.
         merge_type: how the tiles of anyres are joined.
 
     Raises:
-        ConfigError: they do not; the message says which part is in the way.
+        ConfigError: they cannot; the message says which part they do not support.
     """
     if count_projector_layers(projector) > 2:
         raise ConfigError(
@@ -67,15 +67,17 @@ def check_published(
             "--to original"
         )
     if text_model_type == "mpt":
-        raise ConfigError("transformers' LLaVA takes no MPT as language model: use --to original")
+        raise ConfigError(
+            "transformers' LLaVA does not support MPT as its language model: use --to original"
+        )
     if model_type == "llava_next" and merge_type != "spatial_unpad":
         raise ConfigError(
-            f"transformers' LLaVA-NeXT joins tiles spatial_unpad, and this checkpoint joins them "
+            f"transformers' LLaVA-NeXT joins tiles by spatial_unpad, and this checkpoint by "
             f"{merge_type} (mm_patch_merge_type): use --to original"
         )
 
 
-def write_published(
+def write_hf(
     folder: Path,
     model: Any,
     processor: Any,
@@ -84,15 +86,15 @@ def write_published(
     max_shard_size: str | int = MAX_SHARD_SIZE,
     fields: Mapping[str, Any],
 ) -> None:
-    """Write the whole folder: weights, config, processor, tokenizer, chat template.
+    """Write weights, config, processor, tokenizer and chat template.
 
     Args:
         folder: an empty one.
         model: transformers' or ours, not quantized, in the precision to write.
         processor: transformers', with its chat template.
-        files: those of the processor where it is in this layout already; they are copied.
-        max_shard_size: of a weight file.
-        fields: further ones of config.json.
+        files: the processor's files, if they are in this format already; they are copied.
+        max_shard_size: maximum size of a weight file.
+        fields: more fields for config.json.
     """
     config = model.config
     rows = count_rows(config, processor.tokenizer)
@@ -115,16 +117,16 @@ def write_published(
 
 
 def count_rows(config: Any, tokenizer: Any) -> int:
-    """Return how many rows embeddings and head need for all tokens that there are."""
+    """Return how many rows embeddings and head need for all tokens."""
     rows = config.text_config.vocab_size
     needed = max(config.image_token_id + 1, len(tokenizer))
     return rows if needed <= rows else -(-needed // ROWS) * ROWS
 
 
 def add_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """Return a matrix with rows added that are the mean of its own.
+    """Return a matrix with rows added, each the mean of its rows.
 
-    As a row of the head the mean's logit is the mean of all logits, so it is never the greatest.
+    In the head, such a row's logit is the mean of all logits, so it is never the largest.
     """
     if num_rows <= weight.shape[0]:
         return weight
@@ -133,7 +135,7 @@ def add_rows(weight: torch.Tensor, num_rows: int) -> torch.Tensor:
 
 
 def write_generation(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write generation_config.json, which says at which tokens an answer ends."""
+    """Write generation_config.json, which has the tokens that end an answer."""
     described = json.loads(model.generation_config.to_json_string(use_diff=True))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if described.get(name) is None and getattr(tokenizer, name) is not None:
@@ -153,16 +155,17 @@ def _name_tensors(model: Any, rows: int) -> Iterator[tuple[str, torch.Tensor]]:
         if name.startswith(PREFIX) and projector != "mlp2x_gelu":
             continue
         whole = add_rows(tensor, rows) if name in with_rows else tensor
-        yield from_memory(name, "published"), whole
+        yield from_memory(name, "hf"), whole
     if projector != "mlp2x_gelu":
         for name, tensor in pad_projector(model, projector).items():
             yield f"multi_modal_projector.{name}", tensor
 
 
 def _complete_processor(folder: Path, processor: Any, kind: str) -> None:
-    """Write into processor_config.json how many tokens an image has.
+    """Complete processor_config.json with the settings that determine an image's token count.
 
-    Older files leave some of it out; transformers then counts another number than the model gives.
+    Older files lack some of them, and transformers then computes a count that differs from the
+    model's.
     """
     file = folder / "processor_config.json"
     described = json.loads(file.read_text()) if file.exists() else {}
@@ -173,7 +176,7 @@ def _complete_processor(folder: Path, processor: Any, kind: str) -> None:
 
 
 def _write_processor(folder: Path, processor: Any) -> None:
-    """Write the processor and, for those that read only that, preprocessor_config.json."""
+    """Write the processor, and preprocessor_config.json for software that reads only that."""
     from transformers import CLIPImageProcessorPil, SiglipImageProcessorPil
 
     images = processor.image_processor
@@ -186,12 +189,14 @@ def _write_processor(folder: Path, processor: Any) -> None:
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    tokenizer.padding_side = "left"  # for a batch of prompts to be continued
+    tokenizer.padding_side = "left"  # generation from a batch of prompts needs it
     processor.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     described = json.loads(file.read_text())
-    if described.get("tokenizer_class") == "TokenizersBackend":  # a name that is new in 5.0
+    if (
+        described.get("tokenizer_class") == "TokenizersBackend"
+    ):  # a name that older versions do not know
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
     for name in ("is_local", "local_files_only", "chat_template"):  # the last has its own file
         described.pop(name, None)

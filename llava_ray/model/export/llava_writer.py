@@ -1,15 +1,15 @@
-"""A model in memory -> a folder in LLaVA's own layout, which its code and SGLang's class read.
+"""Writes a model in memory in LLaVA's own format, which its code and SGLang's native class read.
 
-The last step of `export --to original` and `--to projector`; what a folder holds:
+The last step of `export --to original` and `--to projector`. The folder contains:
 
     config.json                 the language model's fields and LLaVA's `mm_*` beside them
     model*.safetensors          all weights, `model.mm_projector.*`, `model.vision_tower.*`
     tokenizer, preprocessor_config.json
-    clip-vision-tower/          the tower as a checkpoint of its own: LLaVA's code takes from it how
-                                the tower is built and how images are prepared
+    clip-vision-tower/          the tower as its own checkpoint: LLaVA's code reads the tower's
+                                architecture and image preprocessing from it
 
-A tower's folder is named in config.json (`mm_vision_tower`) by its whole path, since LLaVA's code
-looks for it from wherever it runs. Field names and defaults are those of LLaVA 1.2.
+config.json has the absolute path of that folder (`mm_vision_tower`), because LLaVA's code resolves
+it relative to wherever it runs. Field names and defaults are those of LLaVA 1.2.
 """
 
 import json
@@ -22,7 +22,7 @@ import torch
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import Checkpoint
-from llava_ray.model.checkpoint.llava_format import KINDS_OF_TEXT, RESERVED
+from llava_ray.model.checkpoint.llava_format import LLAVA_CLASSES, RESERVED
 from llava_ray.model.checkpoint.tensor_names import from_memory
 from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, write_json, write_shards
 from llava_ray.model.export.hf_writer import write_generation
@@ -32,32 +32,32 @@ from llava_ray.model.processor import IMAGE_SETTINGS
 PROJECTOR_FILE = "mm_projector.bin"
 
 
-def check_original_form(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
-    """Check that LLaVA's own format has a place for everything.
+def check_llava_form(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
+    """Check that LLaVA's own format can express a model.
 
     Args:
-        model_type: of the whole ("llava", "llava_next", "llava_onevision").
-        text_model_type: of the language model.
-        select_layer: the layer of the tower that is read, or several.
+        model_type: the LLaVA's ("llava", "llava_next", "llava_onevision").
+        text_model_type: the language model's.
+        select_layer: the layer of the tower whose features are used, or several.
 
     Raises:
-        ConfigError: it does not; the message says which part is in the way.
+        ConfigError: it cannot; the message says which part it does not support.
     """
     if model_type == "llava_onevision":
-        raise ConfigError("LLaVA's own format has no LLaVA-OneVision: use --to hf")
-    if text_model_type not in KINDS_OF_TEXT:
+        raise ConfigError("LLaVA's own format does not support LLaVA-OneVision: use --to hf")
+    if text_model_type not in LLAVA_CLASSES:
         raise ConfigError(
-            f"LLaVA's own format has no language model of the kind {text_model_type!r} (there is "
-            f"{', '.join(KINDS_OF_TEXT)}): use --to hf"
+            f"LLaVA's own format does not support the language model {text_model_type!r} (only "
+            f"{', '.join(LLAVA_CLASSES)}): use --to hf"
         )
     if not isinstance(select_layer, int):
         raise ConfigError(
-            f"LLaVA's own format takes one layer of the tower, and vision_feature_layer is "
+            f"LLaVA's own format supports one layer of the tower, and vision_feature_layer is "
             f"{select_layer}: use --to hf"
         )
 
 
-def write_original(
+def write_llava(
     folder: Path,
     model: Any,
     processor: Any,
@@ -75,10 +75,10 @@ def write_original(
         model: transformers' or ours, not quantized, in the precision to write.
         processor: transformers'.
         checkpoint: what the model was loaded from.
-        place: where the folder will lie in the end.
-        tower_name: what config.json is to call the tower; then no folder is written for it.
-        max_shard_size: of a weight file.
-        fields: further ones of config.json.
+        place: the folder's final path.
+        tower_name: the tower's name in config.json; no folder is written for it then.
+        max_shard_size: maximum size of a weight file.
+        fields: more fields for config.json.
 
     Raises:
         ConfigError: the format cannot express the model.
@@ -86,8 +86,8 @@ def write_original(
     projector, layers = read_projector(model)
     write_shards(folder, _name_tensors(model, projector, layers), max_shard_size=max_shard_size)
     tower = tower_name or write_tower(folder, model, processor, place)
-    config = describe_original(model, processor, checkpoint, projector, tower)
-    # Or LLaVA's code would leave the tower's weights in the checkpoint unread.
+    config = describe_llava_config(model, processor, checkpoint, projector, tower)
+    # Otherwise LLaVA's code would ignore the tower's weights in the checkpoint.
     write_json(folder / "config.json", {**config, "unfreeze_mm_vision_tower": True, **fields})
     write_json(folder / "preprocessor_config.json", describe_images(model, processor))
     write_generation(folder, model, processor.tokenizer)
@@ -107,40 +107,40 @@ def write_projector(
     tower_name: str | None = None,
     fields: Mapping[str, Any],
 ) -> None:
-    """Write `mm_projector.bin` and what belongs to it, to be loaded over a language model.
+    """Write `mm_projector.bin` and its config.json, to be loaded over a language model.
 
     Args:
-        folder: as of `write_original`, as are the others.
+        folder: as of `write_llava`, as are the others.
 
     Raises:
         ConfigError: the format cannot express it, or more than the projector was trained.
     """
     if checkpoint.uses_start_end:
         raise ConfigError(
-            "this checkpoint's <im_start> and <im_end> are rows of its embeddings, which are not "
-            "in a projector: use --to original"
+            "this checkpoint uses <im_start> and <im_end>, whose embeddings a projector does not "
+            "contain: use --to original"
         )
     projector, layers = read_projector(model)
     named = dict(_name_tensors(model, projector, layers))
     kept = {n: t.clone() for n, t in named.items() if "mm_projector" in n or "image_newline" in n}
     torch.save(kept, folder / PROJECTOR_FILE)
     tower = tower_name or write_tower(folder, model, processor, place)
-    config = describe_original(model, processor, checkpoint, projector, tower)
+    config = describe_llava_config(model, processor, checkpoint, projector, tower)
     # LLaVA's code reads this one with AutoConfig, which takes "llava" for transformers' own.
     text = checkpoint.text_model_type
     config["model_type"] = "llava_llama" if text == "llama" else config["model_type"]
     write_json(folder / "config.json", {**config, **fields})
 
 
-def describe_original(
+def describe_llava_config(
     model: Any, processor: Any, checkpoint: Checkpoint, projector: str, tower: str
 ) -> dict[str, Any]:
     """Return config.json: the language model's fields and LLaVA's own."""
     config = model.config
     text = _flatten_text(config.text_config)
-    kept = checkpoint.config if checkpoint.layout == "original" else {}
+    kept = checkpoint.config if checkpoint.format == "llava" else {}
     kept = {n: v for n, v in kept.items() if RESERVED.fullmatch(n)}
-    model_type, architecture = KINDS_OF_TEXT[checkpoint.text_model_type]
+    model_type, architecture = LLAVA_CLASSES[checkpoint.text_model_type]
     has_cls = config.vision_config.model_type == "clip_vision_model"
     keeps_cls = has_cls and config.vision_feature_select_strategy == "full"
     is_anyres = checkpoint.model_type == "llava_next"
@@ -176,17 +176,17 @@ def describe_original(
 
 
 def write_tower(folder: Path, model: Any, processor: Any, place: Path) -> str:
-    """Write the tower as a checkpoint of its own; return how config.json names it.
+    """Write the tower as its own checkpoint; return its path for config.json.
 
     Args:
-        folder: of the whole.
-        model: the whole.
+        folder: the LLaVA's folder.
+        model: the LLaVA.
         processor: transformers'.
-        place: where the folder will lie in the end.
+        place: the folder's final path.
     """
     config = model.config.vision_config
     is_clip = config.model_type == "clip_vision_model"
-    name = "clip-vision-tower" if is_clip else "siglip-vision-tower"  # SGLang asks for these words
+    name = "clip-vision-tower" if is_clip else "siglip-vision-tower"  # SGLang looks for these words
     (folder / name).mkdir()
     tower = model.model.vision_tower
     tensors = ((f"vision_model.{n}", tensor) for n, tensor in tower.state_dict().items())
@@ -202,7 +202,7 @@ def write_tower(folder: Path, model: Any, processor: Any, place: Path) -> str:
 
 
 def describe_images(model: Any, processor: Any) -> dict[str, Any]:
-    """Return preprocessor_config.json of a tower; the aspect mode is the whole's to say."""
+    """Return a tower's preprocessor_config.json; the aspect mode is in the LLaVA's config.json."""
     is_clip = model.config.vision_config.model_type == "clip_vision_model"
     found = json.loads(processor.image_processor.to_json_string())
     settings = {name: found[name] for name in IMAGE_SETTINGS if found.get(name) is not None}
@@ -213,7 +213,7 @@ def describe_images(model: Any, processor: Any) -> dict[str, Any]:
 
 
 def find_tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that make up its tokenizer, to be copied as they are."""
+    """Return the tokenizer files in a folder."""
     names = (
         "tokenizer.json",
         "tokenizer.model",
@@ -235,11 +235,11 @@ def _name_tensors(
     for name, tensor in {**tensors, **layers}.items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        yield from_memory(name, "original", text_model_type=text, projector=projector), tensor
+        yield from_memory(name, "llava", text_model_type=text, projector=projector), tensor
 
 
 def _flatten_text(config: Any) -> dict[str, Any]:
-    """Return a language model's fields as transformers 4 and 5 both read them."""
+    """Return a language model's fields in a form that transformers 4 and 5 both read."""
     fields = json.loads(config.to_json_string(use_diff=True))
     rope = fields.pop("rope_parameters", None) or {}
     if "rope_theta" in rope:

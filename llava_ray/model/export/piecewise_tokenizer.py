@@ -1,9 +1,9 @@
-"""A tokenizer that gives a whole prompt the ids that LLaVA's code gives it piece by piece.
+"""Makes a tokenizer that gives whole prompts the ids that LLaVA's code computes piece by piece.
 
 For `export`: transformers, vLLM and SGLang tokenise a prompt as one text, LLaVA each piece between
-two images by itself. With SentencePiece every text begins with a space of its own, so that after
-an image `\\nWhat` is three tokens to LLaVA and two to the others, and a model answers differently.
-The tokenizer that is written puts that space there itself.
+two images by itself. SentencePiece adds a space at the beginning of every text, so that after an
+image `\\nWhat` is three tokens in LLaVA and two in the others, and a model answers differently. The
+tokenizer made here adds that space itself.
 """
 
 import json
@@ -28,24 +28,24 @@ def join_pieces(tokenizer: Any) -> Any:
     """Return a tokenizer that does to whole prompts what `tokenize_pieces` does to their pieces.
 
     Args:
-        tokenizer: of a checkpoint in the original layout, with `<image>` added.
+        tokenizer: of a checkpoint in LLaVA's format, with `<image>` added.
 
     Raises:
-        ConfigError: it is of a kind for which that cannot be done.
+        ConfigError: this is not possible for its kind of tokenizer.
     """
     if agrees(tokenizer, tokenizer):
         return tokenizer
     joined = _add_spaces(tokenizer)
     if joined is None or not agrees(joined, tokenizer):
         raise ConfigError(
-            f"the tokenizer ({type(tokenizer).__name__}) begins each text in a way that "
-            "transformers' format cannot repeat after an image: use --to original"
+            f"the tokenizer ({type(tokenizer).__name__}) treats the beginning of a text in a way "
+            "that transformers' format cannot repeat after an image: use --to original"
         )
     return joined
 
 
 def agrees(whole: Any, pieces: Any) -> bool:
-    """Return whether `whole` gives prompts the ids that `pieces` gives them piece by piece."""
+    """Return whether `whole` gives whole prompts the ids that `pieces` gives piece by piece."""
     image_id = pieces.convert_tokens_to_ids(IMAGE_TOKEN)
     for probe in (*_PROBES, f"{_PROBES[0]} yes{pieces.eos_token or ''}{_PROBES[0]}"):
         ids = tokenize_pieces(pieces, probe)
@@ -74,7 +74,7 @@ def _add_spaces(tokenizer: Any) -> Any | None:
     begins = [rf"(?<={IMAGE_TOKEN})"]
     if tokenizer.bos_token:
         begins.append(rf"(?<=\A{tokenizer.bos_token})")
-    # Some take the space that a piece begins with for their own, others always put one there.
+    # Some tokenizers use the space that a piece begins with, others always add one.
     is_shared = tokenizer(" a").input_ids == tokenizer("a").input_ids
     follows = rf"(?=[^ {SPACE}])" if is_shared else r"(?=[\s\S])"
     added = "|".join(re.escape(token["content"]) for token in described["added_tokens"])

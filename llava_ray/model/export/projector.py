@@ -1,7 +1,7 @@
-"""Projectors as each layout has them: two linear layers in transformers', any number in LLaVA's.
+"""Converts projectors between the formats: transformers' has two linear layers, LLaVA's any number.
 
-For the writers. Fewer than two layers become two without an activation between, where the second
-(and for `identity` the first) changes nothing; and such two become one, or none, again.
+For the writers. A projector of fewer than two layers becomes two without an activation, of which
+the second (for `identity` both) is an identity; the other direction reverses that.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ PREFIX = "model.multi_modal_projector."
 
 
 def get_projector(config: Any) -> str:
-    """Return a projector's type as LLaVA names it, of a model of transformers or of `modules`."""
+    """Return a projector's type as LLaVA names it, for a model of transformers or `modeling`."""
     return getattr(config, "mm_projector_type", "mlp2x_gelu")
 
 
 def pad_projector(model: Any, projector: str) -> dict[str, torch.Tensor]:
-    """Return two linear layers that, without an activation, compute what fewer computed."""
+    """Return two linear layers that compute the same as fewer layers, without an activation."""
     width = model.config.text_config.hidden_size
     dtype = model.lm_head.weight.dtype
     same = torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype)
@@ -51,7 +51,7 @@ def read_projector(model: Any) -> tuple[str, dict[str, torch.Tensor]]:
     projector = get_projector(config)
     if projector != "mlp2x_gelu" or config.projector_hidden_act == "gelu":
         return projector, tensors
-    if config.projector_hidden_act == "linear":  # as `to_published` writes what has fewer layers
+    if config.projector_hidden_act == "linear":  # as `hf_writer` writes fewer than two layers
         same = {n: _changes_nothing(tensors, f"{PREFIX}{n}") for n in ("linear_1", "linear_2")}
         if same["linear_2"]:
             if same["linear_1"]:

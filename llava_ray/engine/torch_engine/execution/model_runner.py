@@ -31,7 +31,7 @@ from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.engine.torch_engine.scheduling.scheduler import ScheduledSequence, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError
-from llava_ray.model.loading import Core
+from llava_ray.model.loading import LoadedModel
 from llava_ray.types import Sampling
 
 _NUM_SCRATCH = 3
@@ -109,7 +109,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        core: Core,
+        core: LoadedModel,
         *,
         cache_tokens: int,
         cache_dtype: torch.dtype | None = None,

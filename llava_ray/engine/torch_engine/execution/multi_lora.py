@@ -19,7 +19,7 @@ from torch import nn
 
 from llava_ray.errors import ConfigError, ModelNotFoundError
 from llava_ray.model.checkpoint.locate import find_folder
-from llava_ray.model.checkpoint.weights import Part, Stored, open_parts
+from llava_ray.model.checkpoint.weights import StoredTensor, WeightFiles, open_weights
 from llava_ray.model.export.projector import PREFIX as PROJECTOR
 from llava_ray.model.lora import find_alphas, read_adapter, read_settings, refuse_base, sort_tensors
 
@@ -153,7 +153,7 @@ def _read(model: Any, folder: Path) -> _Adapter:
     extra = folder / "non_lora_trainables.bin"
     if extra.is_file():
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
-        for place, tensor in open_parts((Part((extra,)),)).items():
+        for place, tensor in open_weights((WeightFiles((extra,)),)).items():
             if shapes.get(place) != tensor.shape:
                 raise refuse_base(folder, place, tensor, settings)
             whole[place] = tensor
@@ -179,7 +179,7 @@ def _read(model: Any, folder: Path) -> _Adapter:
 
 
 def _check(
-    model: Any, folder: Path, lora: Mapping[str, Stored], whole: Mapping[str, Stored]
+    model: Any, folder: Path, lora: Mapping[str, StoredTensor], whole: Mapping[str, StoredTensor]
 ) -> None:
     """Refuse what is not a product of two matrices beside a linear layer, or a projector."""
     for name in lora:

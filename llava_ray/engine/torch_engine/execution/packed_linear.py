@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.quiet import has_fast_bfloat16
+from llava_ray.model.precision import has_fast_bfloat16
 
 _EXACT_TO = 2.0**-25
 """Largest error accepted as exact: half the spacing of float16's subnormal numbers."""
