@@ -167,7 +167,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_is_replaced_only_when_asked_and_only_a_checkpoint(folder: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty: give a new folder, or --overwrite"):
         export_model(tiny_model(), folder)
-    with pytest.raises(ConfigError, match="is not a checkpoint .* does not remove anything else"):
+    with pytest.raises(ConfigError, match=r"is not a checkpoint .* does not remove anything else"):
         export_model(tiny_model(), folder, overwrite=True)
     with pytest.raises(ConfigError, match="it is a file"):
         export_model(tiny_model(), folder / "letter.txt")
