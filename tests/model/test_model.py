@@ -118,7 +118,7 @@ def test_a_folder_that_is_not_there_is_told_with_what_to_do():
 
 def test_another_kind_of_model_is_refused_by_its_kind(folder):
     (folder / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(ConfigError, match="of the kind 'bert'"):
+    with pytest.raises(ConfigError, match="has model_type 'bert'"):
         load_model(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"config\.json is not JSON"):

@@ -135,7 +135,7 @@ def test_an_adapter_names_its_base_and_tells_when_that_is_not_here(tmp_path):
 
 def test_an_adapter_of_another_kind_is_refused(tmp_path, base):
     folder = write_lora(Original(), tmp_path / "adapter", peft_type="IA3")
-    with pytest.raises(ConfigError, match="kind 'IA3' are not supported: use LoRA"):
+    with pytest.raises(ConfigError, match="peft_type 'IA3' adapters are not supported: use LoRA"):
         load(folder, base=base)
 
 

@@ -260,7 +260,7 @@ def test_parts_that_do_not_fit_are_told(tmp_path: Path, clip: Path, built: Any) 
     parts: dict[str, Any] = {"llm": tmp_path / "lm", "vision_tower": clip}
     for change, message in (
         ({"projector": "mlp3x_gelu"}, "projector='mlp3x_gelu': .* use mlp2x_gelu, linear"),
-        ({"projector": "identity"}, "features have 16 numbers and .* embeddings 32"),
+        ({"projector": "identity"}, "features have size 16 and .* embeddings 32"),
         ({"select_layer": -9}, r"has 3 layers, so its hidden states are numbered -4 to 3"),
         ({"image_aspect": "anyres", "select_feature": "cls_patch"}, "grid of anyres; use patch"),
         ({"llm": clip}, "'clip_vision_model', which is not a language model that continues"),
