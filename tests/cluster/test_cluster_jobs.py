@@ -20,9 +20,16 @@ import pytest
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
     _AutoscalingCoordinatorActor,
 )
-from support.ray_nodes import ROOT, RayNode, RayNodes, start_nodes, wait_for
-from support.scene_benchmark import write_scenes
-from support.train_runs import NUM_SAMPLES, assert_same_run, make_config, read_steps, write_rows
+
+from tests.support.ray_nodes import ROOT, RayNode, RayNodes, start_nodes, wait_for
+from tests.support.scene_benchmark import write_scenes
+from tests.support.train_runs import (
+    NUM_SAMPLES,
+    assert_same_run,
+    make_config,
+    read_steps,
+    write_rows,
+)
 
 pytestmark = [
     pytest.mark.ray,

@@ -18,9 +18,10 @@ import httpx
 import psutil
 import pytest
 from PIL import Image
-from support.load_clients import Ask, Crowd, ask, gather_crowd
-from support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
-from support.wait import wait_until_ended
+
+from tests.support.load_clients import Ask, Crowd, ask, gather_crowd
+from tests.support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
+from tests.support.wait import wait_until_ended
 
 pytestmark = [
     pytest.mark.ray,

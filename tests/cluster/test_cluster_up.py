@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support import network_hosts
-from support.benchmark_files import write_lines
-from support.tiny_checkpoint import make_image, tiny_model
+
+from tests.support import network_hosts
+from tests.support.benchmark_files import write_lines
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "jobs" / "configs" / "cluster_local.yaml"

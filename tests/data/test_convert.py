@@ -11,17 +11,6 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from support.raw_data import (
-    bad_images,
-    convert_here,
-    llava_row,
-    odd_images,
-    read,
-    save,
-    write_json,
-    write_llava,
-)
-from support.tiny_checkpoint import tiny_model
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import describe_settings, prepare_output
@@ -35,6 +24,17 @@ from llava_ray.data.sources import SOURCES
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.images import decode
 from llava_ray.storage import check_name, open_folder
+from tests.support.raw_data import (
+    bad_images,
+    convert_here,
+    llava_row,
+    odd_images,
+    read,
+    save,
+    write_json,
+    write_llava,
+)
+from tests.support.tiny_checkpoint import tiny_model
 
 JOB = [sys.executable, Path(__file__).parents[2] / "jobs" / "convert.py", "llava"]
 
@@ -277,9 +277,8 @@ def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
 def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from support.raw_data import write_table
-
     from llava_ray.data.convert import partition
+    from tests.support.raw_data import write_table
 
     held = {"bytes": save(tmp_path / "x.png"), "path": None}
     rows = [{"id": f"{i}", "image": held, "caption": f"number {i}"} for i in range(6)]

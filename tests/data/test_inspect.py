@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from support.command_line import run
-from support.raw_data import convert_here, say, write_json, write_llava
-from support.tiny_checkpoint import tiny_model
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.inspect import draw_histogram
+from tests.support.command_line import run
+from tests.support.raw_data import convert_here, say, write_json, write_llava
+from tests.support.tiny_checkpoint import tiny_model
 
 
 def make(tmp_path: Path, **settings: object) -> Path:

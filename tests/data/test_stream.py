@@ -9,10 +9,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from support.hf_checkpoints import write_published
-from support.llava_checkpoints import Original
-from support.raw_data import convert_here, llava_row, save, say, write_json, write_llava
-from support.tiny_checkpoint import tiny_model
 
 from llava_ray.config import ConvertConfig, DataConfig
 from llava_ray.data.loader.collate import Batch
@@ -25,6 +21,10 @@ from llava_ray.images import decode
 from llava_ray.model.loading import load_model
 from llava_ray.storage import open_folder
 from llava_ray.template import IGNORED
+from tests.support.hf_checkpoints import write_published
+from tests.support.llava_checkpoints import Original
+from tests.support.raw_data import convert_here, llava_row, save, say, write_json, write_llava
+from tests.support.tiny_checkpoint import tiny_model
 
 NUM_ROWS = 30
 

@@ -10,7 +10,6 @@ import yaml
 from openai import OpenAI
 from ray import serve
 from ray.serve.schema import ServeDeploySchema
-from support.tiny_checkpoint import tiny_model
 
 from llava_ray import app, demo
 from llava_ray.config import LimitsConfig, ModelConfig, PageConfig, ServeConfig
@@ -20,6 +19,7 @@ from llava_ray.errors import EngineError
 from llava_ray.images import to_data_url
 from llava_ray.serve.replica.deployment import FAILED_CHECKS, Replica
 from llava_ray.types import ChatRequest, Message, TextPart
+from tests.support.tiny_checkpoint import tiny_model
 
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "serve.yaml"
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 from PIL import Image
-from support.endless_openai import EndlessServer, run_endless_server
-from support.wait import PATIENCE_S, wait_until_ready
 
 from llava_ray.cli import main
+from tests.support.endless_openai import EndlessServer, run_endless_server
+from tests.support.wait import PATIENCE_S, wait_until_ready
 
 pytestmark = pytest.mark.ray
 

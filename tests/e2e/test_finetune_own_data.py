@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.wait import PATIENCE_S, wait_until_ready
 
 from llava_ray.client import Client
 from llava_ray.types import ChatRequest, ImagePart, Message, Sampling, TextPart
+from tests.support.wait import PATIENCE_S, wait_until_ready
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -9,11 +9,11 @@ from subprocess import CompletedProcess
 
 import psutil
 import pytest
-from support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.model import load_model
 from llava_ray.train.checkpoint import read_progress
+from tests.support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_SAMPLES = 24

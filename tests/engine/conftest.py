@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from support.tiny_checkpoint import tiny_model
 
 from llava_ray.model.loading import load_model
 from llava_ray.types import Prompt
+from tests.support.tiny_checkpoint import tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 

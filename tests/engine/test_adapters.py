@@ -7,9 +7,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from support.llava_checkpoints import Original
-from support.partial_checkpoints import make_lora, write_adapter, write_lora
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.engine.factory import load_engine
@@ -19,6 +16,9 @@ from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import load_model
 from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
+from tests.support.llava_checkpoints import Original
+from tests.support.partial_checkpoints import make_lora, write_adapter, write_lora
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 IMAGE, OTHER = make_image(1), make_image(2)
 SHAPES = {

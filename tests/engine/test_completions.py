@@ -5,8 +5,6 @@ import json
 from typing import Any
 
 import pytest
-from support.engine_requests import answer, load, prompt
-from support.tiny_checkpoint import make_image
 
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import complete, tokenize
@@ -23,6 +21,8 @@ from llava_ray.types import (
     TextPart,
     TokenizeRequest,
 )
+from tests.support.engine_requests import answer, load, prompt
+from tests.support.tiny_checkpoint import make_image
 
 LIMITS = LimitsConfig(max_answers=6)
 GREEDY = Sampling(temperature=0, max_tokens=12)

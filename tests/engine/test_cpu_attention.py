@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from support.attention_reference import check_attention
 
 from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMetadata
 from llava_ray.engine.torch_engine.execution.cpu_attention import (
@@ -15,6 +14,7 @@ from llava_ray.engine.torch_engine.execution.cpu_attention import (
 )
 from llava_ray.engine.torch_engine.execution.cpu_layers import rotate, store_rows
 from llava_ray.engine.torch_engine.execution.numba_ops import compile_cached
+from tests.support.attention_reference import check_attention
 
 CPU_ATTENTION = "llava_ray.engine.torch_engine.execution.cpu_attention"
 

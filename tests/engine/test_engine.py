@@ -11,18 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.engine_requests import (
-    ScriptedRunner,
-    answer,
-    ask_late,
-    load,
-    make_sequence,
-    mixed_prompts,
-    prompt,
-    read,
-    read_some,
-)
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.detokenizer import Detokenizer
@@ -51,6 +39,18 @@ from llava_ray.model.build.random_model import build_byte_tokenizer
 from llava_ray.model.loading import load_model
 from llava_ray.priority import give_way
 from llava_ray.types import Chunk, Sampling
+from tests.support.engine_requests import (
+    ScriptedRunner,
+    answer,
+    ask_late,
+    load,
+    make_sequence,
+    mixed_prompts,
+    prompt,
+    read,
+    read_some,
+)
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 # ---- the same answers as transformers ----
 

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import psutil
 import pytest
 import torch
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.engine.torch_engine.engine_loop import OutputQueue
@@ -24,6 +23,7 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.build.random_model import TINY
 from llava_ray.model.loading import load_model
 from llava_ray.types import Prompt, Sampling
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 CACHE_TOKENS = 4096
 """Of the cache, and of the model's context: one request can ask for all of it."""

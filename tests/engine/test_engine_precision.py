@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from support.conversations import say
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import DEMO_MODEL, EvaluateConfig, ModelConfig, ServeConfig
 from llava_ray.demo.evaluate import make_cases
@@ -19,6 +17,8 @@ from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import load_model, load_without_weights
 from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.types import Chunk, Prompt, Sampling
+from tests.support.conversations import say
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 slow_in_bfloat16 = pytest.mark.skipif(has_fast_bfloat16(), reason="auto is bfloat16 on this CPU")
 

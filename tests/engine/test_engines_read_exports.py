@@ -27,15 +27,15 @@ import peft
 import pytest
 import torch
 from PIL import Image
-from support import hf_checkpoints, llava_checkpoints
-from support.llava_checkpoints import Original
-from support.tiny_checkpoint import make_image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llava_ray.demo import scenes
 from llava_ray.model.build.random_model import TINY, build_random_model
 from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import load_model
+from tests.support import hf_checkpoints, llava_checkpoints
+from tests.support.llava_checkpoints import Original
+from tests.support.tiny_checkpoint import make_image
 
 PYTHONS = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -15,12 +15,12 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from support.tiny_checkpoint import make_image, tiny_model
-from support.wait import wait_until, wait_until_ended
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.model.build.random_model import TINY
 from llava_ray.model.export.export import export_model
+from tests.support.tiny_checkpoint import make_image, tiny_model
+from tests.support.wait import wait_until, wait_until_ended
 
 # Widths: the least that vLLM's kernels take.
 SHAPE = replace(TINY, hidden_size=128, vision_hidden_size=64, context_length=4096)

@@ -16,10 +16,6 @@ from typing import Any
 
 import psutil
 import pytest
-from support.engine_requests import answer, prompt, read, read_some
-from support.scripted_worker import MISCHIEF
-from support.tiny_checkpoint import make_image, tiny_model
-from support.wait import wait_until_ended
 
 from llava_ray.config import ModelConfig
 from llava_ray.engine.external.engine import ExternalEngine
@@ -35,6 +31,10 @@ from llava_ray.errors import (
 )
 from llava_ray.model.build.random_model import TINY
 from llava_ray.types import TokenLogprob
+from tests.support.engine_requests import answer, prompt, read, read_some
+from tests.support.scripted_worker import MISCHIEF
+from tests.support.tiny_checkpoint import make_image, tiny_model
+from tests.support.wait import wait_until_ended
 
 IMAGE_TOKENS = (TINY.image_size // TINY.patch_size) ** 2
 SCRIPTED = ExternalEngineKind(

@@ -4,8 +4,6 @@ import asyncio
 from contextlib import aclosing
 
 import pytest
-from support.engine_requests import answer, load, prompt
-from support.tiny_checkpoint import make_image
 
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import chat
@@ -13,6 +11,8 @@ from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.fanout import fan_out, stream_all
 from llava_ray.errors import ContextLengthError
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
+from tests.support.engine_requests import answer, load, prompt
+from tests.support.tiny_checkpoint import make_image
 
 
 def join(chunks: list[Chunk]) -> dict[int, str]:

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from support.attention_reference import HEAD_SIZE, check_attention
+
+from tests.support.attention_reference import HEAD_SIZE, check_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":

@@ -5,14 +5,14 @@ import math
 
 import pytest
 import torch
-from support.engine_requests import load, prompt, read
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Sampling, TokenLogprob
+from tests.support.engine_requests import load, prompt, read
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 PICTURED = ("USER: <image> what is it? ASSISTANT:", make_image(3))
 

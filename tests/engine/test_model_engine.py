@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hf_checkpoints import write_published
-from support.llava_checkpoints import Original
-from support.served_as_generated import assert_served_as_generated
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.errors import ConfigError
 from llava_ray.model.loading import load_model
+from tests.support.hf_checkpoints import write_published
+from tests.support.llava_checkpoints import Original
+from tests.support.served_as_generated import assert_served_as_generated
 
 KINDS = {
     "anyres": Original(text="mistral", aspect="anyres", merge="spatial_unpad"),

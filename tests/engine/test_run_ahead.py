@@ -7,7 +7,14 @@ import asyncio
 import json
 
 import pytest
-from support.engine_requests import (
+
+from llava_ray.engine.torch_engine.engine import TorchEngine
+from llava_ray.engine.torch_engine.execution.model_runner import ModelRunner
+from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler, StepPlan
+from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.model.loading import load_model
+from llava_ray.types import Chunk, Sampling
+from tests.support.engine_requests import (
     ScriptedRunner,
     answer,
     ask_late,
@@ -17,14 +24,7 @@ from support.engine_requests import (
     prompt,
     read,
 )
-from support.tiny_checkpoint import make_image, tiny_model
-
-from llava_ray.engine.torch_engine.engine import TorchEngine
-from llava_ray.engine.torch_engine.execution.model_runner import ModelRunner
-from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler, StepPlan
-from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
-from llava_ray.model.loading import load_model
-from llava_ray.types import Chunk, Sampling
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
@@ -36,10 +36,7 @@ def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
 
 @pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize("prefill_tokens", [7, 4096])
-def test_requests_that_come_and_go_get_the_answers_of_generate(
-    graphs,
-    prefill_tokens,
-):
+def test_requests_that_come_and_go_get_the_answers_of_generate(generate, graphs, prefill_tokens):
     prompts = mixed_prompts(16)
 
     async def main():

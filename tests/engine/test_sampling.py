@@ -5,8 +5,6 @@ from random import Random
 
 import pytest
 import torch
-from support.engine_requests import answer, load, prompt, read
-from support.tiny_checkpoint import make_image, tiny_model
 from transformers import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -23,6 +21,8 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import RequestError
 from llava_ray.model.loading import load_model
 from llava_ray.types import Sampling
+from tests.support.engine_requests import answer, load, prompt, read
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 VOCABULARY = 50
 PROMPT = [3, 9, 9, 49, 50]  # 50, the id of an image, is beyond the vocabulary

@@ -6,8 +6,6 @@ from typing import Any
 
 import jsonschema
 import pytest
-from support.engine_requests import load, prompt, read
-from support.tiny_checkpoint import make_image, tiny_model
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,6 +16,8 @@ from llava_ray.engine.structured_output import Vocabulary
 from llava_ray.errors import RequestError, UnsupportedError
 from llava_ray.model.loading import load_model
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
+from tests.support.engine_requests import load, prompt, read
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 OBJECT = {
     "type": "object",

@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.raw_data import save
-from support.scene_benchmark import write_scenes
-from support.scripted_openai import Script, ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError, UserError
@@ -18,6 +15,9 @@ from llava_ray.evaluate.predict import ask as asking
 from llava_ray.evaluate.predict.actor import Attempts, Predictor, describe_settings, make_cache_key
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
+from tests.support.raw_data import save
+from tests.support.scene_benchmark import write_scenes
+from tests.support.scripted_openai import Script, ScriptedOpenAI
 
 SHORT = Sampling(max_tokens=24, temperature=0)
 

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.benchmark_files import write_lines
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError
@@ -12,6 +11,7 @@ from llava_ray.evaluate.scoring import judge, scorers
 from llava_ray.evaluate.scoring.vqa_normalize import normalize_answer
 from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.types import Question
+from tests.support.benchmark_files import write_lines
 
 
 @pytest.mark.parametrize(

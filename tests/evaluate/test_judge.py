@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.benchmark_files import WRITERS
-from support.raw_data import write_json
-from support.scripted_openai import Script, ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError
@@ -17,6 +14,9 @@ from llava_ray.evaluate.results.results import TaskResult, summarize_task
 from llava_ray.evaluate.scoring.judge_run import grade_replies
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction
+from tests.support.benchmark_files import WRITERS
+from tests.support.raw_data import write_json
+from tests.support.scripted_openai import Script, ScriptedOpenAI
 
 RULES = {
     f"llava_bench_{kind}": {"role": "Assistant", "prompt": f"Judge this {kind}."}

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from support.benchmark_files import WRITERS, write_lines
 from typer.testing import CliRunner
 
 from llava_ray.cli import app
@@ -13,6 +12,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.evaluate.rescore import score_file
 from llava_ray.evaluate.results.compare import compare_runs
 from llava_ray.evaluate.tasks import TASKS
+from tests.support.benchmark_files import WRITERS, write_lines
 
 
 def make_run(folder: Path, name: str, replies: list[str]) -> Path:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.benchmark_files import write_lines
-from support.scripted_openai import ScriptedOpenAI
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.evaluate import run
 from llava_ray.evaluate.results.results import TaskResult
+from tests.support.benchmark_files import write_lines
+from tests.support.scripted_openai import ScriptedOpenAI
 
 NUM_QUESTIONS = 40
 NUM_BEFORE = 16  # asked before the kill

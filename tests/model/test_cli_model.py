@@ -5,11 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command_line import run
-from support.llava_checkpoints import Original
-from support.partial_checkpoints import write_projector_only
-from support.reference_logits import assert_same_logits, load
-from support.tiny_checkpoint import tiny_model
+
+from tests.support.command_line import run
+from tests.support.llava_checkpoints import Original
+from tests.support.partial_checkpoints import write_projector_only
+from tests.support.reference_logits import assert_same_logits, load
+from tests.support.tiny_checkpoint import tiny_model
 
 
 def test_the_doctor_says_what_it_found_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.hf_checkpoints import write_published
-from support.tiny_checkpoint import make_image
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.tensor_names import from_memory
 from llava_ray.model.loading import load_model
+from tests.support.hf_checkpoints import write_published
+from tests.support.tiny_checkpoint import make_image
 
 PROMPT = "<s>see <image>\nand <image> what?"
 

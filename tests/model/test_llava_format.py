@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.llava_checkpoints import Original
-from support.reference_logits import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
-from support.tiny_checkpoint import make_image
+
+from tests.support.llava_checkpoints import Original
+from tests.support.reference_logits import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
+from tests.support.tiny_checkpoint import make_image
 
 OF_THE_ORIGINAL = json.loads((GOLDEN / "original_logits.json").read_text())
 """What LLaVA's code at its last commit gave for these files, prompt and images in float32 (MPT's

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, RequestError
 from llava_ray.model.build.random_model import TINY, build_random_model
 from llava_ray.model.loading import load_model, load_opened
 from llava_ray.model.open_checkpoint import open_checkpoint
 from llava_ray.types import ImagePart, Message, TextPart
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 @pytest.fixture

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.llava_checkpoints import Original, write_tensors
-from support.partial_checkpoints import (
+
+from llava_ray.errors import ConfigError, MissingPackageError
+from llava_ray.model.loading import load_model
+from tests.support.llava_checkpoints import Original, write_tensors
+from tests.support.partial_checkpoints import (
     ALPHA,
     RANK,
     add_lora,
@@ -16,11 +19,8 @@ from support.partial_checkpoints import (
     write_lora,
     write_projector_only,
 )
-from support.reference_logits import assert_same_logits, load
-from support.tiny_checkpoint import make_image, tiny_model
-
-from llava_ray.errors import ConfigError, MissingPackageError
-from llava_ray.model.loading import load_model
+from tests.support.reference_logits import assert_same_logits, load
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 @pytest.fixture

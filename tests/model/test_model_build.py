@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.llava_checkpoints import Original
-from support.reference_logits import load
-from support.served_as_generated import assert_served_as_generated
-from support.tiny_checkpoint import make_image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.auto import CONFIG_MAPPING
 
@@ -21,6 +17,10 @@ from llava_ray.model.build.build import build_llava
 from llava_ray.model.build.random_model import build_byte_tokenizer
 from llava_ray.model.export.export import export_model
 from llava_ray.types import ImagePart, Message, TextPart
+from tests.support.llava_checkpoints import Original
+from tests.support.reference_logits import load
+from tests.support.served_as_generated import assert_served_as_generated
+from tests.support.tiny_checkpoint import make_image
 
 CHAT = (
     "{{ bos_token }}{% for message in messages %}[{{ message['role'] }}]\n"

@@ -9,17 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from support.hf_checkpoints import write_published
-from support.llava_checkpoints import Original, write_tensors
-from support.partial_checkpoints import add_lora, write_lora, write_projector_only
-from support.reference_logits import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
-from support.tiny_checkpoint import make_image, tiny_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.export.export import export_model
 from llava_ray.model.loading import LoadedModel
 from llava_ray.types import ImagePart, Message, TextPart
+from tests.support.hf_checkpoints import write_published
+from tests.support.llava_checkpoints import Original, write_tensors
+from tests.support.partial_checkpoints import add_lora, write_lora, write_projector_only
+from tests.support.reference_logits import GOLDEN, KINDS, PROMPT, assert_same_logits, images, load
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 NOT_IN_HF = {
     "three-layer projector": "a projector of two layers, and this one is mlp3x_gelu",

@@ -9,11 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.hf_checkpoints import write_published
-from support.llava_checkpoints import Original, write_tensors
-from support.partial_checkpoints import write_lora
-from support.reference_logits import assert_same_logits, load
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.build.build import build_llava
@@ -22,6 +17,11 @@ from llava_ray.model.export.delta import make_delta
 from llava_ray.model.export.export import export_model
 from llava_ray.model.export.piecewise_tokenizer import agrees, join_pieces
 from llava_ray.template import IMAGE_TOKEN
+from tests.support.hf_checkpoints import write_published
+from tests.support.llava_checkpoints import Original, write_tensors
+from tests.support.partial_checkpoints import write_lora
+from tests.support.reference_logits import assert_same_logits, load
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 def build_sentencepiece(prepend: str) -> Any:

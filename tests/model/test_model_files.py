@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.llava_checkpoints import Original
-from support.reference_logits import assert_same_logits, load
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.doctor import diagnose
 from llava_ray.model.loading import load_model
+from tests.support.llava_checkpoints import Original
+from tests.support.reference_logits import assert_same_logits, load
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 class Harm:
@@ -228,7 +228,7 @@ def test_the_doctor_says_what_a_checkpoint_is(tmp_path):
 def test_the_doctor_names_each_problem_and_its_remedy(tmp_path):
     folder = Original(projector="mlp3x_gelu").write(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
-    from support.llava_checkpoints import write_tensors
+    from tests.support.llava_checkpoints import write_tensors
 
     kept = {n: t for n, t in tensors.items() if "mm_projector" not in n and "tower" not in n}
     write_tensors(folder, kept | {"model.norm.weight": torch.ones(7)})

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conversations import CHATML, learned, say, talk
-from support.llava_checkpoints import Original
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat
@@ -20,6 +17,9 @@ from llava_ray.model.choose_template import guess_template
 from llava_ray.model.doctor import diagnose
 from llava_ray.model.loading import LoadedModel, load_model
 from llava_ray.types import ChatRequest, Message, Sampling
+from tests.support.conversations import CHATML, learned, say, talk
+from tests.support.llava_checkpoints import Original
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 
 def load(folder: Path, **options: Any) -> LoadedModel:

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from support.llava_checkpoints import Original
-from support.reference_logits import GOLDEN, load
 
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
@@ -19,6 +17,8 @@ from llava_ray.model.doctor import diagnose
 from llava_ray.model.processor import load_llava_tokenizer
 from llava_ray.template import tokenize_pieces
 from llava_ray.template.tokens import Notation, Segment, encode_segments
+from tests.support.llava_checkpoints import Original
+from tests.support.reference_logits import GOLDEN, load
 
 TEXTS = [
     "what is it",

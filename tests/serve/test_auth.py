@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import ValidationError
-from support.local_gateway import KEYS, PATH, Nearby, body, run_nearby
 from typer.testing import CliRunner
 
 from llava_ray.cli import app as cli
@@ -19,6 +18,7 @@ from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
 from llava_ray.types import Usage
+from tests.support.local_gateway import KEYS, PATH, Nearby, body, run_nearby
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 

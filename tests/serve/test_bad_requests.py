@@ -8,7 +8,8 @@ from typing import Any
 
 import httpx
 import pytest
-from support.image_urls import data_url, png
+
+from tests.support.image_urls import data_url, png
 
 CHAT = "/v1/chat/completions"
 PATIENCE_S = 60

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.web_servers import PRIVATE, PUBLIC, BadWeb, png, run_bad_web
 
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
@@ -19,6 +18,7 @@ from llava_ray.serve.fetch.client import Fetcher
 from llava_ray.serve.fetch.ip_policy import is_public
 from llava_ray.serve.fetch.url_policy import check_url, read_image_url
 from llava_ray.types import ChatRequest, ImagePart, Message, TextPart
+from tests.support.web_servers import PRIVATE, PUBLIC, BadWeb, png, run_bad_web
 
 OPEN = FetchConfig(hosts=["*"])
 PARAM = "messages[0].content[0].image_url.url"

@@ -18,12 +18,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from support.wait import PATIENCE_S, wait_until, wait_until_ready
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.types import ChatRequest, Chunk
+from tests.support.wait import PATIENCE_S, wait_until, wait_until_ready
 
 PATH = "/v1/chat/completions"
 

@@ -18,12 +18,12 @@ from typing import Any
 
 import httpx
 import pytest
-from support.local_page import PARAMETERS, Visitor, said, texts
-from support.wait import PATIENCE_S, wait_until
 
 from llava_ray.config import ModelConfig, PageConfig, ServeConfig
 from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.types import ChatRequest, Chunk
+from tests.support.local_page import PARAMETERS, Visitor, said, texts
+from tests.support.wait import PATIENCE_S, wait_until
 
 pytestmark = pytest.mark.slow
 NUM_CLIENTS = 8

@@ -9,8 +9,6 @@ from typing import Any
 
 import httpx
 import pytest
-from support.llava_client import PATIENCE_S, ask, generate, make_image, post, read, render, stream
-from support.local_gateway import KEYS, Nearby, run_nearby
 
 from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.errors import (
@@ -23,6 +21,17 @@ from llava_ray.errors import (
 from llava_ray.serve.gateway.llava_routes import PATHS
 from llava_ray.serve.llava import protocol
 from llava_ray.types import Chunk, PromptRequest
+from tests.support.llava_client import (
+    PATIENCE_S,
+    ask,
+    generate,
+    make_image,
+    post,
+    read,
+    render,
+    stream,
+)
+from tests.support.local_gateway import KEYS, Nearby, run_nearby
 
 GENERATE = "/worker_generate_stream"
 

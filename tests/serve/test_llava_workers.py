@@ -10,8 +10,6 @@ import httpx
 import openai
 import pytest
 from pydantic import ValidationError
-from support.llava_client import PATIENCE_S, ask, generate, make_image, post, read, render, stream
-from support.llava_worker import LlavaWorker
 
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.errors import NotAllowedError
@@ -20,6 +18,17 @@ from llava_ray.serve.llava.worker_registry import MAX_WORKERS, WorkerRegistry, c
 from llava_ray.serve.llava.worker_request import build_worker_request, name_template
 from llava_ray.template import TEMPLATES
 from llava_ray.types import PromptRequest, Sampling
+from tests.support.llava_client import (
+    PATIENCE_S,
+    ask,
+    generate,
+    make_image,
+    post,
+    read,
+    render,
+    stream,
+)
+from tests.support.llava_worker import LlavaWorker
 
 MODEL = "llava-v1.5-7b"
 

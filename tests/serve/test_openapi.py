@@ -7,12 +7,12 @@ import jsonschema
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.openai_bodies import IMAGE, LIMITS
 
 from llava_ray.errors import RequestError
 from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.serve.openai.openapi import describe_api
+from tests.support.openai_bodies import IMAGE, LIMITS
 
 API = describe_api(["m"])
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -10,15 +10,15 @@ from typing import NamedTuple
 import httpx
 import pytest
 from PIL import Image
-from support.endless_openai import EndlessServer, run_endless_server
-from support.local_page import PARAMETERS, Visitor, red_png, said, texts
-from support.wait import PATIENCE_S
 
 from llava_ray.client import LONGEST_SIDE, Client, shrink_image
 from llava_ray.config import PageConfig
 from llava_ray.errors import ImageError, ModelNotFoundError, UserError
 from llava_ray.serve.page import conversation
 from llava_ray.types import ChatRequest, Message, TextPart
+from tests.support.endless_openai import EndlessServer, run_endless_server
+from tests.support.local_page import PARAMETERS, Visitor, red_png, said, texts
+from tests.support.wait import PATIENCE_S
 
 
 class Aside(NamedTuple):

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.local_page import ScriptedGateway, red_png, run_page
-from support.wait import wait_until
 
 from llava_ray.serve.page.feedback import read_feedback
+from tests.support.local_page import ScriptedGateway, red_png, run_page
+from tests.support.wait import wait_until
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -4,9 +4,17 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.local_page import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said, texts
 
 from llava_ray.serve.page.feedback import read_feedback
+from tests.support.local_page import (
+    PARAMETERS,
+    ScriptedGateway,
+    Visitor,
+    red_png,
+    run_page,
+    said,
+    texts,
+)
 
 REFUSED = "the moderation service does not answer"
 

@@ -11,10 +11,10 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode, checks
-from support.image_urls import data_url, png
-from support.wait import PATIENCE_S
 
 from llava_ray.serve.openai.openapi import describe_api
+from tests.support.image_urls import data_url, png
+from tests.support.wait import PATIENCE_S
 
 API = schemathesis.openapi.from_dict(describe_api(["echo", "other"]))
 OPERATIONS = [

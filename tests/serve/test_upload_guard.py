@@ -12,11 +12,19 @@ from typing import Any
 
 import httpx
 import pytest
-from support.local_page import PARAMETERS, ScriptedGateway, Visitor, red_png, run_page, said, texts
-from support.wait import PATIENCE_S
 
 from llava_ray.serve.page import upload_guard
 from llava_ray.serve.page.store import make_store
+from tests.support.local_page import (
+    PARAMETERS,
+    ScriptedGateway,
+    Visitor,
+    red_png,
+    run_page,
+    said,
+    texts,
+)
+from tests.support.wait import PATIENCE_S
 
 META = {"_type": "gradio.FileData"}
 get = partial(httpx.get, timeout=PATIENCE_S)

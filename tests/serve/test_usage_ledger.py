@@ -5,10 +5,9 @@ from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
-from support.local_gateway import KEYS, Nearby, run_nearby
-
 from llava_ray.config import KeyConfig, hash_key
 from llava_ray.serve.gateway.usage_ledger import Counts, ExchangeCounts, LedgerReply, UsageLedger
+from tests.support.local_gateway import KEYS, Nearby, run_nearby
 
 Scene = Callable[[Nearby, Nearby, Callable[[], Awaitable[Nearby]]], Awaitable[None]]
 

@@ -5,14 +5,13 @@ import random
 import time
 from contextlib import aclosing
 
-from support.tiny_checkpoint import make_image, tiny_model
-
 from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.model.loading import load_model
 from llava_ray.types import Chunk, Prompt, Sampling
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 GREEDY = Sampling(temperature=0)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.llava_checkpoints import MEAN, STD
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 
 from llava_ray.model.build.random_model import build_byte_tokenizer
+from tests.support.llava_checkpoints import MEAN, STD
 
 TOWER = {
     "hidden_size": 16,

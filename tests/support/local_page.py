@@ -19,10 +19,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from gradio_client.utils import apply_diff
 from PIL import Image
-from support.wait import PATIENCE_S
 
 from llava_ray.config import PageConfig
 from llava_ray.serve.page import mount_page
+from tests.support.wait import PATIENCE_S
 
 PARAMETERS = (0.2, 0.7, 512, "default")
 MARKDOWN = """## Title

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from support.llava_checkpoints import Original
+
+from tests.support.llava_checkpoints import Original
 
 RANK, ALPHA = 4, 12
 TARGETS = ("self_attn.q_proj", "mlp.down_proj")

@@ -12,13 +12,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
-from support.tiny_checkpoint import make_image
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import describe_settings, finalize_output, prepare_output
 from llava_ray.data.convert.partition import PendingSample, RejectedRow, make_shard_jobs
 from llava_ray.data.convert.write_shard import ShardJobRunner
 from llava_ray.data.shards import write_text
+from tests.support.tiny_checkpoint import make_image
 
 
 def save(path: Path, seed: int = 0, **size: int) -> bytes:

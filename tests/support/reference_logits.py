@@ -4,10 +4,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from support.llava_checkpoints import Original
-from support.tiny_checkpoint import make_image
 
 from llava_ray.model.loading import LoadedModel, load_model
+from tests.support.llava_checkpoints import Original
+from tests.support.tiny_checkpoint import make_image
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 PROMPT = "look: <image>\nand this <image> what is it?"

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from support.benchmark_files import write_lines
-
 from llava_ray.demo import scenes
 from llava_ray.demo.evaluate import LATER_TURNS, make_cases
+from tests.support.benchmark_files import write_lines
 
 
 def write_scenes(folder: Path, *, num_scenes: int) -> Path:

@@ -3,11 +3,11 @@
 import asyncio
 
 from PIL import Image
-from support.tiny_checkpoint import make_image
 
 from llava_ray.engine.torch_engine.engine import TorchEngine
 from llava_ray.model.loading import LoadedModel
 from llava_ray.types import Prompt, Sampling
+from tests.support.tiny_checkpoint import make_image
 
 PROMPTS = [
     ("look: <image>\nand <image> what?", [make_image(), make_image(1, width=31, height=97)]),

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import TrainConfig
 from llava_ray.train.log import read_log
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 NUM_SAMPLES = 24
 

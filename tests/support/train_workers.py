@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from support.tiny_checkpoint import make_image, tiny_model
 
 from llava_ray.config import LimitsConfig, TrainConfig
 from llava_ray.data.loader.collate import Batch, collate
@@ -23,6 +22,7 @@ from llava_ray.data.loader.encode import EncodedSample, Encoder, load_encoder
 from llava_ray.data.loader.order import MixtureComponent, Position, SampleOrder
 from llava_ray.data.shards import ShardRow
 from llava_ray.types import IMAGE, Message, Sample, TextPart
+from tests.support.tiny_checkpoint import make_image, tiny_model
 
 NUM_SAMPLES = 24
 HELD_OUT = range(NUM_SAMPLES, NUM_SAMPLES + 6)

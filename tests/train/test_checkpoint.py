@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_checkpoint import make_image, tiny_model
-from support.train_workers import Scenario, read_losses, run_gang, run_gangs
 
 from llava_ray.model import load_model
 from llava_ray.model.export.export import export_model
+from tests.support.tiny_checkpoint import make_image, tiny_model
+from tests.support.train_workers import Scenario, read_losses, run_gang, run_gangs
 
 LORA: dict[str, Any] = {"method": "lora", "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0}
 METHODS: dict[str, dict[str, Any]] = {

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tiny_checkpoint import tiny_model
-from support.train_runs import NUM_SAMPLES, assert_same_run, make_config, read_steps, write_rows
 from typer.testing import CliRunner
 
 from llava_ray.cli import app
@@ -22,6 +20,14 @@ from llava_ray.errors import ConfigError, DivergedError
 from llava_ray.model import load_model
 from llava_ray.train.log import read_log
 from llava_ray.train.settings import load_train_config
+from tests.support.tiny_checkpoint import tiny_model
+from tests.support.train_runs import (
+    NUM_SAMPLES,
+    assert_same_run,
+    make_config,
+    read_steps,
+    write_rows,
+)
 
 
 @pytest.fixture(scope="module")

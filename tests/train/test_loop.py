@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.train_workers import (
+
+from llava_ray.errors import TrainingError
+from llava_ray.model import load_model
+from llava_ray.train.deepspeed_engine import TrainState
+from llava_ray.train.flops import count_flops
+from llava_ray.train.param_groups import select_trainable, summarize_param_groups
+from llava_ray.train.train_step import take_step
+from tests.support.train_workers import (
     Scenario,
     make_batches,
     make_config,
@@ -20,13 +27,6 @@ from support.train_workers import (
     read_losses,
     run_gangs,
 )
-
-from llava_ray.errors import TrainingError
-from llava_ray.model import load_model
-from llava_ray.train.deepspeed_engine import TrainState
-from llava_ray.train.flops import count_flops
-from llava_ray.train.param_groups import select_trainable, summarize_param_groups
-from llava_ray.train.train_step import take_step
 
 NUM_STEPS = 20
 ZEROS: dict[str, dict[str, Any]] = {

@@ -4,16 +4,6 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from support.benchmark_files import (
-    LETTER,
-    MME_SUBTASKS,
-    SHORT,
-    UNANSWERABLE,
-    write_all,
-    write_lines,
-)
-from support.raw_data import save
-from support.tiny_checkpoint import make_image
 
 from llava_ray.data.shards import ShardWriter
 from llava_ray.data.sources.building import assistant, make_sample, user
@@ -23,6 +13,16 @@ from llava_ray.evaluate.datasets.images import hash_image, load_image
 from llava_ray.evaluate.results.results import score_replies, summarize_task
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
+from tests.support.benchmark_files import (
+    LETTER,
+    MME_SUBTASKS,
+    SHORT,
+    UNANSWERABLE,
+    write_all,
+    write_lines,
+)
+from tests.support.raw_data import save
+from tests.support.tiny_checkpoint import make_image
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.raw_data import read, save, say, write_json, write_pickle, write_table, write_tar
 
 from llava_ray.data.sources import SOURCES, find_source
 from llava_ray.data.sources.building import write_box
@@ -12,6 +11,7 @@ from llava_ray.data.sources.coco import REQUESTS
 from llava_ray.data.sources.scienceqa import INPUTS, OUTPUTS
 from llava_ray.errors import ConfigError
 from llava_ray.types import IMAGE, Message, Sample, TextPart
+from tests.support.raw_data import read, save, say, write_json, write_pickle, write_table, write_tar
 
 SHORT = "Answer the question using a single word or phrase."
 BOX_OF = "Please provide the bounding box coordinate of the region this sentence describes: "

@@ -7,7 +7,6 @@ import random
 from typing import Any
 
 import pytest
-from support.openai_bodies import HELLO, IMAGE, LIMITS, PNG, URL, body
 
 from llava_ray.errors import (
     ContextLengthError,
@@ -40,6 +39,7 @@ from llava_ray.types import (
     TokenLogprob,
     count_usage,
 )
+from tests.support.openai_bodies import HELLO, IMAGE, LIMITS, PNG, URL, body
 
 
 def read(value: Any) -> ApiCall:

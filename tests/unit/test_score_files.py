@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.benchmark_files import MME_SUBTASKS, WRITERS, write_lines
-from support.raw_data import write_json
 from typer.testing import CliRunner
 
 from llava_ray.cli import app
@@ -14,6 +12,8 @@ from llava_ray.errors import ConfigError, SampleError, UserError
 from llava_ray.evaluate.rescore import score_file
 from llava_ray.evaluate.results.results import TaskResult
 from llava_ray.evaluate.tasks import TASKS
+from tests.support.benchmark_files import MME_SUBTASKS, WRITERS, write_lines
+from tests.support.raw_data import write_json
 
 
 def score(name: str, path: Path, data: Path | None = None, **options: Any) -> TaskResult:

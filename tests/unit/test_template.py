@@ -8,7 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from support.conversations import (
+
+from llava_ray.errors import ConfigError, RequestError, SampleError
+from llava_ray.template import TEMPLATES, Notation, OwnTemplate, find_template
+from llava_ray.template.own import VICUNA
+from llava_ray.types import ImagePart, Message, TextPart
+from tests.support.conversations import (
     byte_tokenizer,
     ids_of,
     learned,
@@ -18,11 +23,6 @@ from support.conversations import (
     say,
     talk,
 )
-
-from llava_ray.errors import ConfigError, RequestError, SampleError
-from llava_ray.template import TEMPLATES, Notation, OwnTemplate, find_template
-from llava_ray.template.own import VICUNA
-from llava_ray.types import ImagePart, Message, TextPart
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

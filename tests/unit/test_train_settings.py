@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny_checkpoint import tiny_model
 from transformers import get_scheduler
 
 from llava_ray import recipes
@@ -17,6 +16,7 @@ from llava_ray.train.deepspeed_config import describe_engine
 from llava_ray.train.param_groups import find_param_group, make_optimizer_groups, select_trainable
 from llava_ray.train.schedule import compute_lr_scale, count_warmup
 from llava_ray.train.settings import load_train_config
+from tests.support.tiny_checkpoint import tiny_model
 
 RECIPES = [p for p in sorted(recipes.FOLDER.glob("*.yaml")) if "method:" in p.read_text()]
 

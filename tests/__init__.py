@@ -1,0 +1,1 @@
+"""Tests by kind; helpers that they share are in tests/support."""
