@@ -1,8 +1,8 @@
-"""What a refactor must not change: `python jobs/snapshot.py OUT.json`, before and after, then `diff`.
+"""What a refactor must not change: `python jobs/snapshot.py OUT.json`, before and after; then diff.
 
-Written are: a digest of the logits and the greedy ids of LLaVA's own checkpoints in tests/golden, the
-demo model's greedy answers about 20 scenes, the OpenAPI document, and the losses of the first five
-steps of the recipe tiny_pretrain.
+This writes digests of the logits and the greedy ids of the checkpoints in tests/golden, the demo
+model's greedy answers about 20 scenes, the OpenAPI document, and the losses of the first five steps
+of the recipe tiny_pretrain.
 """
 
 import hashlib
