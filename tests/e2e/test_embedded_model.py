@@ -132,14 +132,14 @@ def yes(truth: object) -> str:
 
 
 IS_THERE = r"(?:Is there|Do you see|Can you see|Does the picture show|Is) (?:an?|the|any) (.+?)"
-END = r"(?: in the image| in this image)?\?"
+END = r"(?: in the (?:picture|image)| in this (?:picture|image))?\?"
 
 
 def check_existence(question: str, scene: scenes.Scene) -> str:
     if match := re.fullmatch(r"(?:Is there|Do you see) (?:any|some)thing in the (.+)\?", question):
         return yes(at(match[1], scene))
     match = re.fullmatch(r"Is there (an?|the) (.+) in the (.+)\?", question)
-    if match and match[3] != "image":
+    if match and match[3] not in ("picture", "image"):
         return yes(at(match[3], scene) in meant(match[2], scene))
     if match := re.fullmatch(
         r"(?:Is|Are|Do|Can) (?:there|you see)(?: any| an?)? (\w+)\?", question
@@ -194,7 +194,7 @@ def check_position(question: str, scene: scenes.Scene) -> str:
                 return yes(one.y < other.y)
             case _:
                 return yes(one.y > other.y)
-    name = re.search(r"(?:is|see|find|Where's) the (.+?)(?: in the image)?\?", question)[1]
+    name = re.search(r"(?:is|see|find|Where's) the (.+?)(?: in the (?:picture|image))?\?", question)[1]
     return f"In the {questions.CELLS[only(name, scene).cell]}."
 
 
@@ -220,7 +220,7 @@ def check_number(question: str, scene: scenes.Scene) -> str:
 
 
 def check_things(question: str, scene: scenes.Scene) -> str:
-    if match := re.search(r"in the (?!image)(.+?)(?: of the image)?[?.]", question):
+    if match := re.search(r"in the (?!picture|image)(.+?)(?: of the (?:picture|image))?[?.]", question):
         found = [item] if (item := at(match[1], scene)) else []
     else:
         (category,) = [c for c in scenes.CATEGORIES if c in question]
@@ -314,7 +314,7 @@ def test_questions_after_a_new_image_are_about_the_new_image():
                 assert turn.answer == questions.describe(latest)
 
 
-def test_without_a_image_every_question_about_one_is_answered_by_saying_so():
+def test_without_an_image_every_question_about_one_is_answered_by_saying_so():
     turns = questions.make_conversation(random.Random(0), [], num_turns=40)
     assert {turn.answer for turn in turns if turn.kind != "talk"} == {
         "I see no picture yet. Please add one."
