@@ -156,7 +156,7 @@ def test_unknown_options_are_refused_with_the_right_one() -> None:
         LLaVA("demo", max_batch_size=0)
     with pytest.raises(ConfigError, match="base can be given for the torch engine only"):
         LLaVA("demo", engine="echo", base="x")
-    with pytest.raises(ConfigError, match="leave base away"):
+    with pytest.raises(ConfigError, match="leave base out"):
         LLaVA("demo", base="demo")
 
 

@@ -261,4 +261,4 @@ def test_an_unknown_adapter_is_not_found_and_the_answer_lists_those_there_are(ur
     body = {"model": "pet:cow", "messages": [{"role": "user", "content": "Hello"}]}
     answer = httpx.post(f"{url}/v1/chat/completions", json=body, trust_env=False)
     assert answer.status_code == 404
-    assert answer.json()["error"]["message"].endswith("there is pet, pet:cat, pet:dog")
+    assert answer.json()["error"]["message"].endswith("use one of pet, pet:cat, pet:dog")

@@ -54,7 +54,7 @@ def test_a_prompt_is_a_text_or_tokens_or_several() -> None:
 def test_options_arrive() -> None:
     call = read(prompt=["a", "b"], n=3, best_of=3, logprobs=5, max_tokens=9, stream=True)
     assert (call.request.answers_each, call.request.num_answers) == (3, 6)
-    assert (call.head.answers_each, call.head.num_answers) == (3, 6)
+    assert (call.meta.answers_each, call.meta.num_answers) == (3, 6)
     assert call.request.sampling == Sampling(max_tokens=9, num_logprobs=5)
     assert read(echo=True, suffix=None, user="ann").request.echo
 
@@ -73,7 +73,7 @@ def test_options_arrive() -> None:
         ({"prompt": {"text": "a"}}, "prompt", "a list of token ids"),
         ({"prompt": "\ud800"}, "prompt", "surrogate"),
         ({"prompt": ["a"] * 7}, "prompt", "more than the 6 allowed"),
-        ({"prompt": ["a"] * 4, "n": 2}, "prompt", "8 answers are asked for, 2 to each"),
+        ({"prompt": ["a"] * 4, "n": 2}, "prompt", "8 answers, 2 to each prompt, are more"),
         ({"logprobs": 6}, "logprobs", "from 0 to 5"),
         ({"logprobs": True}, "logprobs", "from 0 to 5"),
         ({"logprobs": 1, "echo": True}, "echo", "leave one of them out"),

@@ -458,7 +458,7 @@ def test_a_model_that_does_not_wake_says_since_when() -> None:
         return (await client.get("/readyz")).json()["models"]["sleeper"]
 
     waking, asleep = asyncio.run(scene())
-    assert waking == "waking: no answer for 0 s; `serve status` says what it waits for"
+    assert waking == "waking: no response for 0 s; `serve status` says what it waits for"
     assert asleep == "asleep: the first request starts it"
 
 

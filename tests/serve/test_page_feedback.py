@@ -16,7 +16,7 @@ from tests.support.local_page import (
     texts,
 )
 
-REFUSED = "the moderation service does not answer"
+REFUSED = "the moderation service does not respond"
 
 
 def test_answers_votes_and_comparisons_are_logged(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_is_flagged_goes_to_no_model() -> None:
     with run_page(gateway, moderation={"key": "sesame"}) as address:
         visitor = Visitor(address)
         red = visitor.upload("red.png", red_png())
-        assert "objects to it (harassment)" in visitor.answer([said("nasty", red)])[-1][-1]
+        assert "flagged it (harassment)" in visitor.answer([said("nasty", red)])[-1][-1]
         assert gateway.bodies == []
         assert "heard: nice" in visitor.answer([said("nice", red)])[-1][1]
     kinds = sorted(asked["input"][0]["type"] for asked in gateway.moderated)

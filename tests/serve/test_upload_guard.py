@@ -218,7 +218,7 @@ def test_old_uploads_are_deleted_and_examples_are_not() -> None:
         deadline = time.monotonic() + PATIENCE_S
         while Path(upload["path"]).exists() and time.monotonic() < deadline:
             time.sleep(0.1)
-        with pytest.raises(RuntimeError, match="deleted by now"):
+        with pytest.raises(RuntimeError, match="has been deleted"):
             visitor.answer([said("What?", upload)])
         data = {"index": 0, "value": None}
         ((chat, _),) = visitor.run("add_example", [], [], False, event_data=data)
