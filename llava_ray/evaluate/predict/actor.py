@@ -18,7 +18,7 @@ from typing import Any
 from llava_ray.config import EvaluateConfig, LimitsConfig
 from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
 from llava_ray.evaluate.datasets.images import load_image
-from llava_ray.evaluate.predict.ask import Answerer, ask, ask_patiently
+from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries
 from llava_ray.storage import hash_file
 from llava_ray.types import (
     ChatRequest,
@@ -60,11 +60,11 @@ def digest_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
-MAX_DEATHS = 2
+MAX_CRASHES = 2
 """Actors that may die with a question before it counts as failed."""
 
 
-class Attempts:
+class CrashCounter:
     """How often each question was begun and not ended."""
 
     def __init__(self) -> None:
@@ -77,18 +77,18 @@ class Attempts:
         for id_ in ids:
             del self._num_open[id_]
 
-    def count_deaths(self, ids: Sequence[str]) -> list[int]:
+    def count_crashes(self, ids: Sequence[str]) -> list[int]:
         """Return how often each of these was begun and not ended; none of them is being asked."""
         return [self._num_open[id_] for id_ in ids]
 
 
-class SharedAttempts(Attempts):
+class SharedCrashCounter(CrashCounter):
     """The same, counted by an actor of Ray's for whoever has this object."""
 
     def __init__(self) -> None:
         import ray
 
-        actor = ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        actor = ray.remote(CrashCounter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self._counter: Any = actor.remote()
 
     def begin(self, ids: Sequence[str]) -> None:
@@ -97,8 +97,8 @@ class SharedAttempts(Attempts):
     def end(self, ids: Sequence[str]) -> None:
         self._call("end", ids)
 
-    def count_deaths(self, ids: Sequence[str]) -> list[int]:
-        return self._call("count_deaths", ids)
+    def count_crashes(self, ids: Sequence[str]) -> list[int]:
+        return self._call("count_crashes", ids)
 
     def _call(self, name: str, ids: Sequence[str]) -> Any:
         import ray
@@ -123,7 +123,7 @@ class Predictor:
         model: str,
         sampling: Sampling,
         model_digest: str,
-        attempts: Attempts,
+        attempts: CrashCounter,
     ) -> None:
         self._model, self._digest, self._attempts = model, model_digest, attempts
         self._alone = threading.Lock()
@@ -151,11 +151,11 @@ class Predictor:
 
     def _ask_batch(self, questions: Sequence[Question]) -> list[Prediction]:
         """Ask questions together; those that an actor died with one by one, and not for ever."""
-        deaths = self._attempts.count_deaths([question.question_id for question in questions])
+        deaths = self._attempts.count_crashes([question.question_id for question in questions])
         known = list(zip(questions, deaths, strict=True))
         predictions = self._ask_watched([question for question, num in known if not num])
         for question, num in known:
-            if num >= MAX_DEATHS:
+            if num >= MAX_CRASHES:
                 error = EngineError(f"{num} actors died while they answered it: see Ray's logs")
                 predictions.append(self._fail(question, "failed", error))
             elif num:
@@ -179,7 +179,7 @@ class Predictor:
 
     async def _ask(self, question: Question) -> Prediction:
         try:
-            return await ask_patiently(lambda: self._ask_once(question))
+            return await ask_with_retries(lambda: self._ask_once(question))
         except (RequestError, SampleError) as error:
             return self._fail(question, "refused", error)
         except LlavaRayError as error:

@@ -16,7 +16,7 @@ FIRST_PAUSE_S = 0.5
 T = TypeVar("T")
 
 
-class Reply(NamedTuple):
+class Completion(NamedTuple):
     """A whole reply.
 
     Attributes:
@@ -32,7 +32,7 @@ class Reply(NamedTuple):
     confidence: float | None
 
 
-async def ask(answer: Answerer, request: ChatRequest) -> Reply:
+async def ask(answer: Answerer, request: ChatRequest) -> Completion:
     """Ask once.
 
     Raises:
@@ -44,10 +44,10 @@ async def ask(answer: Answerer, request: ChatRequest) -> Reply:
         logprobs += [token.logprob for token in last.logprobs]
     assert last is not None, "an answer has at least one piece"
     confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
-    return Reply("".join(pieces), last, time.perf_counter() - started, confidence)
+    return Completion("".join(pieces), last, time.perf_counter() - started, confidence)
 
 
-async def ask_patiently(once: Callable[[], Awaitable[T]]) -> T:
+async def ask_with_retries(once: Callable[[], Awaitable[T]]) -> T:
     """Try until it works; after each failure that may pass, twice as long a pause.
 
     Raises:
