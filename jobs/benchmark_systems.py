@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmark_requests import Ask, Load
+from benchmark_requests import Ask, BenchmarkQuestion, Load
 
 from llava_ray.template import Template
 

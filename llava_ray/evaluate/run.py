@@ -1,7 +1,7 @@
-"""A run of tasks, the spine of evaluation: questions -> actors -> log -> scores -> results.
+"""Runs an evaluation: questions -> actors -> prediction log -> scores -> results, task by task.
 
-Killed at any point and started again, it asks only what the log does not hold; replies that are
-there are scored anew, never predicted again.
+A run that was killed can be started again: it asks only the questions that have no valid prediction
+in the log. Scores are always computed again from the log.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ BATCHES_AT_ONCE = 2
 
 
 class EvaluateProgress(NamedTuple):
-    """How far a task is: questions that have a prediction, of all."""
+    """How many of a task's questions have a prediction so far."""
 
     task: str
     num_done: int
@@ -78,7 +78,7 @@ def predict(
     log: Path,
     on_progress: Callable[[EvaluateProgress], None],
 ) -> None:
-    """Ask what the log has no answer to, and add what comes back to it as it comes."""
+    """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
     known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
     open_questions = find_open(questions, known, digest, settings)
@@ -93,7 +93,7 @@ def predict(
 def _stream(
     questions: Sequence[Question], task: Task, config: EvaluateConfig, model: str, digest: str
 ) -> Iterator[list[Prediction]]:
-    """Yield predictions a batch at a time, in the order in which they are done."""
+    """Yield batches of predictions in the order in which they finish."""
     if not questions:
         return
     import ray.data
@@ -119,17 +119,17 @@ def _stream(
         num_gpus=config.num_gpus,
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-        told = [pickle.loads(each) for each in batch["prediction"]]
-        for each in told:
-            if isinstance(each, LlavaRayError):
-                raise each
-        yield told
+        predictions = [pickle.loads(each) for each in batch["prediction"]]
+        for prediction in predictions:
+            if isinstance(prediction, LlavaRayError):
+                raise prediction
+        yield predictions
 
 
 def find_open(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
-    """Return the questions without an answer that holds for this model, images and settings."""
+    """Return the questions without a prediction for this model, these images and settings."""
 
     def is_open(question: Question) -> bool:
         prediction = known.get(question.question_id)
@@ -148,7 +148,7 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
     """Return the questions that a task asks.
 
     Raises:
-        ConfigError: its files are not there or do not hold together.
+        ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
     ids = {question.question_id for question in questions}
@@ -157,7 +157,7 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
             f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
         )
     if task.judge:
-        task.judge.load_wording(config.judge_wording)  # or hours pass before it is found missing
+        task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions
 
 

@@ -1,4 +1,4 @@
-"""A question to whoever answers (an engine, a server, the live application) -> one whole reply."""
+"""Sends one request to an engine, a server or the live application; collects the whole answer."""
 
 import asyncio
 import math
@@ -17,11 +17,11 @@ T = TypeVar("T")
 
 
 class Completion(NamedTuple):
-    """A whole reply.
+    """The whole answer to one request.
 
     Attributes:
         text: all of it.
-        last: its last piece, with the reason of its end and the numbers of tokens.
+        last: its last chunk, which holds the finish reason and the token counts.
         latency_s: from the question to its end.
         confidence: geometric mean of its tokens' probabilities; None without logprobs.
     """
@@ -36,22 +36,22 @@ async def ask(answer: Answerer, request: ChatRequest) -> Completion:
     """Ask once.
 
     Raises:
-        LlavaRayError: whatever the one who was asked raises.
+        LlavaRayError: the error of the engine or server.
     """
     started, last, pieces, logprobs = time.perf_counter(), None, [], []
     async for last in answer(request):
         pieces.append(last.text)
         logprobs += [token.logprob for token in last.logprobs]
-    assert last is not None, "an answer has at least one piece"
+    assert last is not None, "an answer has at least one chunk"
     confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
     return Completion("".join(pieces), last, time.perf_counter() - started, confidence)
 
 
 async def ask_with_retries(once: Callable[[], Awaitable[T]]) -> T:
-    """Try until it works; after each failure that may pass, twice as long a pause.
+    """Call `once` until it succeeds, with a pause that doubles after each temporary failure.
 
     Raises:
-        RequestError, SampleError: at once, another try would not help.
+        RequestError, SampleError: raised at once, because a retry would not help.
         LlavaRayError: that of the last attempt.
     """
     for attempt in range(NUM_ATTEMPTS - 1):
