@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmark_requests import Figures, Load, make_question
+from benchmark_requests import Load, ServingFigures, make_question
 from benchmark_systems import render
 
 
@@ -21,7 +21,7 @@ class Rates(NamedTuple):
     byte_per_s: float
 
 
-def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[Figures]:
+def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[ServingFigures]:
     """Return what the machine could do if it only multiplied matrices and read memory.
 
     Of each request every weight of tower, projector and language model is multiplied once a token
@@ -67,7 +67,9 @@ def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[Figu
         prefill_s = clients * prefill_flop / flop_per_s
         wall_s = max(computing_s, prefill_s + reading_s)
         rate = clients * load.max_tokens / wall_s
-        rows.append(Figures(name, clients, clients, round(clients / wall_s, 2), round(rate, 1)))
+        rows.append(
+            ServingFigures(name, clients, clients, round(clients / wall_s, 2), round(rate, 1))
+        )
     print(f"mean: {flop_per_s / 1e9:.0f} GFLOP/s, {byte_per_s / 1e9:.1f} GB/s", flush=True)
     return rows
 

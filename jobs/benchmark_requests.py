@@ -48,7 +48,7 @@ class Load:
 
 
 @dataclass(frozen=True)
-class Question:
+class BenchmarkQuestion:
     """One request: an image of coloured tiles and 6 to 40 words."""
 
     image: Image.Image
@@ -65,7 +65,7 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Figures:
+class ServingFigures:
     """One row of the table."""
 
     system: str
@@ -82,18 +82,18 @@ class Figures:
     peak_mb: float = 0.0  # of all its processes, what they share counted once
 
 
-Ask = Callable[[Question], AsyncIterator[int]]
+Ask = Callable[[BenchmarkQuestion], AsyncIterator[int]]
 """Asks a question; yields the number of tokens so far, each time that some arrive."""
 
 
-def make_question(seed: int, *, size: int) -> Question:
+def make_question(seed: int, *, size: int) -> BenchmarkQuestion:
     rng = random.Random(seed)
     tiles = bytes(rng.randrange(256) for _ in range(8 * 8 * 3))
     image = Image.frombytes("RGB", (8, 8), tiles).resize((size, size), Image.Resampling.NEAREST)
-    return Question(image, " ".join(rng.choices(WORDS, k=rng.randint(6, 40))))
+    return BenchmarkQuestion(image, " ".join(rng.choices(WORDS, k=rng.randint(6, 40))))
 
 
-async def time_answer(ask: Ask, question: Question) -> Timing:
+async def time_answer(ask: Ask, question: BenchmarkQuestion) -> Timing:
     start = time.perf_counter()
     times: list[float] = []
     num_tokens = 0
@@ -103,7 +103,9 @@ async def time_answer(ask: Ask, question: Question) -> Timing:
     return Timing(times, num_tokens, time.perf_counter() - start)
 
 
-async def measure(system: str, ask: Ask, questions: Sequence[Question], *, clients: int) -> Figures:
+async def measure(
+    system: str, ask: Ask, questions: Sequence[BenchmarkQuestion], *, clients: int
+) -> ServingFigures:
     """Keep `clients` requests in flight until all questions are answered."""
     left = iter(questions)
     timings: list[Timing] = []
@@ -125,7 +127,7 @@ async def measure(system: str, ask: Ask, questions: Sequence[Question], *, clien
         (timing.total_s - timing.token_times_s[0]) / max(1, timing.num_tokens - 1)
         for timing in timings
     ]
-    return Figures(
+    return ServingFigures(
         system=system,
         clients=clients,
         requests=len(questions),

@@ -17,7 +17,7 @@ from typing import Annotated
 
 import typer
 from benchmark_limit import compute_limit, measure_rates
-from benchmark_requests import Figures, Load, make_question, measure
+from benchmark_requests import Load, ServingFigures, make_question, measure
 from benchmark_run import alone, print_table, watch_memory
 from benchmark_systems import OPENERS, render
 
@@ -60,7 +60,7 @@ def benchmark_serve(
         folder = alone(build_model, scratch) if model == "103m" else model
         counts = tuple(int(count) for count in clients.split(","))
         load = Load(folder, counts, requests_each, max_tokens, image_size, dtype, quantization)
-        rows: list[Figures] = []
+        rows: list[ServingFigures] = []
         rates = [alone(measure_rates, load)] if "limit" in names else []
         for name in names:
             if name == "limit":
@@ -89,7 +89,7 @@ def build_model(folder: str) -> str:
     return str(export_model(str(path), Path(folder) / "model", to="hf"))
 
 
-def measure_system(name: str, load: Load) -> list[Figures]:
+def measure_system(name: str, load: Load) -> list[ServingFigures]:
     """Start a system, ask it, end it; return a row for each number of clients."""
     if name == "batch":
         return [measure_batch(load, count) for count in load.clients]
@@ -112,7 +112,7 @@ def measure_system(name: str, load: Load) -> list[Figures]:
     return [replace(row, peak_mb=round(peak[0] / 1e6)) for row in rows]
 
 
-def measure_batch(load: Load, clients: int) -> Figures:
+def measure_batch(load: Load, clients: int) -> ServingFigures:
     """One `generate` of as many requests as there are clients: nobody joins, nobody streams."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
@@ -144,7 +144,7 @@ def measure_batch(load: Load, clients: int) -> Figures:
 
         generate(2)  # warms up
         wall_s = generate(load.max_tokens)
-    row = Figures(
+    row = ServingFigures(
         "batch",
         clients,
         clients,
@@ -157,7 +157,7 @@ def measure_batch(load: Load, clients: int) -> Figures:
     return row
 
 
-def draw(rows: Sequence[Figures], path: Path) -> None:
+def draw(rows: Sequence[ServingFigures], path: Path) -> None:
     """Draw tokens/s over clients, a line a system."""
     from matplotlib.figure import Figure
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmark_requests import Ask, Load, Question
+from benchmark_requests import Ask, BenchmarkQuestion, Load
 
 from llava_ray.template import Template
 
@@ -120,7 +120,7 @@ def ask_over_http(
     model = model or httpx.get(f"{base_url}/v1/models").json()["data"][0]["id"]
     client = httpx.AsyncClient(timeout=600, limits=httpx.Limits(max_connections=None))
 
-    async def ask(question: Question) -> AsyncIterator[int]:
+    async def ask(question: BenchmarkQuestion) -> AsyncIterator[int]:
         image = {"type": "image_url", "image_url": {"url": to_data_url(question.image)}}
         content = [image, {"type": "text", "text": question.text}]
         body = {
@@ -162,7 +162,7 @@ def open_engine(load: Load) -> Iterator[Ask]:
     engine = load_engine(ModelConfig.model_validate({"path": load.model} | settings))
     sampling = Sampling(temperature=0, max_tokens=load.max_tokens, ignore_eos=True)
 
-    async def ask(question: Question) -> AsyncIterator[int]:
+    async def ask(question: BenchmarkQuestion) -> AsyncIterator[int]:
         name = f"{random.getrandbits(64):x}"
         text = render(engine.template, question)
         async for chunk in engine.stream(Prompt(name, text, (question.image,), sampling)):
@@ -219,7 +219,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
         def end(self) -> None:
             self.loop.call_soon_threadsafe(self.queue.put_nowait, None)
 
-    def generate(question: Question, arrivals: Arrivals) -> None:
+    def generate(question: BenchmarkQuestion, arrivals: Arrivals) -> None:
         inputs = core.encode(render(core.template, question), [question.image])
         with torch.inference_mode():
             core.model.generate(
@@ -230,7 +230,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
                 streamer=arrivals,
             )
 
-    async def ask(question: Question) -> AsyncIterator[int]:
+    async def ask(question: BenchmarkQuestion) -> AsyncIterator[int]:
         async with free:
             arrivals = Arrivals(asyncio.get_running_loop())
             running = asyncio.create_task(asyncio.to_thread(generate, question, arrivals))
@@ -242,7 +242,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
     return ask
 
 
-def render(template: Template, question: Question) -> str:
+def render(template: Template, question: BenchmarkQuestion) -> str:
     """The prompt that the application makes of a question."""
     from llava_ray.types import ImagePart, Message, TextPart
 

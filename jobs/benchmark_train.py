@@ -52,7 +52,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class StepTimes:
+class StepTimeSummary:
     """One row of the table.
 
     Attributes:
@@ -115,9 +115,9 @@ def benchmark_train(
     print_table([describe(name, times_s) for name in times_s])
 
 
-def describe(name: str, times_s: Mapping[str, Sequence[float]]) -> StepTimes:
+def describe(name: str, times_s: Mapping[str, Sequence[float]]) -> StepTimeSummary:
     found_s = times_s[name]
-    return StepTimes(
+    return StepTimeSummary(
         name,
         len(found_s),
         round(1e3 * statistics.median(found_s), 1),

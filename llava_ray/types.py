@@ -56,16 +56,16 @@ class Sampling:
         stop: generation ends before the first of these texts; they are not part of the answer.
         seed: makes sampling repeatable.
         ignore_eos: go on after the end-of-sequence token (for load tests).
-        top_k: only the so many likeliest tokens are drawn from; 0: all.
+        top_k: draw from this many of the likeliest tokens only; 0: all.
         min_p: tokens below this share of the likeliest one's probability are not drawn.
         presence_penalty: taken off the logit of each token that the answer holds already.
         frequency_penalty: the same, times how often the answer holds it.
         repetition_penalty: logits of tokens in prompt or answer are divided by it if positive,
             else multiplied (Keskar et al. 2019); 1 changes nothing.
         logit_bias: (token id, what is added to its logit), each id once.
-        min_tokens: the answer does not end by itself before it has so many tokens.
+        min_tokens: the answer cannot end by itself before it has this many tokens.
         stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
-        num_logprobs: for each token of the answer its logprob, and those of the so many likeliest;
+        num_logprobs: return each token's logprob and those of this many likeliest tokens;
             None: no logprobs.
         json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
     """
@@ -89,7 +89,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Below this temperature a division by it would leave the numbers that a float holds."""
+        """Whether decoding is greedy: dividing logits by a smaller temperature could overflow."""
         return self.temperature < 1e-5
 
 

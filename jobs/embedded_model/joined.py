@@ -18,7 +18,7 @@ from jobs.embedded_model.pace import Pace, Stage, autocast, resume
 from jobs.embedded_model.reader import (
     PHRASE_SHARE,
     Losses,
-    Reader,
+    QuestionReader,
     build_language_model,
     make_batches,
 )
@@ -59,9 +59,9 @@ class Joined(nn.Module):
         super().__init__()
         self.labeller = Labeller()
         self.projector = build_llava(tokenizer).model.multi_modal_projector
-        self.reader = Reader(tokenizer)
+        self.reader = QuestionReader(tokenizer)
 
-    def losses(self, batch: language.Batch) -> Losses:
+    def losses(self, batch: language.ConversationBatch) -> Losses:
         """The losses of a batch."""
         return self.reader.losses(batch, self.see(symbols.pixels(batch.images)))
 

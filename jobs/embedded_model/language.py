@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class Encoded(NamedTuple):
+class EncodedConversation(NamedTuple):
     """A conversation as token ids and labels, and the images that its image tokens stand for."""
 
     ids: list[int]
@@ -51,7 +51,7 @@ class Encoded(NamedTuple):
     images: list[scenes.Scene]
 
 
-class Batch(NamedTuple):
+class ConversationBatch(NamedTuple):
     """`images[n]` fills the n-th run of P image tokens, counted along rows, then columns."""
 
     ids: torch.Tensor  # [B, T]
@@ -121,7 +121,7 @@ def symbol_phrases() -> list[str]:
     return [value for value in dict.fromkeys((*fields, *scenes.ROWS, *scenes.COLUMNS)) if value]
 
 
-class Encoder:
+class ConversationEncoder:
     """Turns conversations into token ids exactly as the chat template writes them."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
@@ -130,8 +130,12 @@ class Encoder:
         self._image = token_id(tokenizer, IMAGE)
 
     def encode(
-        self, turns: Sequence[questions.Turn], *, is_strict: bool = False, has_gaps: bool = False
-    ) -> Encoded:
+        self,
+        turns: Sequence[questions.SceneTurn],
+        *,
+        is_strict: bool = False,
+        has_gaps: bool = False,
+    ) -> EncodedConversation:
         """Ids and labels of a conversation.
 
         Unless `is_strict`, some conversations come with a system message or without <s>. With
@@ -141,7 +145,7 @@ class Encoder:
         start = BOS if is_strict or rng.random() < 0.85 else ""
         system = f"{talk.system_prompt(rng)} " if not is_strict and rng.random() < 0.04 else ""
         has_gaps = has_gaps and rng.random() < 0.3
-        encoded = Encoded([], [], [], [], [], [turn.kind for turn in turns], [], [])
+        encoded = EncodedConversation([], [], [], [], [], [turn.kind for turn in turns], [], [])
         self._add(encoded, f"{start}{system}")
         scene = None
         for index, turn in enumerate(turns):
@@ -158,7 +162,7 @@ class Encoder:
         self._skipped = 0
         return encoded
 
-    def encode_apart(self, turns: Sequence[questions.Turn]) -> Encoded:
+    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedConversation:
         """Questions about one image as if each were the first: none sees another.
 
         What was said before tells much of what is in an image, and a model that may read it
@@ -166,7 +170,9 @@ class Encoder:
         """
         scene = turns[0].image
         assert scene, "turns apart are about one image"
-        encoded = Encoded([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
+        encoded = EncodedConversation(
+            [], [], [], [], [], [turn.kind for turn in turns], [], [scene]
+        )
         self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
         shared = len(encoded.ids)
         for index, turn in enumerate(turns):
@@ -179,7 +185,7 @@ class Encoder:
 
     def _add(
         self,
-        encoded: Encoded,
+        encoded: EncodedConversation,
         text: str,
         *,
         turn: int = -1,
@@ -203,7 +209,7 @@ class Encoder:
             encoded.references.append((ends[token], (*reference.aspects, *reference.orders)))
 
 
-def collate(batch: Sequence[Encoded], pad: int) -> Batch:
+def collate(batch: Sequence[EncodedConversation], pad: int) -> ConversationBatch:
     """Pad conversations on the right to the longest, and that to a step."""
     longest = max(len(one.ids) for one in batch)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP
@@ -217,7 +223,7 @@ def collate(batch: Sequence[Encoded], pad: int) -> Batch:
         for one, start in zip(batch, starts, strict=False)
     ]
     found = [(row, *pair) for row, one in enumerate(batch) for pair in one.references]
-    return Batch(
+    return ConversationBatch(
         padded([one.ids for one in batch], pad),
         padded([one.labels for one in batch], IGNORED),
         padded([one.positions for one in batch], 0),

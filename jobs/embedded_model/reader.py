@@ -152,9 +152,9 @@ def make_batches(
     *,
     weights: dict[str, float] | None = None,
     is_easy_first: bool = True,
-) -> Iterator[language.Batch]:
+) -> Iterator[language.ConversationBatch]:
     """Conversations of about the same length while the stage lasts, the harder ones later."""
-    encoder = language.Encoder(tokenizer, rng)
+    encoder = language.ConversationEncoder(tokenizer, rng)
     pad = language.token_id(tokenizer, language.PAD)
     while not stage.is_over:
         now = course(max(stage.progress, 0.0 if is_easy_first else 0.2))
@@ -207,7 +207,9 @@ class Finder(nn.Module):
         self.heads = nn.Linear(width, sum(references.ASPECTS.values()))
         self.orders = nn.Linear(width, sum(references.ORDERS.values()))
 
-    def loss(self, hidden: tuple[torch.Tensor, ...], batch: language.Batch) -> torch.Tensor:
+    def loss(
+        self, hidden: tuple[torch.Tensor, ...], batch: language.ConversationBatch
+    ) -> torch.Tensor:
         """The sum of what is lost on every aspect; `hidden` [B, T, D] of every layer."""
         rows, tokens = batch.references.unbind(-1)
         aspects = self.heads(hidden[FOUND_AFTER][rows, tokens]).float()
@@ -232,7 +234,7 @@ class Losses(NamedTuple):
     exact: dict[str, float]
 
 
-class Reader(nn.Module):
+class QuestionReader(nn.Module):
     """A language model and what it is taught with: a speller and a finder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -242,7 +244,7 @@ class Reader(nn.Module):
         self.finder = Finder(self.model.config.hidden_size)
         self._image_token = language.token_id(tokenizer, language.IMAGE)
 
-    def losses(self, batch: language.Batch, features: torch.Tensor) -> Losses:
+    def losses(self, batch: language.ConversationBatch, features: torch.Tensor) -> Losses:
         """Losses of a batch, `features` [N, P, D] in place of its image tokens.
 
         A token of a long answer weighs less, so that descriptions do not drown the one word that
@@ -278,7 +280,7 @@ class Reader(nn.Module):
 def train_reader(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFast) -> None:
     """Train on from `checkpoint` where there is one, and save it there."""
     rng = pace.begin("reader")
-    reader = Reader(tokenizer)
+    reader = QuestionReader(tokenizer)
     resume(reader, checkpoint)
     stage = Stage("reader", reader, checkpoint, pace, rate=RATE)
     for batch in make_batches(tokenizer, rng, stage):

@@ -188,7 +188,7 @@ def _run(config: EvaluateConfig) -> "list[TaskResult]":
     with Bar(*columns, speed, TimeRemainingColumn(), console=notes) as bar:
         bars = {name: bar.add_task(name, total=None, rate="") for name in config.tasks}
 
-        def show(progress: run.Progress) -> None:
+        def show(progress: run.EvaluateProgress) -> None:
             if progress.task not in bars:
                 bars[progress.task] = bar.add_task(progress.task, total=None, rate="")
             each = bars[progress.task]

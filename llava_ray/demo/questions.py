@@ -33,7 +33,7 @@ _RELATIONS = {
 }
 
 
-class Question(NamedTuple):
+class SceneQuestion(NamedTuple):
     """A question, its exact answer, and the one item that it is about, for "it" in the next."""
 
     text: str
@@ -42,7 +42,7 @@ class Question(NamedTuple):
     sort: str = ""  # which sort of its kind, for priors
 
 
-class Turn(NamedTuple):
+class SceneTurn(NamedTuple):
     """One turn of a conversation; `image` is the scene that comes with the question, if any."""
 
     kind: str
@@ -182,7 +182,7 @@ def _is_there(asker: Asker, phrase: str) -> str:
     )  # fmt: skip
 
 
-def _ask_exists_shape(asker: Asker) -> Question | None:
+def _ask_exists_shape(asker: Asker) -> SceneQuestion | None:
     """By colour and shape, by shape, or by colour; what is not there resembles what is."""
     rng, shapes = asker.rng, asker.of_kind("shape")
     has = rng.random() < 0.5
@@ -193,7 +193,9 @@ def _ask_exists_shape(asker: Asker) -> Question | None:
     if has and model:
         phrase = {"both": f"{model.colour} {model.name}", "shape": model.name}.get(kind)
         phrase = phrase or f"{model.colour} shape"
-        return Question(_is_there(asker, article(phrase)), "Yes.", _alone(asker, model, phrase))
+        return SceneQuestion(
+            _is_there(asker, article(phrase)), "Yes.", _alone(asker, model, phrase)
+        )
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
     if kind == "both":
         if model and rng.random() < 0.7:
@@ -205,20 +207,20 @@ def _ask_exists_shape(asker: Asker) -> Question | None:
         phrase = shape if kind == "shape" else f"{colour} shape"
     if any(phrase in _phrases(item) for item in asker.items):
         return None
-    return Question(_is_there(asker, article(phrase)), "No.")
+    return SceneQuestion(_is_there(asker, article(phrase)), "No.")
 
 
 def _alone(asker: Asker, item: Item, phrase: str) -> Item | None:
     return item if phrase in asker.names(item) else None
 
 
-def _ask_exists_thing(asker: Asker) -> Question | None:
+def _ask_exists_thing(asker: Asker) -> SceneQuestion | None:
     rng, things = asker.rng, asker.of_kind("thing")
     if rng.random() < 0.5:
         if not things:
             return None
         item = rng.choice(things)
-        return Question(
+        return SceneQuestion(
             _is_there(asker, article(item.name)), "Yes.", _alone(asker, item, item.name)
         )
     alike = tuple(EMOJI[rng.choice(things).category]) if things and rng.random() < 0.6 else THINGS
@@ -228,11 +230,11 @@ def _ask_exists_thing(asker: Asker) -> Question | None:
     return (
         None
         if name in {i.name for i in things}
-        else Question(_is_there(asker, article(name)), "No.")
+        else SceneQuestion(_is_there(asker, article(name)), "No.")
     )
 
 
-def _ask_exists_category(asker: Asker) -> Question | None:
+def _ask_exists_category(asker: Asker) -> SceneQuestion | None:
     rng = asker.rng
     category = rng.choice(("shape", "animal", "food", "vehicle", "tool", "number"))
     is_there = any(item.category == category for item in asker.items)
@@ -244,10 +246,10 @@ def _ask_exists_category(asker: Asker) -> Question | None:
         f"Is there {one}?", f"Do you see any {some}?", f"Is there any {category}?",
         f"Can you see {one}?", f"{'Is' if category == 'food' else 'Are'} there any {some}?",
     )  # fmt: skip
-    return Question(text, _yes(is_there))
+    return SceneQuestion(text, _yes(is_there))
 
 
-def _ask_exists_number(asker: Asker) -> Question | None:
+def _ask_exists_number(asker: Asker) -> SceneQuestion | None:
     rng, numbers = asker.rng, [item.name for item in asker.of_kind("number")]
     has = rng.random() < 0.5
     if not numbers:
@@ -261,10 +263,10 @@ def _ask_exists_number(asker: Asker) -> Question | None:
             asker.spare_held_out and scenes.is_held_out("number", name, None, 0)
         ):
             return None
-    return Question(_is_there(asker, f"the number {name}"), _yes(has))
+    return SceneQuestion(_is_there(asker, f"the number {name}"), _yes(has))
 
 
-def _ask_exists_at(asker: Asker) -> Question | None:
+def _ask_exists_at(asker: Asker) -> SceneQuestion | None:
     """At a place: anything at all, or one kind of thing."""
     rng = asker.rng
     cell, has = rng.randrange(GRID**2), rng.random() < 0.5
@@ -273,25 +275,25 @@ def _ask_exists_at(asker: Asker) -> Question | None:
         if has != bool(item):
             return None
         text = asker.pick("Is there anything", "Is there something", "Do you see anything")
-        return Question(f"{text} {asker.place(cell)}?", _yes(has))
+        return SceneQuestion(f"{text} {asker.place(cell)}?", _yes(has))
     if not asker.items:
         return None
     if has:
         item = rng.choice(asker.items)
-        return Question(f"Is there {what(item)} {asker.place(item.cell)}?", "Yes.", item)
+        return SceneQuestion(f"Is there {what(item)} {asker.place(item.cell)}?", "Yes.", item)
     other = rng.choice(asker.items)
     if item and what(item) == what(other):
         return None
     held_out = scenes.is_held_out(other.kind, other.name, other.colour, cell)
     if asker.spare_held_out and held_out:
         return None
-    return Question(f"Is there {what(other)} {asker.place(cell)}?", "No.")
+    return SceneQuestion(f"Is there {what(other)} {asker.place(cell)}?", "No.")
 
 
 # ---- colour and shape ----------------------------------------------------------------------------
 
 
-def _ask_colour(asker: Asker) -> Question | None:
+def _ask_colour(asker: Asker) -> SceneQuestion | None:
     for item, phrase in asker.named(asker.of_kind("shape")):
         if (item.colour or "") in phrase:
             continue
@@ -300,11 +302,11 @@ def _ask_colour(asker: Asker) -> Question | None:
             f"Which colour is the {phrase}?", f"What colour is the {phrase}?",
             f"Tell me the colour of the {phrase}.", f"The {phrase} has what colour?",
         )  # fmt: skip
-        return Question(text, _sentence(item.colour or ""), item)
+        return SceneQuestion(text, _sentence(item.colour or ""), item)
     return None
 
 
-def _ask_colour_at(asker: Asker) -> Question | None:
+def _ask_colour_at(asker: Asker) -> SceneQuestion | None:
     if not (shapes := asker.of_kind("shape")):
         return None
     item = asker.rng.choice(shapes)
@@ -313,10 +315,10 @@ def _ask_colour_at(asker: Asker) -> Question | None:
     text = asker.pick(
         f"What colour is the {it} {place}?", f"What is the colour of the {it} {place}?"
     )
-    return Question(text, _sentence(item.colour or ""), item)
+    return SceneQuestion(text, _sentence(item.colour or ""), item)
 
 
-def _ask_is_colour(asker: Asker) -> Question | None:
+def _ask_is_colour(asker: Asker) -> SceneQuestion | None:
     for item, phrase in asker.named(asker.of_kind("shape")):
         if (item.colour or "") in phrase:
             continue
@@ -326,11 +328,11 @@ def _ask_is_colour(asker: Asker) -> Question | None:
             colour = asker.rng.choice(others) or ""
             if not asker.is_fair(item.name, colour):
                 return None
-        return Question(f"Is the {phrase} {colour}?", _yes(colour == item.colour), item)
+        return SceneQuestion(f"Is the {phrase} {colour}?", _yes(colour == item.colour), item)
     return None
 
 
-def _ask_shape(asker: Asker) -> Question | None:
+def _ask_shape(asker: Asker) -> SceneQuestion | None:
     for item in asker.rng.sample(shapes := asker.of_kind("shape"), len(shapes)):
         colour = item.colour
         if sum(shape.colour == colour for shape in shapes) == 1 and asker.rng.random() < 0.6:
@@ -345,14 +347,14 @@ def _ask_shape(asker: Asker) -> Question | None:
                 f"What shape is {place}?", f"What shape is the object {place}?",
                 f"Which shape is {place}?", f"Which shape do you see {place}?",
             )  # fmt: skip
-        return Question(text, _sentence(article(item.name)), item)
+        return SceneQuestion(text, _sentence(article(item.name)), item)
     return None
 
 
 # ---- things --------------------------------------------------------------------------------------
 
 
-def _ask_what_at(asker: Asker) -> Question | None:
+def _ask_what_at(asker: Asker) -> SceneQuestion | None:
     cell = asker.rng.randrange(GRID**2)
     item = asker.item_at(cell)
     if item is None and asker.rng.random() < 0.75:
@@ -363,10 +365,10 @@ def _ask_what_at(asker: Asker) -> Question | None:
         f"What do you see {place}?", f"What can you see {place}?", f"What object is {place}?",
         f"What's {place}?", f"Which object is {place}?",
     )  # fmt: skip
-    return Question(text, _sentence(what(item)) if item else "Nothing.", item)
+    return SceneQuestion(text, _sentence(what(item)) if item else "Nothing.", item)
 
 
-def _ask_which_things(asker: Asker) -> Question | None:
+def _ask_which_things(asker: Asker) -> SceneQuestion | None:
     """ "What animal is there?", or several in reading order."""
     categories = sorted({item.category for item in asker.of_kind("thing")})
     if not categories:
@@ -380,12 +382,12 @@ def _ask_which_things(asker: Asker) -> Question | None:
         f"What {many} {be} in the picture?", f"Which {many} do you see?",
         f"What {many} can you see?", f"Name the {many}.",
     )  # fmt: skip
-    return Question(
+    return SceneQuestion(
         text, _sentence(listed([what(i) for i in items])), items[0] if be == "is" else None
     )
 
 
-def _ask_which_is_it(asker: Asker) -> Question | None:
+def _ask_which_is_it(asker: Asker) -> SceneQuestion | None:
     """ "What is the thing in the top left?", "What animal is in the middle?" """
     if not (things := asker.of_kind("thing")):
         return None
@@ -395,7 +397,7 @@ def _ask_which_is_it(asker: Asker) -> Question | None:
         f"What {item.category} is {place}?", f"Which {item.category} is {place}?",
         f"What is the thing {place}?", f"What thing is {place}?", f"Name the thing {place}.",
     )  # fmt: skip
-    return Question(text, _sentence(what(item)), item)
+    return SceneQuestion(text, _sentence(what(item)), item)
 
 
 # ---- counting ------------------------------------------------------------------------------------
@@ -410,12 +412,12 @@ def _how_many(asker: Asker, plural_phrase: str) -> str:
     )  # fmt: skip
 
 
-def _ask_count_all(asker: Asker) -> Question:
+def _ask_count_all(asker: Asker) -> SceneQuestion:
     text = _how_many(asker, asker.pick("objects", "objects", "things", "items"))
-    return Question(text.replace("things", "objects"), f"{COUNTS[len(asker.items)]}.")
+    return SceneQuestion(text.replace("things", "objects"), f"{COUNTS[len(asker.items)]}.")
 
 
-def _ask_count(asker: Asker) -> Question | None:
+def _ask_count(asker: Asker) -> SceneQuestion | None:
     """Of what there is several of, more often than of what there is one or none of."""
     rng = asker.rng
     groups = [group for item in asker.items for group in _groups(item)]
@@ -427,7 +429,7 @@ def _ask_count(asker: Asker) -> Question | None:
     several = [group for group, count in counts.items() if count > 1]
     group = rng.choice(several if several and rng.random() < 0.7 else list(counts))
     *modifiers, noun = [group] if group in THINGS else group.split(" ")
-    return Question(
+    return SceneQuestion(
         _how_many(asker, " ".join([*modifiers, plural(noun)])), f"{COUNTS[counts[group]]}."
     )
 
@@ -442,18 +444,18 @@ def _groups(item: Item) -> list[str]:
 # ---- position ------------------------------------------------------------------------------------
 
 
-def _ask_where(asker: Asker) -> Question | None:
+def _ask_where(asker: Asker) -> SceneQuestion | None:
     for item, phrase in asker.named(asker.items):
         text = asker.pick(
             f"Where is the {phrase}?", f"Where is the {phrase}?", f"Where's the {phrase}?",
             f"Where is the {phrase} in the picture?", f"Where do you see the {phrase}?",
             f"Where can I find the {phrase}?", f"In which part of the picture is the {phrase}?",
         )  # fmt: skip
-        return Question(text, _sentence(where(item.cell)), item)
+        return SceneQuestion(text, _sentence(where(item.cell)), item)
     return None
 
 
-def _ask_relation(asker: Asker) -> Question | None:
+def _ask_relation(asker: Asker) -> SceneQuestion | None:
     pair = asker.named(asker.items)[:2]
     if len(pair) < 2:
         return None
@@ -468,7 +470,7 @@ def _ask_relation(asker: Asker) -> Question | None:
         (true if first.row > second.row else false).append("below")
     answer = asker.rng.random() < 0.5
     relation = asker.pick(*_RELATIONS[asker.rng.choice(true if answer else false)])
-    return Question(f"Is the {phrase} {relation} the {other}?", _yes(answer))
+    return SceneQuestion(f"Is the {phrase} {relation} the {other}?", _yes(answer))
 
 
 # ---- comparison ----------------------------------------------------------------------------------
@@ -492,7 +494,7 @@ def _compared(asker: Asker) -> tuple[str, str, bool] | None:
     return phrase, other, sizes.index(first.size) > sizes.index(second.size)
 
 
-def _ask_which_larger(asker: Asker) -> Question | None:
+def _ask_which_larger(asker: Asker) -> SceneQuestion | None:
     if not (compared := _compared(asker)):
         return None
     phrase, other, is_larger = compared
@@ -503,19 +505,21 @@ def _ask_which_larger(asker: Asker) -> Question | None:
         f"What is {word}, the {phrase} or the {other}?",
         f"Which one is {word}: the {phrase} or the {other}?",
     )
-    return Question(text, f"The {phrase if is_larger == wants_larger else other}.")
+    return SceneQuestion(text, f"The {phrase if is_larger == wants_larger else other}.")
 
 
-def _ask_is_larger(asker: Asker) -> Question | None:
+def _ask_is_larger(asker: Asker) -> SceneQuestion | None:
     if not (compared := _compared(asker)):
         return None
     phrase, other, is_larger = compared
     wants_larger = asker.rng.random() < 0.6
     word = asker.pick("larger", "bigger", "larger") if wants_larger else "smaller"
-    return Question(f"Is the {phrase} {word} than the {other}?", _yes(is_larger == wants_larger))
+    return SceneQuestion(
+        f"Is the {phrase} {word} than the {other}?", _yes(is_larger == wants_larger)
+    )
 
 
-def _ask_largest(asker: Asker) -> Question | None:
+def _ask_largest(asker: Asker) -> SceneQuestion | None:
     items = _sizeable(asker)
     word, size = asker.rng.choice(
         (("largest", "large"), ("biggest", "large"), ("smallest", "small"))
@@ -525,30 +529,30 @@ def _ask_largest(asker: Asker) -> Question | None:
         return None
     name = what(extreme[0]).split(" ", 1)[1]
     text = asker.pick(f"What is the {word} object?", f"Which object is the {word}?")
-    return Question(text, f"The {name}.", extreme[0])
+    return SceneQuestion(text, f"The {name}.", extreme[0])
 
 
-def _ask_size(asker: Asker) -> Question | None:
+def _ask_size(asker: Asker) -> SceneQuestion | None:
     for item, phrase in _unsized(asker.named(_sizeable(asker))):
         text = asker.pick(
             f"What size is the {phrase}?", f"How large is the {phrase}?",
             f"How big is the {phrase}?", f"Is the {phrase} small, medium or large?",
         )  # fmt: skip
-        return Question(text, _sentence(item.size), item)
+        return SceneQuestion(text, _sentence(item.size), item)
     return None
 
 
 # ---- numbers and descriptions --------------------------------------------------------------------
 
 
-def _ask_number(asker: Asker) -> Question | None:
+def _ask_number(asker: Asker) -> SceneQuestion | None:
     numbers = asker.of_kind("number")
     if not numbers:
         return None
     if len(numbers) > 1 and asker.rng.random() < 0.5:
         text = asker.pick("What numbers are written?", "Which numbers do you see?",
                           "What numbers are there?", "Read the numbers.")  # fmt: skip
-        return Question(text, f"{listed([item.name for item in numbers])}.")
+        return SceneQuestion(text, f"{listed([item.name for item in numbers])}.")
     item = asker.rng.choice(numbers)
     place = f" {asker.place(item.cell)}" if len(numbers) > 1 or asker.rng.random() < 0.2 else ""
     text = asker.pick(
@@ -557,10 +561,10 @@ def _ask_number(asker: Asker) -> Question | None:
         f"Read the number{place}.", f"What number can you see{place}?",
         f"Which number is printed{place}?", f"What number is shown{place}?",
     )  # fmt: skip
-    return Question(text, f"{item.name}.", item)
+    return SceneQuestion(text, f"{item.name}.", item)
 
 
-def _ask_description(asker: Asker) -> Question:
+def _ask_description(asker: Asker) -> SceneQuestion:
     text = asker.pick(
         "Describe the picture.", "Describe the image.", "Describe this picture.",
         "What do you see?", "What is in the picture?", "What is in this image?",
@@ -569,13 +573,13 @@ def _ask_description(asker: Asker) -> Question:
         "What objects are there?", "What things do you see?", "What is this?",
         "Describe the image in a sentence or two.", "What's in the image?",
     )  # fmt: skip
-    return Question(text, describe(asker.scene))
+    return SceneQuestion(text, describe(asker.scene))
 
 
 # ---- what cannot be answered straight ------------------------------------------------------------
 
 
-def _ask_absent(asker: Asker) -> Question | None:
+def _ask_absent(asker: Asker) -> SceneQuestion | None:
     """A question that takes for granted what is not there."""
     rng = asker.rng
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
@@ -605,10 +609,10 @@ def _ask_absent(asker: Asker) -> Question | None:
         forms += ["What number is written?", "Read the number."] * (phrase == "number")
     if any(phrase in [*_phrases(item), *_groups(item)] for item in asker.items):
         return None
-    return Question(rng.choice(forms), f"There is no {phrase}.")
+    return SceneQuestion(rng.choice(forms), f"There is no {phrase}.")
 
 
-def _ask_unclear(asker: Asker) -> Question | None:
+def _ask_unclear(asker: Asker) -> SceneQuestion | None:
     """A question about one of several."""
     groups = {group for item in asker.items if item.kind != "number" for group in _groups(item)}
     groups -= {"shape", *scenes.CATEGORIES} | {f"{colour} shape" for colour in COLOURS}
@@ -621,20 +625,20 @@ def _ask_unclear(asker: Asker) -> Question | None:
     forms += [f"What colour is the {group}?"] * (group in SHAPES) * 2
     *modifiers, noun = [group] if group in THINGS else group.split(" ")
     many = " ".join([*modifiers, plural(noun)])
-    return Question(asker.pick(*forms), f"There are {COUNTS[counts[group]].lower()} {many}.")
+    return SceneQuestion(asker.pick(*forms), f"There are {COUNTS[counts[group]].lower()} {many}.")
 
 
-def _ask_thing_colour(asker: Asker) -> Question | None:
+def _ask_thing_colour(asker: Asker) -> SceneQuestion | None:
     if not (things := asker.named(asker.of_kind("thing"))):
         return None
-    return Question(f"What colour is the {things[0][1]}?", talk.COLOURS_ONLY, things[0][0])
+    return SceneQuestion(f"What colour is the {things[0][1]}?", talk.COLOURS_ONLY, things[0][0])
 
 
-def _ask_anything(asker: Asker) -> Question:
-    return Question(*talk.small_talk(asker.rng))
+def _ask_anything(asker: Asker) -> SceneQuestion:
+    return SceneQuestion(*talk.small_talk(asker.rng))
 
 
-Ask = Callable[[Asker], Question | None]
+Ask = Callable[[Asker], SceneQuestion | None]
 QUESTIONS: dict[str, tuple[tuple[Ask, float], ...]] = {
     "existence": ((_ask_exists_shape, 3), (_ask_exists_thing, 3), (_ask_exists_category, 1),
                   (_ask_exists_number, 1), (_ask_exists_at, 3)),
@@ -659,7 +663,7 @@ WEIGHTS = {
 TALK_WITHOUT_IMAGE = 0.4  # of what is said while there is none
 
 
-def ask(kind: str, asker: Asker, *, tries: int = 8) -> Question | None:
+def ask(kind: str, asker: Asker, *, tries: int = 8) -> SceneQuestion | None:
     """A question of this kind, or None where the scene gives no occasion for one."""
     functions, weights = zip(*QUESTIONS[kind], strict=True)
     for _ in range(tries):
@@ -669,13 +673,13 @@ def ask(kind: str, asker: Asker, *, tries: int = 8) -> Question | None:
     return None
 
 
-def _ask_about(item: Item, rng: random.Random) -> tuple[str, Question] | None:
+def _ask_about(item: Item, rng: random.Random) -> tuple[str, SceneQuestion] | None:
     """A question that calls the item of the turn before "it"."""
-    forms = [("position", Question("Where is it?", _sentence(where(item.cell)), item))]
+    forms = [("position", SceneQuestion("Where is it?", _sentence(where(item.cell)), item))]
     if item.kind != "number":
-        forms.append(("comparison", Question("What size is it?", _sentence(item.size), item)))
+        forms.append(("comparison", SceneQuestion("What size is it?", _sentence(item.size), item)))
     if item.kind == "shape":
-        colour = Question("What colour is it?", _sentence(item.colour or ""), item)
+        colour = SceneQuestion("What colour is it?", _sentence(item.colour or ""), item)
         forms += [("colour", colour), ("colour", colour._replace(text="And what colour is it?"))]
     return rng.choice(forms)
 
@@ -688,7 +692,7 @@ def make_conversation(
     weights: dict[str, float] | None = None,
     spare_held_out: bool = True,
     follow_ups: bool = True,
-) -> list[Turn]:
+) -> list[SceneTurn]:
     """Turns about images that come one after the other, each question about the latest.
 
     With `follow_ups`, some questions say "it" of what the one before was about. Without an image,
@@ -700,7 +704,7 @@ def make_conversation(
         zip(range(1, len(images)), sorted(rng.sample(range(1, num_turns), len(images) - 1)),
             strict=True)
     } if images else {}  # fmt: skip
-    turns: list[Turn] = []
+    turns: list[SceneTurn] = []
     asker = Asker(scenes.make_scene(rng), rng, spare_held_out)
     about: Item | None = None
     while len(turns) < num_turns:
@@ -716,6 +720,6 @@ def make_conversation(
         if question is None:
             continue
         answer = question.answer if images or kind == "talk" else talk.NO_IMAGE
-        turns.append(Turn(kind, talk.vary(rng, question.text), answer, image))
+        turns.append(SceneTurn(kind, talk.vary(rng, question.text), answer, image))
         about = question.about if images else None
     return turns

@@ -1,7 +1,12 @@
-"""Evaluation: tasks, scorers and reports are plain Python; `predict` and `run` know Ray.
+"""Evaluation of models on benchmarks. The flow starts in `run.evaluate_model`:
 
-TASKS[name].read -> Question -> Ray Data -> predict.Predictor -> Prediction
-  -> scorer(question, reply) -> Score -> summary, standard errors -> results, report, comparison
+    tasks, datasets  a benchmark's files -> Question
+    predict          Question -> Ray Data actors -> Prediction, appended to a log
+    scoring          Question and Prediction -> Score -> metrics with standard errors
+    results          samples, results.json and the HTML report; the comparison of two runs
+
+`rescore` scores a file of predictions without a model, `submission` writes the files that the
+benchmarks' servers accept, and `during_training` evaluates a training run's checkpoints.
 """
 
 from typing import TYPE_CHECKING

@@ -5,11 +5,16 @@ from pathlib import Path
 
 from llava_ray.errors import ConfigError
 from llava_ray.evaluate.datasets.yes_no import read_mme_results
-from llava_ray.evaluate.results.llava_answer_files import Replies, ask_anew, match_rows, read_rows
+from llava_ray.evaluate.results.llava_answer_files import (
+    StoredPredictions,
+    make_questions,
+    match_rows,
+    read_rows,
+)
 from llava_ray.evaluate.results.report import write_report
 from llava_ray.evaluate.results.results import (
     TaskResult,
-    score_replies,
+    score_predictions,
     summarize_task,
     write_results,
     write_task_samples,
@@ -41,7 +46,7 @@ def score_file(
         SampleError: replies and questions do not belong together.
     """
     questions, replies = _read(task, predictions, data)
-    scores = score_replies(task, questions, replies.predictions) | replies.scores
+    scores = score_predictions(task, questions, replies.predictions) | replies.scores
     if task.judge and not replies.scores:
         raise ConfigError(
             f"{task.name} is graded by a judge, and {predictions} holds replies without grades: "
@@ -56,16 +61,18 @@ def score_file(
     return result
 
 
-def _read(task: Task, path: Path, data: Path | None) -> tuple[Sequence[Question], Replies]:
+def _read(
+    task: Task, path: Path, data: Path | None
+) -> tuple[Sequence[Question], StoredPredictions]:
     if task.name == "mme" and (path.is_dir() or path.suffix == ".txt"):
         pairs = list(read_mme_results(path))
         answered = {q.question_id: Prediction(q.question_id, "answered", text) for q, text in pairs}
-        return [question for question, _ in pairs], Replies(answered, {})
+        return [question for question, _ in pairs], StoredPredictions(answered, {})
     rows = read_rows(path)
     if data is not None:
         questions = task.read_all(data)
         replies = match_rows(rows, questions, path)
         return task.select(questions), replies
     if task.judge and any(row.score for row in rows):
-        return ask_anew(rows)
+        return make_questions(rows)
     raise ConfigError(f"{task.name} needs the benchmark's files: name their folder with --data")

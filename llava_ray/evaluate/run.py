@@ -1,7 +1,7 @@
-"""A run of tasks, the spine of evaluation: questions -> actors -> log -> scores -> results.
+"""Runs an evaluation: questions -> actors -> prediction log -> scores -> results, task by task.
 
-Killed at any point and started again, it asks only what the log does not hold; replies that are
-there are scored anew, never predicted again.
+A run that was killed can be started again: it asks only the questions that have no valid prediction
+in the log. Scores are always computed again from the log.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import (
     Predictor,
-    SharedAttempts,
+    SharedCrashCounter,
     describe_settings,
     digest_model,
     make_cache_key,
@@ -26,20 +26,20 @@ from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.results.report import write_report
 from llava_ray.evaluate.results.results import (
     TaskResult,
-    score_replies,
+    score_predictions,
     summarize_task,
     write_results,
     write_task_samples,
 )
-from llava_ray.evaluate.scoring.judge_run import grade_replies
+from llava_ray.evaluate.scoring.judge_run import grade_predictions
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
 BATCHES_AT_ONCE = 2
 
 
-class Progress(NamedTuple):
-    """How far a task is: questions that have a prediction, of all."""
+class EvaluateProgress(NamedTuple):
+    """How many of a task's questions have a prediction so far."""
 
     task: str
     num_done: int
@@ -47,7 +47,7 @@ class Progress(NamedTuple):
 
 
 def evaluate_model(
-    config: EvaluateConfig, *, on_progress: Callable[[Progress], None] = lambda _: None
+    config: EvaluateConfig, *, on_progress: Callable[[EvaluateProgress], None] = lambda _: None
 ) -> list[TaskResult]:
     """Run all tasks of a configuration and write their results below `config.output`.
 
@@ -76,24 +76,24 @@ def predict(
     model: str,
     digest: str,
     log: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[EvaluateProgress], None],
 ) -> None:
-    """Ask what the log has no answer to, and add what comes back to it as it comes."""
+    """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
     known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
     open_questions = find_open(questions, known, digest, settings)
     num_done = len(questions) - len(open_questions)
-    on_progress(Progress(task.name, num_done, len(questions)))
+    on_progress(EvaluateProgress(task.name, num_done, len(questions)))
     for predictions in _stream(open_questions, task, config, model, digest):
         append_log(log, predictions)
         num_done += len(predictions)
-        on_progress(Progress(task.name, num_done, len(questions)))
+        on_progress(EvaluateProgress(task.name, num_done, len(questions)))
 
 
 def _stream(
     questions: Sequence[Question], task: Task, config: EvaluateConfig, model: str, digest: str
 ) -> Iterator[list[Prediction]]:
-    """Yield predictions a batch at a time, in the order in which they are done."""
+    """Yield batches of predictions in the order in which they finish."""
     if not questions:
         return
     import ray.data
@@ -108,7 +108,7 @@ def _stream(
     rows = [{"question": pickle.dumps(question)} for question in questions]
     answered = ray.data.from_items(rows, override_num_blocks=num_blocks).map_batches(
         Predictor,  # type: ignore[arg-type]  # a class is what Ray Data starts as an actor
-        fn_constructor_args=(config, model, task.sampling, digest, SharedAttempts()),
+        fn_constructor_args=(config, model, task.sampling, digest, SharedCrashCounter()),
         batch_size=config.concurrency,
         compute=ray.data.ActorPoolStrategy(
             size=config.num_actors,
@@ -119,17 +119,17 @@ def _stream(
         num_gpus=config.num_gpus,
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
-        told = [pickle.loads(each) for each in batch["prediction"]]
-        for each in told:
-            if isinstance(each, LlavaRayError):
-                raise each
-        yield told
+        predictions = [pickle.loads(each) for each in batch["prediction"]]
+        for prediction in predictions:
+            if isinstance(prediction, LlavaRayError):
+                raise prediction
+        yield predictions
 
 
 def find_open(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
-    """Return the questions without an answer that holds for this model, images and settings."""
+    """Return the questions without a prediction for this model, these images and settings."""
 
     def is_open(question: Question) -> bool:
         prediction = known.get(question.question_id)
@@ -148,7 +148,7 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
     """Return the questions that a task asks.
 
     Raises:
-        ConfigError: its files are not there or do not hold together.
+        ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
     ids = {question.question_id for question in questions}
@@ -157,7 +157,7 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
             f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
         )
     if task.judge:
-        task.judge.load_wording(config.judge_wording)  # or hours pass before it is found missing
+        task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions
 
 
@@ -166,18 +166,20 @@ def _score(
     questions: Sequence[Question],
     config: EvaluateConfig,
     output: Path,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[EvaluateProgress], None],
 ) -> TaskResult:
     predictions = {p.question_id: p for p in read_log(_find_log(output, task), Prediction)}
-    scores = score_replies(task, questions, predictions)
+    scores = score_predictions(task, questions, predictions)
     if task.judge:
-        scores = grade_replies(
+        scores = grade_predictions(
             task.judge,
             questions,
             predictions,
             config,
             output / f"verdicts_{task.name}.jsonl",
-            on_verdict=lambda done, of: on_progress(Progress(f"{task.name}, judge", done, of)),
+            on_verdict=lambda done, of: on_progress(
+                EvaluateProgress(f"{task.name}, judge", done, of)
+            ),
         )
     write_task_samples(output, task, questions, predictions, scores)
     result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)

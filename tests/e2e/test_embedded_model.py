@@ -132,7 +132,8 @@ def yes(truth: object) -> str:
 
 
 IS_THERE = r"(?:Is there|Do you see|Can you see|Does the picture show|Is) (?:an?|the|any) (.+?)"
-END = r"(?: in the (?:picture|image)| in this (?:picture|image))?\?"
+IMAGE = "(?:picture|image)"
+END = rf"(?: in the {IMAGE}| in this {IMAGE})?\?"
 
 
 def check_existence(question: str, scene: scenes.Scene) -> str:
@@ -194,7 +195,8 @@ def check_position(question: str, scene: scenes.Scene) -> str:
                 return yes(one.y < other.y)
             case _:
                 return yes(one.y > other.y)
-    name = re.search(r"(?:is|see|find|Where's) the (.+?)(?: in the (?:picture|image))?\?", question)[1]
+    match = re.search(rf"(?:is|see|find|Where's) the (.+?)(?: in the {IMAGE})?\?", question)
+    name = match[1]
     return f"In the {questions.CELLS[only(name, scene).cell]}."
 
 
@@ -220,7 +222,7 @@ def check_number(question: str, scene: scenes.Scene) -> str:
 
 
 def check_things(question: str, scene: scenes.Scene) -> str:
-    if match := re.search(r"in the (?!picture|image)(.+?)(?: of the (?:picture|image))?[?.]", question):
+    if match := re.search(rf"in the (?!{IMAGE})(.+?)(?: of the {IMAGE})?[?.]", question):
         found = [item] if (item := at(match[1], scene)) else []
     else:
         (category,) = [c for c in scenes.CATEGORIES if c in question]
@@ -334,7 +336,7 @@ def tokenizer():
 def test_training_writes_conversations_as_the_chat_template_does(tokenizer):
     from jobs.embedded_model import language
 
-    encoder = language.Encoder(tokenizer, random.Random(0))
+    encoder = language.ConversationEncoder(tokenizer, random.Random(0))
     rng = random.Random(1)
     turns = questions.make_conversation(
         rng, [scenes.make_scene(rng) for _ in range(2)], num_turns=5

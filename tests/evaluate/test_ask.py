@@ -12,7 +12,12 @@ from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError, UserError
 from llava_ray.evaluate import run
 from llava_ray.evaluate.predict import ask as asking
-from llava_ray.evaluate.predict.actor import Attempts, Predictor, describe_settings, make_cache_key
+from llava_ray.evaluate.predict.actor import (
+    CrashCounter,
+    Predictor,
+    describe_settings,
+    make_cache_key,
+)
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
 from tests.support.raw_data import save
@@ -33,7 +38,7 @@ def configure(**settings: Any) -> EvaluateConfig:
 
 def predict(questions: list[Question], **settings: Any) -> list[Prediction]:
     """Answer questions as an actor does, in this process."""
-    predictor = Predictor(configure(**settings), "scripted", SHORT, "digest", Attempts())
+    predictor = Predictor(configure(**settings), "scripted", SHORT, "digest", CrashCounter())
     batch = predictor({"question": [pickle.dumps(question) for question in questions]})
     return [pickle.loads(each) for each in batch["prediction"]]
 

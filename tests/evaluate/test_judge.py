@@ -11,7 +11,7 @@ from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError
 from llava_ray.evaluate.predict import ask
 from llava_ray.evaluate.results.results import TaskResult, summarize_task
-from llava_ray.evaluate.scoring.judge_run import grade_replies
+from llava_ray.evaluate.scoring.judge_run import grade_predictions
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction
 from tests.support.benchmark_files import WRITERS
@@ -40,7 +40,7 @@ def grade(name: str, folder: Path, script: Script | None, **settings: Any) -> tu
         config = EvaluateConfig(tasks=[name], data=str(folder), output=str(folder), **settings)
         assert task.judge is not None
         log = folder / "verdicts.jsonl"
-        scores = grade_replies(task.judge, questions, said, config, log)
+        scores = grade_predictions(task.judge, questions, said, config, log)
     return server, scores, summarize_task(task, questions, said, scores, min_coverage=0.99)
 
 
@@ -124,7 +124,7 @@ def test_a_verdict_is_asked_for_once_and_a_failure_again(tmp_path: Path) -> None
     assert task.judge is not None
     progress: list[tuple[int, int]] = []
     # nobody answers there any more: the verdict that is there is kept, the other one fails
-    scores = grade_replies(
+    scores = grade_predictions(
         task.judge, questions, said, config, log, on_verdict=lambda *step: progress.append(step)
     )
     assert progress == [(1, 2), (2, 2)]

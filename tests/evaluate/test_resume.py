@@ -137,7 +137,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
         assert 0 < len(known) < NUM_QUESTIONS
         is_killed.set()
         num_before = len(server.asked)
-        steps: list[run.Progress] = []
+        steps: list[run.EvaluateProgress] = []
         (result,) = run.evaluate_model(config, on_progress=steps.append)
     assert steps[0].num_done == len(known)
     asked = {body["messages"][-1]["content"].split()[1] for body in server.asked[num_before:]}

@@ -10,7 +10,7 @@ from llava_ray.data.sources.building import assistant, make_sample, user
 from llava_ray.data.validate import CheckedImage
 from llava_ray.errors import ConfigError, ImageError, SampleError
 from llava_ray.evaluate.datasets.images import hash_image, load_image
-from llava_ray.evaluate.results.results import score_replies, summarize_task
+from llava_ray.evaluate.results.results import score_predictions, summarize_task
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
 from tests.support.benchmark_files import (
@@ -133,7 +133,7 @@ def test_right_answers_give_full_marks_and_nonsense_gives_none(data: Path, name:
             )
             for q in questions
         }
-        scores = score_replies(task, questions, said)
+        scores = score_predictions(task, questions, said)
         result = summarize_task(task, questions, said, scores, min_coverage=1)
         assert result.headline is not None
         full = 2000 if name == "mme" else 100
@@ -147,7 +147,7 @@ def test_captions_are_measured_together(data: Path) -> None:
     task, questions = TASKS["coco2017_cap_val"], find(data, "coco2017_cap_val")
     texts = {"9": "A dog runs on the grass.", "11": "two red cars parked"}
     said = {i: Prediction(i, "answered", text) for i, text in texts.items()}
-    scores = score_replies(task, questions, said)
+    scores = score_predictions(task, questions, said)
     result = summarize_task(task, questions, said, scores, min_coverage=1)
     assert result.metrics["Bleu_4"].value == pytest.approx(100)
     assert result.metrics["ROUGE_L"].value == pytest.approx(100)
@@ -167,7 +167,7 @@ def test_captions_numbers_are_pycocoevalcaps(data: Path) -> None:
     texts = {"9": "A black dog runs over grass", "11": "Two cars."}
     said = {i: Prediction(i, "answered", text) for i, text in texts.items()}
     ours = summarize_task(
-        task, questions, said, score_replies(task, questions, said), min_coverage=1
+        task, questions, said, score_predictions(task, questions, said), min_coverage=1
     ).metrics
     right = {q.question_id: [split_words(a) for a in q.answers] for q in questions}
     told = {i: [split_words(text)] for i, text in texts.items()}

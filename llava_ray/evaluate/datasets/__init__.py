@@ -1,1 +1,1 @@
-"""Reading: the benchmarks' own question and annotation files -> `Question`, a module a kind."""
+"""Readers of the benchmarks' question and annotation files: each returns `Question` records."""

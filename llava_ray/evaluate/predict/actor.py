@@ -1,7 +1,9 @@
-"""The actor of a run: holds one engine (or a way to a server), and answers many questions at once.
+"""The Ray Data actor that turns questions into predictions.
 
-Ray Data hands it batches of questions, two at a time, so that the engine never runs dry between
-them; each question comes back as a `Prediction`, whatever became of it.
+It holds one engine, or a connection to a server, and asks many questions at once. Ray Data hands it
+two batches at a time so that the engine stays busy between them. Every question yields a
+`Prediction`, also when it is refused or fails. The digests at the top and bottom of this file
+decide which logged predictions a later run may keep.
 """
 
 import asyncio
@@ -18,7 +20,7 @@ from typing import Any
 from llava_ray.config import EvaluateConfig, LimitsConfig
 from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
 from llava_ray.evaluate.datasets.images import load_image
-from llava_ray.evaluate.predict.ask import Answerer, ask, ask_patiently
+from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries
 from llava_ray.storage import hash_file
 from llava_ray.types import (
     ChatRequest,
@@ -60,12 +62,12 @@ def digest_folder(folder: Path) -> str:
     return whole.hexdigest()
 
 
-MAX_DEATHS = 2
-"""Actors that may die with a question before it counts as failed."""
+MAX_CRASHES = 2
+"""A question counts as failed once this many actors have crashed while answering it."""
 
 
-class Attempts:
-    """How often each question was begun and not ended."""
+class CrashCounter:
+    """Counts, for each question, the actors that began to answer it and crashed."""
 
     def __init__(self) -> None:
         self._num_open: Counter[str] = Counter()
@@ -77,18 +79,18 @@ class Attempts:
         for id_ in ids:
             del self._num_open[id_]
 
-    def count_deaths(self, ids: Sequence[str]) -> list[int]:
-        """Return how often each of these was begun and not ended; none of them is being asked."""
+    def count_crashes(self, ids: Sequence[str]) -> list[int]:
+        """Return the number of crashes for each question; none of them may be in flight."""
         return [self._num_open[id_] for id_ in ids]
 
 
-class SharedAttempts(Attempts):
-    """The same, counted by an actor of Ray's for whoever has this object."""
+class SharedCrashCounter(CrashCounter):
+    """A `CrashCounter` that lives in a Ray actor, so that all predictors share it."""
 
     def __init__(self) -> None:
         import ray
 
-        actor = ray.remote(Attempts).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        actor = ray.remote(CrashCounter).options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         self._counter: Any = actor.remote()
 
     def begin(self, ids: Sequence[str]) -> None:
@@ -97,8 +99,8 @@ class SharedAttempts(Attempts):
     def end(self, ids: Sequence[str]) -> None:
         self._call("end", ids)
 
-    def count_deaths(self, ids: Sequence[str]) -> list[int]:
-        return self._call("count_deaths", ids)
+    def count_crashes(self, ids: Sequence[str]) -> list[int]:
+        return self._call("count_crashes", ids)
 
     def _call(self, name: str, ids: Sequence[str]) -> Any:
         import ray
@@ -114,7 +116,7 @@ class Predictor:
         model: its name at the server.
         sampling: how replies are made.
         model_digest: see `Prediction`.
-        attempts: counts what actors of this run died with.
+        crashes: counts the crashes of this run's actors, by question.
     """
 
     def __init__(
@@ -123,9 +125,9 @@ class Predictor:
         model: str,
         sampling: Sampling,
         model_digest: str,
-        attempts: Attempts,
+        crashes: CrashCounter,
     ) -> None:
-        self._model, self._digest, self._attempts = model, model_digest, attempts
+        self._model, self._digest, self._crashes = model, model_digest, crashes
         self._alone = threading.Lock()
         self._settings = describe_settings(config, sampling)
         # Other servers may not know logprobs; ours give them without changing the reply.
@@ -135,7 +137,7 @@ class Predictor:
         self._answer, self._problem = None, None
         try:
             self._answer = self._run(_connect(config, model))
-        except LlavaRayError as error:  # told by calls: Ray would wrap it beyond recognition
+        except LlavaRayError as error:  # calls return it: Ray would wrap one raised here
             self._problem = error
         self._free = self._run(_make_semaphore(config.concurrency))
 
@@ -150,13 +152,13 @@ class Predictor:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def _ask_batch(self, questions: Sequence[Question]) -> list[Prediction]:
-        """Ask questions together; those that an actor died with one by one, and not for ever."""
-        deaths = self._attempts.count_deaths([question.question_id for question in questions])
-        known = list(zip(questions, deaths, strict=True))
+        """Ask together the questions without a crash, then the others one at a time."""
+        crashes = self._crashes.count_crashes([question.question_id for question in questions])
+        known = list(zip(questions, crashes, strict=True))
         predictions = self._ask_watched([question for question, num in known if not num])
         for question, num in known:
-            if num >= MAX_DEATHS:
-                error = EngineError(f"{num} actors died while they answered it: see Ray's logs")
+            if num >= MAX_CRASHES:
+                error = EngineError(f"{num} actors crashed while answering it: see Ray's logs")
                 predictions.append(self._fail(question, "failed", error))
             elif num:
                 with self._alone:
@@ -165,9 +167,9 @@ class Predictor:
 
     def _ask_watched(self, questions: Sequence[Question]) -> list[Prediction]:
         ids = [question.question_id for question in questions]
-        self._attempts.begin(ids)
+        self._crashes.begin(ids)
         predictions = self._run(self._ask_all(questions))
-        self._attempts.end(ids)
+        self._crashes.end(ids)
         return predictions
 
     async def _ask_all(self, questions: Sequence[Question]) -> list[Prediction]:
@@ -179,7 +181,7 @@ class Predictor:
 
     async def _ask(self, question: Question) -> Prediction:
         try:
-            return await ask_patiently(lambda: self._ask_once(question))
+            return await ask_with_retries(lambda: self._ask_once(question))
         except (RequestError, SampleError) as error:
             return self._fail(question, "refused", error)
         except LlavaRayError as error:

@@ -1,4 +1,4 @@
-"""A question to whoever answers (an engine, a server, the live application) -> one whole reply."""
+"""Sends one request to an engine, a server or the live application; collects the whole answer."""
 
 import asyncio
 import math
@@ -16,12 +16,12 @@ FIRST_PAUSE_S = 0.5
 T = TypeVar("T")
 
 
-class Reply(NamedTuple):
-    """A whole reply.
+class Completion(NamedTuple):
+    """The whole answer to one request.
 
     Attributes:
         text: all of it.
-        last: its last piece, with the reason of its end and the numbers of tokens.
+        last: its last chunk, which holds the finish reason and the token counts.
         latency_s: from the question to its end.
         confidence: geometric mean of its tokens' probabilities; None without logprobs.
     """
@@ -32,26 +32,26 @@ class Reply(NamedTuple):
     confidence: float | None
 
 
-async def ask(answer: Answerer, request: ChatRequest) -> Reply:
+async def ask(answer: Answerer, request: ChatRequest) -> Completion:
     """Ask once.
 
     Raises:
-        LlavaRayError: whatever the one who was asked raises.
+        LlavaRayError: the error of the engine or server.
     """
     started, last, pieces, logprobs = time.perf_counter(), None, [], []
     async for last in answer(request):
         pieces.append(last.text)
         logprobs += [token.logprob for token in last.logprobs]
-    assert last is not None, "an answer has at least one piece"
+    assert last is not None, "an answer has at least one chunk"
     confidence = math.exp(sum(logprobs) / len(logprobs)) if logprobs else None
-    return Reply("".join(pieces), last, time.perf_counter() - started, confidence)
+    return Completion("".join(pieces), last, time.perf_counter() - started, confidence)
 
 
-async def ask_patiently(once: Callable[[], Awaitable[T]]) -> T:
-    """Try until it works; after each failure that may pass, twice as long a pause.
+async def ask_with_retries(once: Callable[[], Awaitable[T]]) -> T:
+    """Call `once` until it succeeds, with a pause that doubles after each temporary failure.
 
     Raises:
-        RequestError, SampleError: at once, another try would not help.
+        RequestError, SampleError: raised at once, because a retry would not help.
         LlavaRayError: that of the last attempt.
     """
     for attempt in range(NUM_ATTEMPTS - 1):

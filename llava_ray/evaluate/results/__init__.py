@@ -1,1 +1,4 @@
-"""What an evaluation leaves behind: samples, results, a report; and two runs compared."""
+"""What an evaluation writes (samples, results, the report), and what reads it back.
+
+`compare` compares two runs; `llava_answer_files` reads predictions that other programs wrote.
+"""

@@ -29,8 +29,8 @@ class Row(NamedTuple):
     score: Score | None = None
 
 
-class Replies(NamedTuple):
-    """Replies, and the scores that a judge gave, by question."""
+class StoredPredictions(NamedTuple):
+    """Predictions read from a file, and the scores that a judge gave, by question."""
 
     predictions: dict[str, Prediction]
     scores: dict[str, Score]
@@ -54,7 +54,7 @@ def read_rows(path: Path) -> list[Row]:
     return [_read_line(row, f"{path}, row {i}") for i, row in enumerate(read_jsonl(path), 1)]
 
 
-def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -> Replies:
+def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -> StoredPredictions:
     """Give each reply to its question: by id, and by what was asked where ids repeat.
 
     Raises:
@@ -63,7 +63,7 @@ def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -
     left: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         left[question.source_id].append(question)
-    replies = Replies({}, {})
+    replies = StoredPredictions({}, {})
     for row in rows:
         candidates = left[row.source_id]
         if not candidates:
@@ -78,9 +78,9 @@ def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -
     return replies
 
 
-def ask_anew(rows: Sequence[Row]) -> tuple[list[Question], Replies]:
+def make_questions(rows: Sequence[Row]) -> tuple[list[Question], StoredPredictions]:
     """Return questions for a judge's scores, whose summary needs no more than their kinds."""
-    questions, replies = [], Replies({}, {})
+    questions, replies = [], StoredPredictions({}, {})
     for i, row in enumerate(rows):
         groups = (row.group,) if row.group else ()
         questions.append(Question(f"{row.source_id}/{i}", row.prompt, groups=groups))
@@ -88,7 +88,7 @@ def ask_anew(rows: Sequence[Row]) -> tuple[list[Question], Replies]:
     return questions, replies
 
 
-def _add(replies: Replies, question: Question, row: Row) -> None:
+def _add(replies: StoredPredictions, question: Question, row: Row) -> None:
     name = question.question_id
     replies.predictions[name] = Prediction(name, "answered", row.text)
     if row.score is not None:

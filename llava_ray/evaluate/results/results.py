@@ -48,7 +48,7 @@ class TaskResult:
         return next(iter(self.metrics.items()), None) if self.is_covered else None
 
 
-def score_replies(
+def score_predictions(
     task: Task, questions: Sequence[Question], predictions: Mapping[str, Prediction]
 ) -> dict[str, Score]:
     """Score every question that was answered and has an answer; a judge's are not made here."""

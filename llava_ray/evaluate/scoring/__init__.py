@@ -1,1 +1,4 @@
-"""Scoring: one reply becomes a score, the scores of a task become its metrics. Plain Python."""
+"""From predictions to scores and metrics.
+
+Everything is plain Python without Ray, except that `judge_run` asks a judge model over HTTP.
+"""

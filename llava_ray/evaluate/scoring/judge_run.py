@@ -15,7 +15,7 @@ from pathlib import Path
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.evaluate.predict.ask import ask, ask_patiently
+from llava_ray.evaluate.predict.ask import ask, ask_with_retries
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.scoring.judge import Judge
 from llava_ray.types import ChatRequest, Message, Prediction, Question, Score, TextPart
@@ -42,7 +42,7 @@ class Verdict:
     reason: str = ""
 
 
-def grade_replies(
+def grade_predictions(
     judge: Judge,
     questions: Sequence[Question],
     predictions: Mapping[str, Prediction],
@@ -118,7 +118,7 @@ async def _ask_judge(
             )
             async with free:
                 try:
-                    reply = await ask_patiently(lambda: ask(client.stream, request))
+                    reply = await ask_with_retries(lambda: ask(client.stream, request))
                     text, reason = reply.text, ""
                 except LlavaRayError as error:
                     text, reason = "", f"the judge failed: {error.message}"
