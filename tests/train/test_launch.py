@@ -169,7 +169,7 @@ def test_a_dry_run_says_what_would_be_done_and_trains_nothing(shards: Path, tmp_
         "vision_tower: frozen",
         "projector: trains",
         "2 samples x 1 accumulation steps x 2 workers = 4 per step",
-        "24 samples = 6 steps an epoch x 3 epochs = 18 steps",
+        "24 samples = 6 steps per epoch x 3 epochs = 18 steps",
         "optimizer: ",
         "1 images",
         "It is ",

@@ -4,8 +4,8 @@
 
 Ray Data's iterators keep no position, so a run on them cannot resume exactly. Here `order` says
 what comes next, and the readers only prepare what they are told. At most `num_ahead` batches are
-ready or in preparation. An actor that dies is restarted and repeats its task. The readers end when the
-stream is garbage-collected.
+ready or in preparation. An actor that dies is restarted and repeats its task. The readers end when
+the stream is garbage-collected.
 """
 
 from collections import deque
