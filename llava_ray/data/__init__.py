@@ -1,10 +1,14 @@
-"""Data for training: raw sets become shards once, and training reads them in one exact order.
+"""Training data: raw data become shards once, and training streams them in a fixed order.
 
-raw files -> sources (one pure function a source: row -> Sample) -> convert (Ray Data): images are
-read and checked -> shards (Parquet) and a manifest -> plan: the order of an epoch, from the seed
-alone -> stream (Ray actors): decode, encode, collate -> batches for a training worker.
+raw files -> sources (one pure function each: row -> Sample) -> convert (Ray Data: images read and
+checked) -> shards (Parquet) and a manifest -> loader: order (which samples, from the seed alone)
+-> stream (Ray actors) -> encode -> collate -> batches of one training worker.
 
-Only `convert` and `stream` run on Ray, and only `collate` knows torch.
+Beside that line: validate says which samples are accepted, inspect and inspect_html show what a
+folder of shards holds, and session starts Ray for all of them.
+
+Only convert/run, loader/stream and session import Ray. Only loader/encode and loader/collate load
+torch; encode does so through `model`.
 """
 
 from typing import TYPE_CHECKING

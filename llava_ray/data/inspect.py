@@ -1,7 +1,7 @@
-"""What is in a set of shards: numbers for the terminal, and a few samples to look at in a browser.
+"""Statistics of a folder of shards for the terminal, and samples drawn from it.
 
-Numbers come from the manifest and the index; only the samples that are shown, and the sizes of
-images of some shards, are read from the shards themselves.
+Behind `llava-ray inspect`. Statistics come from the manifest and the index; the shards are read
+only for the samples that are shown and for the image sizes of the first few shards.
 """
 
 from collections import Counter
@@ -20,20 +20,20 @@ from llava_ray.storage import Folder, open_folder
 _MAX_SHARDS_FOR_SIZES = 20
 _NUM_BARS = 12
 _BAR_WIDTH = 40
-_BATCH_SIZE, _MICRO_SIZE = 128, 16  # of LLaVA-1.5
+_BATCH_SIZE, _MICRO_SIZE = 128, 16  # as LLaVA-1.5 was trained
 
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a set of shards holds.
+    """Statistics of a folder of shards.
 
     Attributes:
-        manifest: what it says of itself.
-        num_bytes: of all shards.
+        manifest: of the folder.
+        num_bytes: size of all shards.
         unit: of `lengths`: "tokens" or "words".
         lengths: of each sample.
         num_images: of each sample.
-        image_sizes: width and height of images, from the first shards.
+        image_sizes: width and height of the images in the first shards [N, 2].
     """
 
     manifest: Manifest
@@ -45,10 +45,10 @@ class DatasetSummary:
 
 
 def summarize(address: str) -> DatasetSummary:
-    """Return the numbers of a set of shards.
+    """Return the statistics of a folder of shards.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it is not a finished folder of shards.
     """
     folder = open_folder(address)
     manifest = load_manifest(folder)
@@ -66,10 +66,10 @@ def summarize(address: str) -> DatasetSummary:
 
 
 def draw_samples(address: str, *, num_samples: int, seed: int = 0) -> list[ShardRow]:
-    """Return some samples of a set of shards, drawn by the seed.
+    """Return random samples of a folder of shards; the same seed draws the same ones.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: it is not a finished folder of shards.
     """
     folder = open_folder(address)
     manifest = load_manifest(folder)
@@ -95,12 +95,12 @@ def describe(summary: DatasetSummary) -> list[str]:
         width, height = np.median(summary.image_sizes, axis=0)
         low, high = summary.image_sizes.min(0), summary.image_sizes.max(0)
         lines.append(
-            f"sizes: median {width:.0f} x {height:.0f}, from {low[0]} x {low[1]} to "
-            f"{high[0]} x {high[1]} (of {len(summary.image_sizes):,})"
+            f"image sizes: median {width:.0f} x {height:.0f}, from {low[0]} x {low[1]} to "
+            f"{high[0]} x {high[1]} ({len(summary.image_sizes):,} images)"
         )
     if len(summary.lengths):
         lines += ["", f"length in {summary.unit}:", *draw_histogram(summary.lengths)]
-        lines += ["", f"padding with {_BATCH_SIZE} samples a batch, {_MICRO_SIZE} at once:"]
+        lines += ["", f"padding with batches of {_BATCH_SIZE} in micro-batches of {_MICRO_SIZE}:"]
         lines += [
             f"  {share:>6.1%}  grouping={name}" for name, share in _measure_padding(summary).items()
         ]
@@ -111,7 +111,7 @@ def describe(summary: DatasetSummary) -> list[str]:
 
 
 def _measure_padding(summary: DatasetSummary) -> dict[Grouping, float]:
-    """Return which share of an epoch is padding, for each way to group samples."""
+    """Return the share of an epoch's tokens that is padding, for each grouping."""
     groupings: tuple[Grouping, ...] = ("none", "modality", "length")
     order = SampleOrder(
         mixture=(MixtureComponent(len(summary.lengths)),),
@@ -128,7 +128,7 @@ def _measure_padding(summary: DatasetSummary) -> dict[Grouping, float]:
 
 
 def draw_histogram(values: Sequence[int] | np.ndarray) -> list[str]:
-    """Return how values are spread, a line for each range."""
+    """Return a histogram as lines of text, one per bin."""
     counts, edges = np.histogram(values, bins=min(_NUM_BARS, int(np.ptp(values)) + 1))
     width = len(f"{edges[-1]:,.0f}")
     return [
@@ -144,7 +144,7 @@ def name_images(num: int) -> str:
 
 
 def _read_sizes(folder: Folder, manifest: Manifest) -> np.ndarray:
-    """Return width and height of the images in the first shards, which is enough to judge by."""
+    """Return width and height of the images in the first shards, a large enough sample [N, 2]."""
     columns = ["images.list.element.width", "images.list.element.height"]
     sizes: list[tuple[int, int]] = []
     for shard in manifest.shards[:_MAX_SHARDS_FOR_SIZES]:

@@ -1,7 +1,7 @@
-"""Samples as an HTML page: their images, what is said, and what of it is learned.
+"""Samples as one HTML page: their images, their text, and which of it is learned.
 
-With an encoder the text is what the model reads, token by token, and what it learns to say is
-marked; without one the messages are shown as they are.
+Behind `llava-ray inspect --html`. With an encoder the page shows the text that the model reads,
+with the learned tokens marked; without one it shows the messages as stored.
 """
 
 import html
@@ -27,18 +27,18 @@ small { color: #6e6e73 }
 
 
 def write_page(rows: Sequence[ShardRow], *, title: str, encoder: Encoder | None = None) -> str:
-    """Return an HTML page that shows samples; it needs no other file.
+    """Return a self-contained HTML page that shows samples.
 
     Args:
         rows: the samples.
         title: of the page.
-        encoder: of the model that is to be trained, for the loss mask.
+        encoder: of the model to be trained, for the loss mask.
     """
     explained = (
-        "What is learned is <mark>marked</mark>; each <b class='image'>image</b> is named with "
-        "its tokens."
+        "Learned tokens are <mark>marked</mark>; each <b class='image'>image</b> is shown with its "
+        "number of tokens."
         if encoder
-        else "Give a model to see what of it is learned."
+        else "Pass a model to see which tokens are learned."
     )
     articles = "\n".join(_write_sample(row, encoder) for row in rows)
     return (
@@ -72,7 +72,7 @@ def _write_messages(row: ShardRow) -> str:
 
 
 def _write_tokens(row: ShardRow, encoder: Encoder) -> str:
-    """Return what the model reads, with what it learns marked."""
+    """Return the text that the model reads, with the learned tokens marked."""
     try:
         read = encoder.tokenize(row.sample)
     except SampleError as error:

@@ -1,7 +1,7 @@
-"""What a folder of shards says about itself: `_manifest.json`, and `_index.parquet` beside it.
+"""The manifest (`_manifest.json`) and index (`_index.parquet`) of a folder of shards.
 
 The manifest is written last, so a folder without one is an unfinished conversion. The index holds
-three small numbers a sample, from which `plan` makes the order of an epoch without reading a shard.
+three integers per sample, from which `loader.order` computes an epoch without reading a shard.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from llava_ray.storage import Folder, open_folder
 MANIFEST = "_manifest.json"
 INDEX = "_index.parquet"
 FORMAT = 1
-"""Of shards, index and manifest together; what reads them refuses another."""
+"""Version of shards, index and manifest together; readers refuse any other."""
 
 
 class Shard(BaseModel):
@@ -37,14 +37,14 @@ class Manifest(BaseModel):
     """A finished set of shards.
 
     Attributes:
-        format: of the files; see `FORMAT`.
-        version: of the converter.
-        settings: of the conversion, all that decides what the shards hold.
-        model, template: that `num_tokens` were counted for, if they were.
-        num_samples, num_images, num_text_only: in all shards.
-        rejects: rows that were left out, by reason.
-        digest: of the shards' digests: equal digests, equal samples in the same order.
-        shards: in order.
+        format: version of the files; see `FORMAT`.
+        version: version of llava_ray that converted the data.
+        settings: every setting of the conversion that determines what the shards hold.
+        model, template: what `num_tokens` was counted for; None if tokens were not counted.
+        num_samples, num_images, num_text_only: totals over all shards.
+        rejects: number of rows that were left out, by reason.
+        digest: hash of the shards' hashes; equal digests mean the same samples in the same order.
+        shards: the files, in order.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -63,12 +63,12 @@ class Manifest(BaseModel):
 
     @property
     def source(self) -> str:
-        """The kind of raw data."""
+        """The name of the source that was converted."""
         return str(self.settings.get("source", ""))
 
     @property
     def num_rejects(self) -> int:
-        """Rows that were left out."""
+        """The number of rows that were left out."""
         return sum(self.rejects.values())
 
 
@@ -76,7 +76,7 @@ def load_manifest(address: str | Folder) -> Manifest:
     """Return the manifest of a folder of shards.
 
     Raises:
-        ConfigError: there is none, or it is of another format.
+        ConfigError: there is none, or its format is another.
     """
     folder = open_folder(address) if isinstance(address, str) else address
     try:
@@ -84,17 +84,17 @@ def load_manifest(address: str | Folder) -> Manifest:
     except OSError as error:
         raise ConfigError(
             f"there is no {MANIFEST} in {folder.address!r}: give a folder that `llava-ray convert` "
-            "wrote; if it was stopped, run it again and it goes on"
+            "wrote; if it was interrupted, run the same command again and it resumes"
         ) from error
     except ValidationError as error:
         raise ConfigError(
             f"{MANIFEST} in {folder.address!r} cannot be read ({error.errors()[0]['msg']}): "
-            "convert the data again"
+            "run the conversion again"
         ) from error
     if manifest.format != FORMAT:
         raise ConfigError(
             f"the shards in {folder.address!r} have format {manifest.format}, and this version "
-            f"reads {FORMAT}: convert the data again"
+            f"reads format {FORMAT}: run the conversion again"
         )
     return manifest
 
@@ -106,7 +106,7 @@ def load_index(folder: Folder) -> pa.Table:
 
 
 def write_index(folder: Folder, tables: Sequence[pa.Table]) -> pa.Table:
-    """Write the index; return it."""
+    """Write the index and return it."""
     schema = pa.schema([(name, pa.int32()) for name in COUNTS])
     index = pa.concat_tables([schema.empty_table(), *tables])
     with folder.write_beside(INDEX) as path:
@@ -115,5 +115,5 @@ def write_index(folder: Folder, tables: Sequence[pa.Table]) -> pa.Table:
 
 
 def digest_shards(shards: Sequence[Shard]) -> str:
-    """Return one digest for several."""
+    """Return one digest of all shards' digests."""
     return hashlib.sha256("\n".join(shard.sha256 for shard in shards).encode()).hexdigest()

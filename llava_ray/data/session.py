@@ -1,4 +1,4 @@
-"""Ray, for the commands that work with it: that of the cluster, or one of their own."""
+"""Starts Ray for the commands on data, in a cluster or on this machine."""
 
 import logging
 
@@ -6,7 +6,7 @@ import ray
 
 
 def start_ray() -> None:
-    """Start Ray where none is running; it and Ray Data say only what went wrong."""
+    """Connect to Ray, or start it if none is running; only errors are logged."""
     if not ray.is_initialized():
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     logging.getLogger("ray.data").setLevel(logging.ERROR)

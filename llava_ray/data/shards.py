@@ -1,7 +1,8 @@
-"""Shards: Parquet files of samples, with images as they came and small row groups.
+"""Shards: Parquet files of samples, with images stored as received.
 
-Written by `convert`; read back a row at a time by `stream`, which is why a row group ends at a
-megabyte. Everything is zstd-compressed but the images, which are compressed already.
+Written by `convert` and read row by row by `loader.stream`. Row groups hold about one megabyte,
+because reading a row means reading its row group. All columns are compressed with zstd except the
+images, which are compressed already.
 """
 
 import hashlib
@@ -42,8 +43,10 @@ SCHEMA = pa.schema(
         ("num_tokens", pa.int32()),
     ]
 )
-"""One row a sample. `text` has `<image>` for each image; `num_words` is the length that LLaVA
-groups by; `num_tokens` is that of the whole sample for the manifest's model, or null."""
+"""One row per sample. `text` has `<image>` for each image; `num_words` is the length that LLaVA's
+sampler groups by; `num_tokens` is the length of the encoded sample for the manifest's model, or
+null if tokens were not counted.
+"""
 
 COUNTS = ("num_images", "num_words", "num_tokens")
 MAX_GROUP_BYTES = 1 << 20
@@ -52,7 +55,7 @@ _COLUMNS = ["id", "source", "messages", "images"]
 
 
 class ShardFile(NamedTuple):
-    """A written shard: its rows, bytes and SHA-256."""
+    """A finished shard: its number of rows, its size in bytes and its SHA-256."""
 
     num_rows: int
     num_bytes: int
@@ -61,11 +64,11 @@ class ShardFile(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardRow:
-    """A sample as a shard holds it.
+    """A sample as it is stored in a shard.
 
     Attributes:
-        sample: with its images as bytes.
-        image_sizes: width and height of each image, upright.
+        sample: the sample; its images are bytes.
+        image_sizes: width and height of each image in pixels, after EXIF rotation.
     """
 
     sample: Sample
@@ -73,11 +76,13 @@ class ShardRow:
 
 
 class ShardWriter:
-    """Writes one shard to a path, holding no more than a row group in memory."""
+    """Writes one shard to a path; holds at most one row group in memory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        compression: Any = dict.fromkeys(_list_leaves(), "zstd")  # pyarrow's types know one only
+        compression: Any = dict.fromkeys(
+            _list_leaves(), "zstd"
+        )  # pyarrow's stubs accept a single codec only
         compression["images.list.element.data"] = "none"
         self._writer = pq.ParquetWriter(path, SCHEMA, compression=compression, use_dictionary=False)
         self._rows: list[dict[str, Any]] = []
@@ -86,7 +91,7 @@ class ShardWriter:
     def add(
         self, sample: Sample, images: Sequence[CheckedImage], *, num_tokens: int | None
     ) -> None:
-        """Add a sample with its images."""
+        """Append a sample with its images."""
         row = describe_row(sample, images, num_tokens=num_tokens)
         self._rows.append(row)
         self._num_rows += 1
@@ -96,7 +101,7 @@ class ShardWriter:
             self._flush()
 
     def close(self) -> ShardFile:
-        """Finish the file."""
+        """Write the remaining rows and close the file."""
         self._flush()
         self._writer.close()
         return ShardFile(self._num_rows, self._path.stat().st_size, hash_file(self._path))
@@ -108,10 +113,10 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads single rows of one shard, a row group at a time."""
+    """Reads single rows of a shard; each read loads one row group."""
 
     def __init__(self, folder: Folder, name: str) -> None:
-        # An image in a file that is mapped is copied once, when it is read.
+        # With a memory map, an image is copied only once, when it is read.
         where = folder.path(name) if folder.is_local else folder.open(name)
         self._file = pq.ParquetFile(where, memory_map=folder.is_local)
         self._ends: list[int] = []
@@ -121,7 +126,7 @@ class ShardReader:
             self._ends.append(end)
 
     def read(self, row: int) -> ShardRow:
-        """Return the sample of a row, counted from 0."""
+        """Return the sample in a row, counted from 0."""
         group = bisect_right(self._ends, row)
         table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
         first = self._ends[group - 1] if group else 0
@@ -139,7 +144,7 @@ class ShardReader:
 
 
 def read_counts(folder: Folder, name: str) -> pa.Table:
-    """Return the `COUNTS` of a shard's rows; its texts and images are not read."""
+    """Return the `COUNTS` columns of a shard, without reading texts or images."""
     with folder.open(name) as file:
         return pq.read_table(file, columns=list(COUNTS))
 
@@ -169,7 +174,7 @@ def describe_row(
 
 
 def parse_row(row: dict[str, Any]) -> ShardRow:
-    """Return what `describe_row` was given."""
+    """Return the sample in a row of `SCHEMA`; the inverse of `describe_row`."""
     messages = tuple(Message(m["role"], _parse_text(m["text"])) for m in row["messages"])
     images = row["images"]
     sample = Sample(row["id"], messages, tuple(i["data"] for i in images), row["source"])
@@ -183,7 +188,7 @@ def write_text(message: Message) -> str:
 
 
 def _count_words(message: Message) -> int:
-    """Return a message's words, an image being one: the length that LLaVA's sampler goes by."""
+    """Return the number of words in a message; an image counts as one, as in LLaVA's sampler."""
     return sum(len(p.text.split()) if isinstance(p, TextPart) else 1 for p in message.parts)
 
 
@@ -198,7 +203,7 @@ def _parse_text(text: str) -> tuple[TextPart | ImagePart, ...]:
 
 
 def _list_leaves() -> list[str]:
-    """Return the names that Parquet has for the columns of `SCHEMA`, nested ones in full."""
+    """Return the full Parquet names of the columns of `SCHEMA`, nested ones included."""
     names: list[str] = []
     for field in SCHEMA:
         if pa.types.is_list(field.type):

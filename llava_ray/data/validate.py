@@ -1,8 +1,9 @@
-"""What a sample must be like to enter a shard; the rest goes to the rejects, with a reason.
+"""What a sample must satisfy to enter a shard. Other rows are rejected with a reason.
 
-Reasons: `bad_row` (a field is missing, or of the wrong kind), `roles`, `placeholders` (`<image>`
-and images do not match), `empty` (nothing is said), `too_long`, `duplicate` and `duplicate_id`,
-`image_path`, `image_missing`, `image_empty`, `image_corrupt`, `image_oversized`, `too_many_images`.
+Reasons: `bad_row` (a field is missing or has the wrong type), `roles`, `placeholders` (the numbers
+of `<image>` and of images differ), `empty` (there is nothing to learn), `too_long`, `duplicate`,
+`duplicate_id`, `image_path`, `image_missing`, `image_empty`, `image_corrupt`, `image_oversized`,
+`too_many_images`.
 """
 
 from dataclasses import dataclass
@@ -17,11 +18,11 @@ from llava_ray.types import Sample
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image that can be decoded.
+    """An image that is known to decode.
 
     Attributes:
-        data: the file, as it came.
-        width, height: upright, in pixels.
+        data: the file's bytes, unchanged.
+        width, height: in pixels, after EXIF rotation.
     """
 
     data: bytes
@@ -30,35 +31,36 @@ class CheckedImage:
 
 
 def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
-    """Check everything about a sample but its images' bytes.
+    """Check everything about a sample except the bytes of its images.
 
     Raises:
-        SampleError: with the reason.
+        SampleError: the sample is rejected; the error carries the reason.
     """
     if problem := find_problem(sample.messages):
         raise SampleError(problem, reason="roles")
     texts = [sample.sample_id, *(join_text(message) for message in sample.messages)]
     if not all(map(_is_text, texts)):
         raise SampleError(
-            "the text has half of a surrogate pair in it, which is no character: repair its "
-            "encoding",
+            "the text contains a lone surrogate, which is no character: fix its encoding",
             reason="bad_row",
         )
     named, given = count_images(sample.messages), len(sample.images)
     if named != given:
         raise SampleError(
-            f"the text has {named} <image> and the row {given} images: write one for each",
+            f"the text has {named} <image> placeholders but the row has {given} images: write one "
+            "placeholder per image",
             reason="placeholders",
         )
     if given > max_images:
         raise SampleError(
-            f"it has {given} images, more than the {max_images} allowed: raise max_images",
+            f"the sample has {given} images, more than max_images={max_images}: raise the limit",
             reason="too_many_images",
         )
     num_chars = sum(map(len, texts))
     if num_chars > max_chars:
         raise SampleError(
-            f"it has {num_chars:,} characters, more than the {max_chars:,} allowed: shorten it",
+            f"the sample has {num_chars:,} characters, more than max_chars={max_chars:,}: shorten "
+            "it or raise the limit",
             reason="too_long",
         )
     try:
@@ -68,7 +70,7 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
 
 
 def _is_text(text: str) -> bool:
-    """Return whether a text can be stored as UTF-8, which JSON does not guarantee."""
+    """Return whether a text can be stored as UTF-8; JSON may hold lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -77,10 +79,10 @@ def _is_text(text: str) -> bool:
 
 
 def check_image(data: bytes, limits: LimitsConfig, *, name: str) -> CheckedImage:
-    """Return an image after decoding all of it once.
+    """Decode an image completely and return it.
 
     Raises:
-        SampleError: it cannot be decoded, or is over a limit; with the reason.
+        SampleError: it cannot be decoded or exceeds a limit; the error carries the reason.
     """
     try:
         image = decode(data, limits=limits)

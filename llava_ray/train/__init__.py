@@ -1,9 +1,11 @@
-"""Training: any LLaVA, on any number of workers, with DeepSpeed's ZeRO.
+"""Training: full, LoRA or projector, on any number of workers, with DeepSpeed's ZeRO.
 
-settings (a YAML) -> launch (Ray Train: workers, failures, storage) -> loop: batches from
-`data.stream` -> token-weighted loss -> DeepSpeed -> checkpoint: resume | export
+settings (YAML) -> preflight (checks) -> launch (Ray Train: workers, failures, storage)
+-> worker (one process) -> loop: batches from `data.loader.stream` -> train_step (token-weighted
+loss) -> DeepSpeed -> checkpoint -> run_folder (export, curves)
 
-Only `launch` knows Ray; the loop runs in any process that torch.distributed knows of.
+`launch`, `worker` and `trackers` import Ray. The loop does not: it runs in any process in which
+torch.distributed is initialized.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,8 @@
-"""DeepSpeed's configuration: from the run's settings, or the user's JSON with its "auto" filled in.
+"""DeepSpeed's configuration, from the run's settings or from a JSON file with "auto" values.
 
-Between `settings` and the engine that `session` builds. DeepSpeed itself knows no "auto"; that is
-Hugging Face's Trainer, whose meaning of each is kept here, but that buckets have a least size.
+Between `settings` and `deepspeed_engine`. "auto" is a convention of Hugging Face's Trainer, which
+DeepSpeed does not know; each is resolved as the Trainer does, except that buckets have a minimum
+size.
 """
 
 import json

@@ -1,6 +1,6 @@
-"""The model of a run in DeepSpeed's hands: loaded, parts chosen, divided among the workers.
+"""Builds a worker's training state: the model, its optimizer, and DeepSpeed's engine around them.
 
-The one file that builds DeepSpeed's engine. torch.distributed must be up.
+The only file that initializes DeepSpeed. torch.distributed must be initialized.
 """
 
 import ctypes
@@ -28,14 +28,14 @@ from llava_ray.train.param_groups import (
 )
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Of glibc's malloc.h."""
+"""Options of mallopt, from glibc's malloc.h."""
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees: each step takes as much anew as the one before.
+    """Keep freed memory in this process, because every step allocates the same amount again.
 
-    Else glibc gives it back to the system in some processes and not in others, as the heap happens
-    to lie, and there each page is a fault again in every step.
+    Otherwise glibc returns it to the system in some processes, depending on the layout of the heap,
+    and every step page-faults it in anew.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
@@ -45,15 +45,15 @@ def keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What is trained.
+    """A worker's model and DeepSpeed's engine.
 
     Attributes:
-        core: the model as it was loaded, and its processor.
-        engine: DeepSpeed's, around the same model.
+        core: the loaded model and its processor.
+        engine: DeepSpeed's engine around the same model.
         blank: see `inputs.encode_blank_image`.
-        parts: what becomes of each part.
+        param_groups: what is trained, per group.
         stage: of ZeRO.
-        device: on which it computes.
+        device: on which the model computes.
     """
 
     core: LoadedModel

@@ -35,9 +35,9 @@ def explain_run(config: TrainConfig) -> str:
     encoder = load_run_encoder(config, opened)
     sections = {
         "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
-        "parts": "\n".join(group.describe() for group in param_groups),
+        "parameters": "\n".join(group.describe() for group in param_groups),
         "batches": explain_batches(config, order),
-        "memory a worker": explain_memory(config, model, param_groups),
+        "memory per worker": explain_memory(config, model, param_groups),
         "samples": "\n".join(show_samples(config, datasets, order, encoder)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
@@ -49,9 +49,9 @@ def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
     num_steps = order.num_batches * config.num_train_epochs
     padding = order.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
     return (
-        f"{config.per_device_train_batch_size} samples x {accumulation} accumulated x "
-        f"{config.num_workers} workers = {config.train_batch_size} a step\n"
-        f"{len(order.order_epoch(0)):,} samples = {order.num_batches:,} steps an epoch x "
+        f"{config.per_device_train_batch_size} samples x {accumulation} accumulation steps x "
+        f"{config.num_workers} workers = {config.train_batch_size} per step\n"
+        f"{len(order.order_epoch(0)):,} samples = {order.num_batches:,} steps per epoch x "
         f"{config.num_train_epochs} epochs = {min(num_steps, config.max_steps or num_steps):,} "
         f"steps, a checkpoint every {config.save_steps}\n"
         f"about {padding:.0%} of an epoch's tokens are padding"
@@ -88,7 +88,7 @@ def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGrou
         "activations and logits": _count_activations(config, model.config.text_config, width),
     }
     lines = [f"{name}: {num_bytes / 1e9:.2f} GB" for name, num_bytes in needs.items()]
-    return "\n".join([*lines, f"together about {sum(needs.values()) / 1e9:.2f} GB"])
+    return "\n".join([*lines, f"total: about {sum(needs.values()) / 1e9:.2f} GB"])
 
 
 def show_samples(

@@ -196,7 +196,9 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     for job in list(make_shard_jobs(config))[1:3]:
         runner.run(job)
     (tmp_path / "out" / f".{'0' * 32}").write_text("half of a shard")
-    with pytest.raises(ConfigError, match=r"no _manifest.json .* run it again and it goes on"):
+    with pytest.raises(
+        ConfigError, match=r"no _manifest.json .* run the same command again and it resumes"
+    ):
         load_manifest(output)
     written = [tmp_path / "out" / f"part-0000{k}.parquet" for k in (1, 2)]
     before = [path.stat().st_mtime_ns for path in written]
@@ -248,7 +250,7 @@ def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_p
     raw = write_llava(tmp_path / "raw", 8)
     (raw / "3.png").write_bytes(b"")
     (raw / "5.png").unlink()
-    with pytest.raises(ConfigError, match=r"2 of 8 rows were rejected \(1 image_.*max_rejects 1%"):
+    with pytest.raises(ConfigError, match=r"2 of 8 rows were rejected \(1 image_.*max_rejects=1%"):
         convert_dataset(settings(raw, tmp_path / "out"))
     assert len(read_rejects(tmp_path / "out")) == 2
     with pytest.raises(ConfigError, match="no _manifest"):

@@ -31,7 +31,7 @@ def test_the_command_prints_counts_lengths_sizes_and_rejects(
         "images: 4 with none, 13 with one, 3 with 2",
         "length in tokens:",
         "grouping=length",
-        "from 40 x 44 to 48 x 50 (of 19)",
+        "from 40 x 44 to 48 x 50 (19 images)",
         "1 rows rejected:",
         "1  image_empty",
     ):

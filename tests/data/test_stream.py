@@ -240,7 +240,7 @@ def test_truncation_cuts_text_and_never_a_image(shards: Path) -> None:
             assert (ids == encoder.image_token_id).sum() == num_images * per_image
             assert (batch.arrays["labels"] != IGNORED).any()
         for drop in batch.dropped:
-            assert "nothing that is learned is left" in drop.message
+            assert "has no learned tokens within the first" in drop.message
     assert num_cut > 20
 
 

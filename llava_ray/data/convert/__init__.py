@@ -1,1 +1,1 @@
-"""RawRow sets become shards, once, on Ray Data."""
+"""Raw data sets -> shards, on Ray Data: run (the spine), partition, write_shard, output."""

@@ -1,11 +1,12 @@
-"""The folder that a conversion writes: what is finished in it, and how it becomes whole.
+"""The output folder of a conversion: what is finished in it, and how it becomes a data set.
 
     part-00000.parquet         a shard
-    rejects/part-00000.jsonl   rows that were left out, one JSON object a line
-    _progress/                 while it is being written: the settings, and a record a finished part
+    rejects/part-00000.jsonl   rows that were left out, one JSON object per line
+    _progress/                 during the conversion: its settings, and a record per finished job
     _index.parquet, _manifest.json   written last
 
-Every file appears whole or not at all, and a part's record is written after its files.
+Every file is written atomically, and the record of a job after its files, so an interrupted
+conversion resumes with the jobs that have no record.
 """
 
 import json
@@ -38,13 +39,13 @@ PROGRESS = "_progress"
 REJECTS = "rejects"
 _SETTINGS = f"{PROGRESS}/settings.json"
 _NOT_SETTINGS = {"output", "max_rejects", "num_workers", "overwrite"}
-"""Fields of a conversion that do not change what it writes."""
+"""Fields of the configuration that do not affect the contents of the shards."""
 _OURS = re.compile(r"part-\d+\.parquet|rejects/.*|_progress/.*|_index\.parquet|_manifest\.json")
 _SCRATCH = re.compile(r"(.*/)?\.[0-9a-f]{32}")
 
 
 class ShardRecord(BaseModel):
-    """What a finished part says of itself."""
+    """The result of a finished job."""
 
     number: int
     num_rows: int
@@ -55,7 +56,7 @@ class ShardRecord(BaseModel):
 
 
 def describe_settings(config: ConvertConfig) -> dict[str, Any]:
-    """Return all that decides what a conversion writes, with a digest of the raw files' sizes."""
+    """Return all settings that determine the shards, with a digest of the input's file sizes."""
     folder, names = find_input(config.input)
     files = [n for n in names or folder.list("") if not n.lower().endswith(ENDINGS)]
     sizes = [(name, folder.files.size(folder.path(name))) for name in files]
@@ -66,10 +67,10 @@ def describe_settings(config: ConvertConfig) -> dict[str, Any]:
 def prepare_output(
     config: ConvertConfig, settings: dict[str, Any]
 ) -> tuple[Folder, dict[int, ShardRecord]]:
-    """Make the output ready; return it with the records of the parts that it has already.
+    """Prepare the output folder; return it with the records of finished jobs by number.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: the folder holds other files or another conversion.
     """
     output = open_folder(config.output)
     if config.overwrite:
@@ -78,11 +79,13 @@ def prepare_output(
         if json.loads(output.read(_SETTINGS)) != settings:
             raise ConfigError(
                 f"{config.output!r} holds an unfinished conversion with other settings or of other "
-                "files: give another folder, or --overwrite"
+                "files: choose another folder, or pass "
+                "--overwrite"
             )
     elif any(not _SCRATCH.fullmatch(name) for name in _list_all(output)):
         raise ConfigError(
-            f"{config.output!r} is not empty: give a new folder, or --overwrite to replace shards"
+            f"{config.output!r} is not empty: choose a new folder, or pass --overwrite to "
+            "replace shards"
         )
     else:
         output.files.makedirs(output.root, exist_ok=True)
@@ -92,7 +95,7 @@ def prepare_output(
 
 
 def find_finished(config: ConvertConfig, settings: dict[str, Any]) -> Manifest | None:
-    """Return the manifest of the same conversion, if the output holds it finished."""
+    """Return the manifest if the output already holds this same conversion, finished."""
     output = open_folder(config.output)
     if config.overwrite or not output.has(MANIFEST):
         return None
@@ -107,7 +110,7 @@ def finalize_output(
     *,
     template: str | None,
 ) -> Manifest:
-    """Write index and manifest, by which the shards become a data set; return the manifest."""
+    """Write the index and the manifest, which make the shards a data set; return the manifest."""
     records = sorted(records, key=lambda record: record.number)
     shards = [record.shard for record in records if record.shard]
     rejects: Counter[str] = Counter()
@@ -130,13 +133,13 @@ def finalize_output(
     output.write(MANIFEST, manifest.model_dump_json(indent=2).encode())
     output.remove(PROGRESS)
     for name in _list_all(output):
-        if _SCRATCH.fullmatch(name):  # of a process that was killed
+        if _SCRATCH.fullmatch(name):  # left by a process that was killed
             output.remove(name)
     return manifest
 
 
 def write_record(output: Folder, record: ShardRecord) -> None:
-    """Say that a part's files are all there."""
+    """Record that all files of a job are written."""
     output.write(f"{PROGRESS}/{record.number:05d}.json", record.model_dump_json().encode())
 
 
@@ -146,17 +149,17 @@ def _read_records(output: Folder) -> list[ShardRecord]:
 
 
 def _list_all(output: Folder) -> list[str]:
-    """Return the names of all files there are, hidden ones too."""
+    """Return the names of all files in the folder, hidden ones included."""
     if not output.files.isdir(output.root):
         return []
     return [path[len(output.root) + 1 :] for path in output.files.find(output.root)]
 
 
 def _clear(output: Folder) -> None:
-    """Remove an earlier conversion, and nothing else.
+    """Remove an earlier conversion.
 
     Raises:
-        ConfigError: there are other files.
+        ConfigError: the folder holds files that no conversion wrote.
     """
     names = _list_all(output)
     if others := [
@@ -164,7 +167,7 @@ def _clear(output: Folder) -> None:
     ]:
         raise ConfigError(
             f"{output.address!r} holds {others[0]!r}, which no conversion wrote, so --overwrite "
-            "does not remove it: give another folder"
+            "does not remove it: choose another folder"
         )
     for name in (MANIFEST, INDEX, PROGRESS, REJECTS, *names):
         output.remove(name)

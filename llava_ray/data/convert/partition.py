@@ -19,14 +19,14 @@ from llava_ray.storage import Folder, find_input
 from llava_ray.types import Sample
 
 MAX_INLINE_IMAGE_BYTES = 64 << 20
-"""Of images that come inside the rows; a part ends at the row that goes beyond."""
+"""Bytes of images inside the rows at which a job ends, after the row that exceeds them."""
 
 _BROKEN_ROW = (LookupError, TypeError, ValueError, AttributeError)
-"""What a converter's plain Python raises where a field is missing or of the wrong kind."""
+"""What a source's plain Python raises if a field is missing or has the wrong type."""
 
 
 class RejectedRow(NamedTuple):
-    """A row that is left out: its id (empty if it has none), why, in words, and where it stood."""
+    """A row that is left out: its id (empty if unknown), the reason, a message, its location."""
 
     id: str
     reason: str
@@ -35,24 +35,24 @@ class RejectedRow(NamedTuple):
 
 
 class PendingSample(NamedTuple):
-    """A sample whose images are not read yet, and where its row stood."""
+    """A converted sample whose images are not read yet, and the location of its row."""
 
     sample: Sample
     where: str
 
 
 class ShardJob(NamedTuple):
-    """What becomes one shard."""
+    """The rows of one shard to be written."""
 
     number: int
     rows: list[PendingSample | RejectedRow]
 
 
 def make_shard_jobs(config: ConvertConfig, *, done: Collection[int] = ()) -> Iterator[ShardJob]:
-    """Yield the parts of the raw data in order, but those that are done.
+    """Yield the jobs for the raw data in order, except those in `done`.
 
     Raises:
-        ConfigError: the data is not there, or not what its source expects.
+        ConfigError: the data is missing, or is not what its source expects.
     """
     source = find_source(config.source)
     folder, names = find_input(config.input)
@@ -98,8 +98,8 @@ def _convert_row(source: Source, raw: RawRow) -> Sample:
         raise SampleError(error.message, reason=reason) from error
     except _BROKEN_ROW as error:
         raise SampleError(
-            f"the row is not as its source writes it ({type(error).__name__}: {error}): compare it "
-            "with the others",
+            f"the row does not have the layout of its source ({type(error).__name__}: {error}): "
+            "compare it with the other rows",
             reason="bad_row",
         ) from error
 
@@ -109,7 +109,7 @@ def _guess_id(raw: RawRow) -> str:
 
 
 class _SeenSamples:
-    """Knows the ids and the content of the samples so far, at eight bytes each."""
+    """Detects repeated ids and contents, at eight bytes each per sample."""
 
     def __init__(self, *, renames: bool) -> None:
         self._renames = renames
@@ -117,20 +117,22 @@ class _SeenSamples:
         self._contents: set[bytes] = set()
 
     def admit(self, sample: Sample) -> Sample:
-        """Return a new sample, under another id if its own was taken and others are given.
+        """Return the sample, under a new id if its own is taken and renaming is on.
 
         Raises:
-            SampleError: it was there before, or its id was.
+            SampleError: the same sample was seen before, or its id was and renaming is off.
         """
         content = _digest(pickle.dumps(sample))
         if content in self._contents:
-            raise SampleError("the same sample was there before", reason="duplicate")
+            raise SampleError(
+                "an identical sample came before it: remove one of them", reason="duplicate"
+            )
         self._contents.add(content)
         if (key := _digest(sample.sample_id.encode())) in self._ids:
             if not self._renames:
                 raise SampleError(
-                    f"another sample has the id {sample.sample_id!r}: give each its own, or "
-                    "convert with --duplicate-ids rename",
+                    f"an earlier sample has the id {sample.sample_id!r}: make ids unique, or pass "
+                    "--duplicate-ids rename",
                     reason="duplicate_id",
                 )
             sample = Sample(

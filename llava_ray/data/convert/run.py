@@ -1,10 +1,10 @@
-"""Converts raw data to shards on Ray Data, streaming: no more is in memory than is worked on.
+"""Converts raw data to shards on Ray Data, as a stream with bounded memory.
 
-    one reader                                  a pool of workers
-    raw rows -> parts of converted samples  ->  images read and checked, tokens counted -> a shard
+    one reader process                        a pool of workers
+    raw rows -> jobs of converted samples ->  read and check images, count tokens -> one shard each
 
-See `parts` for the reader, `write` for the workers, and `target` for the folder that they fill and
-how a conversion goes on that was stopped.
+`partition` is the reader's half, `write_shard` the workers', and `output` the folder that they fill
+and the resuming of an interrupted conversion.
 """
 
 import pickle
@@ -34,11 +34,11 @@ from llava_ray.data.session import start_ray
 from llava_ray.errors import ConfigError, LlavaRayError
 
 _MIN_ROWS_FOR_PERCENT = 10_000
-"""Rows before a share of rejects stops a conversion that is not at its end."""
+"""Rows to read before a percentage of rejects may stop an unfinished conversion."""
 
 
 class ConvertProgress(NamedTuple):
-    """How far a conversion is: rows read, samples written, rows left out by reason."""
+    """Progress of a conversion: rows read, samples written, rejected rows by reason."""
 
     num_rows: int
     num_samples: int
@@ -48,15 +48,15 @@ class ConvertProgress(NamedTuple):
 def convert_dataset(
     config: ConvertConfig, *, on_progress: Callable[[ConvertProgress], None] | None = None
 ) -> Manifest:
-    """Convert raw data to shards; go on with what an earlier run of the same has left.
+    """Convert raw data to shards; resume if an earlier run of the same conversion was interrupted.
 
     Args:
-        config: what becomes what.
-        on_progress: is called after each part.
+        config: input, output and rules of the conversion.
+        on_progress: called after each shard.
 
     Raises:
         ConfigError: the input is not what its source expects, the output holds something else, or
-            more rows were rejected than `max_rejects`.
+            more rows were rejected than `max_rejects` allows.
     """
     settings = describe_settings(config)
     if manifest := find_finished(config, settings):
@@ -76,14 +76,14 @@ def convert_dataset(
 
 
 def _run_jobs(config: ConvertConfig, done: frozenset[int]) -> Iterator[ShardRecord]:
-    """Yield a record of each part that was written, as soon as it is."""
+    """Run the jobs that are not done; yield the record of each as soon as it is written."""
     start_ray()
     source = _ShardJobSource(config, done)
     jobs = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
-    jobs.context.target_max_block_size = 1  # a part is a block of its own
+    jobs.context.target_max_block_size = 1  # one job per block
     jobs.context.enable_progress_bars = False
     size = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    writer: Any = ShardJobRunner  # Ray's types know of functions only
+    writer: Any = ShardJobRunner  # Ray's stubs accept functions only
     written = jobs.map(
         writer,
         fn_constructor_args=(config,),
@@ -100,7 +100,7 @@ def _run_jobs(config: ConvertConfig, done: frozenset[int]) -> Iterator[ShardReco
 
 
 class _ShardJobSource(Datasource):
-    """Gives Ray Data the parts, from one process and in order."""
+    """Feeds the jobs to Ray Data, from one process and in order."""
 
     def __init__(self, config: ConvertConfig, done: frozenset[int]) -> None:
         super().__init__()
@@ -142,8 +142,10 @@ def _check_rejects(config: ConvertConfig, progress: ConvertProgress, *, is_end: 
         reasons = ", ".join(f"{num} {reason}" for reason, num in progress.rejects.items())
         raise ConfigError(
             f"{num_rejects} of {progress.num_rows} rows were rejected ({reasons}), more than "
-            f"max_rejects {limit}: look into {config.output}/{REJECTS}, then correct the data or "
-            "run again with a higher limit, which goes on from here"
+            f"max_rejects={limit}: see {config.output}/{REJECTS}, then fix the data, or run again "
+            "with a higher limit to resume from here"
         )
     if is_end and progress.num_samples == 0:
-        raise ConfigError(f"no sample came out of {config.input!r}: see {config.output}/{REJECTS}")
+        raise ConfigError(
+            f"{config.input!r} yielded no samples: see the reasons in {config.output}/{REJECTS}"
+        )

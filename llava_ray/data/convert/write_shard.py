@@ -1,7 +1,6 @@
-"""Writes one part as a shard: its images are read and checked, its tokens counted.
+"""Runs one shard job: reads and checks its images, counts its tokens, writes the shard.
 
-The second half of a conversion (`parts` is the first), in as many processes as there are; it knows
-nothing of Ray.
+Second half of a conversion, after `partition`; runs in several processes. It does not know Ray.
 """
 
 import json
@@ -27,22 +26,20 @@ if TYPE_CHECKING:
     from llava_ray.data.loader.encode import Encoder
 
 _READS_AHEAD = 16
-"""Images that a worker reads at once, of which each waits for a disk or a network."""
+"""Images that a worker reads concurrently, because each read waits for a disk or a network."""
 
 
 def load_token_counter(config: ConvertConfig) -> "Encoder | None":
-    """Return what counts tokens, if a model is given for it."""
+    """Return the encoder that counts tokens, or None if the configuration names no model."""
     if config.model is None:
         return None
-    from llava_ray.data.loader.encode import (
-        load_encoder,  # loads torch, which nothing else here needs
-    )
+    from llava_ray.data.loader.encode import load_encoder  # not above: it loads torch
 
     return load_encoder(config.model, template=config.template)
 
 
 class ShardJobRunner:
-    """Writes parts as shards, in a process of its own."""
+    """Runs shard jobs; one per worker process."""
 
     def __init__(self, config: ConvertConfig) -> None:
         folder, _ = find_input(config.input)
@@ -52,11 +49,11 @@ class ShardJobRunner:
         self._encoder = load_token_counter(config)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        """Write the part in a row of Ray Data; return its record."""
+        """Run the job in a row of Ray Data; return its record as JSON."""
         return {"record": self.run(pickle.loads(row["job"])).model_dump_json()}
 
     def run(self, job: ShardJob) -> ShardRecord:
-        """Write a part's rejects and its shard, then that both are there."""
+        """Write the shard of a job and its rejects, then the record that both are complete."""
         name = f"part-{job.number:05d}"
         rejects: list[RejectedRow] = []
         num_images = num_text_only = 0
@@ -94,7 +91,7 @@ class ShardJobRunner:
     def _read_images(
         self, job: ShardJob, rejects: list[RejectedRow]
     ) -> Iterator[tuple[PendingSample, list[CheckedImage]]]:
-        """Yield the part's samples with their images; add those that have bad ones to rejects."""
+        """Yield the job's samples with their images; append rows with bad images to `rejects`."""
         with ThreadPoolExecutor(_READS_AHEAD) as pool:
             for first in range(0, len(job.rows), _READS_AHEAD):
                 rows = job.rows[first : first + _READS_AHEAD]
@@ -115,16 +112,16 @@ class ShardJobRunner:
                         rejects.append(_reject(row, error))
 
     def _read_image(self, image: bytes | str) -> tuple[str, bytes]:
-        """Return an image's name and its bytes."""
+        """Return the name and the bytes of an image."""
         if isinstance(image, bytes):
-            return "the image in the row", image
+            return "the image inside the row", image
         name = check_name(image)
         try:
             return name, self._images.read(name, limit=self._config.limits.max_image_bytes + 1)
         except OSError as error:
             raise SampleError(
                 f"the image {name!r} cannot be read in {self._images.address!r} "
-                f"({type(error).__name__}): put it there, or give the folder with --images",
+                f"({type(error).__name__}): put it there, or pass its folder with --images",
                 reason="image_missing",
             ) from error
 
@@ -139,14 +136,15 @@ class ShardJobRunner:
         limit = self._config.max_tokens
         if limit and num_tokens > limit:
             raise SampleError(
-                f"it has {num_tokens} tokens, more than max_tokens {limit}: shorten it",
+                f"the sample has {num_tokens} tokens, more than max_tokens={limit}: shorten it or "
+                "raise the limit",
                 reason="too_long",
             )
         return num_tokens
 
 
 def _find_images(config: ConvertConfig, folder: Folder) -> Folder:
-    """Return the folder of the images: as given, or where the source usually has them."""
+    """Return the folder of the images: as configured, or where the source usually has them."""
     if config.images:
         return open_folder(config.images)
     below = find_source(config.source).images

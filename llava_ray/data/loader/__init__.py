@@ -1,1 +1,1 @@
-"""Shards become training batches, in an order that is a function of the seed."""
+"""Shards -> training batches: dataset, order, stream, encode, collate."""

@@ -1,7 +1,7 @@
 """Encoded samples -> one batch: padded ids, stacked pixels.
 
-Batches travel between processes as NumPy arrays, which Ray does not copy, and become tensors in the
-training worker.
+Last step of `stream`. Batches travel between processes as NumPy arrays, which Ray does not copy,
+and become tensors in the training worker.
 
 Shapes: B samples, T tokens, N images, C H W pixels.
 """
@@ -19,7 +19,7 @@ from llava_ray.template import IGNORED
 
 @dataclass(frozen=True)
 class DroppedSample:
-    """A sample that was left out of its batch: its id, the reason and the words for it."""
+    """A sample that was left out of its batch: its id, the reason and a message."""
 
     sample_id: str
     reason: str
@@ -28,18 +28,18 @@ class DroppedSample:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: what one worker computes at once.
+    """A micro-batch of one worker.
 
-    A batch whose samples were all left out, or for which a step had none, holds one padding token
-    that is not learned, so that every worker takes every step.
+    A batch without samples, because all were dropped or the step had too few, holds one padding
+    token that is not learned, so that every worker takes every step.
 
     Attributes:
         arrays: the model's inputs: `input_ids`, `labels`, `attention_mask` [B, T]; with images
             `pixel_values` [N, C, H, W]; with anyres [N, tiles, C, H, W] and `image_sizes` [N, 2].
         sample_ids: of the B samples.
-        dropped: samples that were left out of it.
-        is_last: it is the worker's last one of its step.
-        resume_at: where to go on once its step is taken; what a checkpoint saves.
+        dropped: samples that were left out.
+        is_last: whether it is the worker's last micro-batch of its step.
+        resume_at: the position after its step, which a checkpoint saves.
     """
 
     arrays: dict[str, np.ndarray]
@@ -56,7 +56,7 @@ class Batch:
 def collate(examples: Sequence[EncodedSample], *, pad_token_id: int) -> dict[str, np.ndarray]:
     """Return the arrays of a batch; ids are padded on the right, labels with `IGNORED`.
 
-    Images keep the order of the samples. With anyres, missing tiles are zeros.
+    Images keep the order of the samples. With anyres, missing tiles are filled with zeros.
     """
     rows = [(e.input_ids, e.labels) for e in examples] or [
         (np.array([pad_token_id]), np.array([IGNORED]))
@@ -70,14 +70,14 @@ def collate(examples: Sequence[EncodedSample], *, pad_token_id: int) -> dict[str
         labels_BT[i, : len(ids)] = labels
         mask_BT[i, : len(ids)] = 1
     arrays = {"input_ids": ids_BT, "labels": labels_BT, "attention_mask": mask_BT}
-    pictured = [example.images for example in examples if example.images]
-    for name in pictured[0] if pictured else ():
-        arrays[name] = _stack([images[name] for images in pictured])
+    with_images = [example.images for example in examples if example.images]
+    for name in with_images[0] if with_images else ():
+        arrays[name] = _stack([images[name] for images in with_images])
     return arrays
 
 
 def _stack(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Join arrays at their first axis; the second is filled up with zeros where it differs."""
+    """Concatenate arrays along the first axis; tiles (axis 1) are padded with zeros."""
     if arrays[0].ndim < 5:
         return np.concatenate(arrays)
     num_tiles = max(array.shape[1] for array in arrays)

@@ -1,6 +1,6 @@
-"""The data sets of a training run, opened: their manifests and indices, and where a sample lies.
+"""The data sets of a training run: opens their manifests and locates samples in their shards.
 
-Between the shards and `order`, which only knows numbers.
+Between the shards and `order`, which works on sample numbers only.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ _MAX_OPEN_SHARDS = 32
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample lies: in which data set, shard and row, each counted from 0."""
+    """Where a sample is stored: data set, shard and row, each counted from 0."""
 
     dataset: int
     shard: int
@@ -33,12 +33,12 @@ class SampleLocation(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardedDatasets:
-    """Data sets side by side; samples are numbered through all of them.
+    """Several data sets, concatenated: samples are numbered through all of them.
 
     Attributes:
         folders: where the data sets are.
-        manifests: what they say of themselves.
-        ends: for each data set, the number of samples in it up to the end of each shard.
+        manifests: of the data sets.
+        ends: for each data set, the cumulative number of samples at the end of each shard.
     """
 
     folders: tuple[Folder, ...]
@@ -46,7 +46,7 @@ class ShardedDatasets:
     ends: tuple[tuple[int, ...], ...]
 
     def locate(self, number: int) -> SampleLocation:
-        """Return where a sample lies."""
+        """Return the location of a sample by its number."""
         for dataset, ends in enumerate(self.ends):
             if number < ends[-1]:
                 shard = bisect_right(ends, number)
@@ -56,14 +56,14 @@ class ShardedDatasets:
 
 
 class SampleReader:
-    """Reads samples from anywhere in a datasets, with some shards kept open."""
+    """Reads samples by number; keeps recently used shards open."""
 
     def __init__(self, datasets: ShardedDatasets) -> None:
         self._datasets = datasets
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
 
     def read(self, number: int) -> ShardRow:
-        """Return a sample."""
+        """Return a sample by its number."""
         location = self._datasets.locate(number)
         key = (location.dataset, location.shard)
         if key not in self._open:
@@ -76,25 +76,25 @@ class SampleReader:
 
 
 def open_datasets(datasets: Sequence[DatasetConfig]) -> ShardedDatasets:
-    """Open data sets; only their manifests are read.
+    """Open data sets, reading only their manifests.
 
     Raises:
-        ConfigError: one is not there, not finished, or empty.
+        ConfigError: a data set is missing, unfinished or empty.
     """
     folders = tuple(open_folder(dataset.path) for dataset in datasets)
     manifests = tuple(load_manifest(folder) for folder in folders)
     for dataset, manifest in zip(datasets, manifests, strict=True):
         if not manifest.num_samples:
-            raise ConfigError(f"{dataset.path!r} has no samples: leave it out")
+            raise ConfigError(f"{dataset.path!r} has no samples: remove it from the datasets")
     ends = tuple(tuple(accumulate(s.num_rows for s in m.shards)) for m in manifests)
     return ShardedDatasets(folders, manifests, ends)
 
 
 def make_order(config: DataConfig, datasets: ShardedDatasets) -> SampleOrder:
-    """Return the order in which training reads a datasets.
+    """Return the order in which training reads the data sets.
 
     Raises:
-        ConfigError: `grouping` is "length" and tokens were not counted.
+        ConfigError: `grouping` is "length" but tokens were not counted.
     """
     words, tokens, images = (
         np.concatenate([_read_column(folder, name) for folder in datasets.folders])
@@ -102,11 +102,11 @@ def make_order(config: DataConfig, datasets: ShardedDatasets) -> SampleOrder:
     )
     if config.grouping == "length" and (tokens < 0).any():
         raise ConfigError(
-            "grouping='length' needs the tokens of each sample, which were not counted for all of "
+            "grouping='length' needs token counts, which are missing in some of "
             f"{[dataset.path for dataset in config.datasets]}: convert them with --model, or set "
             "grouping='modality'"
         )
-    said = "\n".join(manifest.digest for manifest in datasets.manifests)
+    digests = "\n".join(manifest.digest for manifest in datasets.manifests)
     order = SampleOrder(
         mixture=tuple(
             MixtureComponent(
@@ -119,13 +119,13 @@ def make_order(config: DataConfig, datasets: ShardedDatasets) -> SampleOrder:
         batch_size=config.batch_size,
         seed=config.seed,
         grouping=config.grouping,
-        data_id=hashlib.sha256(said.encode()).hexdigest(),
+        data_id=hashlib.sha256(digests.encode()).hexdigest(),
     )
     if not order.num_batches:
-        raise ConfigError("the weights leave no sample in an epoch: raise them")
+        raise ConfigError("the data sets' weights leave no sample in an epoch: raise them")
     return order
 
 
 def _read_column(folder: Folder, name: str) -> np.ndarray:
-    """Return a column of the index, -1 where there is nothing."""
+    """Return a column of the index, with -1 for null."""
     return load_index(folder).column(name).fill_null(-1).to_numpy().astype(np.int64)

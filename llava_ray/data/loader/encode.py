@@ -1,7 +1,7 @@
-"""Samples -> what a model of one checkpoint is trained on: ids, labels and pixels.
+"""Samples -> what a model is trained on: token ids, labels and pixels.
 
-The same template, tokenizer and image preprocessing as in `model.core`, without the weights, so
-that it runs in any CPU process. `stream` encodes with it, and `convert` counts tokens.
+Uses the same template, tokenizer and image preprocessing as `model.loading`, but no weights, so it
+runs in any CPU process. `stream` encodes with it, and `convert` counts tokens.
 
 Shapes: T tokens, N images, C H W pixels.
 """
@@ -24,19 +24,19 @@ from llava_ray.template.tokens import EncodedConversation
 from llava_ray.types import Sample
 
 Size = tuple[int, int]
-"""Width and height of an image, upright."""
+"""Width and height of an image in pixels, after EXIF rotation."""
 
 
 @dataclass(frozen=True)
 class EncodedSample:
-    """A sample as a model is trained on it.
+    """A sample encoded for a model.
 
     Attributes:
-        sample_id: names it.
-        input_ids: T ids, an image's `image_token_id` as often as it has tokens.
-        labels: T ids, or `IGNORED` where nothing is learned.
-        images: the model's other inputs: `pixel_values` [N, C, H, W], or [N, tiles, C, H, W] with
-            `image_sizes` [N, 2]; empty without images.
+        sample_id: of the sample.
+        input_ids: [T]; `image_token_id` is repeated for every token of an image.
+        labels: [T]; `IGNORED` where nothing is learned.
+        images: the model's other inputs: `pixel_values` [N, C, H, W], or with anyres
+            [N, tiles, C, H, W] and `image_sizes` [N, 2]; empty without images.
     """
 
     sample_id: str
@@ -51,11 +51,11 @@ class Encoder:
 
     Attributes:
         processor: transformers' processor.
-        template: writes the conversations.
+        template: renders the conversations.
         config: transformers' configuration of the model.
-        counts_as_llava: images have as many tokens as in LLaVA's own code.
-        max_length: the longest sample, in tokens.
-        truncates: a longer one is cut; otherwise it is an error.
+        counts_as_llava: number image tokens as LLaVA's own code does.
+        max_length: maximum length of a sample in tokens.
+        truncates: longer samples are truncated; otherwise they are an error.
     """
 
     processor: Any
@@ -67,21 +67,21 @@ class Encoder:
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for a piece of an image."""
+        """The token id that stands for one feature of an image."""
         return self.config.image_token_id
 
     @property
     def pad_token_id(self) -> int:
-        """The id behind the end of the shorter samples of a batch."""
+        """The token id that fills up the shorter samples of a batch."""
         tokenizer = self.processor.tokenizer
         found = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         return next(id_ for id_ in found if id_ is not None)
 
     def encode(self, row: ShardRow, limits: LimitsConfig) -> EncodedSample:
-        """Return a sample of a shard encoded.
+        """Return a sample of a shard, encoded.
 
         Raises:
-            SampleError: it is too long, or its template does not take it.
+            SampleError: it is too long, or the template does not accept it.
             ImageError: an image cannot be decoded.
         """
         read = self.tokenize(row.sample)
@@ -91,7 +91,7 @@ class Encoder:
             if not self.truncates:
                 raise SampleError(
                     f"sample {row.sample.sample_id!r} has {num_tokens} tokens, more than "
-                    f"max_length {self.max_length}: raise it, or truncate",
+                    f"max_length {self.max_length}: raise it, or set over_long=truncate",
                     reason="too_long",
                 )
             read = _truncate(read, counts, self.max_length, row.sample.sample_id)
@@ -106,10 +106,10 @@ class Encoder:
         return EncodedSample(row.sample.sample_id, ids, labels, arrays)
 
     def tokenize(self, sample: Sample) -> EncodedConversation:
-        """Return ids and labels with one `IMAGE_PLACEHOLDER` an image.
+        """Return ids and labels with one `IMAGE_PLACEHOLDER` per image.
 
         Raises:
-            SampleError: it cannot be encoded.
+            SampleError: the template does not accept it.
         """
         return self.template.encode(
             sample.messages,
@@ -119,15 +119,15 @@ class Encoder:
         )
 
     def count_tokens(self, sample: Sample, image_sizes: Sequence[Size]) -> int:
-        """Return how many tokens a sample has, those of its images included.
+        """Return the number of tokens in a sample, image tokens included.
 
         Raises:
-            SampleError: it cannot be encoded.
+            SampleError: the template does not accept it.
         """
         return _measure(self.tokenize(sample), self.count_image_tokens(image_sizes))
 
     def count_image_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
-        """Return how many tokens each image is to the model."""
+        """Return the number of tokens of each image."""
         sizes = [(height, width) for width, height in image_sizes]
         if self.counts_as_llava:
             return [count_image_tokens(self.config, size) for size in sizes]
@@ -138,9 +138,9 @@ class Encoder:
     def _expand(
         self, read: EncodedConversation, counts: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, int]:
-        """Return ids and labels with every image at its length, and how many images there are.
+        """Return ids and labels with each placeholder expanded, and the number of images in use.
 
-        A sample keeps at most as many images as have a place.
+        Truncation may have removed placeholders; their images are dropped with them.
         """
         ids, labels = np.asarray(read.input_ids), np.asarray(read.labels)
         is_image = ids == IMAGE_PLACEHOLDER
@@ -160,18 +160,18 @@ def load_encoder(
     max_length: int | None = None,
     truncates: bool = False,
 ) -> Encoder:
-    """Return the encoder for a checkpoint; of its weights only the headers are read.
+    """Return the encoder for a checkpoint; only the headers of its weights are read.
 
     Args:
-        path: see `model.load_model`, as base, vision_tower and template.
-        base: the model below a projector or an adapter.
-        vision_tower: the tower, of the original layout.
-        template: name of a conversation template.
-        max_length: the longest sample in tokens; default: the model's context.
-        truncates: cut longer samples at the end, before an image that does not fit.
+        path: the checkpoint; see `model.load_model`.
+        base: the base model of a projector or an adapter.
+        vision_tower: the vision tower, for checkpoints in LLaVA's own layout.
+        template: name of a conversation template; default: the checkpoint's.
+        max_length: maximum length in tokens; default: the model's context length.
+        truncates: truncate longer samples, before an image that does not fit.
 
     Raises:
-        ConfigError: it is no checkpoint, or does not hold together.
+        ConfigError: it is not a checkpoint, or its parts do not fit together.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     return make_encoder(opened, max_length=max_length, truncates=truncates)
@@ -198,7 +198,7 @@ def _measure(read: EncodedConversation, counts: Sequence[int]) -> int:
 def _truncate(
     read: EncodedConversation, counts: Sequence[int], limit: int, sample_id: str
 ) -> EncodedConversation:
-    """Return the beginning of a sample that fits, cut before an image rather than inside it."""
+    """Return the beginning of a sample that fits; images are kept whole or dropped."""
     left = iter(counts)
     length = kept = 0
     for id_ in read.input_ids:
@@ -209,8 +209,8 @@ def _truncate(
     cut = EncodedConversation(read.input_ids[:kept], read.labels[:kept])
     if all(label == IGNORED for label in cut.labels):
         raise SampleError(
-            f"sample {sample_id!r}: nothing that is learned is left of it within {limit} tokens: "
-            "raise max_length, or leave it out",
+            f"sample {sample_id!r} has no learned tokens within the first {limit}: raise "
+            "max_length, or remove the sample",
             reason="too_long",
         )
     return cut

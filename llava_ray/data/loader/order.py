@@ -1,11 +1,11 @@
-"""The order of training: which samples are in global batch k of an epoch, and who gets them.
+"""The order of training: which samples are in global batch k, and which worker gets them.
 
-A pure function of seed, epoch and what the manifests say, so any process can compute it and all
-agree. Batch k holds the same samples on any number of workers and with any accumulation; only how
-it is split to them differs. Where training stands is a `Position`, four integers.
+A pure function of the seed, the epoch and the manifests, so every process computes the same order.
+Batch k holds the same samples on any number of workers and with any gradient accumulation; only
+its division among them differs. A `Position`, four integers, says where training stands.
 
-Pseudo-random order comes from a hash of places (splitmix64, Steele et al. 2014) rather than from
-NumPy's generators, whose streams may change between versions.
+Random order comes from hashing indices (splitmix64, Steele et al. 2014) rather than from NumPy's
+generators, whose streams may change between versions.
 """
 
 import hashlib
@@ -21,7 +21,9 @@ from llava_ray.errors import ConfigError
 Grouping = Literal["none", "modality", "length"]
 
 _WINDOW_BATCHES = 50
-"""Batches that are sorted by length together: enough for like lengths, little enough for chance."""
+"""Batches per window that is sorted by length: enough for similar lengths in a batch, few enough to
+keep the order random.
+"""
 
 
 class Position(NamedTuple):
@@ -30,7 +32,7 @@ class Position(NamedTuple):
     Attributes:
         seed: of the order.
         epoch, batch: counted from 0.
-        fingerprint: of data, batch size and grouping; another one is another order.
+        fingerprint: hash of data, mixture, batch size and grouping; another means another order.
     """
 
     seed: int
@@ -40,7 +42,7 @@ class Position(NamedTuple):
 
 
 class MixtureComponent(NamedTuple):
-    """One data set's part in a mixture; see `config.DatasetConfig`."""
+    """One data set of a mixture; see `config.DatasetConfig`."""
 
     num_samples: int
     weight: float = 1.0
@@ -55,13 +57,13 @@ class SampleOrder:
     Samples are numbered through all data sets, in the order of `mixture`.
 
     Attributes:
-        mixture: the data sets.
+        mixture: the data sets, with their weights.
         lengths: of each sample, in tokens or words.
-        has_images: of each sample.
-        batch_size: samples of a global batch; the last one of an epoch has what is left.
-        seed: the same seed, the same order.
-        grouping: what a batch has in common.
-        data_id: stands for the content of the data sets.
+        has_images: whether each sample has images.
+        batch_size: samples per global batch; the last batch of an epoch holds the remainder.
+        seed: determines the order.
+        grouping: what the samples of a batch have in common.
+        data_id: hash of the contents of the data sets.
     """
 
     mixture: tuple[MixtureComponent, ...]
@@ -74,31 +76,31 @@ class SampleOrder:
 
     @property
     def num_batches(self) -> int:
-        """Global batches of an epoch."""
+        """Global batches per epoch."""
         return -(-len(self.order_epoch(0)) // self.batch_size)
 
     def start(self) -> Position:
-        """Return the position before everything."""
+        """Return the position before the first batch."""
         return Position(self.seed, 0, 0, self._fingerprint)
 
     def advance(self, position: Position) -> Position:
-        """Return the position behind the batch at a position."""
+        """Return the position after the batch at a position."""
         epoch, batch = position.epoch, position.batch + 1
         if batch >= self.num_batches:
             epoch, batch = epoch + 1, 0
         return position._replace(epoch=epoch, batch=batch)
 
     def check(self, position: Position) -> None:
-        """Check that a saved position is one in this order.
+        """Check that a saved position belongs to this order.
 
         Raises:
-            ConfigError: data, batch size, grouping or seed are others than when it was saved.
+            ConfigError: data, batch size, grouping or seed have changed since it was saved.
         """
         if (position.seed, position.fingerprint) != (self.seed, self._fingerprint):
             raise ConfigError(
                 "the checkpoint was saved with other data, batch_size, grouping or seed, so batch "
-                f"{position.batch} of epoch {position.epoch} is not where it stopped: set them as "
-                "they were, or start the data anew"
+                f"{position.batch} of epoch {position.epoch} would hold other samples: restore "
+                "these settings, or start a new run"
             )
 
     def batch(self, position: Position) -> np.ndarray:
@@ -108,16 +110,16 @@ class SampleOrder:
         return numbers[np.argsort(-self.lengths[numbers], kind="stable")]
 
     def order_epoch(self, epoch: int) -> np.ndarray:
-        """Return the samples of an epoch; its batches are cut from it."""
+        """Return the samples of an epoch in order; batches are consecutive slices."""
         return _order_epoch(self, epoch)
 
     def split_batch(
         self, position: Position, *, num_workers: int, accumulation: int = 1
     ) -> list[list[np.ndarray]]:
-        """Return who gets what of a global batch: for each worker its micro-batches in order.
+        """Return the micro-batches of each worker for a global batch.
 
-        Samples of like length come together, and at the same time on all workers. A micro-batch is
-        empty if there are not enough samples.
+        Samples of similar length share a micro-batch, and all workers process similar lengths at
+        the same time. Micro-batches are empty if there are fewer samples than micro-batches.
         """
         pieces = np.array_split(self.batch(position), num_workers * accumulation)
         return [pieces[rank::num_workers] for rank in range(num_workers)]
@@ -125,7 +127,7 @@ class SampleOrder:
     def measure_padding(
         self, epoch: int = 0, *, num_workers: int = 1, accumulation: int = 1
     ) -> float:
-        """Return which share of an epoch's tokens is padding, by `lengths`."""
+        """Return the share of an epoch's tokens that is padding, by `lengths`."""
         held = kept = 0
         for k in range(self.num_batches):
             position = Position(self.seed, epoch, k, self._fingerprint)
@@ -148,7 +150,7 @@ class SampleOrder:
 
 
 def draw_epoch_samples(mixture: Sequence[MixtureComponent], epoch: int) -> np.ndarray:
-    """Return the samples of an epoch, each as often as it is due, data set after data set."""
+    """Return the samples of an epoch, each as often as its weight asks, data set by data set."""
     members: list[np.ndarray] = []
     first = 0
     for entry in mixture:
@@ -163,7 +165,7 @@ def draw_epoch_samples(mixture: Sequence[MixtureComponent], epoch: int) -> np.nd
 
 
 def shuffle(numbers: np.ndarray, *key: int) -> np.ndarray:
-    """Return an array's elements in an order that only its length and the key decide."""
+    """Return an array's elements in an order that depends only on its length and the key."""
     state = np.zeros(1, np.uint64)
     for part in key:
         state = _mix(state + np.uint64(part))
@@ -199,7 +201,7 @@ def _order_epoch(order: SampleOrder, epoch: int) -> np.ndarray:
         batches += np.split(full, num_full // size) if num_full else []
         left.append(group[num_full:])
     shuffled = shuffle(np.arange(len(batches)), order.seed, epoch, 1)
-    # What is left of each group makes the last batches, in which modalities are mixed.
+    # The remainders of the groups form the last batches, which may mix modalities.
     return np.concatenate([*(batches[i] for i in shuffled), *left])
 
 

@@ -1,11 +1,11 @@
-"""Batches for one training worker, prepared ahead of it by a few CPU processes, from any position.
+"""Batches of one training worker, prefetched by CPU processes, from any position.
 
     order: which samples -> readers (Ray actors): shard rows -> decode, encode, collate -> Batch
 
-Ray Data's own iterators keep no position, so nothing that is to be resumed exactly can come from
-them; here the order says what comes next, and readers only prepare what they are told. No more than
-`num_ahead` batches are prepared or on their way, and an actor that dies is started again and does
-its work once more. The readers end when nobody holds the stream any more.
+Ray Data's iterators keep no position, so a run on them cannot resume exactly. Here `order` says
+what comes next, and the readers only prepare what they are told. At most `num_ahead` batches are
+ready or in preparation. An actor that dies is restarted and repeats its task. The readers end when
+the stream is garbage-collected.
 """
 
 from collections import deque
@@ -30,7 +30,7 @@ from llava_ray.errors import ConfigError, ImageError, LlavaRayError, SampleError
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """The model that is trained; see `model.load_model`."""
+    """The checkpoint that samples are encoded for; see `model.load_model`."""
 
     path: str
     base: str | None = None
@@ -39,7 +39,7 @@ class EncoderSpec:
 
 
 class WorkerRank(NamedTuple):
-    """Which of the training workers this is, and how a step is divided."""
+    """The rank of this training worker, and how a step is divided."""
 
     rank: int = 0
     num_workers: int = 1
@@ -47,7 +47,7 @@ class WorkerRank(NamedTuple):
 
 
 class _BatchTask(NamedTuple):
-    """A batch to prepare."""
+    """The samples of a batch to prepare."""
 
     numbers: np.ndarray
     is_last: bool
@@ -62,17 +62,17 @@ def stream_batches(
     start: Position | None = None,
     num_epochs: int = 1,
 ) -> Iterator[Batch]:
-    """Yield a worker's batches in order, `accumulation` of them a step.
+    """Yield one worker's batches in order, `accumulation` of them per step.
 
     Args:
-        config: what is read and how.
-        spec: the model that it is encoded for.
-        worker: which share of each global batch is wanted; default: all of it, at once.
-        start: where to begin; `Batch.resume_at` of the last batch that was trained on.
-        num_epochs: the epoch before which to end, counted from the beginning of training.
+        config: what to read, and how.
+        spec: the checkpoint to encode for.
+        worker: which part of each global batch to yield; default: all of it as one batch.
+        start: where to begin: `Batch.resume_at` of the last batch that was trained on.
+        num_epochs: total number of epochs, counted from the beginning of training.
 
     Raises:
-        ConfigError: data or checkpoint are not there, or `start` belongs to other data.
+        ConfigError: data or checkpoint are missing, or `start` belongs to another order.
     """
     datasets = open_datasets(config.datasets)
     order = make_order(config, datasets)
@@ -91,37 +91,37 @@ def _list_tasks(
     if worker.num_workers * worker.accumulation > order.batch_size:
         raise ConfigError(
             f"batch_size {order.batch_size} is less than {worker.num_workers} workers x "
-            f"{worker.accumulation} accumulated batches: raise it, or lower these"
+            f"{worker.accumulation} accumulation steps: raise batch_size, or lower one of these"
         )
     while position.epoch < num_epochs:
-        behind = order.advance(position)
+        after = order.advance(position)
         micros = order.split_batch(
             position, num_workers=worker.num_workers, accumulation=worker.accumulation
         )[worker.rank]
         for i, numbers in enumerate(micros):
-            yield _BatchTask(numbers, i == len(micros) - 1, behind)
-        position = behind
+            yield _BatchTask(numbers, i == len(micros) - 1, after)
+        position = after
 
 
 def _read_ahead(
     tasks: Iterator[_BatchTask], config: DataConfig, spec: EncoderSpec, datasets: ShardedDatasets
 ) -> Iterator[Batch]:
     start_ray()
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    this_node = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     remote: Any = ray.remote(BatchBuilder).options(
         num_cpus=config.reader_cpus,
         max_restarts=-1,
         max_task_retries=-1,
-        scheduling_strategy=here,  # also keeps them out of a trainer's placement group
+        scheduling_strategy=this_node,  # also keeps readers out of a trainer's placement group
     )
     readers = [remote.remote(config, spec, datasets) for _ in range(config.num_readers)]
-    waiting: deque[Any] = deque()
+    in_flight: deque[Any] = deque()
     for reader, task in zip(cycle(readers), tasks, strict=False):
-        waiting.append(reader.make.remote(task))
-        if len(waiting) >= config.num_ahead:
-            yield _receive(waiting.popleft())
-    while waiting:
-        yield _receive(waiting.popleft())
+        in_flight.append(reader.make.remote(task))
+        if len(in_flight) >= config.num_ahead:
+            yield _receive(in_flight.popleft())
+    while in_flight:
+        yield _receive(in_flight.popleft())
 
 
 def _receive(batch: Any) -> Batch:
@@ -134,7 +134,7 @@ def _receive(batch: Any) -> Batch:
 
 
 class BatchBuilder:
-    """Prepares batches, in a process of its own."""
+    """Builds batches; one per reader process."""
 
     def __init__(self, config: DataConfig, spec: EncoderSpec, datasets: ShardedDatasets) -> None:
         self._limits = config.limits
