@@ -1,4 +1,4 @@
-"""`llava-ray build`: a new LLaVA from a language model and a vision tower."""
+"""`llava-ray build`: a new LLaVA from a language model and a vision tower, ready to be trained."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,33 +13,44 @@ Feature = Literal["patch", "cls_patch"]
 
 def build(
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    llm: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
-    vision_tower: Annotated[str, typer.Option(help="Folder or hub name of a CLIP or SigLIP.")],
+    llm: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder or hub name of a causal language model.")
+    ],
+    vision_tower: Annotated[
+        str, typer.Option(metavar="PATH", help="Folder or hub name of a CLIP or SigLIP.")
+    ],
     projector: Annotated[str, typer.Option(help="mlp2x_gelu, linear or identity.")] = "mlp2x_gelu",
     aspect: Annotated[
         Aspect,
         typer.Option(
-            help="How an image becomes the tower's square: square crops it, pad adds borders, "
-            "anyres also lays it out in tiles."
+            help="How an image is fitted to the tower's square input: square crops it, pad adds "
+            "borders, anyres also splits it into tiles."
         ),
     ] = "square",
-    select_layer: Annotated[int, typer.Option(help="Which of the tower's hidden states.")] = -2,
+    select_layer: Annotated[
+        int, typer.Option(help="Which of the tower's hidden states the projector reads.")
+    ] = -2,
     select_feature: Annotated[
-        Feature, typer.Option(help="Without the class token, or with it.")
+        Feature, typer.Option(help="patch: without the class token; cls_patch: with it.")
     ] = "patch",
     template: Annotated[
         str | None,
-        typer.Option(help="Conversation template, such as vicuna_v1; by default what fits."),
+        typer.Option(
+            help="Conversation template, such as vicuna_v1; default: the one that fits the model."
+        ),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file: 5GB, 500MB.")] = "5GB",
-    seed: Annotated[int, typer.Option(help="The same seed, the same new weights.")] = 0,
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest size of a weight file: 5GB, 500MB.")
+    ] = "5GB",
+    seed: Annotated[int, typer.Option(help="The same seed gives the same new weights.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")
     ] = False,
 ) -> None:
-    """Make a LLaVA that is to be trained: it reads text as its language model does.
+    """Build a new LLaVA from a language model and a vision tower, ready to be trained.
 
-    The projector between the two is new, so it knows nothing of images yet.
+    Its projector has random weights: it answers text as its language model does, and does not
+    understand images yet.
     """
     from llava_ray.model.build.build import build_llava
 

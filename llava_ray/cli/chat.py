@@ -1,4 +1,4 @@
-"""`llava-ray chat`: finds who answers, a server or a model in this process, and lets it talk."""
+"""`llava-ray chat`: a conversation with a server, or with a model in this process."""
 
 import asyncio
 import sys
@@ -18,7 +18,7 @@ from llava_ray.types import ChatRequest, Chunk, Sampling
 
 def chat(
     images: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Images to talk about.")
+        list[Path] | None, typer.Argument(metavar="IMAGE", help="Images to talk about.")
     ] = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", "-p", help="Ask this, print the answer and exit.")
@@ -26,25 +26,35 @@ def chat(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Name of a served model, by default the first; with --local a folder or hub name."
+            help="Name of a served model (default: the first); with --local a folder or hub name."
         ),
     ] = None,
     url: Annotated[
         str | None,
-        typer.Option(help=f"Address of a server; by default {DEFAULT_URL}, if one answers there."),
+        typer.Option(help=f"Address of a server; default: {DEFAULT_URL}, if one answers there."),
     ] = None,
     local: Annotated[
-        bool, typer.Option("--local", help="Load the model in this process; ask no server.")
+        bool, typer.Option("--local", help="Load the model in this process, without a server.")
     ] = False,
-    engine: Annotated[EngineName, typer.Option(help="What computes, without a server.")] = "torch",
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.2,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling.")] = 0.7,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    engine: Annotated[
+        EngineName, typer.Option(help="What computes, where no server does.")
+    ] = "torch",
+    temperature: Annotated[
+        float, typer.Option(metavar="N", min=0, max=2, help="0: greedy decoding.")
+    ] = 0.2,
+    top_p: Annotated[
+        float, typer.Option(metavar="N", min=0.01, max=1, help="Nucleus sampling.")
+    ] = 0.7,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest answer, in tokens.")
+    ] = 512,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes sampling repeatable.")
+    ] = None,
 ) -> None:
     """Talk about images in the terminal, with a server or without one.
 
-    If a server answers, it is asked; otherwise the model is loaded in this process.
+    A server is asked if one answers; otherwise the model is loaded in this process.
     """
     sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
     shown = [read_image(path) for path in images or []]
@@ -62,14 +72,16 @@ def chat(
 async def _connect(
     model: str | None, *, url: str | None, local: bool, engine: EngineName
 ) -> tuple[str, Answerer, Callable[[], Coroutine[Any, Any, None]]]:
-    """Find who answers: the name of the model, how to ask, how to end."""
+    """Find who answers; return the model's name, how to ask it and how to close it."""
     if local and url:
-        raise UserError("--local asks no server and --url names one: give one of them")
+        raise UserError("--local needs no server and --url names one: give one of them")
     client = Client(url or DEFAULT_URL)
     if not local and (url or await client.is_up()):
         names = await client.list_models()
         if not names:
-            raise UserError(f"the server at {client.base_url} serves no model yet: try again")
+            raise UserError(
+                f"the server at {client.base_url} serves no model yet: try again in a moment"
+            )
         return model or names[0], client.stream, client.close
     await client.close()
     config = ModelConfig(path=model or DEMO_MODEL, engine=engine)

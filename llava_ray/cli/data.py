@@ -1,4 +1,4 @@
-"""`llava-ray data`: what shards hold."""
+"""`llava-ray data inspect`: what a set of shards contains."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from llava_ray.cli.console import notes, out
 from llava_ray.errors import ConfigError
 
-app = typer.Typer(help="Look into data for training.")
+app = typer.Typer(help="Inspect data for training.")
 
 
 @app.callback()
@@ -19,18 +19,19 @@ def _group() -> None: ...
 def inspect(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Folder or address of shards.")],
     page: Annotated[
-        Path | None, typer.Option(help="HTML file to write, with some samples to look at.")
+        Path | None, typer.Option(help="Write an HTML file with some samples to look at.")
     ] = None,
     num_samples: Annotated[int, typer.Option(min=1, max=1000, help="Samples on the page.")] = 12,
-    seed: Annotated[int, typer.Option(min=0, help="Which samples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Chooses the samples on the page.")] = 0,
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint, to mark on the page what is learned.")
+        str | None,
+        typer.Option(help="Checkpoint; the page then marks the tokens that have a loss."),
     ] = None,
     template: Annotated[
         str | None, typer.Option(help="Conversation template, in place of the checkpoint's own.")
     ] = None,
 ) -> None:
-    """Print what a set of shards holds: counts, lengths, sizes, and what was rejected.
+    """Print what a set of shards contains: counts, lengths, sizes, and what was rejected.
 
     With --page some samples are written to an HTML file, with their images and, with --model,
     their loss mask.

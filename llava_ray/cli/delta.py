@@ -1,4 +1,4 @@
-"""`llava-ray delta make | apply`: checkpoints without the language model below them."""
+"""`llava-ray delta make | apply`: a checkpoint as its difference from a language model."""
 
 from typing import Annotated
 
@@ -6,13 +6,16 @@ import typer
 
 from llava_ray.cli.console import notes, out
 
-app = typer.Typer(help="Checkpoints without the language model below them.")
+app = typer.Typer(help="Checkpoints as differences from their language model.")
 
 Base = Annotated[str, typer.Option(help="Folder or hub name of the language model.")]
 Tower = Annotated[
-    str | None, typer.Option(help="Folder or hub name of the tower, if it is not found.")
+    str | None,
+    typer.Option(
+        metavar="PATH", help="Folder or hub name of the vision tower, if it is not found."
+    ),
 ]
-ShardSize = Annotated[str, typer.Option(help="Of a weight file: 5GB, 500MB.")]
+ShardSize = Annotated[str, typer.Option(help="Largest size of a weight file: 5GB, 500MB.")]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")
 ]
@@ -20,7 +23,9 @@ Overwrite = Annotated[
 
 @app.command()
 def make(
-    path: Annotated[str, typer.Argument(help="A whole checkpoint in LLaVA's own layout.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="A complete checkpoint in LLaVA's own format.")
+    ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
     base: Base,
     vision_tower: Tower = None,
@@ -44,14 +49,16 @@ def make(
 
 @app.command()
 def apply(
-    path: Annotated[str, typer.Argument(help="Folder, hub name or address of a delta.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder, hub name or address of a delta.")
+    ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
     base: Base,
     vision_tower: Tower = None,
     max_shard_size: ShardSize = "5GB",
     overwrite: Overwrite = False,
 ) -> None:
-    """Add the language model to a delta: a whole checkpoint in LLaVA's own layout."""
+    """Add the language model to a delta: a complete checkpoint in LLaVA's own format."""
     from llava_ray.model.export.export import export_model
 
     with notes.status(f"adding {base}"):

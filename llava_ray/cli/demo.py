@@ -9,13 +9,13 @@ import typer
 from llava_ray.cli.console import out
 from llava_ray.errors import UserError
 
-app = typer.Typer(help="The embedded model: its scenes and scores.")
+app = typer.Typer(help="The embedded model: draw its scenes, measure its answers.")
 
 
 @app.command()
 def scene(
-    path: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    seed: Annotated[int | None, typer.Option(help="The same seed, the same scene.")] = None,
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="PNG file to write.")],
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same scene.")] = None,
 ) -> None:
     """Draw a new scene and print questions about it."""
     from llava_ray.demo import make_example
@@ -33,11 +33,14 @@ def scene(
 @app.command()
 def evaluate(
     model_dir: Annotated[
-        Path | None, typer.Argument(help="Folder of the weights; by default the embedded ones.")
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Folder of the weights (default: the embedded ones)."
+        ),
     ] = None,
-    scenes: Annotated[int, typer.Option(min=1, help="How many held-out scenes.")] = 1000,
-    seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
-    write: Annotated[Path | None, typer.Option(help="JSON file for the scores.")] = None,
+    scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes.")] = 1000,
+    seed: Annotated[int, typer.Option(help="The same seed draws the same scenes.")] = 0,
+    write: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
     """Print how well the embedded model answers, with the image and without it."""
     from llava_ray.demo import MODEL_DIR

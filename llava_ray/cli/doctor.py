@@ -8,12 +8,14 @@ from llava_ray.cli.console import out
 
 
 def doctor(
-    path: Annotated[str, typer.Argument(help="Folder, hub name or address of a checkpoint.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder, hub name or address of a checkpoint.")
+    ],
     base: Annotated[
         str | None, typer.Option(help="The model below a projector, an adapter or a delta.")
     ] = None,
     vision_tower: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the tower, if it is not found.")
+        str | None, typer.Option(help="Folder or hub name of the vision tower, if it is not found.")
     ] = None,
 ) -> None:
     """Print what a checkpoint is and what keeps it from loading; exit code 1 if anything does.

@@ -2,114 +2,179 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from llava_ray.cli.console import explain_settings, notes, out
-from llava_ray.config import (
-    DEMO_MODEL,
-    DtypeName,
-    EngineName,
-    EvaluateConfig,
-    QuantizationName,
-)
+from llava_ray.cli.console import notes, out
+from llava_ray.cli.settings import collect_settings, make_command_class, read_words
+from llava_ray.config import DtypeName, EngineName, EvaluateConfig, QuantizationName
+from llava_ray.config.files import build_config
 from llava_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from llava_ray.evaluate.results.compare import Comparison
     from llava_ray.evaluate.results.results import TaskResult
+    from llava_ray.evaluate.tasks import Task
 
 NUM_FLIPPED = 10
-app = typer.Typer()
+DEFAULT = "run"
+
+
+class _RunByDefault(typer.core.TyperGroup):
+    """`llava-ray evaluate ...` is `llava-ray evaluate run ...`, unless another command follows."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        is_named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if is_named else [DEFAULT, *args])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return "" if name == DEFAULT else name, command, rest  # "" keeps it out of the usage line
+
+
+app = typer.Typer(cls=_RunByDefault, help="Measure models on benchmarks, and compare two runs.")
+
+
+@app.callback()
+def _root() -> None: ...
 
 
 def _help(name: str) -> str | None:
     return EvaluateConfig.model_fields[name].description
 
 
-@app.callback(invoke_without_command=True)
+@app.command(DEFAULT, cls=make_command_class(EvaluateConfig))
 def evaluate(
-    context: typer.Context,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml|KEY=VALUE",
+            show_default=False,
+            help="A YAML file of settings; then settings.",
+        ),
+    ] = None,
     tasks: Annotated[
-        str, typer.Option("--tasks", "--task", help="Names, with commas: scienceqa_img,pope,mme.")
-    ] = "",
-    data: Annotated[Path | None, typer.Option(help=_help("data"))] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help=_help("output"))] = None,
-    model: Annotated[str, typer.Option(help=_help("model"))] = DEMO_MODEL,
-    endpoint: Annotated[str | None, typer.Option(help=_help("endpoint"))] = None,
-    app: Annotated[str | None, typer.Option(help=_help("app"))] = None,
-    model_name: Annotated[str, typer.Option(help=_help("model_name"))] = "",
-    engine: Annotated[EngineName, typer.Option(help=_help("engine"))] = "torch",
-    dtype: Annotated[DtypeName, typer.Option(help=_help("dtype"))] = "auto",
-    quantization: Annotated[QuantizationName, typer.Option(help=_help("quantization"))] = "none",
-    template: Annotated[str | None, typer.Option(help=_help("template"))] = None,
-    num_actors: Annotated[int, typer.Option(min=1, help=_help("num_actors"))] = 1,
-    num_cpus: Annotated[float, typer.Option(min=0, help=_help("num_cpus"))] = 1.0,
-    num_gpus: Annotated[float, typer.Option(min=0, help=_help("num_gpus"))] = 0.0,
-    concurrency: Annotated[int, typer.Option(min=1, help=_help("concurrency"))] = 32,
-    limit: Annotated[int | None, typer.Option(min=1, help=_help("limit"))] = None,
-    min_coverage: Annotated[float, typer.Option(min=0, max=1, help=_help("min_coverage"))] = 0.99,
-    judge_endpoint: Annotated[str | None, typer.Option(help=_help("judge_endpoint"))] = None,
-    judge_model: Annotated[str, typer.Option(help=_help("judge_model"))] = "gpt-4o",
-    judge_wording: Annotated[str | None, typer.Option(help=_help("judge_wording"))] = None,
+        str | None,
+        typer.Option(
+            "--tasks",
+            "--task",
+            metavar="NAME,...",
+            help="Tasks, as --list-tasks names them: scienceqa_img,pope,mme.",
+        ),
+    ] = None,
+    data: Annotated[Path | None, typer.Option(metavar="FOLDER", help=_help("data"))] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FOLDER", help=_help("output"))
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="PATH", help=_help("model"))] = None,
+    endpoint: Annotated[str | None, typer.Option(metavar="URL", help=_help("endpoint"))] = None,
+    app: Annotated[str | None, typer.Option(metavar="NAME", help=_help("app"))] = None,
+    model_name: Annotated[
+        str | None, typer.Option(metavar="NAME", help=_help("model_name"))
+    ] = None,
+    engine: Annotated[EngineName | None, typer.Option(help=_help("engine"))] = None,
+    dtype: Annotated[DtypeName | None, typer.Option(help=_help("dtype"))] = None,
+    quantization: Annotated[
+        QuantizationName | None, typer.Option(help=_help("quantization"))
+    ] = None,
+    template: Annotated[str | None, typer.Option(metavar="NAME", help=_help("template"))] = None,
+    num_actors: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=_help("num_actors"))
+    ] = None,
+    num_cpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help=_help("num_cpus"))
+    ] = None,
+    num_gpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help=_help("num_gpus"))
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help=_help("concurrency"))
+    ] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", min=1, help=_help("limit"))] = None,
+    min_coverage: Annotated[
+        float | None, typer.Option(metavar="SHARE", min=0, max=1, help=_help("min_coverage"))
+    ] = None,
+    judge_endpoint: Annotated[
+        str | None, typer.Option(metavar="URL", help=_help("judge_endpoint"))
+    ] = None,
+    judge_model: Annotated[
+        str | None, typer.Option(metavar="NAME", help=_help("judge_model"))
+    ] = None,
+    judge_wording: Annotated[
+        str | None, typer.Option(metavar="FILE", help=_help("judge_wording"))
+    ] = None,
     score_only: Annotated[
         bool, typer.Option("--score-only", help="Ask no model: score --predictions.")
     ] = False,
     predictions: Annotated[
-        Path | None, typer.Option(help="Replies, reviews or grades from elsewhere.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Replies, reviews or grades from elsewhere."),
     ] = None,
+    list_tasks: Annotated[
+        bool, typer.Option("--list-tasks", help="List the tasks, and exit.")
+    ] = False,
 ) -> None:
-    """Measure a model on benchmarks; a run that was stopped goes on when it is started again."""
-    if context.invoked_subcommand:
+    """Measure a model on benchmarks. Run the same command again to continue a run that was stopped.
+
+    `llava-ray evaluate compare BEFORE AFTER` compares two runs.
+    """
+    if list_tasks:
+        _print_tasks()
         return
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if not names:
-        raise ConfigError("name at least one task: --tasks scienceqa_img,pope,mme")
-    if score_only:
-        _print([_score_only(names, predictions, data, output, min_coverage)])
-        return
-    if data is None or output is None:
-        raise ConfigError("name the folder of the benchmarks with --data, results with --output")
-    try:
-        config = EvaluateConfig(
-            model=model,
-            endpoint=endpoint,
-            app=app,
-            model_name=model_name,
-            tasks=names,
-            data=str(data),
-            output=str(output),
-            engine=engine,
-            dtype=dtype,
-            quantization=quantization,
-            template=template,
-            num_actors=num_actors,
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            concurrency=concurrency,
-            limit=limit,
-            min_coverage=min_coverage,
-            judge_endpoint=judge_endpoint,
-            judge_model=judge_model,
-            judge_wording=judge_wording,
+    flags = {
+        "tasks": tasks,
+        "data": data and str(data),
+        "output": output and str(output),
+        "model": model,
+        "endpoint": endpoint,
+        "app": app,
+        "model_name": model_name,
+        "engine": engine,
+        "dtype": dtype,
+        "quantization": quantization,
+        "template": template,
+        "num_actors": num_actors,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "concurrency": concurrency,
+        "limit": limit,
+        "min_coverage": min_coverage,
+        "judge_endpoint": judge_endpoint,
+        "judge_model": judge_model,
+        "judge_wording": judge_wording,
+    }
+    given = read_words(words)
+    if given.name:
+        raise ConfigError(f"{given.name!r} is not a YAML file: write settings as key=value")
+    settings = collect_settings(given, flags)
+    if isinstance(settings.get("tasks"), str):
+        settings["tasks"] = [each.strip() for each in settings["tasks"].split(",") if each.strip()]
+    if not settings.get("tasks"):
+        raise ConfigError(
+            "name at least one task: --tasks scienceqa_img,pope,mme; --list-tasks lists them"
         )
-    except ValueError as error:
-        raise ConfigError(explain_settings(error)) from error
+    if score_only:
+        _print([_score_only(settings, predictions)])
+        return
+    if not (settings.get("data") and settings.get("output")):
+        raise ConfigError("name the folder of the benchmarks with --data, results with --output")
+    config = build_config(EvaluateConfig, settings, source=given.file or "")
     _print(_run(config))
-    out.print(f"report: {output / 'report.html'}", markup=False)
+    out.print(f"report: {Path(config.output) / 'report.html'}", markup=False)
 
 
 @app.command()
 def compare(
-    before: Annotated[Path, typer.Argument(help="Folder of results.")],
-    after: Annotated[Path, typer.Argument(help="Another one, of the same tasks.")],
+    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="Folder of results.")],
+    after: Annotated[Path, typer.Argument(metavar="AFTER", help="Another one, of the same tasks.")],
 ) -> None:
     """Compare two runs: paired differences with 95 % intervals, and the samples that flipped."""
-    from llava_ray.evaluate.results.compare import compare_runs
+    from llava_ray.evaluate import compare_runs
 
     for comparison in compare_runs(before, after):
         _print_comparison(comparison)
@@ -134,20 +199,33 @@ def _run(config: EvaluateConfig) -> "list[TaskResult]":
         return run.evaluate_model(config, on_progress=show)
 
 
-def _score_only(
-    names: Sequence[str],
-    predictions: Path | None,
-    data: Path | None,
-    output: Path | None,
-    min_coverage: float,
-) -> "TaskResult":
+def _score_only(settings: dict[str, Any], predictions: Path | None) -> "TaskResult":
     from llava_ray.evaluate.rescore import score_file
     from llava_ray.evaluate.tasks import find_tasks
 
-    if predictions is None or len(names) != 1:
+    if predictions is None or len(settings["tasks"]) != 1:
         raise ConfigError("--score-only needs one --task and its --predictions")
-    (task,) = find_tasks(names)
-    return score_file(task, predictions, data, min_coverage=min_coverage, output=output)
+    (task,) = find_tasks(settings["tasks"])
+    data, output = (
+        Path(settings[name]) if settings.get(name) else None for name in ("data", "output")
+    )
+    least = settings.get("min_coverage", EvaluateConfig.model_fields["min_coverage"].default)
+    return score_file(task, predictions, data, min_coverage=least, output=output)
+
+
+def _print_tasks() -> None:
+    from llava_ray.evaluate.tasks import TASKS
+
+    table = Table("task", "its folder", "scored by")
+    for task in TASKS.values():
+        table.add_row(task.name, task.folder or "any", _name_scorer(task))
+    out.print(table)
+
+
+def _name_scorer(task: "Task") -> str:
+    if task.judge:
+        return "a judge model"
+    return "llava-ray" if task.score or task.score_together else "the benchmark's own server"
 
 
 def _print(results: "Sequence[TaskResult]") -> None:

@@ -1,4 +1,4 @@
-"""`llava-ray export`: any checkpoint, whole and with everything merged, in the form of another."""
+"""`llava-ray export`: any checkpoint as a complete one, in the format that others read."""
 
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -15,39 +15,44 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def export(
-    path: Annotated[str, typer.Argument(help="Folder, hub name or address of a checkpoint.")],
+    path: Annotated[
+        str, typer.Argument(metavar="PATH", help="Folder, hub name or address of a checkpoint.")
+    ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
     to: Annotated[
         Form | None,
         typer.Option(
-            help="hf: transformers, vLLM, SGLang. vllm: the same, if vLLM can run it. original: "
-            "LLaVA's own code. projector: mm_projector.bin alone. By default as it is."
+            help="hf: transformers, vLLM, SGLang. vllm: the same, checked to run in vLLM. "
+            "original: LLaVA's own code. projector: mm_projector.bin alone. Default: the format "
+            "that it has."
         ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="The model below a projector, an adapter or a delta.")
     ] = None,
     vision_tower: Annotated[
-        str | None, typer.Option(help="Folder or hub name of the tower, if it is not found.")
+        str | None, typer.Option(help="Folder or hub name of the vision tower, if it is not found.")
     ] = None,
     dtype: Annotated[
-        Precision | None, typer.Option(help="Precision; by default that of most weights.")
+        Precision | None, typer.Option(help="Precision; default: that of most weights.")
     ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Of a weight file: 5GB, 500MB.")] = "5GB",
+    max_shard_size: Annotated[
+        str, typer.Option(help="Largest size of a weight file: 5GB, 500MB.")
+    ] = "5GB",
     tower_name: Annotated[
         str | None,
         typer.Option(
-            help="Of original and projector: what config.json calls the tower (a hub name), in "
-            "place of a folder with it."
+            help="For original and projector: the hub name of the vision tower that config.json "
+            "gives, in place of a folder with its weights."
         ),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the checkpoint that OUT holds.")
     ] = False,
 ) -> None:
-    """Write a checkpoint for others to read: LoRA merged, deltas applied, in shards.
+    """Write a complete checkpoint for other programs: LoRA merged, deltas applied, in shards.
 
-    Without --to it is written anew in the layout that it has, under today's names.
+    Without --to it is rewritten in the format that it has, with the current tensor names.
     """
     from llava_ray.model.export.export import export_model
 

@@ -19,11 +19,14 @@ def _root() -> None: ...
 
 @app.command()
 def new(
-    name: Annotated[str, typer.Argument(help="Whose it is: letters, digits, and any of _ . -")],
+    name: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="Whose key it is: letters, digits, and any of _ . -"),
+    ],
 ) -> None:
-    """Make a key: the line for the file of keys to standard output, the key beside it.
+    """Make an API key: its line for the key file on standard output, the key on standard error.
 
-    The server keeps the hash alone, so the key is shown this once:
+    The server stores only the hash, so the key is shown just this once:
 
     llava-ray keys new alice >> keys.yaml
     """
@@ -32,7 +35,7 @@ def new(
         entry = KeyConfig(name=name, sha256=hash_key(key))
     except ValidationError as error:
         raise ConfigError(
-            f"not a name for a key: {name!r}; use up to 64 letters, digits, and any of _ . -"
+            f"{name!r} cannot name a key: use up to 64 letters, digits, and any of _ . -"
         ) from error
     notes.print(f"the key of {name}, to be sent as 'Authorization: Bearer ...':", markup=False)
     notes.print(key, markup=False)

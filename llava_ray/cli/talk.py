@@ -1,4 +1,4 @@
-"""A conversation in the terminal: reads lines and images, prints answers as they come."""
+"""A conversation in the terminal: reads questions and images, prints answers as they come."""
 
 import asyncio
 import sys
@@ -14,11 +14,11 @@ from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, Te
 
 Answerer = Callable[[ChatRequest], AsyncGenerator[Chunk]]
 
-COMMANDS = "/image PATH adds an image, /clear starts anew, /quit leaves; Ctrl-C stops an answer"
+COMMANDS = "/image PATH adds an image, /clear starts over, /quit leaves; Ctrl-C stops an answer"
 
 
 class Talk:
-    """A conversation in the terminal; a turn without an answer leaves no trace in it."""
+    """A conversation in the terminal; a turn without an answer is forgotten."""
 
     def __init__(
         self, runner: asyncio.Runner, answer: Answerer, model: str, sampling: Sampling
@@ -45,7 +45,7 @@ class Talk:
                 print_error(error)
 
     def say(self, text: str, images: list[ImagePart]) -> bool:
-        """Print the answer as it comes; False if it was stopped before it began."""
+        """Print the answer as it comes; return False if it was stopped before it began."""
         asked = Message("user", (*images, TextPart(text)))
         request = ChatRequest(
             f"cli-{uuid.uuid4().hex}", self._model, (*self._turns, asked), self._sampling
