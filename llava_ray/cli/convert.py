@@ -153,7 +153,7 @@ def _convert(config: ConvertConfig) -> "Manifest":
     ) as bar:
         task = bar.add_task("starting Ray", total=None)
 
-        def show(progress: run.Progress) -> None:
+        def show(progress: run.ConvertProgress) -> None:
             said = f"{progress.num_samples:,} samples, {sum(progress.rejects.values()):,} rejected"
             bar.update(task, completed=progress.num_rows, description=said)
 

@@ -1,9 +1,21 @@
 """Training: any LLaVA, on any number of workers, with DeepSpeed's ZeRO.
 
-settings (a YAML) -> launch (Ray Train: workers, failures, storage) -> loop: batches from
-`data.stream` -> token-weighted loss -> DeepSpeed -> checkpoint: resume | export
+    settings      read the run's YAML and the overrides of the command line
+    preflight     check the model, the template and the data before a worker starts
+    dry_run       describe the run instead of starting it (`--dry-run`)
+    launch        start Ray Train; afterwards export the best or last checkpoint
+    worker        one Ray Train worker: connects the loop to Ray
+    loop          the steps of one worker
+      deepspeed_engine   load the model and build the engine (deepspeed_config, param_groups)
+      train_step         forward, backward and update (inputs, schedule)
+      evaluation         held-out loss and sample answers
+      log                train_log.jsonl, the console and the trackers (trackers, flops)
+      checkpoint         save and resume (save_weights)
+    run_folder    the files of a run, on disk or in object storage; the export
+    best          choose the best checkpoint
 
-Only `launch` knows Ray; the loop runs in any process that torch.distributed knows of.
+Only `launch`, `worker` and `trackers` import Ray. The loop runs in any process that has joined a
+torch.distributed group.
 """
 
 from typing import TYPE_CHECKING
