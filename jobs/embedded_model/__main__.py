@@ -1,7 +1,8 @@
 """The recipe of the embedded model: `python -m jobs.embedded_model train | raw`.
 
 train  the four stages that made the weights in llava_ray/demo/model, on a CPU
-raw    raw data and the parts of a LLaVA, from which `jobs/configs/tiny_*.yaml` train one in minutes
+raw    raw data and the parts of a LLaVA, from which the recipes tiny_pretrain and
+       tiny_finetune train one in minutes
 """
 
 import sys
@@ -48,7 +49,7 @@ def raw(
     scenes: Annotated[int, typer.Option(min=1, help="How many images.")] = 8000,
     seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
 ) -> None:
-    """Write raw data and the parts of a LLaVA, to train one in minutes (jobs/configs/tiny_*)."""
+    """Write raw data and the parts of a LLaVA, for the recipes tiny_pretrain and tiny_finetune."""
     from jobs.embedded_model.raw import write_raw
 
     with notes.status(f"painting {scenes:,} scenes"):

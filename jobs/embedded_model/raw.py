@@ -1,6 +1,6 @@
 """What a training run begins with, made of the embedded model: raw data, a tower, a language model.
 
-For `python -m jobs.embedded_model raw` and `jobs/configs/tiny_*.yaml`: the whole way of a LLaVA
+For `python -m jobs.embedded_model raw` and the recipes tiny_*: the whole way of a LLaVA
 (build, convert, pre-training, fine-tuning, evaluation) in minutes.
 
     images/             painted scenes

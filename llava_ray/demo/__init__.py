@@ -1,6 +1,7 @@
-"""The embedded model: a very small LLaVA, the scenes it was taught on, and the recipe.
+"""The embedded model: a very small LLaVA, its scenes and its questions.
 
-Importing this imports neither torch nor transformers; `recipe` and `evaluate` do.
+Its recipe is in jobs/embedded_model. Importing this package imports neither torch nor transformers;
+`evaluate` does.
 """
 
 import random

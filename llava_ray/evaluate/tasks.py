@@ -1,6 +1,6 @@
 """Tasks: one literal a benchmark, under the name that lmms-eval has for it.
 
-Prompts are in the benchmarks' files or made by `reading`; all replies are greedy, as in LLaVA-1.5.
+Prompts are in the benchmarks' files or made by `datasets`; all replies are greedy, as in LLaVA-1.5.
 """
 
 import difflib

@@ -15,5 +15,5 @@ __all__ = ["LoadedModel", "load_model"]
 
 __getattr__, __dir__ = make_lazy(
     __name__,
-    {"Core": "llava_ray.model.loading", "load_model": "llava_ray.model.loading"},
+    {"LoadedModel": "llava_ray.model.loading", "load_model": "llava_ray.model.loading"},
 )

@@ -1,11 +1,21 @@
 """Training: full, LoRA or projector, on any number of workers, with DeepSpeed's ZeRO.
 
-settings (YAML) -> preflight (checks) -> launch (Ray Train: workers, failures, storage)
--> worker (one process) -> loop: batches from `data.loader.stream` -> train_step (token-weighted
-loss) -> DeepSpeed -> checkpoint -> run_folder (export, curves)
+    settings      read the run's YAML and the overrides of the command line
+    preflight     check the model, the template and the data before a worker starts
+    dry_run       describe the run instead of starting it (`--dry-run`)
+    launch        start Ray Train; afterwards export the best or last checkpoint
+    worker        one Ray Train worker: connects the loop to Ray
+    loop          the steps of one worker
+      deepspeed_engine   load the model and build the engine (deepspeed_config, param_groups)
+      train_step         forward, backward and update (inputs, schedule)
+      evaluation         held-out loss and sample answers
+      log                train_log.jsonl, the console and the trackers (trackers, flops)
+      checkpoint         save and resume (save_weights)
+    run_folder    the files of a run, on disk or in object storage; the export
+    best          choose the best checkpoint
 
-`launch`, `worker` and `trackers` import Ray. The loop does not: it runs in any process in which
-torch.distributed is initialized.
+Only `launch`, `worker` and `trackers` import Ray. The loop runs in any process that has joined a
+torch.distributed group.
 """
 
 from typing import TYPE_CHECKING

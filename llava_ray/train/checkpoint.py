@@ -1,10 +1,10 @@
-"""A checkpoint of a run: everything that going on needs, and a model that loads by itself.
+"""Save and restore a run's checkpoints: the state to resume from, and a model that can be loaded.
 
-    progress.json   where the run stands; written last, so a folder without it is none
-    state/          DeepSpeed's: trained weights in float32, the optimizer's state
-    model/          what `load_model`, `export` and `serve` take (see `weights`)
+    progress.json   where the run stands; written last, so a folder without it is incomplete
+    state/          DeepSpeed's state: trained weights in float32 and the optimizer's state
+    model/          what `load_model`, `export` and `serve` take (see `save_weights`)
 
-Dropout and data order follow from seed and step, so no generator's state needs to be kept.
+Dropout and data order follow from the seed and the step, so no random generator's state is saved.
 """
 
 import contextlib
@@ -34,12 +34,12 @@ class TrainProgress(BaseModel):
     """Where a run stands.
 
     Attributes:
-        step: steps that were taken.
-        position: of the data, before the next step.
-        num_workers: that the state is divided among.
-        stage: of ZeRO.
-        method: of the run; another has other weights.
-        loss: of the last step.
+        step: Number of steps taken.
+        position: Position in the data before the next step.
+        num_workers: Number of workers among which the state is partitioned.
+        stage: ZeRO stage.
+        method: The run's training method; it determines which weights are saved.
+        loss: Loss of the last step.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -61,15 +61,15 @@ def save_checkpoint(
     position: Position,
     loss: float,
 ) -> None:
-    """Write this worker's part of a checkpoint; all workers do so together.
+    """Write this worker's part of a checkpoint; all workers must call this together.
 
     Args:
-        folder: an empty one; the same or another for each worker.
-        state: what is saved.
-        config: of the run.
-        step: steps that were taken.
-        position: of the data, before the next step.
-        loss: of the last step.
+        folder: An empty folder; workers may share one or have one each.
+        state: The state to save.
+        config: Settings of the run.
+        step: Number of steps taken.
+        position: Position in the data before the next step.
+        loss: Loss of the last step.
     """
     state.engine.save_checkpoint(
         str(folder / STATE), tag=_TAG, exclude_frozen_parameters=True, client_state={}
@@ -88,35 +88,35 @@ def save_checkpoint(
 
 
 def read_progress(folder: Path) -> TrainProgress:
-    """Return where the run stood that wrote a checkpoint.
+    """Read how far the run was when it wrote a checkpoint.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: The folder is not a complete checkpoint.
     """
     try:
         return TrainProgress.model_validate_json((folder / PROGRESS).read_text())
     except (OSError, ValidationError) as error:
         raise ConfigError(
-            f"{str(folder)!r} is no whole checkpoint ({PROGRESS}: {error}): give one that training "
-            "wrote"
+            f"{str(folder)!r} is not a complete training checkpoint ({PROGRESS}: {error}): give "
+            "a checkpoint-<step> folder of a run"
         ) from error
 
 
 def is_same_partition(progress: TrainProgress, stage: int) -> bool:
-    """Whether a checkpoint's state can be read as it lies, by as many workers as there are now."""
+    """Whether the checkpoint has the current worker count and ZeRO stage, so loads directly."""
     return (progress.num_workers, progress.stage) == (dist.get_world_size(), stage)
 
 
 @contextlib.contextmanager
 def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
-    """Give the folder of a checkpoint's state, taken apart for another number of workers.
+    """Yield the folder of a checkpoint's state, converted if the partition has changed.
 
-    DeepSpeed's universal checkpoints hold each weight by itself. The workers of a machine share
-    one, which is gone when the block ends.
+    The conversion is to DeepSpeed's universal format, which stores each weight separately. The
+    workers of a machine share one converted copy, which is deleted when the block ends.
 
     Args:
-        folder: of the checkpoint.
-        is_alike: see `is_same_partition`.
+        folder: The checkpoint.
+        is_alike: The result of `is_same_partition`.
     """
     if is_alike:
         yield folder / STATE
@@ -146,17 +146,18 @@ def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
 
 
 def restore_state(state_folder: Path, state: TrainState) -> None:
-    """Put a checkpoint's state into a state; the rates stay those of the run's settings."""
+    """Load a checkpoint's state; learning rates and weight decay stay as in the run's settings."""
     groups = state.engine.optimizer.param_groups
     rates = [(group["max_lr"], group["weight_decay"]) for group in groups]
     loaded, _ = state.engine.load_checkpoint(str(state_folder), tag=_TAG, load_module_strict=False)
     if loaded is None:
         raise ConfigError(
-            f"the state in {str(state_folder)!r} does not load: an earlier checkpoint may"
+            f"DeepSpeed cannot load the state in {str(state_folder)!r}: remove this checkpoint to "
+            "resume from an earlier one"
         )
     for group, (rate, decay) in zip(state.engine.optimizer.param_groups, rates, strict=True):
         group["max_lr"], group["weight_decay"] = rate, decay
-    # DeepSpeed gives ZeRO 3's groups one counter of steps, which AdamW then counts up for each.
+    # With ZeRO 3, DeepSpeed shares one step counter among groups; AdamW would count it up for each.
     base = getattr(state.engine.optimizer, "optimizer", state.engine.optimizer)
     for kept in base.state.values():
         if torch.is_tensor(kept.get("step")):

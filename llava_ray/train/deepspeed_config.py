@@ -1,8 +1,7 @@
 """DeepSpeed's configuration, from the run's settings or from a JSON file with "auto" values.
 
-Between `settings` and `deepspeed_engine`. "auto" is a convention of Hugging Face's Trainer, which
-DeepSpeed does not know; each is resolved as the Trainer does, except that buckets have a minimum
-size.
+Used by `deepspeed_engine`. DeepSpeed itself has no "auto"; Hugging Face's Trainer introduced it.
+Each "auto" means the same here as there, except that buckets have a minimum size.
 """
 
 import json
@@ -14,7 +13,7 @@ from llava_ray.recipes import find_deepspeed_file
 
 AUTO = "auto"
 MIN_BUCKET = 2**22
-"""Gradients that are reduced at once, at least; or small models reduce each weight by itself."""
+"""Minimum number of gradient elements per reduction; else small models reduce weights singly."""
 
 
 def describe_engine(
@@ -93,7 +92,7 @@ def _read(path: str) -> dict[str, Any]:
             "zero2.json, which is shipped, or set zero_stage instead"
         ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"deepspeed={path!r} is no JSON object")
+        raise ConfigError(f"deepspeed={path!r} does not contain a JSON object")
     return content
 
 
@@ -102,7 +101,9 @@ def _know(config: TrainConfig, num_workers: int, hidden_size: int, is_bf16: bool
     accumulation = config.count_accumulation(num_workers)
     size = config.per_device_train_batch_size
     return {
-        "train_batch_size": size * accumulation * num_workers,  # DeepSpeed holds them to agree
+        "train_batch_size": size
+        * accumulation
+        * num_workers,  # DeepSpeed requires that these three agree
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,
@@ -121,9 +122,7 @@ def _resolve(value: Any, known: dict[str, Any], place: str, path: str | None) ->
     if value != AUTO:
         return value
     if place not in known:
-        raise ConfigError(
-            f"deepspeed={path!r}: nothing says what {place}=auto is to be; write its value"
-        )
+        raise ConfigError(f'deepspeed={path!r}: "auto" is not supported for {place}; give a value')
     return known[place]
 
 
@@ -134,7 +133,7 @@ def _drop(found: dict[str, Any], section: str, path: str | None) -> None:
     given = {n: v for n, v in params.items() if v != AUTO}
     if given:
         raise ConfigError(
-            f"deepspeed={path!r} sets {section}.params {sorted(given)}: leave them away, and set "
+            f"deepspeed={path!r} sets {section}.params {sorted(given)}: remove them, and set "
             "learning_rate, adam_beta1, weight_decay, lr_scheduler_type, ... in the run's YAML"
         )
 
@@ -147,6 +146,6 @@ def _agree(resolved: dict[str, Any], name: str, value: Any, path: str | None) ->
         place = place.setdefault(part, {})
     if place.setdefault(last, value) != value:
         raise ConfigError(
-            f"deepspeed={path!r} says {name}={place[last]}, and the run's settings make it "
+            f"deepspeed={path!r} sets {name}={place[last]}, but the run's settings imply "
             f'{value}: write "auto" there'
         )

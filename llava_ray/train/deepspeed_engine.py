@@ -1,6 +1,6 @@
-"""Builds a worker's training state: the model, its optimizer, and DeepSpeed's engine around them.
+"""Load a run's model, choose its trainable parameters and build DeepSpeed's engine around it.
 
-The only file that initializes DeepSpeed. torch.distributed must be initialized.
+Called by `loop` on each worker, after torch.distributed is initialized.
 """
 
 import ctypes
@@ -28,16 +28,16 @@ from llava_ray.train.param_groups import (
 )
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-"""Options of mallopt, from glibc's malloc.h."""
+"""Option numbers from glibc's malloc.h."""
 
 
 def keep_freed_memory() -> None:
-    """Keep freed memory in this process, because every step allocates the same amount again.
+    """Tell glibc to keep freed memory, since each step allocates as much as the one before.
 
-    Otherwise glibc returns it to the system in some processes, depending on the layout of the heap,
-    and every step page-faults it in anew.
+    Otherwise, depending on the layout of its heap, a process may return the memory to the system
+    and take a page fault for each page again in every step.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # only glibc has it
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)
         mallopt(_M_TRIM_THRESHOLD, -1)
@@ -45,15 +45,15 @@ def keep_freed_memory() -> None:
 
 @dataclass(frozen=True)
 class TrainState:
-    """A worker's model and DeepSpeed's engine.
+    """The model being trained on this worker, with DeepSpeed's engine.
 
     Attributes:
-        core: the loaded model and its processor.
-        engine: DeepSpeed's engine around the same model.
-        blank: see `inputs.encode_blank_image`.
-        param_groups: what is trained, per group.
-        stage: of ZeRO.
-        device: on which the model computes.
+        core: The loaded model and its processor.
+        engine: DeepSpeed's engine, which wraps the same model.
+        blank: Inputs of a grey image; see `inputs.encode_blank_image`.
+        param_groups: What is trained of each part of the model.
+        stage: ZeRO stage.
+        device: Device of this worker.
     """
 
     core: LoadedModel
@@ -65,15 +65,15 @@ class TrainState:
 
 
 def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainState:
-    """Load a run's model on this worker and give it to DeepSpeed.
+    """Load a run's model on this worker and build DeepSpeed's engine.
 
     Args:
-        config: of the run.
-        universal: the state that will be restored is a universal checkpoint.
+        config: Settings of the run.
+        universal: The state to be restored is a universal checkpoint.
 
     Raises:
-        ConfigError: the model or the configuration is not to be had.
-        MissingPackageError: DeepSpeed, peft, bitsandbytes or Liger are needed.
+        ConfigError: The model cannot be loaded or the DeepSpeed configuration is wrong.
+        MissingPackageError: DeepSpeed, peft, bitsandbytes or Liger is missing.
     """
     is_gpu = torch.cuda.is_available()
     deepspeed = import_deepspeed(is_gpu=is_gpu)
@@ -94,7 +94,7 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
         make_optimizer_groups(model, config),
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,
-        fused=None if is_gpu else True,  # or torch goes over weights one by one on CPUs
+        fused=None if is_gpu else True,  # on CPUs, torch otherwise updates weights one by one
     )
     blank = encode_blank_image(core)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
@@ -104,11 +104,11 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
 
 
 def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:
-    """Return a run's model, in its precision and ready for gradients.
+    """Load a run's model in the run's precision, in training mode.
 
     Raises:
-        ConfigError: it is not to be had.
-        MissingPackageError: a package is needed.
+        ConfigError: The model cannot be loaded.
+        MissingPackageError: A package is missing.
     """
     is_bf16 = config.bf16 if config.bf16 != "auto" else device.type == "cuda"
     if config.tf32 and device.type == "cuda":
@@ -138,14 +138,14 @@ def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:
 
 @torch.no_grad()
 def load_projector(model: Any, path: str) -> None:
-    """Copy a trained projector, and what ends the rows of tiles, into a model.
+    """Copy a trained projector, and the row-end embedding of tiles, into a model.
 
     Args:
-        model: changed in place.
-        path: a checkpoint with all its weights, or a folder with mm_projector.bin.
+        model: The model, changed in place.
+        path: A complete checkpoint, or a folder with mm_projector.bin.
 
     Raises:
-        ConfigError: there is none, or it has other sizes.
+        ConfigError: A tensor is missing or has another shape.
     """
     from llava_ray.model.checkpoint.locate import find_folder
 
@@ -165,20 +165,21 @@ def load_projector(model: Any, path: str) -> None:
         if tensor is None or tensor.shape != tuple(parameter.shape):
             seen = "nothing" if tensor is None else list(tensor.shape)
             raise ConfigError(
-                f"pretrain_mm_mlp_adapter={path!r} has {seen} for {name} "
-                f"{list(parameter.shape)}: it was trained for another model"
+                f"pretrain_mm_mlp_adapter={path!r} does not fit the model: {name} has shape "
+                f"{list(parameter.shape)}, the file has {seen}; give a projector that was trained "
+                "for this model"
             )
         parameter.copy_(tensor[...])
 
 
 def import_deepspeed(*, is_gpu: bool) -> Any:
-    """Return DeepSpeed, told where it computes.
+    """Import DeepSpeed, configured for GPUs or CPUs.
 
     Raises:
-        MissingPackageError: it is not installed.
+        MissingPackageError: It is not installed.
     """
     if not is_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found nothing else
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or it warns that it found no accelerator
     try:
         import deepspeed
     except ImportError as error:
@@ -186,10 +187,10 @@ def import_deepspeed(*, is_gpu: bool) -> Any:
             f"training needs DeepSpeed ({error}): pip install 'llava-ray[train]'"
         ) from error
     if not is_gpu:
-        # Or it compiles a reduction that only inference uses, with a compiler, for a minute.
+        # Otherwise it spends a minute compiling an all-reduce that only inference uses.
         ops: Any = deepspeed.ops
         ops.__compatible_ops__ = {}
-    # It calls torch.distributed by names that torch has begun to give up.
+    # DeepSpeed calls functions that torch.distributed has deprecated.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.", FutureWarning)
     return deepspeed
 

@@ -1,4 +1,4 @@
-"""What a run would do and take, said without a GPU and without reading a weight.
+"""Describe what a run would do and need, without a GPU and without reading any weights.
 
 Behind `llava-ray train --dry-run`.
 """
@@ -22,10 +22,10 @@ _NUM_SHOWN = 3
 
 
 def explain_run(config: TrainConfig) -> str:
-    """Return a text: settings, param_groups, batches, memory, a few encoded samples.
+    """Return the report: settings, parts of the model, batches, memory, a few encoded samples.
 
     Raises:
-        ConfigError: the run could not begin.
+        ConfigError: The run could not start.
     """
     datasets = open_datasets(config.data.datasets)
     order = make_order(config.data, datasets)
@@ -53,16 +53,16 @@ def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
         f"{config.num_workers} workers = {config.train_batch_size} per step\n"
         f"{len(order.order_epoch(0)):,} samples = {order.num_batches:,} steps per epoch x "
         f"{config.num_train_epochs} epochs = {min(num_steps, config.max_steps or num_steps):,} "
-        f"steps, a checkpoint every {config.save_steps}\n"
+        f"steps, a checkpoint every {config.save_steps} steps\n"
         f"about {padding:.0%} of an epoch's tokens are padding"
     )
 
 
 def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGroupSummary]) -> str:
-    """Return about how much memory a GPU needs, in GB.
+    """Return an estimate of the memory that each GPU needs, in GB.
 
-    Counts weights, gradients, AdamW's state in float32 (12 bytes a trained weight), what
-    checkpointing keeps of activations and the logits; kernels' own memory comes on top.
+    Counts weights, gradients, AdamW's state in float32 (12 bytes per trained weight), the stored
+    activations and the logits, but not the kernels' workspace.
     """
     described = describe_engine(
         config,
@@ -94,7 +94,7 @@ def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGrou
 def show_samples(
     config: TrainConfig, datasets: ShardedDatasets, order: SampleOrder, encoder: Encoder
 ) -> Iterator[str]:
-    """Yield a few of the first samples as they would be trained on."""
+    """Yield the first few samples as the model would be trained on them."""
     reader = SampleReader(datasets)
     for number in order.batch(order.start())[:_NUM_SHOWN]:
         row = reader.read(int(number))
@@ -107,7 +107,7 @@ def show_samples(
         learned = [id_ for id_, label in zip(ids, labels, strict=True) if label != IGNORED]
         yield (
             f"{example.sample_id}: {len(ids)} tokens, {len(row.sample.images)} images, "
-            f"{len(learned)} learned\n  reads  {_decode(encoder, ids)}\n"
+            f"{len(learned)} tokens in the loss\n  reads  {_decode(encoder, ids)}\n"
             f"  learns {_decode(encoder, learned)}"
         )
 
@@ -120,7 +120,7 @@ def _decode(encoder: Encoder, ids: list[int]) -> str:
 
 
 def _count_activations(config: TrainConfig, text: Any, width: int) -> float:
-    """Return the bytes of what is kept of a batch until its gradients are there."""
+    """Return the bytes of activations and logits kept for the backward pass of one batch."""
     length = config.data.max_length or getattr(text, "max_position_embeddings", 2048)
     num_tokens = config.per_device_train_batch_size * length
     a_layer = text.hidden_size * (1 if config.gradient_checkpointing else 16)

@@ -1,4 +1,4 @@
-"""A run on Ray Train: its workers, their failures, what is kept, measured and exported.
+"""Start a training run on Ray Train, and export its model at the end.
 
 launch -> TorchTrainer -> worker.train_worker (on each worker) -> loop.train -> export
 """
@@ -29,10 +29,10 @@ from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
 EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]
-"""Measures a checkpoint of a run, given by its path or address; returns each task's value."""
+"""Evaluates a checkpoint, given its path or address; returns a value per task."""
 
 _LOOK_AGAIN_S = 20
-"""How long workers wait for room that Ray believes in; it looks for lost machines as often."""
+"""Seconds to wait for workers to start before Ray Train checks again for lost machines."""
 
 
 def launch(
@@ -41,25 +41,25 @@ def launch(
     resume: bool = False,
     evaluate_checkpoint: EvaluateCheckpoint | None = None,
 ) -> str:
-    """Train, and write the export; return the run's folder, a path or an address.
+    """Train, export the model, and return the run's folder (a path or an address).
 
-    Ray is started if none is running. A worker that dies takes the run back to its last checkpoint.
+    Starts Ray if none is running. If a worker dies, the run resumes from its last checkpoint.
 
     Args:
-        config: of the run.
-        resume: go on with the run of that name from its last checkpoint.
-        evaluate_checkpoint: what measures checkpoints by `benchmarks`, as
+        config: Settings of the run.
+        resume: Continue the run of that name from its last checkpoint.
+        evaluate_checkpoint: Evaluates checkpoints on `benchmarks`, as
             `llava_ray.evaluate.during_training.prepare_benchmarks` returns it.
 
     Raises:
-        ConfigError: it cannot be begun.
-        DivergedError: its loss is no number; checkpoints stay.
-        TrainingError: it failed more often than `max_failures`; likewise.
+        ConfigError: The run cannot start.
+        DivergedError: The loss is NaN or infinite; checkpoints are kept.
+        TrainingError: It failed more than `max_failures` times; checkpoints are kept.
     """
     config = resolve_paths(config)
     if config.benchmarks and not evaluate_checkpoint:
         raise ConfigError(
-            "the settings have benchmarks and nothing measures them: give "
+            "the settings have benchmarks, but no function to run them was given: call "
             "launch(evaluate_checkpoint=prepare_benchmarks(config)), from "
             "llava_ray.evaluate.during_training"
         )
@@ -78,10 +78,10 @@ def launch(
 def make_trainer(
     config: TrainConfig, evaluate_checkpoint: EvaluateCheckpoint | None = None
 ) -> TorchTrainer:
-    """Return Ray's trainer of a run; it goes on where there is a checkpoint."""
+    """Return Ray's trainer for a run; it resumes if the run has a checkpoint."""
     validation = evaluate_checkpoint and ValidationConfig(
         functools.partial(_evaluate, config, evaluate_checkpoint),
-        ray_remote_kwargs={"num_cpus": 0},  # its actors take what `benchmarks` says
+        ray_remote_kwargs={"num_cpus": 0},  # its actors request what `benchmarks` sets
     )
     is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
     least = config.min_workers
@@ -112,10 +112,10 @@ def make_trainer(
 
 
 def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
-    """Run a trainer to its end; return the best checkpoint, without a metric the last.
+    """Run a trainer to its end; return the best checkpoint, or the last if there is no metric.
 
     Raises:
-        DivergedError, TrainingError: as of `launch`.
+        DivergedError, TrainingError: As in `launch`.
     """
     try:
         result = trainer.fit()
@@ -124,22 +124,24 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
     if result.return_value:
         raise DivergedError(result.return_value)
     if result.checkpoint is None:
-        raise TrainingError("the run ended without a checkpoint: its data gives no step")
+        raise TrainingError(
+            "the run ended without a checkpoint: its data is too small for a single step"
+        )
     metric = config.metric_for_best_model
     if metric is None:
         return result.checkpoint
     best = choose_best(result.best_checkpoints or [], metric)
     if best is None:
-        print_line(f"no checkpoint has a value of {metric}: the last one is exported")
+        print_line(f"no checkpoint has a value for {metric}: exporting the last one")
     return best or result.checkpoint
 
 
 def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = False) -> str:
-    """Return a run's folder, once it is clear that the run can begin.
+    """Check that a run can start, and return its folder.
 
     Raises:
-        ConfigError: data or model are not there or do not fit together, or the folder is another
-            run's.
+        ConfigError: The data or the model is missing, they do not fit together, or the folder
+            belongs to another run.
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
         open_datasets([dataset])
@@ -149,19 +151,19 @@ def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = F
     is_there = is_started(folder)
     if is_there and not resume:
         raise ConfigError(
-            f"there is a run named {config.name!r} in {config.output_dir!r} already: go on with it "
-            "with --resume, or give name= another name"
+            f"a run named {config.name!r} already exists in {config.output_dir!r}: continue it "
+            "with --resume, or choose another name="
         )
     if resume and not is_there:
         raise ConfigError(
-            f"there is no run named {config.name!r} in {config.output_dir!r} to go on with: leave "
-            "--resume away"
+            f"there is no run named {config.name!r} in {config.output_dir!r} to resume: start it "
+            "without --resume"
         )
     return folder
 
 
 def resolve_paths(config: TrainConfig) -> TrainConfig:
-    """Return settings with whole paths: workers run in other folders than whoever starts them."""
+    """Return the settings with absolute paths, as workers have another working directory."""
     settings = config.model_dump()
     names = ("model", "base", "vision_tower", "pretrain_mm_mlp_adapter", "deepspeed")
     for name in names:
@@ -181,14 +183,14 @@ def _evaluate(
     config: TrainConfig,
     evaluate_checkpoint: EvaluateCheckpoint,
     checkpoint: Checkpoint,
-    **_: Any,  # Ray may give more, which we never ask for
+    **_: Any,  # further arguments that Ray may pass
 ) -> dict[str, float]:
-    """Measure a checkpoint, as a task of Ray's; without a value the run goes on all the same."""
+    """Evaluate a checkpoint in a Ray task; if that fails, the run continues without its values."""
     address = f"{config.output_dir}/{config.name}/{Path(checkpoint.path).name}"
     try:
         return evaluate_checkpoint(config, address)
     except LlavaRayError as error:
-        print_line(f"{Path(address).name} could not be measured: {error.message}")
+        print_line(f"{Path(address).name} could not be evaluated: {error.message}")
         return {}
 
 
@@ -197,7 +199,7 @@ def _has_gpus() -> bool:
 
 
 def _explain(error: TrainingFailedError, config: TrainConfig) -> LlavaRayError:
-    """Return what a worker raised on purpose, or what is known of its end."""
+    """Return the LlavaRayError that a worker raised, or else a TrainingError with Ray's message."""
     failures = getattr(error, "worker_failures", None) or {}
     for failure in failures.values():
         cause = getattr(failure, "_base_exc", failure)  # Ray wraps what a worker raises
@@ -205,5 +207,5 @@ def _explain(error: TrainingFailedError, config: TrainConfig) -> LlavaRayError:
             return cause
     return TrainingError(
         f"training failed ({error}): the checkpoints in {config.output_dir}/{config.name} are "
-        "intact, and --resume goes on from the last"
+        "intact, and --resume continues from the last one"
     )

@@ -1,6 +1,6 @@
-"""What a run says of itself: a line a step, in `train_log.jsonl`, on the console, in trackers.
+"""The log of a run: one line per step in `train_log.jsonl`, on the console and in trackers.
 
-Lines behind the step that a run goes on from are taken away, so each step is there once.
+When a run resumes, lines after its checkpoint's step are removed, so each step appears once.
 """
 
 import json
@@ -106,7 +106,7 @@ class RunLog:
     def begin(
         self, param_groups: Sequence[ParamGroupSummary], *, num_steps: int, step: int
     ) -> None:
-        """Say what becomes of each part; drop lines behind the step to go on from."""
+        """Print what is trained; drop the log's lines after `step`, where the run resumes."""
         self._num_steps, self._first = num_steps, step
         if self._path is None:
             return
@@ -132,7 +132,7 @@ class RunLog:
             f"step {line.step}/{self._num_steps}  loss {line.loss:.4f}  "
             f"lr {line.learning_rate:.2e}  {line.tokens_per_s:,.0f} tokens/s  "
             f"{line.samples_per_s:.1f} samples/s  padding {line.padding:.0%}  "
-            f"{used}left {left_s / 60:.1f} min"
+            f"{used}{left_s / 60:.1f} min left"
         )
         figures = {n: v for n in _NUMBERS if (v := getattr(line, n)) is not None}
         for tracker in self._trackers:
@@ -153,7 +153,7 @@ class RunLog:
             return
         self._append({"step": step, "answers": [answer._asdict() for answer in answers]})
         for answer in answers:
-            self._say(f"  {answer.sample_id}: {answer.said!r}, right is {answer.right!r}")
+            self._say(f"  {answer.sample_id}: {answer.said!r}, expected {answer.right!r}")
 
     def flush(self) -> None:
         """Let everything written so far reach its place."""

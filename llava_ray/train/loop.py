@@ -1,4 +1,4 @@
-"""The training loop of one worker: steps, log, checkpoints. Knows DeepSpeed, not Ray.
+"""The training loop of one worker: steps, evaluation, log, checkpoints. It does not import Ray.
 
 read_batches(position) -> group_steps -> take_step -> log -> save_checkpoint -> keep
 """
@@ -31,22 +31,22 @@ from llava_ray.train.schedule import compute_lr_scale
 from llava_ray.train.train_step import StepMetrics, group_steps, take_step
 
 ReadBatches = Callable[[Position | None], Iterator[Batch]]
-"""Gives this worker's batches from a position of the data."""
+"""Returns this worker's batches from a position in the data on."""
 
 
 @dataclass(frozen=True)
 class LoopContext:
-    """What a loop needs from whoever runs it.
+    """What the loop needs from its caller.
 
     Attributes:
-        read_batches: gives the data.
-        read_eval_batches: gives the held-out data, from its beginning, so many samples at once;
-            None: there is none.
-        num_steps: of the whole run.
-        new_folder: an empty folder for a checkpoint.
-        keep: takes a checkpoint's folder and figures; all workers call it together.
-        is_leaving: whether a checkpoint is wanted at once, as this machine will be taken away; all
-            workers call it together.
+        read_batches: Returns the training batches.
+        read_eval_batches: Returns the held-out data from its start, in batches of the given size
+            per worker; None if there is no held-out data.
+        num_steps: Number of steps of the whole run.
+        new_folder: Returns an empty folder for a checkpoint.
+        keep: Stores a checkpoint's folder with its metrics; all workers call it together.
+        is_leaving: Whether to save at once because this machine will be preempted; all workers
+            call it together.
     """
 
     read_batches: ReadBatches
@@ -60,17 +60,17 @@ class LoopContext:
 def train(
     config: TrainConfig, context: LoopContext, log: RunLog, *, resume: Path | None = None
 ) -> None:
-    """Train until the end, from the beginning or from a checkpoint.
+    """Train to the end of the run, from its start or from a checkpoint.
 
     Args:
-        config: of the run.
-        context: what surrounds this worker.
-        log: of the run.
-        resume: folder of a checkpoint.
+        config: Settings of the run.
+        context: Data and storage of this worker.
+        log: Log of the run.
+        resume: Folder of the checkpoint to resume from.
 
     Raises:
-        ConfigError: it cannot be begun, or the checkpoint is not this run's.
-        TrainingError: it cannot go on.
+        ConfigError: The run cannot start, or the checkpoint belongs to another run.
+        TrainingError: The run cannot continue.
     """
     state, progress = begin(config, resume)
     log.begin(
@@ -105,18 +105,18 @@ def train(
 
 
 def begin(config: TrainConfig, resume: Path | None) -> tuple[TrainState, TrainProgress | None]:
-    """Return the state, as it was where there is a checkpoint.
+    """Build the state, restored from a checkpoint if one is given.
 
     Raises:
-        ConfigError: as of `train`.
+        ConfigError: As in `train`.
     """
     if resume is None:
         return build_train_state(config), None
     progress = read_progress(resume)
     if progress.method != config.method:
         raise ConfigError(
-            f"the checkpoint was trained with method={progress.method!r}, and the run has "
-            f"{config.method!r}: set it as it was, or give the run another name"
+            f"the checkpoint was trained with method={progress.method!r}, but the run has "
+            f"{config.method!r}: set method={progress.method}, or give the run another name"
         )
     described = describe_engine(
         config, num_workers=dist.get_world_size(), hidden_size=1, is_bf16=False
@@ -137,7 +137,7 @@ def save(
     position: Position,
     figures: StepMetrics,
 ) -> None:
-    """Evaluate, write a checkpoint and hand it over."""
+    """Evaluate, write a checkpoint and store it."""
     metrics = {"step": float(step), "loss": figures.loss}
     if context.read_eval_batches:
         metrics["eval_loss"] = evaluate(state, config, context, log, step)
@@ -150,7 +150,7 @@ def save(
 def evaluate(
     state: TrainState, config: TrainConfig, context: LoopContext, log: RunLog, step: int
 ) -> float:
-    """Measure on the held-out data, log it, and return the loss."""
+    """Evaluate on the held-out data, log the result, and return the loss."""
     assert context.read_eval_batches is not None
     loss = evaluate_loss(state, context.read_eval_batches(config.per_device_train_batch_size))
     log.write_evaluation(step, loss)
@@ -160,5 +160,5 @@ def evaluate(
 
 
 def _mix_seed(seed: int, step: int) -> int:
-    """Return a seed for a step, far from that of its neighbours."""
+    """Return the seed of a step, far from those of neighbouring steps."""
     return (seed * 1_000_003 + step * 7919) % 2**31

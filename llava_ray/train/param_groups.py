@@ -1,7 +1,7 @@
-"""What of a model is trained, at which rate: the vision tower, the projector, the language model.
+"""Which parameters are trained, at which learning rate: vision tower, projector, language model.
 
-After `load_model`, before DeepSpeed: freezes what rests, puts LoRA into the language model and
-sorts what is trained into the optimizer's groups.
+Runs between `load_model` and DeepSpeed: freezes the other parameters, adds LoRA to the language
+model and sorts the trainable parameters into the optimizer's groups.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ ADAPTER = "default"
 
 
 class ParamGroupSummary(NamedTuple):
-    """What becomes of one part in a run; rates are None where it rests."""
+    """What is trained of one part of the model; rates are None if it is frozen."""
 
     name: ParamGroup
     num_parameters: int
@@ -75,7 +75,7 @@ def select_trainable(model: Any, config: TrainConfig) -> None:
         add_lora(model, config)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(
-            f"method={config.method!r} trains nothing of this model, whose projector has no "
+            f"method={config.method!r} would train nothing, as this model's projector has no "
             "weights: set method=full or lora"
         )
 

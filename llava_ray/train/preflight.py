@@ -1,4 +1,6 @@
-"""What a run is checked against before a worker starts: its model without weights, its encoder."""
+"""Open a run's checkpoint, model and encoder without weights, to check a run before it starts.
+
+Used by `launch` and `dry_run`, in the process of the command."""
 
 from typing import Any
 
@@ -11,10 +13,10 @@ from llava_ray.train.param_groups import select_trainable
 
 
 def open_run(config: TrainConfig) -> OpenedCheckpoint:
-    """Return the checkpoint that a run begins with; no weights are read.
+    """Open the checkpoint that a run starts from; no weights are read.
 
     Raises:
-        ConfigError: there is no such checkpoint, or no template of that name.
+        ConfigError: There is no such checkpoint or no template of that name.
     """
     return open_checkpoint(
         config.model,
@@ -25,10 +27,10 @@ def open_run(config: TrainConfig) -> OpenedCheckpoint:
 
 
 def build_meta_model(config: TrainConfig, opened: OpenedCheckpoint) -> Any:
-    """Return the run's model with parts chosen and without any weights.
+    """Build the run's model on the meta device, with its trainable parameters selected.
 
     Raises:
-        ConfigError: the checkpoint does not hold together.
+        ConfigError: The checkpoint is inconsistent, or nothing would be trained.
     """
     architecture = opened.architecture
     with torch.device("meta"):
@@ -38,10 +40,10 @@ def build_meta_model(config: TrainConfig, opened: OpenedCheckpoint) -> Any:
 
 
 def load_run_encoder(config: TrainConfig, opened: OpenedCheckpoint) -> Encoder:
-    """Return what encodes a run's samples.
+    """Return the encoder of a run's samples.
 
     Raises:
-        ConfigError: the template is not known or does not fit the model.
+        ConfigError: The template is unknown or does not fit the model.
     """
     return make_encoder(
         opened,

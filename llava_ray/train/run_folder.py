@@ -1,7 +1,7 @@
-"""The folder of a run: its settings at the beginning, the export and the curves at the end.
+"""The files of a run, on disk or in object storage: settings, log, checkpoints, export, curves.
 
-config.yaml         the run's settings, complete
-train_log.jsonl     a line a step, with the samples' ids
+config.yaml         all settings of the run
+train_log.jsonl     one line per step, with the samples' ids
 checkpoint-<step>/  see `checkpoint`
 export/             the model as `serve` and `evaluate` take it, and llava_ray_run.json
 curves.png          loss, learning rate, throughput
@@ -25,15 +25,17 @@ from llava_ray.storage import is_address, open_folder
 from llava_ray.train.checkpoint import MODEL, read_progress
 from llava_ray.train.log import LOG, read_log
 
+EXPORT = "export"
+RUN_FILE = "llava_ray_run.json"
 FILES = ("config.yaml", "train_log.jsonl")
-"""What a run goes on with, beside its checkpoints."""
+"""What resuming a run needs besides a checkpoint."""
 
 
 @contextlib.contextmanager
 def open_run_folder(address: str) -> Iterator[Path]:
-    """Give the folder to write in: the run's own, or a local one that is sent when the block ends.
+    """Yield a local folder to write to: the run's own, or a copy uploaded when the block ends.
 
-    The local one has what a run goes on with.
+    The copy starts with the run's `FILES`.
     """
     if not is_address(address):
         home = Path(address)
@@ -51,29 +53,25 @@ def open_run_folder(address: str) -> Iterator[Path]:
 
 
 def upload_run_folder(home: Path, address: str) -> None:
-    """Send what was written so far to the run's address; nothing is to be done on a disk."""
+    """Upload what was written so far to the run's address; does nothing if that is a local path."""
     if not is_address(address):
         return
     open_folder(address).send(home)
 
 
 def is_started(address: str) -> bool:
-    """Whether a run has written anything there."""
+    """Whether a run's folder has any files."""
     return bool(open_folder(address).list(""))
 
 
 def remove_unfinished(address: str, step: int) -> None:
-    """Remove checkpoints behind the one to go on from: their workers died while they wrote them."""
+    """Remove checkpoints after `step`, which workers left incomplete when they died."""
     folder = open_folder(address)
     names = {name.split("/")[0] for name in folder.list("")}
     for name in names:
         number = name.removeprefix("checkpoint-")
         if name != number and number.isdecimal() and int(number) > step:
             folder.remove(name)
-
-
-EXPORT = "export"
-RUN_FILE = "llava_ray_run.json"
 
 
 def write_settings(folder: Path, config: TrainConfig) -> None:
@@ -86,17 +84,16 @@ def write_settings(folder: Path, config: TrainConfig) -> None:
 def export_run(
     checkpoint: Path, folder: Path, config: TrainConfig, *, begun_with: Checkpoint
 ) -> Path:
-    """Write a checkpoint's model whole, with where it came from, and the curves; return the export.
+    """Export a checkpoint's model with its provenance, draw the curves; return the export's folder.
 
     Args:
-        checkpoint: the folder of one of the run's.
-        folder: of the run.
-        config: of the run.
-        begun_with: the checkpoint that the run began with, in whose format it is exported by
-            default.
+        checkpoint: Folder of one of the run's checkpoints.
+        folder: Folder of the run.
+        config: Settings of the run.
+        begun_with: The checkpoint that the run started from; its layout is the export's default.
 
     Raises:
-        ConfigError: the form cannot express the model.
+        ConfigError: The export's layout cannot represent the model.
     """
     target = export_model(
         checkpoint / MODEL,
@@ -111,7 +108,7 @@ def export_run(
 
 
 def describe_run(checkpoint: Path, config: TrainConfig) -> dict[str, Any]:
-    """Return what a model was made from: settings, data, code."""
+    """Return the provenance of a model: settings, data, version of the code."""
     datasets = open_datasets(config.data.datasets)
     return {
         "llava_ray": llava_ray.__version__,

@@ -1,4 +1,6 @@
-"""Where a run's figures go beside its log: TensorBoard, Weights & Biases, MLflow, if configured."""
+"""Metric trackers: Ray's gauges always; TensorBoard, Weights & Biases and MLflow if configured.
+
+`worker` opens them on the first worker; `log` writes each logged step to them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,20 +13,36 @@ from llava_ray.errors import MissingPackageError
 
 _GAUGES = {
     "loss": "Loss of the last step.",
-    "tokens_per_s": "Tokens a second over all workers, waiting included.",
-    "samples_per_s": "The same in samples.",
-    "mfu": "Share of the devices' peak that the model's own arithmetic takes; 0: unknown.",
-    "wait_s": "Seconds that the last step waited for its data, the log and other workers.",
-    "step_s": "Seconds that it then computed.",
+    "tokens_per_s": "Tokens per second over all workers, including waiting time.",
+    "samples_per_s": "Samples per second over all workers, including waiting time.",
+    "mfu": "Model FLOPs utilization, as a share of the devices' peak; 0 if unknown.",
+    "wait_s": "Seconds the last step waited for data, the log and other workers.",
+    "step_s": "Seconds the last step computed.",
     "eval_loss": "Loss on held-out data.",
 }
 
 
+class Tracker(Protocol):
+    """A destination for a run's metrics."""
+
+    def write(self, figures: Mapping[str, float], step: int) -> None:
+        """Record the metrics of a step."""
+        ...
+
+    def flush(self) -> None:
+        """Send what is still buffered."""
+        ...
+
+    def close(self) -> None:
+        """End the tracking in this process; another worker may resume the run."""
+        ...
+
+
 class RayMetrics:
-    """Gauges of one run, in the process of its first worker; see `Tracker`.
+    """Ray metrics of one run, set by its first worker.
 
     Args:
-        run: its name, which tells it from other runs.
+        run: Name of the run, the value of the tag `run`.
     """
 
     def __init__(self, run: str) -> None:
@@ -41,30 +59,14 @@ class RayMetrics:
             self._gauges[name].set(figures[name], self._tags)
 
     def flush(self) -> None:
-        pass  # Ray sends it
+        pass  # Ray exports gauges by itself
 
     def close(self) -> None:
-        pass  # gone with the worker
-
-
-class Tracker(Protocol):
-    """Takes a run's figures."""
-
-    def write(self, figures: Mapping[str, float], step: int) -> None:
-        """Take the figures of a step."""
-        ...
-
-    def flush(self) -> None:
-        """Let what was taken reach its place."""
-        ...
-
-    def close(self) -> None:
-        """Say that this worker's part of the run is over."""
-        ...
+        pass  # ends with the process
 
 
 class TensorBoard:
-    """Event files in the run's folder."""
+    """TensorBoard event files in the run's folder."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +85,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of Weights & Biases; `WANDB_*` say where."""
+    """A run of Weights & Biases; the `WANDB_*` variables configure it."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import wandb  # pyright: ignore[reportMissingImports]
@@ -103,7 +105,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow; `MLFLOW_TRACKING_URI` says where."""
+    """A run of MLflow; `MLFLOW_TRACKING_URI` is the server."""
 
     def __init__(self, config: TrainConfig, folder: Path) -> None:
         import mlflow  # pyright: ignore[reportMissingImports]
@@ -126,10 +128,10 @@ _TRACKERS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": ML
 
 
 def open_trackers(config: TrainConfig, folder: Path | None) -> list[Tracker]:
-    """Return a run's trackers; none on workers that have no folder.
+    """Return the configured trackers; none if `folder` is None.
 
     Raises:
-        MissingPackageError: one is not installed.
+        MissingPackageError: A tracker's package is not installed.
     """
     if folder is None:
         return []

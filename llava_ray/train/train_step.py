@@ -1,4 +1,4 @@
-"""One step: the loss of a whole global batch, its gradients, the weights' update.
+"""One training step: the loss of a global batch, its gradients, and the update of the weights.
 
 The loss is the mean over all learned tokens of the global batch, wherever they are computed, so it
 is the same on any number of workers and with any accumulation.
@@ -51,7 +51,7 @@ def group_steps(batches: Iterator[Batch]) -> Iterator[list[Batch]]:
 def take_step(
     state: TrainState, batches: Sequence[Batch], *, step: int, rate: float, seed: int
 ) -> StepMetrics:
-    """Train on this worker's share of a global batch; all workers do so together.
+    """Train on this worker's share of a global batch; all workers must call this together.
 
     Args:
         state: its weights are updated.
@@ -61,8 +61,8 @@ def take_step(
         seed: of dropout.
 
     Raises:
-        DivergedError: the loss is no number.
-        TrainingError: memory ran out.
+        DivergedError: The loss is NaN or infinite.
+        TrainingError: The device ran out of memory.
     """
     engine = state.engine
     inputs = [prepare_inputs(batch, state.blank) for batch in batches]
@@ -114,7 +114,7 @@ def explain_memory(inputs: Sequence[Mapping[str, torch.Tensor]]) -> str:
     shapes = [tuple(each["input_ids"].shape) for each in inputs]
     return (
         f"out of memory on worker {dist.get_rank()} with batches of {shapes} (samples, tokens): "
-        "lower per_device_train_batch_size (the batch stays as large, in more pieces) or "
+        "lower per_device_train_batch_size (train_batch_size is kept by accumulating more) or "
         "data.max_length, set gradient_checkpointing=true, zero_stage=3 or offload, or use "
         "method=lora"
     )
@@ -130,8 +130,8 @@ def _explain_loss(
     ids = sorted({id_ for some in gathered for batch in some for id_ in batch})
     return (
         f"the loss of step {step} is {total} in a batch with the samples {ids}: lower "
-        "learning_rate, set max_grad_norm, look at these samples; the last checkpoint is intact, "
-        "and --resume goes on from it"
+        "learning_rate, set max_grad_norm, or inspect these samples; the last checkpoint is "
+        "intact, and --resume continues from it"
     )
 
 

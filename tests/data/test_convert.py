@@ -134,7 +134,7 @@ def test_bad_images_are_rejected_with_the_reason_and_nothing_else_is(tmp_path: P
 @pytest.mark.parametrize(
     "name", ["../x.png", "/etc/x.png", "a/../../x", "..\\x", "C:/x", "~/x", ""]
 )
-def test_the_name_of_a_image_stays_inside_its_folder(name: str) -> None:
+def test_the_name_of_an_image_stays_inside_its_folder(name: str) -> None:
     with pytest.raises(SampleError, match="is not inside the folder") as raised:
         check_name(name)
     assert raised.value.reason == "image_path"

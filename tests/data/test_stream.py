@@ -220,7 +220,7 @@ def test_samples_that_are_too_long_are_dropped_and_recorded(shards: Path) -> Non
     )
 
 
-def test_truncation_cuts_text_and_never_a_image(shards: Path) -> None:
+def test_truncation_cuts_text_and_never_an_image(shards: Path) -> None:
     encoder = load_encoder(str(tiny_model()))
     whole = {batch.sample_ids[0]: batch.arrays for batch in single_rows(shards)}
     num_cut = 0

@@ -152,7 +152,7 @@ def test_each_prompt_has_its_answers_side_by_side_and_echo_puts_it_before_them()
     asyncio.run(main())
 
 
-def test_a_image_that_is_not_there_and_a_token_that_is_not_there_are_refused() -> None:
+def test_an_image_that_is_not_there_and_a_token_that_is_not_there_are_refused() -> None:
     async def main() -> None:
         engine = load()
         image = engine._core.image_token_id

@@ -199,7 +199,7 @@ def test_few_streams_and_one_prompt_are_computed_by_all_threads_together():
 
 
 @pytest.mark.parametrize(("num_image_tokens", "first"), [(0, 100), (40, 80), (240, 50)])
-def test_a_step_that_encodes_a_image_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
+def test_a_step_that_encodes_an_image_computes_fewer_tokens_of_its_prompt(num_image_tokens, first):
     scheduler = wide_scheduler(image_cost=0.5)
     sequence = make_sequence(length=250)
     sequence.inputs, sequence.num_image_tokens = {}, num_image_tokens
@@ -380,7 +380,7 @@ def test_images_are_counted_as_encoded_or_as_found_in_the_cache():
     assert sum(seconds for *_, seconds in told) < time.perf_counter() - started
 
 
-def test_a_image_that_is_known_is_encoded_no_more_wherever_it_stands(generate):
+def test_an_image_that_is_known_is_encoded_no_more_wherever_it_stands(generate):
     told: list[tuple[int, ...]] = []
     prompts = [
         prompt(FIRST, make_image(1)),

@@ -27,7 +27,7 @@ def test_logits_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.model(**inputs).logits, expected)
 
 
-def test_a_image_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
+def test_an_image_of_onevision_is_scaled_down_to_its_limit_of_tiles(tmp_path: Path) -> None:
     folder, model = write_published(tmp_path / "model", "llava_onevision")
     loaded = load_model(folder, dtype="float32", device="cpu")
     inputs = loaded.encode("<image>", [make_image(width=60, height=60)])

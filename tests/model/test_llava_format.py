@@ -55,7 +55,7 @@ def test_generation_continues_with_the_best_tokens_of_the_reference(
 
 
 @pytest.mark.parametrize("size", [(5, 200), (28, 28), (57, 55), (300, 100), (84, 28), (99, 33)])
-def test_a_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
+def test_an_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp_path) -> None:
     original = Original(aspect="anyres", merge="spatial_unpad")
     loaded = load(original.write(tmp_path / "model"))
     image = make_image(width=size[0], height=size[1])
@@ -66,7 +66,7 @@ def test_a_image_is_as_many_tokens_as_the_model_makes(size: tuple[int, int], tmp
         loaded.model(**inputs)  # transformers itself compares ids and features
 
 
-def test_a_image_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
+def test_an_image_that_is_marked_already_is_not_marked_twice(tmp_path: Path) -> None:
     loaded = load(Original(start_end=True).write(tmp_path / "model"))
     assert loaded.tokenize("a <im_start><image><im_end>") == loaded.tokenize("a <image>")
     start, end = (loaded.tokenizer.convert_tokens_to_ids(t) for t in ("<im_start>", "<im_end>"))

@@ -304,7 +304,7 @@ def test_a_bad_web_server_is_named_and_what_it_did(path: str, words: str) -> Non
 
 
 @pytest.mark.parametrize("media_type", ["image/webp", "application/octet-stream", ""])
-def test_a_media_type_that_may_be_a_image_is_taken(media_type: str) -> None:
+def test_a_media_type_that_may_be_an_image_is_taken(media_type: str) -> None:
     assert run(lambda there: there.get(f"/type/{media_type}")) == [png()]
 
 

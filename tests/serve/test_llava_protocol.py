@@ -36,7 +36,7 @@ from tests.support.local_gateway import KEYS, Nearby, run_nearby
 GENERATE = "/worker_generate_stream"
 
 
-def test_a_client_finds_its_model_and_chats_about_a_image(served: str) -> None:
+def test_a_client_finds_its_model_and_chats_about_an_image(served: str) -> None:
     assert post(served, "/refresh_all_workers").body == b"null"
     assert ask(served, "/list_models") == {"models": ["echo", "other"]}
     address = ask(served, "/get_worker_address", {"model": "echo"})["address"]

@@ -126,7 +126,7 @@ def seeing(served: str) -> Iterator[str]:
     serve.delete("seeing")
 
 
-def test_a_image_that_is_asked_about_twice_is_encoded_once(seeing: str) -> None:
+def test_an_image_that_is_asked_about_twice_is_encoded_once(seeing: str) -> None:
     file = io.BytesIO()
     make_image().save(file, "png")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

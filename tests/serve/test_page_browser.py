@@ -169,7 +169,7 @@ def test_images_in_any_turn_and_a_question_edited_and_answered_again(
 
 
 @pytest.mark.parametrize("event", ["paste", "drop"])
-def test_a_image_is_pasted_or_dropped(page: Any, event: str) -> None:
+def test_an_image_is_pasted_or_dropped(page: Any, event: str) -> None:
     page.evaluate(
         """([event, bytes]) => {
             const data = new DataTransfer();
@@ -187,7 +187,7 @@ def test_a_image_is_pasted_or_dropped(page: Any, event: str) -> None:
     see(page, "#chat", "(1 images)")
 
 
-def test_the_camera_takes_a_image(page: Any) -> None:
+def test_the_camera_takes_an_image(page: Any) -> None:
     page.locator("#camera > button").click()
     page.get_by_text("Click to Access Webcam").click()
     page.wait_for_function("document.querySelector('#camera video')?.readyState === 4")

@@ -1,6 +1,6 @@
 """What vLLM or SGLang answers about a folder: a program for the Python of their environments.
 
-    python other_engines.py vllm|sglang FOLDER QUESTIONS ANSWERS [TOKENIZER]
+    python read_with_engine.py vllm|sglang FOLDER QUESTIONS ANSWERS [TOKENIZER]
 
 QUESTIONS is a JSON file: a list of {"prompt": text with one <image> an image, "images": [file]}.
 ANSWERS is written: a list of {"prompt_length", "ids"} of greedy decoding. With TOKENIZER, a folder,

@@ -66,7 +66,7 @@ def test_three_workers_go_on_with_a_batch_that_does_not_divide(runs: Path, name:
 
 
 def test_another_method_is_refused(runs: Path) -> None:
-    with pytest.raises(AssertionError, match="set it as it was"):
+    with pytest.raises(AssertionError, match="set method=full"):
         read_losses(runs, "other-method")
 
 

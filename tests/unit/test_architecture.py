@@ -1,4 +1,4 @@
-"""Who may import what (README, "How it works"): imports go down only, and Ray stops at the door."""
+"""Who may import what (docs/architecture.md, "Floors"): imports only go down."""
 
 import ast
 import os
@@ -161,3 +161,11 @@ def test_importing_a_part_loads_no_more_than_it_needs(
 def test_no_name_says_nothing() -> None:
     names = {path.stem for path in modules()} | {path.parent.name for path in modules()}
     assert not names & {"utils", "util", "common", "helpers", "misc", "manager"}
+
+
+def test_every_package_folder_has_an_init_file_that_git_does_not_ignore() -> None:
+    folders = {path.parent for path in modules()}
+    assert not [folder for folder in folders if not (folder / "__init__.py").exists()]
+    patterns = (PACKAGE.parent / ".gitignore").read_text().split()
+    names = {name for folder in folders for name in folder.relative_to(PACKAGE.parent).parts}
+    assert not {f"{name}/" for name in names} & set(patterns)

@@ -255,7 +255,7 @@ def test_a_file_that_is_missing_or_of_another_task_is_named(
         path.write_text(before)
 
 
-def test_a_image_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"absent\.png cannot be read \(No such file"):
         load_image(str(tmp_path / "absent.png"))
     table = tmp_path / "table.tsv"

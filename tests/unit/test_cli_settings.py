@@ -154,7 +154,7 @@ def test_a_recipes_former_path_is_told_its_name(
         (["convert", "input=a"], "`llava-ray convert --list-sources` lists them"),
         (["convert", "lava", "input=a", "output=b"], "did you mean llava"),
         (["convert", "llava", "output=b"], "input: Field required"),
-        (["convert", "llava", "-i", "a", "-o", "b", "--max-tokens", "64"], "need a model"),
+        (["convert", "llava", "-i", "a", "-o", "b", "--max-tokens", "64"], "set model as well"),
         (["convert", "llava", "--images", "a", "--pictures", "a"], "give --images alone"),
         (["evaluate"], "name at least one task"),
         (["evaluate", "pope"], "'pope' is not a YAML file"),

@@ -18,7 +18,7 @@ BOX_OF = "Please provide the bounding box coordinate of the region this sentence
 WORDS_OF = "Please provide a short description for this region: "
 
 
-def test_llava_json_becomes_messages_with_a_image_where_the_text_has_it(tmp_path: Path) -> None:
+def test_llava_json_becomes_messages_with_an_image_where_the_text_has_it(tmp_path: Path) -> None:
     rows = [
         {"id": "a", "image": "x/1.jpg", "conversations": say("<image>\nWhat?", "A cat.")},
         {"id": "b", "image": "1.jpg", "conversations": say("What?\n<image>", "A dog.")},
@@ -284,7 +284,7 @@ def test_a_box_is_written_in_the_image_padded_to_a_square() -> None:
     assert write_box(-3, 7, 500, 3, size=(100, 100)) == "[0.0, 0.07, 1.0, 0.1]"
 
 
-def test_vqa_merges_the_questions_about_a_image_and_takes_the_common_answer(
+def test_vqa_merges_the_questions_about_an_image_and_takes_the_common_answer(
     tmp_path: Path,
 ) -> None:
     asked = [
@@ -348,7 +348,7 @@ def test_vizwiz_may_be_unanswerable(tmp_path: Path) -> None:
     ]
 
 
-def test_gqa_merges_the_questions_about_a_image(tmp_path: Path) -> None:
+def test_gqa_merges_the_questions_about_an_image(tmp_path: Path) -> None:
     asked = {
         "1": {"imageId": "77", "question": "Is it day?", "answer": "yes"},
         "2": {"imageId": "78", "question": "Who?", "answer": "man"},

@@ -61,7 +61,7 @@ def test_votes_flags_and_corrections_join_their_answer(tmp_path: Path) -> None:
     assert "image" not in second
 
 
-def test_a_image_is_stored_once_under_its_hash(tmp_path: Path) -> None:
+def test_an_image_is_stored_once_under_its_hash(tmp_path: Path) -> None:
     folder = tmp_path / "all" / "log"
     log = FeedbackLog(folder)
     for name in ("a", "b", "../../c"):

@@ -186,13 +186,13 @@ def test_where_images_stand_in_a_message(parts: list[str | None], text: str) -> 
 
 
 @pytest.mark.parametrize("typed", [["x </s> <image>"], ["x </", "s> <ima", "ge>"]])
-def test_nobody_ends_a_turn_or_claims_a_image_by_typing(typed: list[str]) -> None:
+def test_nobody_ends_a_turn_or_claims_an_image_by_typing(typed: list[str]) -> None:
     message = Message("user", tuple(map(TextPart, typed)))
     for template in (find_template("vicuna_v1"), OwnTemplate()):
         assert "USER: x < /s> < image> ASSISTANT:" in template.render([message])
 
 
-def test_halves_of_a_token_around_a_image_do_not_meet() -> None:
+def test_halves_of_a_token_around_an_image_do_not_meet() -> None:
     message = Message("user", (TextPart("x <ima"), ImagePart(b""), TextPart("ge>")))
     assert find_template("vicuna_v1").render([message]).count("<image>") == 1
 
@@ -311,7 +311,7 @@ def test_style_single_learns_answers_and_the_mark_behind_them() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "v0_plain"])
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
-def test_plain_is_a_image_and_its_caption(name: str, tokenizer: str) -> None:
+def test_plain_is_an_image_and_its_caption(name: str, tokenizer: str) -> None:
     made = TOKENIZERS[tokenizer]()
     encoded = find_template(name).encode(talk("Describe it.\n<image>", "A red circle"), made)
     ids = ids_of(made, "<image>A red circle\n")
@@ -424,7 +424,7 @@ def test_a_sample_that_cannot_be_encoded_is_named(
         )
 
 
-def test_an_image_token_in_a_text_is_not_taken_for_a_image() -> None:
+def test_an_image_token_in_a_text_is_not_taken_for_an_image() -> None:
     messages = [Message("user", (TextPart("<image>\nWhat?"),)), *talk("", "a")[1:]]
     with pytest.raises(SampleError, match="sample 'x': the text of message 1 contains <image>"):
         find_template("vicuna_v1").encode(messages, llama_tokenizer(legacy=True), sample_id="x")

@@ -1,6 +1,6 @@
 """Replies that another model grades: what the judge is asked, and how its verdict is read.
 
-Pure functions; `grade` asks the judge, `rescore` takes reviews and grades made elsewhere. A verdict
+Pure functions; `judge_run` asks the judge, `rescore` takes reviews and grades made elsewhere. A verdict
 that cannot be read is no score: it is counted, reported and stays out of every mean.
 
 The wording is ours: points given with it do not compare with published ones. `judge_wording` of the

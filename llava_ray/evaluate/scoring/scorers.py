@@ -1,7 +1,7 @@
 """Scorers: pure functions of a question and a reply, to the letter of each benchmark's own.
 
 A scorer sees one row and gives it a `Score`; what becomes of the rows together (accuracy, F1, ...)
-is in `summaries`. Scores of replies that a judge grades are in `judge`, of captions in `captions`.
+is in `metrics`. Replies that a judge grades are scored in `judge`, captions in `captions`.
 """
 
 import re

@@ -12,8 +12,8 @@ import torch
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import TOKENIZER_FILES, require_files
 from llava_ray.model.checkpoint.locate import REMEDY, find_folder
-from llava_ray.model.export.piecewise_tokenizer import join_pieces
 from llava_ray.model.checkpoint.weights import find_weights, open_file
+from llava_ray.model.export.piecewise_tokenizer import join_pieces
 from llava_ray.template import IMAGE_TOKEN
 
 KINDS = "llama, mistral, qwen2, qwen3, gemma, gemma3_text, gpt_neox"
@@ -89,8 +89,8 @@ def load_language_model(path: str | Path) -> LanguageModel:
 def add_image_token(language: LanguageModel) -> LanguageModel:
     """Return the language model with a tokenizer that has `<image>`.
 
-    If possible, the tokenizer gives whole prompts the ids that LLaVA's code computes piece by piece,
-    so that the model reads the same ids in every format it is exported to.
+    If possible, the tokenizer gives whole prompts the ids that LLaVA's code computes piece by
+    piece, so that the model reads the same ids in every format it is exported to.
     """
     tokenizer = language.tokenizer
     tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)

@@ -12,15 +12,22 @@ import torch
 from torch import nn
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.build.backbones import (KINDS, LanguageModel, VisionTower, add_image_token, load_language_model, load_tower)
+from llava_ray.model.build.backbones import (
+    KINDS,
+    LanguageModel,
+    VisionTower,
+    add_image_token,
+    load_language_model,
+    load_tower,
+)
 from llava_ray.model.checkpoint.locate import find_folder
-from llava_ray.model.modeling import Projector
 from llava_ray.model.checkpoint.tensor_names import count_projector_layers
+from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, write_folder
 from llava_ray.model.export.chat_template import choose_chat
+from llava_ray.model.export.hf_writer import write_hf
+from llava_ray.model.modeling import Projector
 from llava_ray.model.processor import read_preprocessing
 from llava_ray.model.transformers_output import no_warnings
-from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, write_folder
-from llava_ray.model.export.hf_writer import write_hf
 from llava_ray.template import IMAGE_TOKEN
 
 ImageAspect = Literal["square", "pad", "anyres"]
@@ -92,7 +99,7 @@ def _check_projector(projector: str) -> None:
         is_known = False
     if not is_known:
         raise ConfigError(
-            f"projector={projector!r}: the projector of transformers' LLaVA has at most two layers; "
+            f"projector={projector!r}: transformers' LLaVA projector has at most two layers; "
             "use mlp2x_gelu, linear or identity"
         )
 
@@ -196,7 +203,9 @@ def _check_text(language: LanguageModel, model: Any) -> None:
         expected = language.model(input_ids=ids, use_cache=False).logits
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise _refuse(text.model_type, str(error)) from error
-    is_bounded = getattr(text, "final_logit_softcapping", None)  # bounding hardly changes small logits
+    is_bounded = getattr(
+        text, "final_logit_softcapping", None
+    )  # bounding hardly changes small logits
     if is_bounded or not torch.allclose(logits, expected, rtol=1e-4, atol=1e-5):
         raise _refuse(text.model_type, "it changes its logits after the output head")
 
@@ -208,7 +217,9 @@ def _refuse(kind: str, reason: str) -> ConfigError:
     )
 
 
-def _build_processor(tokenizer: Any, tower: VisionTower, config: Any, image_aspect: ImageAspect) -> Any:
+def _build_processor(
+    tokenizer: Any, tower: VisionTower, config: Any, image_aspect: ImageAspect
+) -> Any:
     from transformers import LlavaNextProcessor, LlavaProcessor
 
     processor_class = LlavaNextProcessor if image_aspect == "anyres" else LlavaProcessor

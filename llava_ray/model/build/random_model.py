@@ -67,7 +67,7 @@ TINY = Shape(
     context_length=512,
     spread=0.2,
 )
-"""For tests: loads and answers in milliseconds; 16 tokens for each image, grouped-query attention."""
+"""For tests: loads and answers in milliseconds; 16 tokens per image, grouped-query attention."""
 
 SHAPE_103M = Shape(
     hidden_size=768,

@@ -1,0 +1,1 @@
+"""A new, untrained LLaVA from a language model and a vision tower."""
