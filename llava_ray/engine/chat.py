@@ -1,8 +1,9 @@
-"""One chat, from the records of a request to the pieces of its answer.
+"""From a request to the chunks of its answers: what a Serve replica and the command line share.
 
-The spine that a Serve replica and the command line share:
+`chat` answers a conversation or a prompt, `complete` answers the prompts of a text completion,
+`tokenize` counts and returns tokens without answering. The way of a conversation:
 ChatRequest -> images.decode -> template.render -> Prompt -> Engine.stream -> Chunk
-A PromptRequest goes the same way, without the template.
+A PromptRequest takes the same way without the template.
 """
 
 import asyncio
@@ -42,18 +43,20 @@ async def chat(
     note_decode: Callable[[float], None] = lambda seconds: None,
     note_render: Callable[[float], None] = lambda seconds: None,
 ) -> AsyncGenerator[Chunk]:
-    """Yield the answer, or several at once; closing the iterator aborts them in the engine.
+    """Yield the chunks of one or more answers; closing the iterator aborts them in the engine.
 
-    The white space with which models begin an answer, because prompts end in "ASSISTANT:", is
-    left out; what continues a prompt is given as it is.
+    Models begin an answer with white space because prompts end in "ASSISTANT:"; it is stripped from
+    answers to a conversation. The continuation of a PromptRequest is yielded unchanged.
 
     Args:
-        engine: answers.
-        request: the conversation, or the prompt.
-        limits: what its images may be.
-        executor: decodes images; default: the event loop's own threads.
-        note_decode: told how many seconds each image took to decode, in a thread of `executor`.
-        note_render: told how many seconds decoding and rendering took, with the wait for a thread.
+        engine: computes the answers.
+        request: the conversation or the prompt.
+        limits: limits on its images.
+        executor: decodes images; by default the event loop's own threads.
+        note_decode: called in a thread of `executor` with the seconds that each image took to
+            decode.
+        note_render: called with the seconds that decoding and rendering took, including the wait
+            for a thread.
 
     Raises:
         RequestError, EngineError: see `Engine.stream`, `images.decode`, `Template.render`.
@@ -75,6 +78,52 @@ async def chat(
             yield chunk
 
 
+async def complete(engine: Engine, request: CompletionRequest) -> AsyncGenerator[Chunk]:
+    """Yield the answers to a text completion; closing the iterator aborts them in the engine.
+
+    With `echo`, each answer begins with its prompt.
+
+    Raises:
+        RequestError, EngineError: see `Engine.stream`.
+    """
+    prompts = [_make_prompt(request, i) for i in range(len(request.prompts))]
+    answers = [each for prompt in prompts for each in fan_out(prompt, request.answers_each)]
+    unechoed = set(range(len(answers))) if request.echo else set()
+    with _blame_prompt():
+        async with aclosing(stream_all(engine, answers)) as chunks:
+            async for chunk in chunks:
+                if chunk.answer in unechoed:
+                    unechoed.remove(chunk.answer)
+                    text = await _get_prompt_text(engine, answers[chunk.answer])
+                    chunk = chunk._replace(text=text + chunk.text)
+                yield chunk
+
+
+async def tokenize(
+    engine: Engine,
+    request: TokenizeRequest,
+    *,
+    limits: LimitsConfig,
+    executor: Executor | None = None,
+) -> Tokens:
+    """Return the tokens of a conversation or a text.
+
+    Raises:
+        RequestError: see `Engine.tokenize`, `images.decode`, `Template.render`.
+    """
+    source = request.source
+    if isinstance(source, str):
+        with _blame_prompt():
+            asked = Prompt("tokenize", source, add_special_tokens=request.add_special_tokens)
+            return await engine.tokenize(asked)
+
+    def render_source() -> Prompt:
+        return render(engine, source, limits, add_generation_prompt=request.add_generation_prompt)
+
+    loop = asyncio.get_running_loop()
+    return await engine.tokenize(await loop.run_in_executor(executor, render_source))
+
+
 def render(
     engine: Engine,
     request: Request,
@@ -83,10 +132,10 @@ def render(
     add_generation_prompt: bool = True,
     note_decode: Callable[[float], None] = lambda seconds: None,
 ) -> Prompt:
-    """Return the prompt for a request, its images decoded.
+    """Return the prompt of a request, with its images decoded.
 
-    The answer to a conversation ends at the template's stop texts as well as at those that were
-    asked for; JSON ends by itself, and may well hold them.
+    The answer to a conversation ends at the template's stop texts as well as at the request's own.
+    Answers in JSON do not: their grammar ends them, and they may contain such texts.
     """
     if isinstance(request, PromptRequest):
         decoded = tuple(_decode(part, limits, note_decode) for part in request.images)
@@ -113,50 +162,6 @@ def _decode(part: ImagePart, limits: LimitsConfig, note_decode: Callable[[float]
     return image
 
 
-async def complete(engine: Engine, request: CompletionRequest) -> AsyncGenerator[Chunk]:
-    """Yield the answers; closing the iterator aborts them in the engine.
-
-    Raises:
-        RequestError, EngineError: see `Engine.stream`.
-    """
-    prompts = [_make_prompt(request, i) for i in range(len(request.prompts))]
-    answers = [each for prompt in prompts for each in fan_out(prompt, request.answers_each)]
-    silent = set(range(len(answers))) if request.echo else set()
-    with _names_the_prompt():
-        async with aclosing(stream_all(engine, answers)) as chunks:
-            async for chunk in chunks:
-                if chunk.answer in silent:
-                    silent.remove(chunk.answer)
-                    said = await _say(engine, answers[chunk.answer])
-                    chunk = chunk._replace(text=said + chunk.text)
-                yield chunk
-
-
-async def tokenize(
-    engine: Engine,
-    request: TokenizeRequest,
-    *,
-    limits: LimitsConfig,
-    executor: Executor | None = None,
-) -> Tokens:
-    """Return the tokens of a conversation or a text.
-
-    Raises:
-        RequestError: see `Engine.tokenize`, `chat.render`.
-    """
-    source = request.source
-    if isinstance(source, str):
-        with _names_the_prompt():
-            asked = Prompt("tokenize", source, add_special_tokens=request.add_special_tokens)
-            return await engine.tokenize(asked)
-
-    def write() -> Prompt:
-        return render(engine, source, limits, add_generation_prompt=request.add_generation_prompt)
-
-    loop = asyncio.get_running_loop()
-    return await engine.tokenize(await loop.run_in_executor(executor, write))
-
-
 def _make_prompt(request: CompletionRequest, number: int) -> Prompt:
     asked = request.prompts[number]
     text, token_ids = (asked, ()) if isinstance(asked, str) else ("", asked)
@@ -164,13 +169,13 @@ def _make_prompt(request: CompletionRequest, number: int) -> Prompt:
     return Prompt(name, text, (), request.sampling, token_ids, adapter=request.adapter)
 
 
-async def _say(engine: Engine, prompt: Prompt) -> str:
+async def _get_prompt_text(engine: Engine, prompt: Prompt) -> str:
     return await engine.detokenize(prompt.token_ids) if prompt.token_ids else prompt.text
 
 
 @contextmanager
-def _names_the_prompt() -> Iterator[None]:
-    """Engines name the messages in errors, which most prompts are made of; here there are none."""
+def _blame_prompt() -> Iterator[None]:
+    """Name `prompt` in errors that blame `messages`, as engines do: these requests have none."""
     try:
         yield
     except RequestError as error:

@@ -1,6 +1,8 @@
-"""Token ids -> text that may be shown: no half characters, nothing of a stop text.
+"""Incremental detokenization: token ids -> text that is final, with the logprobs that belong to it.
 
-The last step of an answer's way out of an engine; each sequence owns one `Detokenizer`.
+The last step before an engine yields a chunk. Each answer owns a `Detokenizer`, which holds text
+back while it ends within a character or may be the beginning of a stop text. If logprobs are asked
+for, it also owns a `LogprobCollector`, which holds them back until their text is returned.
 """
 
 from collections import deque
@@ -8,20 +10,24 @@ from collections.abc import Callable, Sequence
 
 from llava_ray.types import TokenLogprob
 
-UNFINISHED = "\ufffd"  # what decoders write for bytes that are no complete character
+UNFINISHED = "\ufffd"  # what tokenizers write for bytes that are not a complete character
 
 
 class Detokenizer:
-    """Decodes an answer piece by piece.
+    """Decodes one answer token by token.
 
-    A token may end within a character, and how it is written may depend on the token before it.
-    So a window of the last tokens is decoded with and without the new one, and the difference is
-    the new text, once it no longer ends within a character.
+    A token may end within a character, and its text may depend on the token before it. So a window
+    of the last tokens is decoded with and without the new one, and the difference is the new text,
+    once it no longer ends within a character.
+
+    Args:
+        decode: token ids -> text.
+        stop: the answer ends before the first of these texts.
 
     Attributes:
-        is_stopped: a stop text was found; the text ends before it.
-        num_decoded: characters so far, those that are held back included.
-        num_returned: characters that were returned so far.
+        is_stopped: whether a stop text was found; the returned text ends before it.
+        num_decoded: characters so far, including those held back.
+        num_returned: characters returned so far.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], *, stop: Sequence[str] = ()) -> None:
@@ -31,14 +37,16 @@ class Detokenizer:
         self._decode = decode
         self._stop = tuple(text for text in stop if text)
         self._window: list[int] = []
-        self._num_shown = 0  # tokens of the window whose text is out
+        self._num_shown = 0  # tokens of the window that are decoded already
         self._shown = ""  # their text
-        self._held = ""  # text that may be the beginning of a stop text
+        self._held = ""  # decoded text that may be the beginning of a stop text
 
     def push(self, token_id: int, *, may_stop: bool = True) -> str:
-        """Return the text that is certain now that this token is known; often empty.
+        """Return the text that this token makes final; often empty.
 
-        Stop texts that end before the first token that `may_stop` are passed over.
+        Args:
+            token_id: the next token of the answer.
+            may_stop: False: ignore stop texts that end in this token (see `Sampling.min_tokens`).
         """
         self._window.append(token_id)
         text = self._decode(self._window)
@@ -51,7 +59,7 @@ class Detokenizer:
         return self._hold_back(new, may_stop=may_stop)
 
     def flush(self) -> str:
-        """Return what was held back, at the end of the answer."""
+        """Return the text that was held back, at the end of the answer."""
         if self.is_stopped:
             return ""
         rest = self._decode(self._window)[len(self._shown) :]
@@ -80,7 +88,7 @@ class Detokenizer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` with which `stop` begins."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
         if text.endswith(stop[:length]):
             return length
@@ -88,11 +96,13 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class LogprobCollector:
-    """Keeps what was measured until the text of the token is shown.
+    """Holds the logprobs of one answer's tokens until the text of those tokens is returned.
+
+    For each token, `measure` comes first, then `push` if the token is part of the answer.
 
     Args:
         spell: token id -> its bytes.
-        num_top: how many of the likeliest tokens are reported in each place.
+        num_top: how many of the most likely tokens to report at each position.
     """
 
     def __init__(self, spell: Callable[[int], bytes], *, num_top: int) -> None:
@@ -102,17 +112,17 @@ class LogprobCollector:
         self._kept: deque[tuple[int, TokenLogprob]] = deque()
 
     def measure(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> None:
-        """Note the logprob of the token that was chosen, and the (id, logprob) of the likeliest."""
+        """Record the logprob of the chosen token, and (id, logprob) of the most likely ones."""
         spelled = tuple((self._spell(id_), value) for id_, value in top[: self.num_top])
         self._measured = TokenLogprob(self._spell(token_id), logprob, spelled)
 
     def push(self, place: int) -> None:
-        """The measured token is part of the answer; its text begins at this character."""
+        """Add the measured token to the answer; its text begins at character `place`."""
         assert self._measured is not None
         self._kept.append((place, self._measured))
 
     def take(self, num_shown: int | None) -> tuple[TokenLogprob, ...]:
-        """Return, once, those that begin before character `num_shown`; None: all."""
+        """Remove and return those whose text begins before character `num_shown`; None: all."""
         taken = []
         while self._kept and (num_shown is None or self._kept[0][0] < num_shown):
             taken.append(self._kept.popleft()[1])

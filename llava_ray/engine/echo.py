@@ -1,7 +1,8 @@
-"""The fake engine that ships: no weights, no torch, every behaviour of the seam.
+"""The echo engine: a stand-in without weights or torch that keeps the whole `Engine` contract.
 
-It says the last user's words back, counts the images and names the adapter, a word a token. For
-tests, for trying the application's shell, and for measuring what everything around an engine costs.
+It repeats the last user message, counts its images and names the adapter, one word per token. It
+serves for tests, for trying the application, and for measuring the cost of all that surrounds an
+engine.
 """
 
 import asyncio
@@ -16,14 +17,15 @@ from llava_ray.types import Chunk, Prompt, Tokens
 
 
 class EchoEngine:
-    """Answers with what it was told; see `Engine`. It is certain of each word.
+    """Repeats the last user message; see `Engine`. Every word has probability 1.
 
-    It counts words. Asked for tokens, it has one for each character: its code point.
+    When it answers, a token is a word. `tokenize` and `detokenize` use one token per character: its
+    code point.
 
     Args:
-        delay_s: how long each token takes.
+        delay_s: time per token of an answer, in seconds.
         context_length: longest prompt plus answer, in words; an image counts as one.
-        template: name of a conversation template; by default no more than roles.
+        template: name of a conversation template; by default one that marks the roles only.
     """
 
     def __init__(
@@ -41,8 +43,8 @@ class EchoEngine:
         check_images(prompt.text, len(prompt.images))
         if prompt.sampling.json_schema is not None:
             raise UnsupportedError(
-                "response_format is not supported by the echo engine, which says back what it "
-                "hears: leave it out",
+                "response_format is not supported by the echo engine, which only repeats the "
+                "message: leave it out",
                 param="response_format",
             )
         if prompt.token_ids:
@@ -80,7 +82,7 @@ class EchoEngine:
             del self._running[prompt.request_id]
 
     async def tokenize(self, prompt: Prompt) -> Tokens:
-        """Return a token for each character; see `Engine.tokenize`."""
+        """Return one token per character; see `Engine.tokenize`."""
         self._check_images(prompt)
         return Tokens([ord(c) for c in prompt.text], list(prompt.text), self.context_length)
 
@@ -88,16 +90,16 @@ class EchoEngine:
         """Return the characters; see `Engine.detokenize`."""
         for id_ in token_ids:
             if id_ > 0x10FFFF or 0xD800 <= id_ < 0xE000:
-                raise RequestError(f"there is no token {id_} here: leave it out", param="tokens")
+                raise RequestError(f"there is no token {id_}: leave it out", param="tokens")
         return "".join(map(chr, token_ids))
 
     async def check(self) -> None:
-        """Always able to work, until it is closed."""
+        """Raise an EngineError once the engine is closed; see `Engine.check`."""
         if self._is_closed:
             raise EngineError("the engine was closed")
 
     def stats(self) -> dict[str, float]:
-        """Figures of this moment."""
+        """Return the current figures; see `Engine.stats`."""
         return {
             "num_running": len(self._running),
             "num_waiting": 0,
@@ -123,8 +125,8 @@ class EchoEngine:
         if room <= 0 or (asked or 0) > room:
             raise ContextLengthError(
                 f"the prompt has {num_prompt_tokens:,} tokens ({len(prompt.images)} for images), "
-                f"max_tokens asks for {asked or 1:,} more, the context holds "
-                f"{self.context_length:,}: shorten the conversation or ask for less",
+                f"and max_tokens asks for {asked or 1:,} more, but the context holds "
+                f"{self.context_length:,}: shorten the conversation or lower max_tokens",
                 param="messages" if room <= 0 else "max_tokens",
             )
         return room if asked is None else asked
@@ -138,5 +140,5 @@ def _answer(prompt: Prompt, max_tokens: int) -> Iterator[str]:
     if not prompt.sampling.ignore_eos:
         yield from words
         return
-    for i in range(max_tokens + 1):  # one more than fits: it never ends by itself
+    for i in range(max_tokens + 1):  # one more than fits, so that the answer ends by its length
         yield (" " if i and i % len(words) == 0 else "") + words[i % len(words)]

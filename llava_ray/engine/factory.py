@@ -1,4 +1,4 @@
-"""Configuration -> a running engine: the one place that knows which engines there are."""
+"""Builds the engine that a model's configuration names; only this file lists all engines."""
 
 import os
 from collections.abc import Mapping
@@ -16,33 +16,34 @@ def load_engine(
     note_images: NoteImages = ignore_images,
     loading: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """Load a model and start the engine that the configuration names.
+    """Load a model and start the engine that its configuration names.
 
-    Each engine's packages are imported only when that engine is asked for.
+    Each engine's packages are imported only when that engine is chosen.
 
     Args:
-        config: of the model.
-        note_images: told what becomes of images; of the torch engine only.
-        loading: arguments of `load_model` in place of those that follow from the configuration,
-            such as `base`; of the torch engine only.
+        config: the model's configuration.
+        note_images: called with counts of encoded and cached images; torch engine only.
+        loading: arguments of `load_model` that override those derived from the configuration,
+            such as `base`; torch engine only.
 
     Raises:
-        ConfigError: the model does not load, or the engine is not available here.
+        ConfigError: the model cannot be loaded, or the engine is not available here.
     """
     if config.engine_options and config.engine not in ("vllm", "sglang"):
         raise ConfigError(
-            f"engine_options are for vllm and sglang; engine={config.engine!r} has none: leave "
-            f"{', '.join(config.engine_options)} out"
+            f"engine_options are for vllm and sglang only; engine={config.engine!r} takes none: "
+            f"remove {', '.join(config.engine_options)}"
         )
     if loading and config.engine != "torch":
         raise ConfigError(
-            f"{', '.join(loading)} can be given for the torch engine only: leave it out, or "
-            "`llava-ray export` the checkpoint as one that is whole"
+            f"{', '.join(loading)} can be given for the torch engine only: leave it out, or turn "
+            "the checkpoint into a complete one with `llava-ray export`"
         )
     if config.adapters and config.engine in ("vllm", "sglang"):
         raise ConfigError(
-            f"adapters beside a model are not for engine={config.engine!r}: use torch, or serve "
-            f"{', '.join(config.adapters)} as models of their own, whose path is the adapter's"
+            f"engine={config.engine!r} does not apply adapters to a shared base model: use "
+            f"engine='torch', or serve {', '.join(config.adapters)} as models of their own, with "
+            "the adapter's folder as the path"
         )
     match config.engine:
         case "echo":
@@ -50,7 +51,7 @@ def load_engine(
 
             return EchoEngine(delay_s=config.echo_delay_s, template=config.template)
         case "torch":
-            # OpenMP reads it when torch is loaded; Ray has set it to the actor's num_cpus.
+            # OpenMP reads this variable when torch is imported; Ray has set it to num_cpus.
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
             from llava_ray.engine.torch_engine.engine import TorchEngine
 

@@ -1,4 +1,7 @@
-"""Streams several prompts of one request at once: `n` answers to one prompt, or several prompts."""
+"""Streams several answers of one request at once: `n` answers to a prompt, or several prompts.
+
+`chat.py` splits a request with `fan_out`, and `stream_all` merges the engine's streams into one.
+"""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -10,7 +13,7 @@ from llava_ray.types import Chunk, Prompt
 
 
 def fan_out(prompt: Prompt, num_answers: int) -> list[Prompt]:
-    """Return one prompt per answer; answer i gets the seed plus i, as in vLLM."""
+    """Return one prompt per answer; answer i is drawn with seed + i, as in vLLM."""
     if num_answers == 1:
         return [prompt]
     seed = prompt.sampling.seed
@@ -25,9 +28,9 @@ def fan_out(prompt: Prompt, num_answers: int) -> list[Prompt]:
 
 
 async def stream_all(engine: Engine, prompts: Sequence[Prompt]) -> AsyncGenerator[Chunk]:
-    """Yield the chunks of all prompts as they come; `answer` says whose they are.
+    """Yield the chunks of all prompts as they come; `Chunk.answer` is the index of their prompt.
 
-    Closing the iterator, or an error in one of them, aborts all.
+    Closing the iterator, or an error in any stream, aborts all of them.
 
     Raises:
         RequestError, EngineError: see `Engine.stream`.

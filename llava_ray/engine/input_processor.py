@@ -1,6 +1,7 @@
-"""What an engine does with a prompt before it computes, and with tokens after: the same for all.
+"""Prompt processing that the torch engine and the external engines share.
 
-Prompt -> token ids, and how long the answer may become; token ids -> text and logprobs.
+Before the model: Prompt -> token ids, image inputs, and the number of tokens the answer may have.
+After it: what turns the answer's token ids into text and logprobs.
 """
 
 import functools
@@ -21,29 +22,30 @@ _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class InputProcessor:
-    """Reads prompts for one model.
+    """Processes prompts for one model.
 
     Args:
-        core: its tokenizer and processor are used; it may be without weights.
+        core: supplies the tokenizer and the image processor; it may have no weights.
         context_length: longest prompt plus answer, in tokens.
-        room: the same, where a cache holds less.
+        room: the tokens that prompt and answer may have here: `context_length`, or the size of the
+            engine's cache if that is smaller.
     """
 
     def __init__(self, core: LoadedModel, *, context_length: int, room: int) -> None:
         self._core, self._context_length, self._room = core, context_length, room
 
     def read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
-        """Return a prompt's token ids, and its images as the model takes them.
+        """Return a prompt's token ids, and the model's image inputs (None without images).
 
         Raises:
-            RequestError: it cannot be read.
+            RequestError: the prompt is invalid.
         """
         if prompt.token_ids:
             self.check_token_ids(prompt.token_ids, param="prompt")
             if self._core.image_token_id in prompt.token_ids:
                 raise RequestError(
-                    f"token {self._core.image_token_id} stands for an image, and none came with "
-                    "it: leave it out",
+                    f"token {self._core.image_token_id} stands for an image, but a prompt of token "
+                    "ids has no images: leave it out",
                     param="prompt",
                 )
             return list(prompt.token_ids), None
@@ -53,8 +55,8 @@ class InputProcessor:
         return inputs["input_ids"][0].tolist(), select_images(inputs)
 
     def write(self, prompt: Prompt, prompt_ids: Sequence[int]) -> dict[str, Any]:
-        """Return a prompt for a processor that expands images itself: its `token_ids` with one
-        image token for each image, and the `text` before which that puts its own beginning."""
+        """Return a prompt for an engine whose processor expands image tokens itself: `token_ids`
+        with one image token per image, and `text` without the BOS token, which it adds itself."""
         if not prompt.images:
             return {"token_ids": list(prompt_ids), "text": ""}
         core = self._core
@@ -64,14 +66,15 @@ class InputProcessor:
         return {"token_ids": ids, "text": text.removeprefix(core.tokenizer.bos_token or "")}
 
     def count_image_tokens(self, prompt_ids: Sequence[int]) -> int:
+        """Return how many of a prompt's tokens are image tokens."""
         return prompt_ids.count(self._core.image_token_id)
 
     def fit(self, prompt: Prompt, prompt_ids: Sequence[int]) -> int:
-        """Return how long the answer may become.
+        """Return the most tokens that the answer may have.
 
         Raises:
-            ContextLengthError: it has no room.
-            RequestError: `logit_bias` names tokens that there are not.
+            ContextLengthError: prompt and answer do not fit the context.
+            RequestError: `logit_bias` names tokens outside the vocabulary.
         """
         biased = [id_ for id_, _ in prompt.sampling.logit_bias]
         self.check_token_ids(biased, param="logit_bias")
@@ -86,37 +89,38 @@ class InputProcessor:
         asked = prompt.sampling.max_tokens
         if num_tokens >= room:
             raise ContextLengthError(
-                f"the prompt has {num_tokens:,} tokens{parts}, the context holds {room:,} with "
-                f"the answer: shorten the conversation{' or send fewer images' * bool(parts)}",
+                f"the prompt has {num_tokens:,} tokens{parts}, but the context holds {room:,}, "
+                "including the answer: shorten the conversation"
+                f"{' or send fewer images' * bool(parts)}",
                 param="messages",
             )
         if asked is not None and num_tokens + asked > room:
             raise ContextLengthError(
                 f"the prompt has {num_tokens:,} tokens{parts} and max_tokens asks for {asked:,} "
-                f"more, the context holds {room:,}: ask for at most {room - num_tokens:,}",
+                f"more, but the context holds {room:,}: ask for at most {room - num_tokens:,}",
                 param="max_tokens",
             )
         return room - num_tokens if asked is None else asked
 
     def start_detokenizer(self, prompt: Prompt) -> Detokenizer:
-        """Return what turns the answer's tokens into text."""
+        """Return the detokenizer of a new answer."""
         tokenizer = self._core.tokenizer
         return Detokenizer(
             lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop=prompt.sampling.stop
         )
 
     def start_logprobs(self, prompt: Prompt) -> LogprobCollector | None:
-        """Return what keeps the answer's logprobs, if any are asked for."""
+        """Return the logprob collector of a new answer; None unless logprobs are requested."""
         num_top = prompt.sampling.num_logprobs
         return (
             None if num_top is None else LogprobCollector(self._vocabulary.spell, num_top=num_top)
         )
 
     def compile_format(self, prompt: Prompt) -> Grammar | None:
-        """Return the grammar that the answer is held to, if any.
+        """Return the grammar that the answer must follow; None: any text.
 
         Raises:
-            RequestError: the JSON schema is wrong.
+            RequestError: the JSON schema is invalid.
         """
         schema = prompt.sampling.json_schema
         return None if schema is None else self._vocabulary.compile(schema)
@@ -133,12 +137,13 @@ class InputProcessor:
         return self._core.tokenizer.decode(list(token_ids))
 
     def check_token_ids(self, token_ids: Iterable[int], *, param: str) -> None:
-        """Raise a RequestError for a token beyond the vocabulary."""
+        """Raise a RequestError, which blames `param`, for a token outside the vocabulary."""
         size = self._core.model.config.text_config.vocab_size
         for id_ in token_ids:
             if id_ >= size:
                 raise RequestError(
-                    f"{param} names token {id_}, the vocabulary ends at {size - 1}: leave it out",
+                    f"{param} names token {id_}, but the vocabulary ends at {size - 1}: leave it "
+                    "out",
                     param=param,
                 )
 
@@ -152,5 +157,5 @@ class InputProcessor:
 
 
 def select_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return those of a prompt's inputs that belong to its images; None if it has none."""
+    """Return the image inputs among a processor's outputs; None if there are none."""
     return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS} or None

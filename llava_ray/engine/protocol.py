@@ -1,4 +1,5 @@
-"""The seam between serving or evaluation and whatever computes the answer."""
+"""The `Engine` protocol: the interface between whatever asks (serving, evaluation, the command
+line) and whatever computes the answer."""
 
 from collections.abc import AsyncGenerator, Sequence
 from typing import Protocol
@@ -8,25 +9,27 @@ from llava_ray.types import Chunk, Prompt, Tokens
 
 
 class NoteImages(Protocol):
-    """Told of each step's new images, by an engine that encodes them itself, in any thread.
+    """Callback for the new images of each step, from engines that encode images themselves.
+
+    It may be called from any thread.
 
     Args:
-        num_encoded: those that went through the vision tower.
-        num_cached: those that did not have to, because they had been before.
-        seconds: that the vision tower took.
+        num_encoded: images that went through the vision tower.
+        num_cached: images whose features, or keys and values, were cached already.
+        seconds: time spent in the vision tower.
     """
 
     def __call__(self, num_encoded: int, num_cached: int, seconds: float) -> None: ...
 
 
 def ignore_images(num_encoded: int, num_cached: int, seconds: float) -> None:
-    """For those who do not want to know; see `NoteImages`."""
+    """Do nothing: the default `NoteImages`."""
 
 
 class Engine(Protocol):
-    """Answers prompts, many at once. Implementations: TorchEngine, EchoEngine, ExternalEngine.
+    """Answers many prompts concurrently. Implementations: TorchEngine, EchoEngine, ExternalEngine.
 
-    An engine knows neither HTTP nor Ray. Errors are raised, never yielded.
+    An engine knows neither HTTP nor Ray. It raises errors and never yields them.
 
     Attributes:
         template: renders conversations into the prompts that this engine's model was trained on.
@@ -37,47 +40,48 @@ class Engine(Protocol):
     context_length: int
 
     def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
-        """Yield the answer piece by piece; the last chunk alone has a `finish_reason`.
+        """Yield the answer in chunks; only the last one has a `finish_reason`.
 
-        Closing the iterator (or cancelling the task that reads it) aborts the request and frees
-        what it held.
+        Closing the iterator, or cancelling the task that reads it, aborts the request and frees
+        its memory.
 
         Raises:
             ContextLengthError: before the first chunk, if the prompt does not fit.
-            RequestError: before the first chunk, if the prompt cannot be served as it is.
-            EngineError: the engine broke.
+            RequestError: before the first chunk, if the prompt is invalid or asks for something
+                that the engine does not support.
+            EngineError: the engine failed.
         """
         ...
 
     async def tokenize(self, prompt: Prompt) -> Tokens:
-        """Return the tokens that a prompt has for this engine's model.
+        """Return a prompt's tokens, as this engine's model reads it.
 
         Raises:
-            RequestError: the prompt cannot be read.
+            RequestError: the prompt is invalid.
         """
         ...
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
-        """Return the text of tokens, special ones included.
+        """Return the text of tokens, including special tokens.
 
         Raises:
-            RequestError: there is no such token.
+            RequestError: a token id is outside the vocabulary.
         """
         ...
 
     async def check(self) -> None:
-        """Return soon if the engine is able to work.
+        """Health check: return promptly if the engine works.
 
         Raises:
-            EngineError: it is not, and the replica should be replaced.
+            EngineError: it does not, and its replica should be replaced.
         """
         ...
 
     def stats(self) -> dict[str, float]:
-        """Figures of this moment: at least `num_running`, `num_waiting`, `cache_tokens_used` and
-        `cache_tokens_total`."""
+        """Return the current figures: at least `num_running`, `num_waiting`, `cache_tokens_used`
+        and `cache_tokens_total`."""
         ...
 
     async def close(self) -> None:
-        """Abort what is running and free the device."""
+        """Abort all requests and free the device."""
         ...

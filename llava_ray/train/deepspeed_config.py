@@ -101,9 +101,8 @@ def _know(config: TrainConfig, num_workers: int, hidden_size: int, is_bf16: bool
     accumulation = config.count_accumulation(num_workers)
     size = config.per_device_train_batch_size
     return {
-        "train_batch_size": size
-        * accumulation
-        * num_workers,  # DeepSpeed requires that these three agree
+        # DeepSpeed requires that these three agree.
+        "train_batch_size": size * accumulation * num_workers,
         "train_micro_batch_size_per_gpu": size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.max_grad_norm,

@@ -1,1 +1,1 @@
-"""vLLM and SGLang, each in a process of its own and in the Python of its own environment."""
+"""vLLM and SGLang as engines, each in a child process that runs in an environment of its own."""

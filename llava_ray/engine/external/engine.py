@@ -1,8 +1,8 @@
-"""vLLM and SGLang as engines: each works in a process of its own, in an environment of its own.
+"""vLLM and SGLang behind the `Engine` protocol, each in a child process and its own environment.
 
-Prompt -> `InputProcessor` (length, texts) -> `EngineProcess` -> token ids -> text, stop texts and
-logprobs as of the torch engine. The child gets the rendered prompt and the decoded images; no
-string of a client's is ever taken for an address or a path there.
+Prompt -> `InputProcessor` -> `EngineProcess` -> token ids -> text, stop texts and logprobs, with
+the same code as in the torch engine. The child receives the rendered prompt and decoded images, so
+that it never takes a string from a client for a URL or a path.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ _DEFAULTS = Sampling()
 
 
 class ExternalEngine:
-    """Answers many prompts at once with another engine; see `Engine`.
+    """Answers prompts with vLLM or SGLang; see `Engine`.
 
     Args:
-        config: of the model.
-        kind: what it needs to know of vLLM or SGLang.
+        config: the model's configuration.
+        kind: what is specific to vLLM or SGLang.
 
     Raises:
-        ConfigError: the model does not load, or the engine is not there.
+        ConfigError: the model cannot be loaded, or the engine is not installed or does not start.
     """
 
     def __init__(self, config: ModelConfig, kind: ExternalEngineKind) -> None:
@@ -44,7 +44,7 @@ class ExternalEngine:
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(
                 f"context_length={config.context_length} is more than the {core.context_length} "
-                f"tokens that {config.path!r} was made for: ask for at most that"
+                f"tokens that {config.path!r} supports: set it to at most that"
             )
         self.template = core.template
         self.context_length = config.context_length or core.context_length
@@ -55,8 +55,8 @@ class ExternalEngine:
             core, context_length=self.context_length, room=self.context_length
         )
         self._encoder = ThreadPoolExecutor(2, thread_name_prefix="encode")
-        self._held: dict[str, int] = {}  # request -> its tokens
-        self._answering: set[str] = set()  # those of them whose first token has come
+        self._held: dict[str, int] = {}  # request -> its tokens so far, prompt and answer
+        self._answering: set[str] = set()  # requests whose first token has arrived
         self._process = EngineProcess(
             launch.command,
             name=kind.label,
@@ -65,11 +65,11 @@ class ExternalEngine:
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
-        """Yield the answer piece by piece; see `Engine.stream`."""
+        """Yield the answer in chunks; see `Engine.stream`."""
         self._refuse(prompt)
         here = asyncio.get_running_loop()
         prompt_ids, message = await here.run_in_executor(self._encoder, self._describe, prompt)
-        name = f"{prompt.request_id}-{os.urandom(4).hex()}"  # names of requests may come again
+        name = f"{prompt.request_id}-{os.urandom(4).hex()}"  # clients may reuse request ids
         responses = ResponseQueue()
         await here.run_in_executor(self._encoder, self._process.ask, name, message, responses)
         answer = _Answer(self._inputs, prompt, prompt_ids, self._core.eos_token_ids)
@@ -83,7 +83,7 @@ class ExternalEngine:
                     raise told
                 if "error" in told:
                     is_over = True
-                    raise RequestError(f"{self._kind.label} refuses it: {told['error']}")
+                    raise RequestError(f"{self._kind.label} refuses the request: {told['error']}")
                 if "failed" in told:
                     is_over = True
                     raise EngineError(f"{self._kind.label} failed ({told['failed']}): try again")
@@ -111,11 +111,11 @@ class ExternalEngine:
         return await here.run_in_executor(self._encoder, self._inputs.detokenize, token_ids)
 
     async def check(self) -> None:
-        """See that the process lives and says so; see `Engine.check`."""
+        """Check that the process is alive and responsive; see `Engine.check`."""
         self._process.check()
 
     def stats(self) -> dict[str, float]:
-        """Figures of this moment; what has no token yet counts as waiting."""
+        """Return the current figures; a request without its first token counts as waiting."""
         return {
             "num_running": len(self._answering),
             "num_waiting": len(self._held) - len(self._answering),
@@ -124,7 +124,7 @@ class ExternalEngine:
         }
 
     async def close(self) -> None:
-        """End the engine's process; what is running ends with an error."""
+        """End the engine's process; running requests fail with an EngineError."""
         await asyncio.to_thread(self._process.close)
         self._encoder.shutdown(wait=False, cancel_futures=True)
 
@@ -133,20 +133,20 @@ class ExternalEngine:
             if getattr(prompt.sampling, name) != getattr(_DEFAULTS, name):
                 raise UnsupportedError(
                     f"{name} is not supported with engine={self._kind.name!r}: leave it out, or "
-                    "ask a model on another engine",
+                    "use a model on another engine",
                     param=name,
                 )
 
     def _check_length(self, theirs: int, ours: int) -> None:
-        """The prompt that is answered is the one that was rendered, or nothing is."""
+        """Raise an EngineError unless the child read the prompt as exactly our tokens."""
         if theirs != ours:
             raise EngineError(
-                f"{self._kind.label} reads {theirs:,} tokens in a prompt that has {ours:,}: its "
-                "tokenizer or processor differs from this model's, use engine='torch'"
+                f"{self._kind.label} reads {theirs:,} tokens in a prompt of {ours:,}: its tokenizer "
+                "or image processor differs from the model's; use engine='torch'"
             )
 
     def _describe(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:
-        """Return a prompt's token ids, and what the child is told of it."""
+        """Return a prompt's token ids, and the message for the child."""
         prompt_ids, _ = self._inputs.read(prompt)
         max_tokens = self._inputs.fit(prompt, prompt_ids)
         asked = prompt.sampling
@@ -175,7 +175,7 @@ class ExternalEngine:
 
 
 class _Answer:
-    """Makes chunks of the tokens that come."""
+    """Turns the tokens of one answer into chunks."""
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class _Answer:
         self._num_tokens = 0
 
     def take(self, told: dict[str, Any]) -> Chunk:
-        """Return the piece of what the child told; it ends the answer at a stop text."""
+        """Return the chunk for a message of the child; the answer ends at a stop text."""
         ids, reason = told["ids"], told["finish"]
         if reason == "stop" and ids and ids[-1] in self._ends:
             self._num_tokens += 1

@@ -1,7 +1,8 @@
-"""A process that holds another engine, and the pipe to it; see `worker/link.py`.
+"""The child process of an external engine, and this end of the pipe; `worker/link.py` is the other.
 
-Two threads: one reads what the process says and hands it to whoever asked, one keeps the end of
-what it prints, for the error if it dies. All that wait are told at once when it has ended.
+Two threads serve it: one reads its messages and passes each to the request it belongs to, the other
+keeps the last lines of its output for error messages. When the process ends, all open requests fail
+at once.
 """
 
 import asyncio
@@ -20,35 +21,37 @@ from llava_ray.errors import ConfigError, EngineError
 from llava_ray.priority import take_precedence
 
 SILENCE_S = 30.0
-"""A process that has not been heard of for so long counts as stuck; it speaks once a second."""
+"""A process that sends nothing for this long counts as stuck: it sends figures once a second."""
 
 _PRINTED_LINES = 12
 
 
 class ResponseQueue:
-    """Where what is said of one request arrives, in the event loop that made it."""
+    """Receives the messages about one request, in the event loop that created it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.messages: asyncio.Queue[dict[str, Any] | EngineError] = asyncio.Queue()
 
     def tell(self, message: dict[str, Any] | EngineError) -> None:
-        """Called from another thread."""
-        with contextlib.suppress(RuntimeError):  # its loop is closed
+        """Add a message, from any thread."""
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             self.loop.call_soon_threadsafe(self.messages.put_nowait, message)
 
 
 class EngineProcess:
-    """Starts a program and returns once it is ready.
+    """A child process with an engine; constructing it starts the program and waits until it is
+    ready.
 
     Args:
         command: the program and its arguments.
-        name: of the engine, for messages.
-        environment: variables beside those of this process.
-        timeout_s: to become ready.
+        name: the engine's name, for messages.
+        environment: environment variables to add to those of this process.
+        timeout_s: time to become ready, in seconds.
 
     Raises:
-        ConfigError: it ended or was not ready in time; the message has the end of what it printed.
+        ConfigError: the program ended or was not ready in time; the message ends with its last
+            lines of output.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class EngineProcess:
         self._ready = threading.Event()
         self._problem = ""
         self._heard_at = time.monotonic()
-        take_precedence()  # the program inherits it
+        take_precedence()  # the program inherits the priority
         try:
             self._process: Any = subprocess.Popen(
                 command,
@@ -94,7 +97,7 @@ class EngineProcess:
             raise ConfigError(f"{name} {what}; it printed last:\n" + "\n".join(self._printed))
 
     def ask(self, name: str, message: dict[str, Any], responses: ResponseQueue) -> None:
-        """Send a request; what is said of it arrives at the responses.
+        """Send a request; messages about it go to `responses`.
 
         Raises:
             EngineError: the process has ended.
@@ -105,7 +108,7 @@ class EngineProcess:
         self._send({"id": name, **message})
 
     def forget(self, name: str, *, is_over: bool) -> None:
-        """Nobody waits any more for what is said of a request."""
+        """Drop a request, and abort it in the process unless it `is_over`."""
         with self._lock:
             self._responses.pop(name, None)
         if not is_over:
@@ -117,17 +120,17 @@ class EngineProcess:
         self._check()
         silent_s = time.monotonic() - self._heard_at
         if silent_s > SILENCE_S:
-            raise EngineError(f"{self._name} has not been heard of for {silent_s:.0f} s")
+            raise EngineError(f"{self._name} is stuck: it has sent nothing for {silent_s:.0f} s")
 
     def close(self) -> None:
-        """End the process and all that it has started."""
+        """Kill the process and all processes that it has started."""
         self._problem = self._problem or "was closed"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         for thread in self._threads:
             thread.join()
-        with contextlib.suppress(OSError):  # half a message may be left in it
+        with contextlib.suppress(OSError):  # a partial message may be left in the buffer
             self._process.stdin.close()
 
     def _check(self) -> None:
@@ -141,7 +144,7 @@ class EngineProcess:
                 self._process.stdin.write(line)
                 self._process.stdin.flush()
         except OSError as error:
-            raise EngineError(f"{self._name} does not listen any more: try again") from error
+            raise EngineError(f"{self._name} no longer reads requests: try again") from error
 
     def _keep_printed(self) -> None:
         with self._process.stderr as printed:
@@ -174,4 +177,4 @@ class EngineProcess:
             responses.tell(EngineError(f"{self._name} {self._problem}: try again in a moment"))
         self._ready.set()
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # what it started does not outlive it
+            os.killpg(self._process.pid, signal.SIGKILL)  # and all that it has started

@@ -1,4 +1,7 @@
-"""What vLLM and SGLang are started with: their Python, a folder that they read, their arguments."""
+"""How the worker of vLLM or SGLang is launched: which Python, which model folder, which arguments.
+
+`build_launch` turns a model's configuration and an `ExternalEngineKind` into an `EngineLaunch`.
+"""
 
 import difflib
 import hashlib
@@ -20,24 +23,24 @@ from llava_ray.storage import find_cache
 
 WORKERS = Path(__file__).parent / "worker"
 OWN_OPTIONS = ("python", "start_timeout_s", "environment")
-"""Of `engine_options`: these are ours, all others are arguments of the engine's."""
+"""Keys of `engine_options` that are settings of this package; all others go to the engine."""
 
 START_TIMEOUT_S = 900.0
 MAX_IMAGES = 16
-_TOWER = "vision_tower.vision_model."  # as in folders of the hub; newer ones have another name
+_TOWER = "vision_tower.vision_model."  # as on the hub; newer transformers save another name
 
 
 @dataclass(frozen=True)
 class ExternalEngineKind:
-    """An engine that works in a process of its own.
+    """What is specific to one external engine.
 
     Attributes:
-        name: in the configuration; also of the package.
-        label: in messages.
-        arguments: what it is told of a model: (configuration, folder, is there a GPU).
-        environment: variables that it needs: (configuration, is there a GPU).
-        unsupported: fields of `Sampling` that it does not do as ours does: (configuration).
-        program: what runs in the engine's Python; by default the one in `worker/`.
+        name: the engine's name in the configuration; also the name of its Python package.
+        label: its name in messages.
+        arguments: (configuration, model folder, whether on a GPU) -> the engine's arguments.
+        environment: (configuration, whether on a GPU) -> environment variables that it needs.
+        unsupported: configuration -> fields of `Sampling` that it lacks or implements differently.
+        program: the script for the engine's Python; by default the one in `worker/`.
     """
 
     name: str
@@ -50,7 +53,7 @@ class ExternalEngineKind:
 
 @dataclass(frozen=True)
 class EngineLaunch:
-    """How an engine's process is started, and the folder of its model."""
+    """How to start an engine's process, and the model folder that it reads."""
 
     folder: Path
     command: tuple[str, ...]
@@ -62,7 +65,8 @@ def build_launch(config: ModelConfig, kind: ExternalEngineKind) -> EngineLaunch:
     """Return how to start the engine of a configuration.
 
     Raises:
-        ConfigError: the engine is not there, or cannot have this model.
+        ConfigError: the engine is not installed, an option is misspelled, or the model cannot be
+            loaded or exported.
     """
     import torch
 
@@ -88,7 +92,7 @@ def find_python(kind: ExternalEngineKind, given: str | None) -> str:
     """Return the Python of an engine's environment.
 
     Raises:
-        ConfigError: none is named, and this environment does not have the engine.
+        ConfigError: none is configured, and the engine is not installed in this environment.
     """
     variable = PYTHON_VARIABLES.get(kind.name, "")
     if python := given or os.environ.get(variable):
@@ -96,17 +100,17 @@ def find_python(kind: ExternalEngineKind, given: str | None) -> str:
     if importlib.util.find_spec(kind.name):
         return sys.executable
     raise ConfigError(
-        f"engine={kind.name!r} needs {kind.label}, which is not installed here. Give it an "
-        f"environment of its own (python3 -m venv {kind.name} && {kind.name}/bin/pip install "
-        f"{kind.name}) and name its Python with engine_options.python or {variable}"
+        f"engine={kind.name!r} needs {kind.label}, which is not installed here. Install it in a "
+        f"separate environment (python3 -m venv {kind.name} && {kind.name}/bin/pip install "
+        f"{kind.name}) and set engine_options.python or {variable} to that environment's Python"
     )
 
 
 def prepare_folder(path: str) -> Path:
-    """Return a folder of a model that all engines read: its own, or an export of it that is kept.
+    """Return a folder of the model in the hub's format: its own, or a cached export of it.
 
     Raises:
-        ConfigError: as of `export_model`.
+        ConfigError: see `export_model`.
     """
     checkpoint = inspect_checkpoint(path)
     files = find_weights(checkpoint.folder) if checkpoint.format == "hf" else ()
@@ -126,6 +130,6 @@ def prepare_folder(path: str) -> Path:
         try:
             export_model(path, folder, to="hf")
         except ConfigError:
-            if not folder.is_dir():  # or another replica was faster
+            if not folder.is_dir():  # unless another replica has just exported it
                 raise
     return folder

@@ -1,4 +1,7 @@
-"""SGLang: its `Engine`, as `worker/sglang_worker.py` holds it."""
+"""SGLang as an `ExternalEngineKind`: how a model's configuration becomes SGLang's arguments.
+
+`worker/sglang_worker.py` runs SGLang with them.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -29,13 +32,13 @@ def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict
 
 
 def _describe_environment(config: ModelConfig, on_gpu: bool) -> dict[str, str]:
-    # More threads than one make it ten times slower on small CPUs.
+    # With more than one thread it is ten times slower on CPUs with few cores.
     return {} if on_gpu else {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 def _find_unsupported(config: ModelConfig) -> tuple[str, ...]:
-    """Its repetition penalty passes over the prompt. It reads seeds in its deterministic mode only,
-    which takes no min_p."""
+    """Its repetition penalty ignores the prompt. It honours seeds in its deterministic mode only,
+    which does not support min_p."""
     is_deterministic = config.engine_options.get("enable_deterministic_inference")
     return ("repetition_penalty", "min_p" if is_deterministic else "seed")
 

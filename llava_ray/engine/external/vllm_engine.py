@@ -1,4 +1,7 @@
-"""vLLM: its `AsyncLLM`, as `worker/vllm_worker.py` holds it."""
+"""vLLM as an `ExternalEngineKind`: how a model's configuration becomes vLLM's arguments.
+
+`worker/vllm_worker.py` runs vLLM with them.
+"""
 
 import os
 from pathlib import Path

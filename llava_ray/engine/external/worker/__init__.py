@@ -1,5 +1,5 @@
-"""Programs for the Python of another engine's environment, which need not have this package.
+"""Programs that run in the environment of vLLM or SGLang, where this package is not installed.
 
-Each holds one engine and speaks the messages of `link.py`; `external/engine.py` starts it and talks
-to it.
+Each wraps one engine and exchanges the messages of `link.py` with `external/process.py`, which
+starts it.
 """

@@ -1,18 +1,19 @@
-"""The pipe between a replica and an engine that works for it in another process: lines of JSON.
+"""The worker's end of the pipe between a replica and its engine's process: lines of JSON.
 
-In, from the replica; `token_ids` have one image token for each image, as `text` has `<image>`:
+In, from the replica; `token_ids` has one image token per image, where `text` has `<image>`:
     {"id", "text", "token_ids", "images": [{"width", "height", "rgb"}], "sampling": {...}}
     {"abort": id}
 Out, to the replica:
     {"ready": {}}                       the engine is loaded
     {"id", "ids", "finish", "cached", "logprobs", "num_prompt_tokens"}
                                         new tokens; `finish` is null, "stop" or "length"
-    {"id", "error"}                     this request cannot be answered as it is
-    {"id", "failed"}                    it could, but the engine failed
-    {"stats": {...}}                    once a second, for as long as the engine is well
-    {"broken": text}                    it is not, and this process ends
+    {"id", "error"}                     the request is invalid for this engine
+    {"id", "failed"}                    the engine failed at a valid request
+    {"stats": {...}}                    once a second, while the engine is healthy
+    {"broken": text}                    the engine is broken, and this process ends
 
-Runs with the standard library alone. What engines print goes to standard error.
+Needs the standard library only; `read_images` also needs Pillow. What engines print goes to
+standard error, so that it cannot mix with the messages.
 """
 
 import asyncio
@@ -29,36 +30,37 @@ from typing import Any, Protocol
 
 PULSE_S = 1.0
 GRACE_MS = 5_000
-"""So long this process may take to end by itself when its replica is gone."""
+"""How long this process may take to exit by itself after its replica is gone."""
 LONGEST_LINE = 1 << 30
 
 
 class WorkerEngine(Protocol):
-    """An engine as a child program wraps it."""
+    """An engine, wrapped for `Link.run`."""
 
     def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Yield what is told of a request, but for its id; a ValueError refuses it."""
+        """Yield the messages about a request, without its id; a ValueError refuses it."""
         ...
 
     async def check(self) -> dict[str, float]:
-        """Return the figures of this moment; raise if the engine is broken."""
+        """Return the current figures; raise if the engine is broken."""
         ...
 
 
 class Link:
-    """This end of the pipe."""
+    """The worker's end of the pipe; it takes over standard input and output."""
 
     def __init__(self) -> None:
         _end_together()
         self._out = os.fdopen(os.dup(1), "wb", buffering=0)
-        os.dup2(2, 1)  # nothing that an engine prints comes in between
+        os.dup2(2, 1)  # what an engine prints must not mix with the messages
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def tell(self, **message: Any) -> None:
+        """Send a message to the replica."""
         self._out.write(json.dumps(message).encode() + b"\n")
 
     async def run(self, engine: WorkerEngine) -> None:
-        """Answer until the replica is gone or the engine broken."""
+        """Serve requests until the replica is gone or the engine is broken."""
         self.tell(ready={})
         pulse = asyncio.create_task(self._beat(engine))
         reader = asyncio.StreamReader(limit=LONGEST_LINE)
@@ -83,7 +85,7 @@ class Link:
                 self.tell(id=request["id"], **told)
         except ValueError as error:
             self.tell(id=request["id"], error=str(error))
-        except Exception as error:  # noqa: BLE001  # whoever waits for it must be told
+        except Exception as error:  # noqa: BLE001  # the replica waits for an answer
             traceback.print_exc()
             self.tell(id=request["id"], failed=f"{type(error).__name__}: {error}")
 
@@ -98,13 +100,14 @@ class Link:
 
 
 def _end_together() -> None:
-    """See to it that what this process starts ends with it, and it with its replica.
+    """Make sure that this process ends with its replica, and its own children with it.
 
-    Ray kills what a replica has started, but not what that has started in turn: an engine's workers
-    would keep their memory. And who loads or hangs does not notice that its replica is gone. So
-    another process waits for the other ends of pipes to be closed.
+    Ray kills the children of a replica but not their children: an engine's workers would keep their
+    memory. And a process that is loading or hanging does not notice that its replica is gone. So a
+    watchdog process waits until the pipes to this process or the replica close, and then kills the
+    whole process group.
     """
-    if os.getpgrp() != os.getpid():  # started by hand: others are in its group
+    if os.getpgrp() != os.getpid():  # started by hand: other processes share its group
         return
     waiting, held = os.pipe()
     if os.fork():
@@ -114,7 +117,7 @@ def _end_together() -> None:
     os.close(held)
     ends = select.poll()
     for pipe in (waiting, sys.stdin.fileno()):
-        ends.register(pipe, 0)  # nothing but that it is closed
+        ends.register(pipe, 0)  # report only that it was closed
     ends.poll()
     ends.unregister(sys.stdin.fileno())
     ends.poll(GRACE_MS)
@@ -122,14 +125,14 @@ def _end_together() -> None:
 
 
 async def _first(pulse: asyncio.Task[None], line: Any) -> bytes:
-    """Return the next line; nothing if the engine breaks before."""
+    """Return the next line; empty if the engine breaks first."""
     reading = asyncio.ensure_future(line)
     await asyncio.wait([pulse, reading], return_when=asyncio.FIRST_COMPLETED)
     return reading.result() if reading.done() else b""
 
 
 def read_images(request: dict[str, Any]) -> list[Any]:
-    """Return the images of a request, RGB."""
+    """Return the images of a request as RGB images of Pillow."""
     from PIL import Image
 
     return [
@@ -139,12 +142,12 @@ def read_images(request: dict[str, Any]) -> list[Any]:
 
 
 def read_settings() -> dict[str, Any]:
-    """Return what the replica wants of the engine: its arguments, by name."""
+    """Return the engine's arguments by name, from this program's command line."""
     return json.loads(sys.argv[1])
 
 
 def refuse_unknown(names: Any, known: Any) -> None:
-    """End this program with a message if there is no such argument of the engine's."""
+    """Exit with a message if any of `names` is not among the engine's `known` arguments."""
     import difflib
 
     for name in names:

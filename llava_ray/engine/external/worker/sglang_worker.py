@@ -1,4 +1,7 @@
-"""SGLang's `Engine` behind a pipe; runs in SGLang's own environment. See `link.py`."""
+"""The worker program for SGLang: its `Engine` behind the pipe of `link.py`.
+
+It runs in SGLang's own environment.
+"""
 
 import inspect
 import os
@@ -9,7 +12,7 @@ from link import Link, read_images, read_settings, refuse_unknown  # pyright: ig
 
 
 class Sglang:
-    """Answers with SGLang."""
+    """SGLang as a `WorkerEngine`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         import sglang  # pyright: ignore
@@ -23,7 +26,7 @@ class Sglang:
     async def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         asked = request["sampling"]
         prompt = (
-            {"prompt": request["text"]}  # its processors of images take no ids
+            {"prompt": request["text"]}  # with images, SGLang takes text only
             if request["images"]
             else {"input_ids": request["token_ids"]}
         )
@@ -113,5 +116,5 @@ def main() -> None:
     engine._engine.shutdown()
 
 
-if __name__ == "__main__":  # SGLang starts this module again in processes of its own
+if __name__ == "__main__":  # SGLang imports this module again in its child processes
     main()

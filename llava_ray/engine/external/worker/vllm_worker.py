@@ -1,4 +1,7 @@
-"""vLLM's `AsyncLLM` behind a pipe; runs in vLLM's own environment. See `link.py`."""
+"""The worker program for vLLM: its `AsyncLLM` behind the pipe of `link.py`.
+
+It runs in vLLM's own environment.
+"""
 
 import asyncio
 import dataclasses
@@ -10,7 +13,7 @@ from link import Link, read_images, read_settings, refuse_unknown  # pyright: ig
 
 
 class Vllm:
-    """Answers with vLLM."""
+    """vLLM as a `WorkerEngine`."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from vllm import AsyncEngineArgs  # pyright: ignore
@@ -65,7 +68,7 @@ def _describe_sampling(asked: dict[str, Any]) -> Any:
 
 
 def _read_logprobs(answer: Any) -> list[Any]:
-    """Return for each new token its logprob and the (id, logprob) of the likeliest, best first."""
+    """Return for each new token its logprob and the most likely (id, logprob), best first."""
     if not answer.logprobs:
         return []
     told = []
@@ -88,5 +91,5 @@ def main() -> None:
     asyncio.run(run())
 
 
-if __name__ == "__main__":  # vLLM starts this module again in processes of its own
+if __name__ == "__main__":  # vLLM imports this module again in its child processes
     main()
