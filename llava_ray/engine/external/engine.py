@@ -141,7 +141,7 @@ class ExternalEngine:
         """Raise an EngineError unless the child read the prompt as exactly our tokens."""
         if theirs != ours:
             raise EngineError(
-                f"{self._kind.label} reads {theirs:,} tokens in a prompt of {ours:,}: its tokenizer "
+                f"{self._kind.label} read {theirs:,} tokens in a prompt of {ours:,}: its tokenizer "
                 "or image processor differs from the model's; use engine='torch'"
             )
 

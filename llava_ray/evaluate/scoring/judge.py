@@ -1,10 +1,10 @@
 """Replies that another model grades: what the judge is asked, and how its verdict is read.
 
-Pure functions; `judge_run` asks the judge, `rescore` takes reviews and grades made elsewhere. A verdict
-that cannot be read is no score: it is counted, reported and stays out of every mean.
+Pure functions. `judge_run` asks the judge; `rescore` takes reviews and grades made elsewhere. A
+verdict that cannot be read is not a score: it is counted and reported, and stays out of every mean.
 
-The wording is ours: points given with it do not compare with published ones. `judge_wording` of the
-configuration puts another in its place (LLaVA's rule.json for `llava_in_the_wild`).
+The wording is this project's own, so points given with it are not comparable with published ones.
+The setting `judge_wording` replaces it (LLaVA's rule.json for `llava_in_the_wild`).
 """
 
 import json
