@@ -1,7 +1,7 @@
-"""Our own engine: continuous batching of LLaVA wherever torch runs.
+"""The torch engine: continuous batching of LLaVA on any device that torch supports.
 
-prompt -> encoded (one helper thread) -> the engine's loop (another thread): plan, run, commit ->
-chunks, back in the event loop of whoever reads the stream.
+Prompt -> encoded in a helper thread -> `EngineLoop`, in a thread of its own: plan, run, commit ->
+chunks in the event loop that reads the stream.
 """
 
 import asyncio
@@ -41,28 +41,28 @@ from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
 PREFILL_TOKENS_GPU = 4096
-"""Prompt tokens in one step: enough to keep the device busy, few enough not to stall streams."""
+"""Prompt tokens per step: enough to keep the device busy, few enough not to stall decoding."""
 
 
 class TorchEngine:
-    """Answers many prompts at once; see `Engine`.
+    """Answers many prompts in one batch; see `Engine`.
 
     Args:
-        core: the loaded model; the engine takes it over, weights included.
-        adapters: those beside its weights, if any.
-        runner: computes the steps; by default the real one for `core`.
-        context_length: longest prompt plus answer; default: the model's own.
+        core: the loaded model; the engine takes ownership and changes its weights in place.
+        adapters: the LoRA adapters that were loaded into `core`, if any.
+        runner: computes the steps; by default a `ModelRunner` for `core`.
+        context_length: longest prompt plus answer, in tokens; by default the model's own.
         cache_tokens: size of the key-value cache, over all requests.
-        cache_dtype: its precision; by default that of the weights.
+        cache_dtype: precision of that cache; by default that of the weights.
         quantization: see `ModelRunner`.
-        max_batch_size: requests computed at once.
-        prefill_tokens: prompt tokens of one step.
+        max_batch_size: most requests that are computed at once.
+        prefill_tokens: most prompt tokens per step.
+        prefix_cache: reuse the keys and values of shared prompt prefixes.
         image_cache_mb: memory for encoded images, in MiB.
-        prefix_cache: keep what was computed, for prompts that begin alike.
-        patience_s: a step that takes longer than this counts as stuck.
-        runs_ahead: launch a step before the tokens of the one before are read; by default on GPUs,
-            which compute while Python plans.
-        note_images: told by the default runner what becomes of images.
+        patience_s: a step that takes longer than this many seconds counts as stuck.
+        runs_ahead: launch each step before the tokens of the previous one are read; by default on
+            GPUs, which compute while Python plans.
+        note_images: called by the default runner with counts of encoded and cached images.
     """
 
     def __init__(
@@ -141,17 +141,17 @@ class TorchEngine:
         """Load a model and start an engine for it.
 
         Args:
-            config: of the model.
-            note_images: told what becomes of images.
-            loading: arguments of `load_model` in place of those that follow from `config`.
+            config: the model's configuration.
+            note_images: called with counts of encoded and cached images.
+            loading: arguments of `load_model` that override those derived from `config`.
 
         Raises:
-            ConfigError: the model does not load, or the configuration asks more than it has.
+            ConfigError: the model cannot be loaded, or `context_length` exceeds the model's.
         """
         torch.set_num_threads(count_threads(config))
         dtype = select_dtype(config.dtype, select_device(config.device))
-        # Where "auto" is float32, products read weights of 16 bits as they are stored; adapters
-        # would be rounded to those.
+        # Where "auto" means float32, linear layers read 16-bit weights as stored. Not with
+        # adapters: their weights would be rounded to 16 bits, too.
         is_stored = config.dtype == "auto" and dtype == torch.float32 and not config.adapters
         options: dict[str, Any] = {
             "dtype": "stored" if is_stored and not (loading or {}).get("quantization") else dtype,
@@ -163,7 +163,7 @@ class TorchEngine:
         if (config.context_length or 0) > core.context_length:
             raise ConfigError(
                 f"context_length={config.context_length} is more than the {core.context_length} "
-                f"tokens that {config.path!r} was made for: ask for at most that"
+                f"tokens that {config.path!r} supports: set it to at most that"
             )
         return cls(
             core,
@@ -179,7 +179,7 @@ class TorchEngine:
         )
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
-        """Yield the answer piece by piece; see `Engine.stream`."""
+        """Yield the answer in chunks; see `Engine.stream`."""
         here = asyncio.get_running_loop()
         sequence = await here.run_in_executor(self._encoder, self._encode, prompt)
         output = OutputQueue()
@@ -207,7 +207,7 @@ class TorchEngine:
         return await here.run_in_executor(self._encoder, self._inputs.detokenize, token_ids)
 
     async def check(self) -> None:
-        """Send a token through the model, between two steps; see `Engine.check`."""
+        """Run a token through the model between two steps; see `Engine.check`."""
         answer: Future[None] = Future()
         self._loop.send(Ping(answer))
         try:
@@ -218,7 +218,7 @@ class TorchEngine:
             ) from error
 
     def stats(self) -> dict[str, float]:
-        """Figures of this moment."""
+        """Return the current figures; see `Engine.stats`."""
         scheduler, counters = self._loop.scheduler, self._loop.counters
         allocator = scheduler.kv_allocator
         return {
@@ -234,7 +234,7 @@ class TorchEngine:
         }
 
     async def close(self) -> None:
-        """Abort what is running, end the threads."""
+        """Abort all requests and end the threads."""
         with contextlib.suppress(EngineError):  # it may have ended already
             self._loop.send(Close())
         await asyncio.to_thread(self._loop.join)
@@ -270,7 +270,7 @@ class TorchEngine:
 
 
 def _weigh_images(core: LoadedModel) -> float:
-    """Return what encoding an image token costs, in tokens of the language model."""
+    """Return the cost of encoding one image token, in tokens of the language model."""
 
     def count(module: torch.nn.Module) -> int:
         return sum(parameter.numel() for parameter in module.parameters())

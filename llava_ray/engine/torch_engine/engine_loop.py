@@ -1,13 +1,17 @@
-"""The actor at the heart of the torch engine: one thread that alone touches scheduler and runner.
+"""The loop of the torch engine: one thread, the only one that uses the scheduler.
 
-The world speaks to it through its inbox, which it reads between two steps; it answers by handing
-chunks to the event loops of those who read. On two cores, large steps are computed side by side in
-two more threads: each tells the inbox that it is done, and gets its next step at once, without
-waiting for the other. (Threads that share every operation of a step wait for each other some
-hundred times in it: when other processes use the same cores, a moment that one thread does not run
-is lost to both.) A GPU is given its next step while it computes the one before, so that it never
-waits for Python. An exception in a step means that the engine is broken: all streams fail with an
-`EngineError`, and so does everything that is asked later.
+Other threads send it messages through its inbox, which it reads between two steps; it delivers
+chunks to the event loops that read the streams. It computes steps in one of three ways:
+
+- One after the other, in this thread.
+- Side by side, on two cores: two more threads compute a step each, report to the inbox when they
+  are done, and get their next step at once. (Threads that share every operation of one step would
+  wait for each other hundreds of times in it, and each pause of one would stop both.)
+- Ahead, on a GPU: the next step is launched while the GPU computes the previous one, so that it
+  never waits for Python.
+
+An exception in a step means that the engine is broken: all open streams and all later requests fail
+with an `EngineError`.
 """
 
 import asyncio
@@ -30,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class OutputQueue:
-    """Where the chunks of one sequence arrive, in the event loop that made it."""
+    """Receives the chunks of one sequence, in the event loop that created it."""
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
@@ -45,19 +49,19 @@ class Add(NamedTuple):
 
 
 class Abort(NamedTuple):
-    """Message: forget this sequence."""
+    """Message: stop computing this sequence; nobody reads it any more."""
 
     sequence: Sequence
 
 
 class Ping(NamedTuple):
-    """Message: show that you work."""
+    """Message: run a health check and resolve `answer`."""
 
     answer: Future[None]
 
 
 class Done(NamedTuple):
-    """Message, of a thread: this step is computed, or failed."""
+    """Message from a step thread: this step is computed, or has failed."""
 
     plan: StepPlan
     tokens: Future[list[int]]
@@ -65,12 +69,12 @@ class Done(NamedTuple):
 
 
 class Close(NamedTuple):
-    """Message: end."""
+    """Message: end the loop."""
 
 
 @dataclass
 class EngineCounters:
-    """Counters since the start."""
+    """Totals since the engine started."""
 
     num_steps: int = 0
     num_prompt_tokens: int = 0
@@ -79,13 +83,16 @@ class EngineCounters:
 
 
 class EngineLoop:
-    """Runs steps in a thread of its own while there is work, and sleeps while there is none.
+    """Runs steps in a thread of its own while there is work, and sleeps otherwise.
 
     Args:
-        threads: for steps side by side; none: there are no such.
-        runs_ahead: launch a step before the tokens of the one before are read; see `Scheduler`.
-        on_start: called first thing in that thread.
-        name: of that thread.
+        runner: computes the steps.
+        scheduler: plans the steps.
+        threads: single-threaded executors that compute steps side by side; empty: the loop's own
+            thread computes all steps.
+        runs_ahead: launch each step before the tokens of the previous one are read.
+        on_start: called in the loop's thread before anything else.
+        name: name of that thread.
     """
 
     def __init__(
@@ -108,9 +115,9 @@ class EngineLoop:
         self._idle = list(self._threads)
         self._runs_ahead = runs_ahead
         self._launched: deque[tuple[StepPlan, LaunchedStep]] = deque()
-        self._is_blocked = False  # all that there is to do waits for a step in flight
+        self._is_blocked = False  # all work depends on a step in flight
         self._pings: list[tuple[Ping, set[ThreadPoolExecutor]]] = []
-        self._lock = threading.Lock()  # guards `_failure` against messages that come too late
+        self._lock = threading.Lock()  # no message may enter the inbox after `_failure` is set
         self._failure: str | None = None
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -146,7 +153,7 @@ class EngineLoop:
         self._end(failure)
 
     def _compute(self) -> None:
-        """Start steps side by side, or compute one with all threads once none is in flight."""
+        """Start steps side by side; or compute one in this thread if none is in flight."""
         if self._runs_ahead:
             self._compute_ahead()
             return
@@ -157,7 +164,7 @@ class EngineLoop:
                 for plan in plans:
                     self._start(plan, self._idle.pop())
                 self._is_blocked = True
-            else:  # what else there is waits for this one
+            else:  # all other work depends on this step
                 self._finish(plans[0], self._runner.run(plans[0]))
         elif num_busy:
             self._is_blocked = True
@@ -171,7 +178,7 @@ class EngineLoop:
         return plan
 
     def _compute_ahead(self) -> None:
-        """Launch a step, if there is one already; then take the tokens of the one before."""
+        """Launch the next step, if one can be planned; then read the previous step's tokens."""
         plan = self._plan()
         if plan.scheduled:
             self._launched.append((plan, self._runner.launch(plan)))
@@ -181,9 +188,9 @@ class EngineLoop:
             self._take_tokens(before, launched.read())
 
     def _plan_side_by_side(self) -> list[StepPlan]:
-        """Return a step for each idle thread, or for fewer, if there is no more to compute.
+        """Return one plan per idle thread, or fewer if there is not enough work.
 
-        Copies are made here, before the next plan lets their sources go.
+        Prefix copies are made here, because the next plan may reuse the memory of their sources.
         """
         plans: list[StepPlan] = []
         while len(plans) < len(self._idle):
@@ -213,7 +220,7 @@ class EngineLoop:
         self._deliver(news)
 
     def _listen(self) -> None:
-        """Read the inbox; wait for a message if there is nothing to compute."""
+        """Process the inbox; wait for a message if there is nothing to compute."""
         if self._is_blocked or not self.scheduler.has_work():
             self._take(self._inbox.get())
         while not self._inbox.empty():
@@ -241,11 +248,14 @@ class EngineLoop:
                 self._answer_pings()
 
     def _answer_pings(self) -> None:
-        """Answer those that came before no step that is still in flight: it might be stuck."""
+        """Answer the pings for which every step in flight at their arrival has finished.
+
+        Until then one of those steps might be stuck.
+        """
         for each in [each for each in self._pings if not each[1]]:
             self._pings.remove(each)
             answer = each[0].answer
-            if answer.set_running_or_notify_cancel():  # else nobody waits any more
+            if answer.set_running_or_notify_cancel():  # False: nobody waits any more
                 self._answer(answer)
 
     def _answer(self, ping: Future[None]) -> None:
@@ -257,7 +267,7 @@ class EngineLoop:
         ping.set_result(None)
 
     def _deliver(self, news: Iterable[tuple[Sequence, Chunk | EngineError]]) -> None:
-        """Hand a step's chunks over: one call for each event loop that is waiting for some."""
+        """Deliver a step's chunks, with one call per event loop."""
         parcels: dict[asyncio.AbstractEventLoop, list[tuple[OutputQueue, Chunk | EngineError]]] = {}
         for sequence, item in news:
             output = self._outputs[sequence]
@@ -267,7 +277,7 @@ class EngineLoop:
         for loop, parcel in parcels.items():
             try:
                 loop.call_soon_threadsafe(_hand_over, parcel)
-            except RuntimeError:  # that event loop is closed: nobody reads any more
+            except RuntimeError:  # the event loop is closed: nobody reads its streams
                 for sequence in [s for s, output in self._outputs.items() if output.loop is loop]:
                     self._take(Abort(sequence))
 

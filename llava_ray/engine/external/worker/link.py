@@ -104,8 +104,8 @@ def _end_together() -> None:
 
     Ray kills the children of a replica but not their children: an engine's workers would keep their
     memory. And a process that is loading or hanging does not notice that its replica is gone. So a
-    watchdog process waits until the pipes to this process or the replica close, and then kills the
-    whole process group.
+    watchdog process waits until the pipe to this process or to the replica closes, and kills the
+    whole process group at most `GRACE_MS` later.
     """
     if os.getpgrp() != os.getpid():  # started by hand: other processes share its group
         return

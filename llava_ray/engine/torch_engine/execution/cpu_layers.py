@@ -23,7 +23,7 @@ from llava_ray.engine.torch_engine.execution.numba_ops import (
 
 
 def can_compute(states: torch.Tensor) -> bool:
-    """Whether `rms_norm` and `gate` are for such states."""
+    """Whether `rms_norm` and `silu_and_mul` are for such states."""
     return is_supported(states) and states.is_contiguous()
 
 

@@ -34,7 +34,7 @@ _TRIES = 2
 class GraphStepMetadata:
     """The layout of a step of B sequences with one token each, which stays where it is.
 
-    It takes the place of `step.StepMetadata` in the language model.
+    It takes the place of `attention.StepMetadata` in the language model.
 
     Args:
         size: B.
@@ -94,7 +94,7 @@ class GraphStepMetadata:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values and attend, as `step.StepMetadata.attend`; [T, H, E]."""
+        """Store the step's keys and values and attend, as `attention.StepMetadata.attend`; [T, H, E]."""
         cache = self._cache
         assert cache.attend_decode is not None
         cache.store(layer, self._rows, key_TKE, value_TKE)

@@ -1,6 +1,6 @@
 """Changes logits of sequences that ask for it, before a token is chosen: format, bias, penalties.
 
-Called by `sampling.sample`. What is done, and in which order, is as in vLLM; the repetition penalty
+Called by `sampler.sample`. What is done, and in which order, is as in vLLM; the repetition penalty
 is that of transformers. Every row is changed by itself, so that what else is in the batch never
 changes an outcome.
 

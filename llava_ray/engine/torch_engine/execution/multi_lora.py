@@ -1,6 +1,6 @@
 """Multi-LoRA: several PEFT adapters on one model, each applied to its own rows of a batch.
 
-`adapter` adds one adapter to the weights for good. Here the weights stay as they are: a row that
+`model.lora` adds one adapter to the weights for good. Here the weights stay as they are: a row that
 belongs to an adapter has its low-rank product added, y + scale * B(A x), and images of an adapter
 that has a projector of its own go through that one. So one model in memory answers as itself and as
 each of its adapters, in one batch.

@@ -1,6 +1,7 @@
-"""What a prompt's tokens stand for, so that equal beginnings can be told from like ones.
+"""Content hashes of images, which tell prompts with equal tokens but different images apart.
 
-To the language model's tokenizer all images are the same token, repeated.
+In a prompt's token ids all images look the same: one image token, repeated. The prefix cache and
+the encoder cache compare these hashes instead.
 """
 
 import hashlib
@@ -11,18 +12,24 @@ from PIL.Image import Image
 
 
 def hash_images(images: Sequence[Image]) -> list[int]:
-    """Return a number for the content of each image."""
+    """Return a hash of each image's pixels and size; negative, unlike any token id."""
     return [_hash(image.tobytes(), repr(image.size).encode()) for image in images]
 
 
 def identify_tokens(
     prompt_ids: list[int], image_token_id: int, names: Sequence[int], *, adapter: str = ""
 ) -> list[int]:
-    """Return a prompt's ids, each image token replaced by a number for the content of its image.
+    """Return a prompt's token ids, with each image token replaced by the hash of its image.
 
-    `names` are those of its images. Where images stand side by side, with nothing to say where
-    one ends, each of their tokens stands for all of the prompt's images. With an adapter, which
-    computes other keys and values of the same tokens, the first stands for that too.
+    Adjacent images cannot be told apart in the ids; then every image token is replaced by one hash
+    of all the prompt's images. An adapter computes different keys and values for the same tokens,
+    so its name is hashed into the first element.
+
+    Args:
+        prompt_ids: the prompt's token ids.
+        image_token_id: the id of image tokens.
+        names: the hashes of the prompt's images, in order.
+        adapter: name of the adapter; empty: the base model.
     """
     content = _number_images(prompt_ids, image_token_id, names) if names else prompt_ids
     return [_hash(f"{content[0]} {adapter}".encode()), *content[1:]] if adapter else content
@@ -41,7 +48,7 @@ def _number_images(prompt_ids: list[int], image_token_id: int, names: Sequence[i
 
 
 def _hash(*parts: bytes) -> int:
-    """A number that no token has: what differs has different ones."""
+    """Return a negative 64-bit hash, which no token id equals."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(part)

@@ -1,14 +1,16 @@
-"""Decides what the next step computes: plain Python, no tensors, no threads.
+"""The scheduler: decides what the next step computes, in plain Python without tensors or threads.
 
-`plan` -> the runner -> `advance` -> `commit`, once a step. Requests join and leave between any two
-steps. Steps may also be computed side by side: then each has sequences of its own, and none waits
-for another. And a step may be planned while the device computes the one before it, if that was
-launched and advanced: it goes on from tokens that are not known yet. An answer that turns out to
-have ended keeps its memory until the step that came too late for it is committed.
+Each step goes through `plan` -> the runner -> `advance` -> `commit`. Requests join and leave
+between any two steps. Several steps may be in flight at once:
 
-A sequence is admitted, in order of arrival, when its whole slice (prompt plus `max_tokens`) is free
-in the cache. So a running sequence never runs out of memory or is preempted, and there is no
-deadlock: every running sequence finishes, and the head of the queue gets its turn.
+- Concurrent steps have no sequence in common, so that none waits for another.
+- A step may be planned once the previous one is launched and advanced, before its tokens are known.
+  If an answer turns out to have ended, its memory is freed only when the steps that still compute
+  it are committed.
+
+Sequences are admitted in order of arrival, each as soon as the cache has a free slice for its
+prompt plus `max_tokens`. So a running sequence is never preempted for lack of memory, and there is
+no deadlock: every running sequence finishes, and the head of the queue gets its turn.
 """
 
 from collections import Counter, deque
@@ -22,8 +24,7 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.types import Chunk
 
 MIN_SEQUENCES_TO_SPLIT = 16
-"""Fewest sequences for which two concurrent steps pay off without two prompts to compute: each step
-reads all weights."""
+"""Fewest sequences for which two concurrent decoding steps pay off: each step reads all weights."""
 
 GRANULE = 64
 """Slices of the cache are multiples of this many tokens."""
@@ -92,9 +93,9 @@ class Scheduler:
         self._max_batch_size = max_batch_size
         self._prefill_tokens = prefill_tokens
         self._image_cost = image_cost
-        self._planned: set[Sequence] = set()  # in a step that is not advanced
-        self._in_flight: Counter[Sequence] = Counter()  # in how many steps that are not committed
-        self._ended_in_flight: set[Sequence] = set()  # ended or aborted while they were in flight
+        self._planned: set[Sequence] = set()  # in a step that is not advanced yet
+        self._in_flight: Counter[Sequence] = Counter()  # number of uncommitted steps
+        self._ended_in_flight: set[Sequence] = set()  # ended or aborted while in flight
         self._num_steps = 0
 
     def has_work(self) -> bool:
@@ -182,7 +183,7 @@ class Scheduler:
         """Yield decoding sequences in cache order: neighbours share one attention call."""
         streams = [sequence for sequence in self.running if sequence.num_pending == 1]
         free = [sequence for sequence in streams if self._is_free(sequence)]
-        free.sort(key=lambda sequence: sequence.last_step)  # whose turn it is
+        free.sort(key=lambda sequence: sequence.last_step)  # least recently computed first
         mine = free[: -(-len(streams) // share)]
         for sequence in sorted(mine, key=lambda sequence: sequence.kv_slice or (0, 0)):
             yield ScheduledSequence.of(sequence, 1)

@@ -1,4 +1,8 @@
-"""The state of one request inside an engine, from admission to its last token."""
+"""The state of one request inside the torch engine, from its arrival to its last token.
+
+The scheduler plans sequences, the runner computes them, and `append` turns their tokens into
+chunks.
+"""
 
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -13,38 +17,38 @@ from llava_ray.types import Chunk, FinishReason, Sampling
 
 @dataclass(eq=False)
 class Sequence:
-    """One prompt and the answer that grows behind it.
+    """One prompt and its growing answer.
 
     Attributes:
         request_id: names the request in logs and errors.
-        prompt_ids: the prompt's tokens; an image is as many image tokens as it has features.
-        num_image_tokens: how many of them are image tokens.
+        prompt_ids: the prompt's tokens; each image has one image token per feature vector.
+        num_image_tokens: how many of the prompt's tokens are image tokens.
         sampling: how to choose the next token.
-        max_tokens: the answer has at most this many tokens; prompt and answer fit the cache.
-        text: decodes the answer.
-        eos_token_ids: the answer ends at any of these, unless they are to be ignored.
-        grammar: the answer's format; None: any text.
-        logprobs: keeps those of the answer's tokens; None: nobody asks for them.
-        inputs: the images as the model takes them; only the runner looks inside.
-        content: the tokens of prompt and answer, where each image token stands as a number for
-            its image: equal contents have equal keys and values.
-        image_names: numbers for the contents of its images.
-        adapter: the name of the adapter that it belongs to; empty: the model itself.
+        max_tokens: most tokens of the answer; prompt and answer together fit the cache.
+        text: the answer's detokenizer.
+        eos_token_ids: the model's end-of-sequence tokens.
+        grammar: what the answer must follow; None: any text.
+        logprobs: collects the logprobs of the answer's tokens; None: not requested.
+        inputs: the model's image inputs, later the encoded features; only the runner reads them.
+        content: the tokens of prompt and answer, with each image token replaced by a hash of its
+            image: equal prefixes of `content` have equal keys and values.
+        image_names: one content hash per image.
+        adapter: name of the LoRA adapter to apply; empty: the base model.
         token_ids: the answer so far.
-        num_expected: tokens of the answer that the device has been asked to choose, and that have
-            not been read yet.
-        num_computed: tokens, from the prompt's first, whose keys and values are in the cache, or
-            will be before the device does what it is asked next.
-        num_cached: how many of them were there before, of another sequence.
-        kv_slice: its part of the cache; None while it has none.
-        last_step: number of the latest step that it was part of.
-        seen: tokens that a penalty counts: how often each is in the answer. Those of the prompt
-            are among them where a penalty looks at the prompt.
-        has_penalty: any penalty is asked for.
-        end_token_ids: the answer ends at any of these: end-of-sequence tokens, and those that were
-            asked for.
-        random: the source of its own random numbers, so that an answer with a seed does not
-            depend on what else is computed beside it.
+        num_expected: tokens of the answer whose computation is launched but whose ids have not
+            been read yet.
+        num_computed: tokens, counted from the start of the prompt, whose keys and values are in
+            the cache, or will be before the next step runs on the device.
+        num_cached: how many of those were copied from another sequence.
+        kv_slice: its part of the cache; None until it is admitted.
+        last_step: number of the latest committed step that it was part of.
+        seen: token id -> its count in the answer, for penalties. Tokens of the prompt are keys,
+            too, if the repetition penalty is used.
+        has_penalty: whether any penalty is used.
+        end_token_ids: the answer ends at any of these: the request's stop tokens and, unless they
+            are ignored, the end-of-sequence tokens.
+        random: its own random number generator, so that a seeded answer does not depend on the
+            rest of the batch.
     """
 
     request_id: str
@@ -89,7 +93,7 @@ class Sequence:
 
     @property
     def has_own_logits(self) -> bool:
-        """Whether the model's logits are changed before the next token is chosen."""
+        """Whether logits processors change the model's logits for this sequence."""
         return (
             self.has_penalty
             or not self.may_end
@@ -99,12 +103,12 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the prompt and of the answer so far, expected ones among them."""
+        """Tokens of the prompt and of the answer so far, including expected ones."""
         return len(self.prompt_ids) + len(self.token_ids) + self.num_expected
 
     @property
     def may_continue(self) -> bool:
-        """Whether the answer goes on after the tokens that are expected, as far as is known."""
+        """Whether `max_tokens` leaves room for more tokens after the expected ones."""
         return len(self.token_ids) + self.num_expected < self.max_tokens
 
     @property
@@ -114,7 +118,7 @@ class Sequence:
 
     @property
     def num_reserved(self) -> int:
-        """KernelInputs in the cache with which it can never run out."""
+        """Slots of the cache that it reserves: enough for the longest possible answer."""
         return len(self.prompt_ids) + self.max_tokens
 
     def ids_from(self, start: int, length: int) -> list[int]:
@@ -126,7 +130,7 @@ class Sequence:
         return ids + self.token_ids[: length - len(ids)]
 
     def append(self, token_id: int) -> Chunk:
-        """Take the next token of the answer; the chunk says what it adds and whether it ends."""
+        """Append a token to the answer; return the chunk with its text and finish reason."""
         may_stop = self.may_end
         self.token_ids.append(token_id)
         self.content.append(token_id)
