@@ -141,8 +141,8 @@ class ExternalEngine:
         """Raise an EngineError unless the child read the prompt as exactly our tokens."""
         if theirs != ours:
             raise EngineError(
-                f"{self._kind.label} read {theirs:,} tokens in a prompt of {ours:,}: its tokenizer "
-                "or image processor differs from the model's; use engine='torch'"
+                f"{self._kind.label} reads {theirs:,} tokens in a prompt of {ours:,}: its "
+                "tokenizer or image processor differs from the model's; use engine='torch'"
             )
 
     def _describe(self, prompt: Prompt) -> tuple[list[int], dict[str, Any]]:

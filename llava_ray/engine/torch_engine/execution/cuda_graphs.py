@@ -94,7 +94,7 @@ class GraphStepMetadata:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values and attend, as `attention.StepMetadata.attend`; [T, H, E]."""
+        """Store keys and values, then attend, as `attention.StepMetadata.attend`; [T, H, E]."""
         cache = self._cache
         assert cache.attend_decode is not None
         cache.store(layer, self._rows, key_TKE, value_TKE)

@@ -124,7 +124,7 @@ def load_lora_adapters(model: Any, folders: Mapping[str, str]) -> LoraAdapters:
     """Put adapters beside a model's weights; it is changed in place, and computes as before.
 
     Args:
-        model: from transformers or from `modules`, its weights not packed yet.
+        model: from transformers or from `modeling`, its weights not packed yet.
         folders: of each adapter by its name: folder, hub name or address.
 
     Raises:

@@ -159,9 +159,9 @@ def _attend_part(
         s = start + tl.arange(0, STEP)
         is_seen = s < end
         cells = (first + s)[:, None] * head_size + e[None, :]
-        is_supported = is_seen[:, None] & in_head[None, :]
-        key_SE = tl.load(keys + cells, mask=is_supported, other=0.0)
-        value_SE = tl.load(values + cells, mask=is_supported, other=0.0)
+        is_loaded = is_seen[:, None] & in_head[None, :]
+        key_SE = tl.load(keys + cells, mask=is_loaded, other=0.0)
+        value_SE = tl.load(values + cells, mask=is_loaded, other=0.0)
         if GROUPS == 1:
             product_SE = query_GE.to(tl.float32) * key_SE.to(tl.float32)
             score_GS = tl.sum(product_SE, 1)[None, :]
