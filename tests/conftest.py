@@ -22,6 +22,9 @@ os.environ.setdefault("RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S", "60")
 # Ray Train handles one reported checkpoint per health check; tests save one every second.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
+# GNU readline, which pytest loads, sets it to 80 for the processes of xdist.
+os.environ.pop("COLUMNS", None)
+
 if "PYTEST_XDIST_WORKER" in os.environ:  # two test processes share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -168,7 +168,7 @@ BODIES: dict[str, tuple[Any, int, str, str]] = {
     "no tokens": (chat(max_tokens=0), 400, INVALID, "at least 1"),
     "fewer than no tokens": (chat(max_tokens=-5), 400, INVALID, "at least 1"),
     "half a token": (chat(max_tokens=1.5), 400, INVALID, "at least 1"),
-    "more tokens than fit": (chat(max_tokens=100_000), 400, TOO_LONG, "ask for less"),
+    "more tokens than fit": (chat(max_tokens=100_000), 400, TOO_LONG, "lower max_tokens"),
     "two limits": (chat(max_tokens=1, max_completion_tokens=2), 400, INVALID, "send one of them"),
     "too many stop texts": (chat(stop=["a"] * 17), 400, INVALID, "at most 16"),
     "a stop number": (chat(stop=5), 400, INVALID, "a list of at most 16"),

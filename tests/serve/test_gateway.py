@@ -119,7 +119,7 @@ def test_bad_requests_have_a_status_and_a_remedy_and_harm_nobody(
             create(**say(content), stream=stream)
         assert (caught.value.code, caught.value.param) == (code, param)
         assert caught.value.response.headers["x-should-retry"] == "false"
-    with pytest.raises(openai.BadRequestError, match="says back what it hears"):
+    with pytest.raises(openai.BadRequestError, match="which only repeats the message"):
         create(**say("Hello"), stream=stream, response_format={"type": "json_object"})
     assert create(**say("Still here?")).choices[0].message.content == "Still here? (0 images)"
 
