@@ -3,10 +3,12 @@
 Tests that need Ray use the fixture `cluster`; tests that talk to a server use `served`.
 """
 
+import ast
 import os
 import socket
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,22 +40,37 @@ ALLOWED_WARNINGS = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """With `-n 2`, run all files that need Ray in one process and everything else in the other.
 
-    A file needs Ray if one of its tests uses the `cluster` fixture or the marker `ray`. Two Rays
-    must not start at once: Ray gives up on a node whose agent takes more than 15 seconds to start.
+    Two Rays must not start at once: Ray gives up on a node whose agent needs more than 15 seconds.
     Tests of one file stay together.
     """
-    on_ray = {
-        item.path
-        for item in items
-        if item.get_closest_marker("ray") or "cluster" in getattr(item, "fixturenames", ())
-    }
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ray" if has_ray_marker(config.rootpath / file) else file
+
+    return Scheduler(config, log)
+
+
+@cache
+def has_ray_marker(file: Path) -> bool:
+    """Whether a file of tests has the marker `ray`, on a test or in its `pytestmark`."""
+    return any(
+        isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.ray"
+        for node in ast.walk(ast.parse(file.read_text()))
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Refuse a test that uses the session's Ray in a file without the marker `ray`."""
     for item in items:
-        group = "ray" if item.path in on_ray else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+        if "cluster" in getattr(item, "fixturenames", ()) and not has_ray_marker(item.path):
+            raise pytest.UsageError(f"{item.path} uses `cluster`: give it pytest.mark.ray")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -36,6 +36,8 @@ from tests.support.raw_data import (
 )
 from tests.support.tiny_checkpoint import tiny_model
 
+pytestmark = pytest.mark.ray
+
 JOB = [sys.executable, Path(__file__).parents[2] / "jobs" / "convert.py", "llava"]
 
 

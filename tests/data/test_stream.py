@@ -26,6 +26,8 @@ from tests.support.llava_checkpoints import Original
 from tests.support.raw_data import convert_here, llava_row, save, say, write_json, write_llava
 from tests.support.tiny_checkpoint import tiny_model
 
+pytestmark = pytest.mark.ray
+
 NUM_ROWS = 30
 
 

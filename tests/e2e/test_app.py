@@ -21,6 +21,8 @@ from llava_ray.serve.replica.deployment import FAILED_CHECKS, Replica
 from llava_ray.types import ChatRequest, Message, TextPart
 from tests.support.tiny_checkpoint import tiny_model
 
+pytestmark = pytest.mark.ray
+
 CONFIG = Path(__file__).parents[2] / "jobs" / "configs" / "serve.yaml"
 
 

@@ -20,6 +20,8 @@ from tests.support.llava_checkpoints import Original
 from tests.support.partial_checkpoints import make_lora, write_adapter, write_lora
 from tests.support.tiny_checkpoint import make_image, tiny_model
 
+pytestmark = pytest.mark.ray
+
 IMAGE, OTHER = make_image(1), make_image(2)
 SHAPES = {
     "text": {"target_modules": ["down_proj", "o_proj"], "exclude_modules": ".*vision_tower.*"},

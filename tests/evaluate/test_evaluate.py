@@ -13,6 +13,8 @@ from llava_ray.evaluate.tasks import find_tasks
 from llava_ray.types import Question
 from tests.support.benchmark_files import write_lines
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.mark.parametrize(
     ("text", "form"),

@@ -17,6 +17,8 @@ from llava_ray.evaluate.results.results import TaskResult
 from tests.support.benchmark_files import write_lines
 from tests.support.scripted_openai import ScriptedOpenAI
 
+pytestmark = pytest.mark.ray
+
 NUM_QUESTIONS = 40
 NUM_BEFORE = 16  # asked before the kill
 CONCURRENCY = 4

@@ -7,6 +7,8 @@ import httpx
 import openai
 import pytest
 
+pytestmark = pytest.mark.ray
+
 PATIENCE_S = 60
 
 

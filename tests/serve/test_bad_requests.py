@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.image_urls import data_url, png
 
+pytestmark = pytest.mark.ray
+
 CHAT = "/v1/chat/completions"
 PATIENCE_S = 60
 USER = {"role": "user", "content": "Hello"}

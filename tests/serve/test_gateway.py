@@ -25,6 +25,8 @@ from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.types import ChatRequest, Chunk
 from tests.support.wait import PATIENCE_S, wait_until, wait_until_ready
 
+pytestmark = pytest.mark.ray
+
 PATH = "/v1/chat/completions"
 
 

@@ -25,7 +25,7 @@ from llava_ray.types import ChatRequest, Chunk
 from tests.support.local_page import PARAMETERS, Visitor, said, texts
 from tests.support.wait import PATIENCE_S, wait_until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_CLIENTS = 8
 SOON_S = 5
 QUESTION = "Go on"

@@ -33,6 +33,8 @@ from tests.support.llava_client import (
 )
 from tests.support.local_gateway import KEYS, Nearby, run_nearby
 
+pytestmark = pytest.mark.ray
+
 GENERATE = "/worker_generate_stream"
 
 

@@ -30,6 +30,8 @@ from tests.support.llava_client import (
 )
 from tests.support.llava_worker import LlavaWorker
 
+pytestmark = pytest.mark.ray
+
 MODEL = "llava-v1.5-7b"
 
 

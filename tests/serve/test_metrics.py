@@ -13,6 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.support.tiny_checkpoint import make_image, tiny_model
 from tests.support.wait import PATIENCE_S, wait_until
 
+pytestmark = pytest.mark.ray
+
 BODY = {"model": "measured", "messages": [{"role": "user", "content": "one two three"}]}
 KEYS = {name: f"lr-{name}-0123456789abcdef" for name in ("ann", "ben")}  # of this test alone
 ANN = {"key": "ann", "model": "measured"}

@@ -20,6 +20,8 @@ from tests.support.endless_openai import EndlessServer, run_endless_server
 from tests.support.local_page import PARAMETERS, Visitor, red_png, said, texts
 from tests.support.wait import PATIENCE_S
 
+pytestmark = pytest.mark.ray
+
 
 class Aside(NamedTuple):
     """The page as an application of its own, for a gateway whose answers never end."""

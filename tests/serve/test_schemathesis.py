@@ -16,6 +16,8 @@ from llava_ray.serve.openai.openapi import describe_api
 from tests.support.image_urls import data_url, png
 from tests.support.wait import PATIENCE_S
 
+pytestmark = pytest.mark.ray
+
 API = schemathesis.openapi.from_dict(describe_api(["echo", "other"]))
 OPERATIONS = [
     ("/v1/chat/completions", "POST"),

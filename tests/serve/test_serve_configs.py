@@ -16,6 +16,8 @@ from llava_ray import app
 from llava_ray.config import LimitsConfig, PageConfig, ServeConfig
 from llava_ray.serve.page import build_app as build_page
 
+pytestmark = pytest.mark.ray
+
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 SERVE = [CONFIGS / "serve.yaml", CONFIGS / "serve_multi.yaml"]
 KUBERAY = sorted((CONFIGS / "kuberay").glob("*.yaml"))

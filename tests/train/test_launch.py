@@ -29,6 +29,8 @@ from tests.support.train_runs import (
     write_rows,
 )
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def shards(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
