@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from llava_ray.model.loading import load_model
 from llava_ray.types import Prompt
-from tests.support.tiny_checkpoint import tiny_model
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 
@@ -13,6 +11,10 @@ torch.set_num_threads(1)  # the models are tiny, and threads that wait for each 
 @pytest.fixture(scope="module")
 def generate():
     """What transformers answers, one prompt at a time."""
+    # Not at the top: this imports Triton, which test_gpu_attention first tells to interpret kernels.
+    from llava_ray.model.loading import load_model
+    from tests.support.tiny_checkpoint import tiny_model
+
     core = load_model(tiny_model(), dtype="float32", device="cpu")
 
     def generate(prompt: Prompt) -> str:
