@@ -11,7 +11,7 @@ torch.set_num_threads(1)  # the models are tiny, and threads that wait for each 
 @pytest.fixture(scope="module")
 def generate():
     """What transformers answers, one prompt at a time."""
-    # Not at the top: this imports Triton, which test_gpu_attention first tells to interpret kernels.
+    # Not at the top: this imports Triton, which test_gpu_attention first has to set up.
     from llava_ray.model.loading import load_model
     from tests.support.tiny_checkpoint import tiny_model
 
