@@ -105,7 +105,7 @@ def test_a_question_that_kills_its_actor_is_given_up_and_the_others_are_answered
         (result,) = run.evaluate_model(configure(tmp_path, server))
     assert len(killed) == 2
     assert result.statuses == {"answered": NUM_QUESTIONS - 1, "failed": 1}
-    assert any("actors died" in reason for reason in result.reasons)
+    assert any("actors crashed" in reason for reason in result.reasons)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -23,7 +23,10 @@ def wait_until_ready(url: str) -> dict[str, Any]:
     replies: list[httpx.Response] = []
 
     def is_ready() -> bool:
-        replies.append(httpx.get(f"{url}/readyz", timeout=PATIENCE_S))
+        try:
+            replies.append(httpx.get(f"{url}/readyz", timeout=PATIENCE_S))
+        except httpx.ConnectError:  # the server does not listen yet
+            return False
         return replies[-1].status_code == 200
 
     wait_until(is_ready, f"{url}/readyz is ready")
