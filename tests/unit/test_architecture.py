@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "llava_ray"
 FLOORS = [
     {"cli"},
     {"app", "llava"},
-    {"evaluate", "serve"},
+    {"evaluate", "llava_input", "serve"},
     {"client", "train", "engine", "demo"},
     {"data"},
     {"model"},
