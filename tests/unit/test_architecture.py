@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "data/loader/collate.py",
         "train/",
     ),
-    "llguidance": ("engine/structured_output.py",),
+    "llguidance": ("engine/schema_check.py", "engine/structured_output.py"),
     "pycocoevalcap": ("evaluate/scoring/captions.py",),
     "openpyxl": ("evaluate/submission.py",),
     "gradio": ("serve/page/",),
