@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "train/launch.py",
         "train/trackers.py",
         "train/worker.py",
-        "evaluate/predict/actor.py",
+        "evaluate/predict/",
         "evaluate/run.py",
     ),
     "torch": (
