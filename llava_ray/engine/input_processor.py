@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
-from llava_ray.engine.structured_output import Grammar, Vocabulary
+from llava_ray.engine.structured_output import Grammar, GrammarCompiler, Vocabulary
 from llava_ray.errors import ContextLengthError, RequestError
 from llava_ray.model.loading import LoadedModel
 from llava_ray.model.processor import mark_images
@@ -33,6 +33,7 @@ class InputProcessor:
 
     def __init__(self, core: LoadedModel, *, context_length: int, room: int) -> None:
         self._core, self._context_length, self._room = core, context_length, room
+        self._grammars = GrammarCompiler(lambda: self._vocabulary)
 
     def read(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
         """Return a prompt's token ids, and the model's image inputs (None without images).
@@ -116,14 +117,14 @@ class InputProcessor:
             None if num_top is None else LogprobCollector(self._vocabulary.spell, num_top=num_top)
         )
 
-    def compile_format(self, prompt: Prompt) -> Grammar | None:
+    async def compile_format(self, prompt: Prompt) -> Grammar | None:
         """Return the grammar that the answer must follow; None: any text.
 
         Raises:
-            RequestError: the JSON schema is invalid.
+            RequestError: the JSON schema is invalid or too complex.
         """
         schema = prompt.sampling.json_schema
-        return None if schema is None else self._vocabulary.compile(schema)
+        return None if schema is None else await self._grammars.compile(schema)
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""

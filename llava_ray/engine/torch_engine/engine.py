@@ -17,6 +17,7 @@ from llava_ray.config import ModelConfig
 from llava_ray.config.model import count_threads
 from llava_ray.engine.input_processor import InputProcessor
 from llava_ray.engine.protocol import NoteImages, ignore_images
+from llava_ray.engine.structured_output import Grammar
 from llava_ray.engine.torch_engine.engine_loop import (
     Abort,
     Add,
@@ -181,7 +182,8 @@ class TorchEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer in chunks; see `Engine.stream`."""
         here = asyncio.get_running_loop()
-        sequence = await here.run_in_executor(self._encoder, self._encode, prompt)
+        grammar = await self._inputs.compile_format(prompt)
+        sequence = await here.run_in_executor(self._encoder, self._encode, prompt, grammar)
         output = OutputQueue()
         self._loop.send(Add(sequence, output))
         is_finished = False
@@ -246,7 +248,7 @@ class TorchEngine:
         with contextlib.suppress(EngineError):  # then nothing is left to free
             self._loop.send(Abort(sequence))
 
-    def _encode(self, prompt: Prompt) -> Sequence:
+    def _encode(self, prompt: Prompt, grammar: Grammar | None) -> Sequence:
         self._adapters.check(prompt.adapter)
         prompt_ids, images = self._inputs.read(prompt)
         names = hash_images(prompt.images)
@@ -258,7 +260,7 @@ class TorchEngine:
             max_tokens=self._inputs.fit(prompt, prompt_ids),
             text=self._inputs.start_detokenizer(prompt),
             eos_token_ids=self._core.eos_token_ids,
-            grammar=self._inputs.compile_format(prompt),
+            grammar=grammar,
             logprobs=self._inputs.start_logprobs(prompt),
             inputs=images,
             content=identify_tokens(
