@@ -278,7 +278,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row of a benchmark: what a model is asked, and what its reply is measured by.
+    """One row of a benchmark: what a model is asked, and what its response is measured by.
 
     Attributes:
         question_id: names it within its task, in every run.
@@ -314,11 +314,11 @@ class Prediction:
         question_id: of the question.
         status: "refused": it cannot be asked as it is (no such image, too long); "failed": it
             could be, but the model or the way to it broke.
-        text: the reply, if it was answered.
+        text: the response, if it was answered.
         reason: why not, otherwise.
         finish_reason: see `Chunk`.
-        latency_s: from the question to the end of the reply.
-        num_tokens: of the reply.
+        latency_s: from the question to the end of the response.
+        num_tokens: of the response.
         num_prompt_tokens: of the prompt, image tokens included.
         num_image_tokens: of the prompt's images.
         confidence: geometric mean of the probabilities that the model gave its own tokens; None
@@ -344,17 +344,17 @@ class Prediction:
 
 
 class Score(NamedTuple):
-    """A scorer's judgment of one reply.
+    """A scorer's judgment of one response.
 
     Attributes:
         value: 0 to 1 (a judge's is on the judge's scale); None: it could not be judged.
-        answer: what was read out of the reply.
+        parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
     """
 
     value: float | None
-    answer: str = ""
+    parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
 

@@ -1,4 +1,4 @@
-"""`llava-ray evaluate`: benchmarks on Ray, scores of replies from elsewhere, two runs compared."""
+"""`llava-ray evaluate`: runs benchmarks on Ray, scores stored predictions, compares two runs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,11 +109,12 @@ def evaluate(
         str | None, typer.Option(metavar="FILE", help=_help("judge_wording"))
     ] = None,
     score_only: Annotated[
-        bool, typer.Option("--score-only", help="Ask no model: score --predictions.")
+        bool,
+        typer.Option("--score-only", help="Ask no model: score --predictions instead."),
     ] = False,
     predictions: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Replies, reviews or grades from elsewhere."),
+        typer.Option(metavar="FILE", help="File of predictions, reviews or grades to score."),
     ] = None,
     list_tasks: Annotated[
         bool, typer.Option("--list-tasks", help="List the tasks, and exit.")
@@ -260,5 +261,5 @@ def _print_comparison(comparison: "Comparison") -> None:
     )
     for before, after in comparison.flipped[:NUM_FLIPPED]:
         scores = f"{before.score.value:g} -> {after.score.value:g}"
-        replies = f"{before.text[:60]!r} -> {after.text[:60]!r}"
-        out.print(f"  {before.question.question_id}: {scores}  {replies}", markup=False)
+        responses = f"{before.text[:60]!r} -> {after.text[:60]!r}"
+        out.print(f"  {before.question.question_id}: {scores}  {responses}", markup=False)

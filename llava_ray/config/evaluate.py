@@ -46,7 +46,7 @@ class TasksConfig(Section):
 
     judge_endpoint: str | None = Field(
         default=None,
-        description="URL of an OpenAI-compatible server whose model grades the replies of "
+        description="URL of an OpenAI-compatible server whose model grades the responses of "
         "llava_in_the_wild and mmvet. Its API key is read from OPENAI_API_KEY. "
         "Default: those tasks are not graded.",
     )
@@ -59,7 +59,7 @@ class TasksConfig(Section):
         "Default: the built-in wording.",
     )
     judge_concurrency: int = Field(
-        default=8, ge=1, le=256, description="Replies that the judge grades at the same time."
+        default=8, ge=1, le=256, description="Responses that the judge grades at the same time."
     )
 
 

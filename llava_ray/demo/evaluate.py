@@ -110,7 +110,7 @@ def make_cases(num_scenes: int, *, seed: int = 0) -> list[Case]:
     return cases
 
 
-class Answerer:
+class SceneModel:
     """A model that answers cases greedily, many at once."""
 
     def __init__(self, model_dir: Path | str) -> None:
@@ -189,14 +189,14 @@ def evaluate(
         torch.set_num_threads(threads)
     start = time.monotonic()
     cases = make_cases(num_scenes, seed=seed)
-    answerer = Answerer(model_dir)
+    model = SceneModel(model_dir)
     cases.sort(key=lambda case: (case.kind == LATER_TURNS, KINDS.index(case.kind)
                if case.kind in KINDS else 0, len(case.history)))  # fmt: skip
     batches = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
     seen, blind = [], []
     for batch in batches:
-        seen += answerer.answer(batch)
-        blind += answerer.answer(batch, is_blind=True)
+        seen += model.answer(batch)
+        blind += model.answer(batch, is_blind=True)
     kinds = {
         kind: _score(kind, [triple for triple in zip(cases, seen, blind, strict=True)
                             if triple[0].kind == kind])

@@ -15,13 +15,9 @@ from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
-from llava_ray.evaluate.predict.actor import (
-    Predictor,
-    SharedCrashCounter,
-    describe_settings,
-    digest_model,
-    make_cache_key,
-)
+from llava_ray.evaluate.predict.actor import Predictor
+from llava_ray.evaluate.predict.cache_key import describe_settings, digest_model, make_cache_key
+from llava_ray.evaluate.predict.crashes import SharedCrashCounter
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.results.report import write_report
 from llava_ray.evaluate.results.results import (
@@ -81,10 +77,10 @@ def predict(
     """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
     known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
-    open_questions = find_open(questions, known, digest, settings)
-    num_done = len(questions) - len(open_questions)
+    unanswered = find_unanswered(questions, known, digest, settings)
+    num_done = len(questions) - len(unanswered)
     on_progress(EvaluateProgress(task.name, num_done, len(questions)))
-    for predictions in _stream(open_questions, task, config, model, digest):
+    for predictions in _stream(unanswered, task, config, model, digest):
         append_log(log, predictions)
         num_done += len(predictions)
         on_progress(EvaluateProgress(task.name, num_done, len(questions)))
@@ -98,7 +94,7 @@ def _stream(
         return
     import ray.data
 
-    from llava_ray.data.session import start_ray
+    from llava_ray.data.start_ray import start_ray
 
     start_ray()
     context = ray.data.DataContext.get_current()
@@ -126,7 +122,7 @@ def _stream(
         yield predictions
 
 
-def find_open(
+def find_unanswered(
     questions: Sequence[Question], known: dict[str, Prediction], digest: str, settings: str
 ) -> list[Question]:
     """Return the questions without a prediction for this model, these images and settings."""
@@ -196,10 +192,10 @@ def _submit(
     """Write the file for the benchmark's server; return why that cannot be done."""
     if task.submit is None:
         return ""
-    replies = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+    responses = {i: p.text for i, p in predictions.items() if p.status == "answered"}
     folder = task.find_folder(Path(config.data))
     try:
-        task.submit(questions, replies, folder, output / f"submit_{task.name}")
+        task.submit(questions, responses, folder, output / f"submit_{task.name}")
     except UserError as error:
         return error.message
     return ""

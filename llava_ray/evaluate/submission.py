@@ -18,50 +18,52 @@ _MMBENCH_COLUMN = 6
 
 
 def write_vqav2(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """EvalAI's VQAv2: every question of test2015, with "" where it was not asked."""
     whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
     rows = read_jsonl(whole) if whole.is_file() else []
     ids = [row["question_id"] for row in rows] or [_number(q.source_id) for q in questions]
-    answers = [{"question_id": i, "answer": normalize_answer(replies.get(str(i), ""))} for i in ids]
+    answers = [
+        {"question_id": i, "answer": normalize_answer(responses.get(str(i), ""))} for i in ids
+    ]
     return _write_json(path, answers)
 
 
 def write_gqa(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """The predictions that GQA's own eval.py reads."""
     answers = [
-        {"questionId": q.source_id, "prediction": replies[q.question_id].rstrip(".").lower()}
+        {"questionId": q.source_id, "prediction": responses[q.question_id].rstrip(".").lower()}
         for q in questions
-        if q.question_id in replies
+        if q.question_id in responses
     ]
     return _write_json(path, answers)
 
 
 def write_vizwiz(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """EvalAI's VizWiz.
 
     Raises:
-        SampleError: a question has no reply; the server wants them all.
+        SampleError: a question has no response; the server wants them all.
     """
-    if missing := [q.question_id for q in questions if q.question_id not in replies]:
+    if missing := [q.question_id for q in questions if q.question_id not in responses]:
         raise SampleError(
-            f"{len(missing)} questions of VizWiz have no reply ({missing[0]}, ...), and its server "
-            "wants all: run the same command again"
+            f"{len(missing)} questions of VizWiz have no response ({missing[0]}, ...), and its "
+            "server wants all: run the same command again"
         )
     answers = [
-        {"image": Path(str(q.images[0])).name, "answer": normalize_answer(replies[q.question_id])}
+        {"image": Path(str(q.images[0])).name, "answer": normalize_answer(responses[q.question_id])}
         for q in questions
     ]
     return _write_json(path, answers)
 
 
 def write_mmbench(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """MMBench's xlsx: the TSV without some columns and with one of predictions.
 
@@ -82,7 +84,7 @@ def write_mmbench(
             columns = [name for name in row if name not in _MMBENCH_LEFT_OUT]
             columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
             sheet.append(columns)
-        told = {**row, "prediction": replies.get(row["index"])}
+        told = {**row, "prediction": responses.get(row["index"])}
         sheet.append(
             [_number(row[name]) if name == "index" else told[name] or None for name in columns]
         )
@@ -92,24 +94,26 @@ def write_mmbench(
 
 
 def write_mmvet(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
-    """MM-Vet's `v1_ID: reply`."""
+    """MM-Vet's `v1_ID: response`."""
     found = {
-        f"v1_{q.source_id}": replies[q.question_id] for q in questions if q.question_id in replies
+        f"v1_{q.source_id}": responses[q.question_id]
+        for q in questions
+        if q.question_id in responses
     }
     return _write_json(path, found)
 
 
 def write_seed(
-    questions: Sequence[Question], replies: Mapping[str, str], folder: Path, path: Path
+    questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """SEED-Bench's lines of `question_id` and `prediction`."""
     path = path.with_suffix(".jsonl")
     lines = [
-        json.dumps({"question_id": q.source_id, "prediction": replies[q.question_id]})
+        json.dumps({"question_id": q.source_id, "prediction": responses[q.question_id]})
         for q in questions
-        if q.question_id in replies
+        if q.question_id in responses
     ]
     path.write_text("\n".join(lines) + "\n")
     return path

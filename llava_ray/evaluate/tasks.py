@@ -1,6 +1,7 @@
-"""Tasks: one literal a benchmark, under the name that lmms-eval has for it.
+"""The tasks: one `Task` for each benchmark, under the name that lmms-eval has for it.
 
-Prompts are in the benchmarks' files or made by `datasets`; all replies are greedy, as in LLaVA-1.5.
+Prompts come from the benchmarks' files or are made by `datasets`. Decoding is greedy, as in
+LLaVA-1.5.
 """
 
 import difflib
@@ -25,17 +26,17 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: lmms-eval's.
-        folder: of its files, within the folder of all benchmarks.
-        read: the questions of the benchmark's files.
-        keep: which of these it asks; by default all.
-        score: judges a reply; None where only a server knows the answers, or a judge grades.
-        score_together: judges all replies, where they weigh on one another's scores.
-        summarize: its numbers; the first is the headline.
-        max_tokens: longest reply.
-        judge: how another model grades the replies.
-        submit: writes the file that the benchmark's server takes: (questions, replies by id, folder
-            of the task, path without ending) -> the file.
+        name: lmms-eval's name for it.
+        folder: name of its folder within the folder of all benchmarks.
+        read: reads the questions from the benchmark's files.
+        keep: selects the questions that are asked; by default all.
+        score: scores one response; None if only a server knows the answers, or a judge grades.
+        score_together: scores all responses at once, where one's score depends on the others.
+        summarize: computes the task's metrics; the first is the headline.
+        max_tokens: longest response, in tokens.
+        judge: how another model grades the responses.
+        submit: writes the file that the benchmark's server takes: (questions, responses by id,
+            folder of the task, path without suffix) -> the file.
     """
 
     name: str

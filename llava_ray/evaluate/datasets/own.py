@@ -33,7 +33,7 @@ def read_own_vqa(folder: Path) -> list[Question]:
     """Questions with the answers of several annotators.
 
     Raises:
-        SampleError: a question has fewer than four answers, with which no reply could be right.
+        SampleError: a question has fewer than four answers, with which no response could be right.
     """
     questions = list(_read(folder, suffix=""))
     for question in questions:

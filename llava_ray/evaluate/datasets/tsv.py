@@ -14,10 +14,10 @@ from typing import IO
 
 from llava_ray.errors import ConfigError, ImageError
 
-Row = dict[str, str]
+TableRow = dict[str, str]
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
+def read_rows(path: Path) -> Iterator[tuple[int, TableRow]]:
     """Yield the rows, each with the place of its first byte in the file.
 
     Raises:
@@ -62,7 +62,7 @@ def _split(file: IO[bytes]) -> Iterator[list[str]]:
     return csv.reader(lines, delimiter="\t")
 
 
-def _name_cells(names: list[str], cells: list[str], path: Path, place: int) -> Row:
+def _name_cells(names: list[str], cells: list[str], path: Path, place: int) -> TableRow:
     if len(cells) != len(names):
         raise ConfigError(
             f"{path}, byte {place}: a row has {len(cells)} columns, the first line {len(names)}: "

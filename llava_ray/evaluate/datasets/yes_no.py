@@ -101,7 +101,7 @@ def _read_mme_answers(release: Path) -> dict[tuple[str, str, str], str]:
 
 
 def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
-    """MME's per-task files of answers (`image, question, right answer, reply`, tab-separated).
+    """MME's per-task files of answers (`image, question, right answer, response`, tab-separated).
 
     They hold all that their scores need: two lines after each other are of one image.
 
@@ -119,9 +119,9 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
             if len(cells) != 4:
                 raise SampleError(
                     f"{file}, line {number + 1}, has {len(cells)} columns: image, question, "
-                    "right answer and reply are needed"
+                    "right answer and response are needed"
                 )
-            image, text, answer, reply = cells
+            image, text, answer, response = cells
             question = Question(
                 f"{file.stem}/{image}/{number}",
                 text,
@@ -130,4 +130,4 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
                 cluster=f"{file.stem}/{number // 2}",
                 source_id=f"{file.stem}/{image}",
             )
-            yield question, reply
+            yield question, response

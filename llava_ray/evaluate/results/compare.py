@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from llava_ray.errors import ConfigError
 from llava_ray.evaluate.results.results import name_cluster
-from llava_ray.evaluate.results.samples import Sample, find_samples, read_samples, score_of
+from llava_ray.evaluate.results.samples import SampleRecord, find_samples, read_samples, to_scored
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.evaluate.scoring.statistics import Estimate, estimate
 from llava_ray.evaluate.tasks import find_tasks
@@ -47,7 +47,7 @@ class Comparison:
         task: its name.
         numbers: each number of the task; the headline first.
         num_both: questions that both answered; only these are compared.
-        num_one: questions that one run has no scored reply to.
+        num_one: questions that one run has no scored response to.
         flipped: pairs of different scores, the largest change first.
     """
 
@@ -74,7 +74,9 @@ def compare_runs(before: Path, after: Path) -> list[Comparison]:
     return [_compare(name, read_samples(first[name]), read_samples(second[name])) for name in names]
 
 
-def _compare(name: str, before: Sequence[Sample], after: Sequence[Sample]) -> Comparison:
+def _compare(
+    name: str, before: Sequence[SampleRecord], after: Sequence[SampleRecord]
+) -> Comparison:
     (task,) = find_tasks([name])
     by_id = {sample["id"]: sample for sample in after}
     pairs: list[Pair] = []
@@ -87,7 +89,7 @@ def _compare(name: str, before: Sequence[Sample], after: Sequence[Sample]) -> Co
                 f"{name}: question {sample['id']} is not the same in both runs: evaluate both on "
                 "the same files to compare them"
             )
-        one, two = score_of(sample), score_of(other)
+        one, two = to_scored(sample), to_scored(other)
         if one and two:
             pairs.append(Pair(one, two))
     ids = {sample["id"] for sample in before} | by_id.keys()

@@ -1,4 +1,4 @@
-"""Files of replies from elsewhere: LLaVA's answer files, results, reviews and grades."""
+"""Reads stored predictions: LLaVA's answer files, its results, reviews and grades."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from llava_ray.evaluate.scoring import judge
 from llava_ray.types import Prediction, Question, Score
 
 
-class Row(NamedTuple):
-    """A reply as a file has it.
+class StoredResponse(NamedTuple):
+    """A response as a file has it.
 
     Attributes:
         source_id: of the question.
-        text: the reply; "" in files that hold no more than a judge's scores.
+        text: the response; "" in files that hold no more than a judge's scores.
         prompt: what was asked; "" if the file does not say.
         group: kind of question, in reviews.
         score: what a judge gave.
@@ -36,89 +36,91 @@ class StoredPredictions(NamedTuple):
     scores: dict[str, Score]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read a file of replies.
+def read_responses(path: Path) -> list[StoredResponse]:
+    """Read a file of responses.
 
-    Lines of `question_id` and `text` (LLaVA's answer files) or `prediction` (SEED-Bench's), a
-    ScienceQA result (`outputs`) or its analysis (`correct`, `incorrect`), MM-Vet's `v1_ID: reply`,
-    LLaVA-Bench reviews (`tuple`) and MM-Vet grades (`score`) are known.
+    Known forms: lines of `question_id` and `text` (LLaVA's answer files) or `prediction`
+    (SEED-Bench's), a ScienceQA result (`outputs`) or its analysis (`correct`, `incorrect`),
+    MM-Vet's `v1_ID: response`, LLaVA-Bench reviews (`tuple`) and MM-Vet grades (`score`).
 
     Raises:
         ConfigError: it is none of these.
         SampleError: a row of it is not.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no file of replies at {path}")
+        raise ConfigError(f"there is no file of responses at {path}")
     if path.suffix == ".json":
         return list(_read_object(path, read_json(path)))
     return [_read_line(row, f"{path}, row {i}") for i, row in enumerate(read_jsonl(path), 1)]
 
 
-def match_rows(rows: Sequence[Row], questions: Sequence[Question], path: Path) -> StoredPredictions:
-    """Give each reply to its question: by id, and by what was asked where ids repeat.
+def match_responses(
+    rows: Sequence[StoredResponse], questions: Sequence[Question], path: Path
+) -> StoredPredictions:
+    """Give each response to its question: by id, and by what was asked where ids repeat.
 
     Raises:
-        SampleError: a reply belongs to none of the questions.
+        SampleError: a response belongs to none of the questions.
     """
     left: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         left[question.source_id].append(question)
-    replies = StoredPredictions({}, {})
+    responses = StoredPredictions({}, {})
     for row in rows:
         candidates = left[row.source_id]
         if not candidates:
             raise SampleError(
-                f"{path} has a reply for {row.source_id!r}, which the benchmark does not ask, or "
-                "not so often: give the answers to the same question file"
+                f"{path} has a response for {row.source_id!r}, which the benchmark does not ask, "
+                "or not so often: give the answers to the same question file"
             )
         same = [question for question in candidates if question.text == row.prompt]
         question = (same or candidates)[0]
         candidates.remove(question)
-        _add(replies, question, row)
-    return replies
+        _add(responses, question, row)
+    return responses
 
 
-def make_questions(rows: Sequence[Row]) -> tuple[list[Question], StoredPredictions]:
+def make_questions(rows: Sequence[StoredResponse]) -> tuple[list[Question], StoredPredictions]:
     """Return questions for a judge's scores, whose summary needs no more than their kinds."""
-    questions, replies = [], StoredPredictions({}, {})
+    questions, responses = [], StoredPredictions({}, {})
     for i, row in enumerate(rows):
         groups = (row.group,) if row.group else ()
         questions.append(Question(f"{row.source_id}/{i}", row.prompt, groups=groups))
-        _add(replies, questions[-1], row)
-    return questions, replies
+        _add(responses, questions[-1], row)
+    return questions, responses
 
 
-def _add(replies: StoredPredictions, question: Question, row: Row) -> None:
+def _add(responses: StoredPredictions, question: Question, row: StoredResponse) -> None:
     name = question.question_id
-    replies.predictions[name] = Prediction(name, "answered", row.text)
+    responses.predictions[name] = Prediction(name, "answered", row.text)
     if row.score is not None:
-        replies.scores[name] = row.score
+        responses.scores[name] = row.score
 
 
-def _read_line(row: dict[str, Any], where: str) -> Row:
+def _read_line(row: dict[str, Any], where: str) -> StoredResponse:
     source_id = str(get_field(row, "question_id", where))
     if "tuple" in row or isinstance(row.get("score"), list):
         points = row["tuple"] if "tuple" in row else row["score"]
         group = row.get("category", "").removeprefix("llava_bench_")
-        return Row(source_id, "", group=group, score=judge.judge_points(points))
+        return StoredResponse(source_id, "", group=group, score=judge.score_points(points))
     text = row["prediction"] if "prediction" in row else get_field(row, "text", where)
-    return Row(source_id, text, row.get("prompt", ""))
+    return StoredResponse(source_id, text, row.get("prompt", ""))
 
 
-def _read_object(path: Path, content: Any) -> Iterator[Row]:
+def _read_object(path: Path, content: Any) -> Iterator[StoredResponse]:
     if not isinstance(content, dict):
         raise ConfigError(
-            f"{path} holds no replies: give lines of question_id and text, a ScienceQA result, or "
-            "MM-Vet's replies or grades"
+            f"{path} holds no responses: give lines of question_id and text, a ScienceQA result, "
+            "or MM-Vet's responses or grades"
         )
     if "correct" in content and isinstance(content["correct"], list):
         for row in [*content["correct"], *content["incorrect"]]:
-            yield Row(str(row["question_id"]), row["pred"], row["question"])
+            yield StoredResponse(str(row["question_id"]), row["pred"], row["question"])
         return
     for name, value in content.get("outputs", content).items():
         source_id = name.removeprefix("v1_")
         if isinstance(value, dict):
             grades = get_field(value, "score", f"{path}, {name}")
-            yield Row(source_id, "", score=judge.judge_grades(grades))
+            yield StoredResponse(source_id, "", score=judge.score_grades(grades))
         else:
-            yield Row(source_id, str(value))
+            yield StoredResponse(source_id, str(value))

@@ -14,7 +14,12 @@ from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import ImageError
 from llava_ray.evaluate.datasets.images import load_image
-from llava_ray.evaluate.results.samples import Sample, find_samples, read_results, read_samples
+from llava_ray.evaluate.results.samples import (
+    SampleRecord,
+    find_samples,
+    read_results,
+    read_samples,
+)
 
 NUM_SHOWN = 12
 IMAGE_SIDE = 320  # pixels
@@ -30,7 +35,7 @@ section { border-top: 2px solid #1d1d1f; margin-top: 2rem }
 article { border: 1px solid #e5e5ea; border-radius: 8px; padding: .75rem; overflow-wrap: anywhere }
 img { max-width: 100%; max-height: 14rem; border-radius: 4px }
 pre { white-space: pre-wrap; margin: .4rem 0; font: inherit }
-.reply { background: #f5f5f7; border-radius: 6px; padding: .4rem .6rem }
+.response { background: #f5f5f7; border-radius: 6px; padding: .4rem .6rem }
 small, .absent { color: #6e6e73 }
 """
 
@@ -63,14 +68,14 @@ def _write_overview(tasks: dict[str, Any]) -> str:
     for name, task in tasks.items():
         headline = task["headline"]
         number = _number(headline) if headline else ("", "")
-        shown = headline["name"] if headline else "no headline: too few replies were scored"
+        shown = headline["name"] if headline else "no headline: too few responses were scored"
         link = f"<a href='#{html.escape(name)}'>{html.escape(name)}</a>"
         counts = f"{task['num_scored']:,} of {task['num_questions']:,}", f"{task['coverage']:.2%}"
         rows.append([link, html.escape(shown), *number, *counts])
     return _write_table(["task", "number", "value", "± standard error", "scored", "coverage"], rows)
 
 
-def _write_task(name: str, task: dict[str, Any], samples: Sequence[Sample]) -> str:
+def _write_task(name: str, task: dict[str, Any], samples: Sequence[SampleRecord]) -> str:
     scored = [sample for sample in samples if sample["score"] is not None]
     worst = sorted(scored, key=lambda s: (s["score"], -(s.get("confidence") or 0.0)))
     worst = [sample for sample in worst if sample["score"] < 1]
@@ -102,14 +107,14 @@ def _write_table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
-def _write_samples(title: str, samples: Sequence[Sample]) -> str:
+def _write_samples(title: str, samples: Sequence[SampleRecord]) -> str:
     if not samples:
         return ""
     articles = "".join(_write_sample(sample) for sample in samples)
     return f"<h3>{title}</h3><div class='samples'>{articles}</div>"
 
 
-def _write_sample(sample: Sample) -> str:
+def _write_sample(sample: SampleRecord) -> str:
     figures = "".join(_write_image(each) for each in sample["images"])
     facts = [sample["id"]]
     if sample["score"] is not None:
@@ -119,7 +124,7 @@ def _write_sample(sample: Sample) -> str:
     about = " · ".join([*facts, sample["why"]] if sample["why"] else facts)
     return (
         f"<article>{figures}<pre>{html.escape(sample['prompt'])}</pre>"
-        f"<pre class='reply'>{html.escape(sample['reply'])}</pre>"
+        f"<pre class='response'>{html.escape(sample['response'])}</pre>"
         f"<small>{html.escape(about)}</small></article>"
     )
 

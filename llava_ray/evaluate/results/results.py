@@ -53,11 +53,11 @@ def score_predictions(
 ) -> dict[str, Score]:
     """Score every question that was answered and has an answer; a judge's are not made here."""
     answered = [
-        (question, said.text)
+        (question, prediction.text)
         for question in questions
         if question.answers
-        and (said := predictions.get(question.question_id))
-        and said.status == "answered"
+        and (prediction := predictions.get(question.question_id))
+        and prediction.status == "answered"
     ]
     if task.score:
         return {question.question_id: task.score(question, text) for question, text in answered}
@@ -109,8 +109,8 @@ def describe_sample(
     question: Question, prediction: Prediction | None, score: Score | None
 ) -> dict[str, Any]:
     """Return a line of samples_{task}.jsonl: all that scoring anew or comparing needs."""
-    said = asdict(prediction) if prediction else {"status": "missing", "text": ""}
-    said.pop("question_id", None)
+    fields = asdict(prediction) if prediction else {"status": "missing", "text": ""}
+    fields.pop("question_id", None)
     return {
         "id": question.question_id,
         "prompt": question.text,
@@ -119,10 +119,10 @@ def describe_sample(
         "choices": list(question.choices),
         "groups": list(question.groups),
         "cluster": question.cluster,
-        "reply": said.pop("text"),
-        **said,
+        "response": fields.pop("text"),
+        **fields,
         "score": score.value if score else None,
-        "parsed": score.answer if score else "",
+        "parsed": score.parsed if score else "",
         "why": score.why if score else "",
         "figures": list(score.figures) if score else [],
     }

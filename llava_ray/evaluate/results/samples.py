@@ -8,7 +8,7 @@ from llava_ray.evaluate.datasets.files import read_json, read_jsonl
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.types import Question, Score
 
-Sample = dict[str, Any]
+SampleRecord = dict[str, Any]
 PREFIX = "samples_"
 
 
@@ -26,9 +26,9 @@ def find_samples(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[SampleRecord]:
     """Return the samples of a task, as `results.describe_sample` wrote them."""
-    return read_jsonl(path)
+    return [_rename_fields(record) for record in read_jsonl(path)]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {"about": {}, "tasks": {}}
 
 
-def score_of(sample: Sample) -> Scored | None:
+def to_scored(sample: SampleRecord) -> Scored | None:
     """Return a sample as a scored row; None if it was not answered and judged."""
     if sample["status"] != "answered" or sample["score"] is None:
         return None
@@ -50,4 +50,9 @@ def score_of(sample: Sample) -> Scored | None:
         cluster=sample["cluster"],
     )
     score = Score(sample["score"], sample["parsed"], sample["why"], tuple(sample["figures"]))
-    return Scored(question, sample["reply"], score)
+    return Scored(question, sample["response"], score)
+
+
+def _rename_fields(record: SampleRecord) -> SampleRecord:
+    """Version 0.1 wrote the response under "reply"."""
+    return {("response" if name == "reply" else name): value for name, value in record.items()}

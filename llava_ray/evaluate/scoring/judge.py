@@ -1,4 +1,4 @@
-"""Replies that another model grades: what the judge is asked, and how its verdict is read.
+"""Responses that another model grades: what the judge is asked, and how its verdict is read.
 
 Pure functions. `judge_run` asks the judge; `rescore` takes reviews and grades made elsewhere. A
 verdict that cannot be read is not a score: it is counted and reported, and stays out of every mean.
@@ -40,7 +40,7 @@ class Judge:
     """How a judge is asked and understood.
 
     Attributes:
-        write: the text for the judge: (question, reply, wording).
+        write: the text for the judge: (question, response, wording).
         score: what a verdict means; a Score without a value if it cannot be read.
         sampling: how the judge answers.
         wording: the instruction.
@@ -83,7 +83,7 @@ def _find_rule(rules: dict[str, str], question: Question, path: str) -> str:
 
 
 def write_review(question: Question, text: str, wording: str) -> str:
-    """LLaVA-Bench: the image in words, the question, the reference and the reply."""
+    """LLaVA-Bench: the image in words, the question, the reference and the response."""
     (reference,) = question.answers
     return (
         f"[Context]\n{question.context}\n\n[Question]\n{question.text}\n\n"
@@ -99,10 +99,10 @@ def score_review(verdict: str) -> Score:
         reference, model = (float(piece) for piece in pieces)
     except ValueError:
         return _unreadable(verdict, "two numbers on the first line")
-    return judge_points((reference, model))
+    return score_points((reference, model))
 
 
-def judge_points(points: Sequence[float]) -> Score:
+def score_points(points: Sequence[float]) -> Score:
     """The score for a pair of points; LLaVA marks a review that failed with negative ones."""
     if len(points) != 2 or min(points) < 0:
         return _unreadable(str(list(points)), "pair of points")
@@ -115,20 +115,20 @@ def write_grading(question: Question, text: str, wording: str) -> str:
     """MM-Vet: a table of examples, and a row whose last cell is missing."""
     (truth,) = question.answers
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    reply = " ".join(text.split())
-    return f"{wording}\n{' | '.join([question.text, truth, reply, ''])}"
+    response = " ".join(text.split())
+    return f"{wording}\n{' | '.join([question.text, truth, response, ''])}"
 
 
 def score_grading(verdict: str) -> Score:
     """The first word is a number from 0 to 1."""
     try:
-        return judge_grades([float(verdict.split()[0])])
+        return score_grades([float(verdict.split()[0])])
     except (ValueError, IndexError):
         return _unreadable(verdict, "number from 0 to 1")
 
 
-def judge_grades(grades: Sequence[float]) -> Score:
-    """The score for one or several grades of one reply."""
+def score_grades(grades: Sequence[float]) -> Score:
+    """The score for one or several grades of one response."""
     if not grades or not all(0 <= grade <= 1 for grade in grades):
         return _unreadable(str(list(grades)), "grades from 0 to 1")
     value = sum(grades) / len(grades)

@@ -1,7 +1,7 @@
-"""Asks a judge about replies, through any OpenAI-compatible endpoint; what it says is logged.
+"""Asks a judge model, at any OpenAI-compatible server, to grade responses; logs its verdicts.
 
-Killed at any point and started again, only replies without a verdict are judged. A verdict that
-cannot be read, or a judge that fails, leaves a Score without a value and with the reason.
+A run that was killed and started again asks only about responses without a verdict in the log. A
+verdict that cannot be read, or a judge that fails, gives a Score without a value, with the reason.
 """
 
 import asyncio
@@ -25,13 +25,13 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge said of a reply.
+    """A judge's verdict on a response.
 
     Attributes:
         question_id: of the question.
         cache_key: digest of the judge, its prompt and its settings.
         prompt: all that the judge was asked.
-        text: its words; empty if it failed.
+        text: the judge's whole response; empty if it failed.
         reason: why it failed.
     """
 
@@ -51,7 +51,7 @@ def grade_predictions(
     *,
     on_verdict: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Score]:
-    """Return a score for every reply, by question id; what the log holds is not asked again.
+    """Return a score for every response, by question id; what the log holds is not asked again.
 
     Raises:
         ConfigError: the file of the judge's wording cannot be read.
@@ -84,7 +84,7 @@ def _find_answered(
     return [
         question
         for question in questions
-        if (said := predictions.get(question.question_id)) and said.status == "answered"
+        if (found := predictions.get(question.question_id)) and found.status == "answered"
     ]
 
 
@@ -118,8 +118,8 @@ async def _ask_judge(
             )
             async with free:
                 try:
-                    reply = await ask_with_retries(lambda: ask(client.stream, request))
-                    text, reason = reply.text, ""
+                    response = await ask_with_retries(lambda: ask(client.stream, request))
+                    text, reason = response.text, ""
                 except LlavaRayError as error:
                     text, reason = "", f"the judge failed: {error.message}"
             keep(Verdict(draft.question_id, draft.cache_key, draft.prompt, text, reason))

@@ -121,7 +121,7 @@ def _join_cluster(members: Sequence[Scored]) -> Scored:
 
 
 def _measure_yes(rows: Sequence[Scored]) -> dict[str, float]:
-    counts = Counter((row.score.answer, _value(row)) for row in rows)
+    counts = Counter((row.score.parsed, _value(row)) for row in rows)
     true_yes, false_yes = counts["yes", 1.0], counts["yes", 0.0]
     true_no, false_no = counts["no", 1.0], counts["no", 0.0]
     precision = true_yes / (true_yes + false_yes) if true_yes else 0.0
