@@ -264,7 +264,7 @@ def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Pa
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "rows.json").write_text('[{"id": ')
-    with pytest.raises(ConfigError, match=r"^'rows.json' in .* is no JSON"):
+    with pytest.raises(ConfigError, match=r"^'rows.json' in .* is not JSON"):
         convert_dataset(settings(raw, tmp_path / "out"))
 
 

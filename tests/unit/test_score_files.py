@@ -191,7 +191,7 @@ BAD = [
     ),
     ("pope", '{"question_id": 0, "text": "a"}\n{"question_id": 0, "text": "b"}', "a reply for '0'"),
     ("pope", '{"question_id": 0}', "row 1 has no 'text'"),
-    ("pope", "yes", "line 1 of 'answers.jsonl' is no JSON object"),
+    ("pope", "yes", "line 1 of 'answers.jsonl' is not a JSON object"),
     ("mmvet", '{"question_id": 0, "text": "yes"}', "holds replies without grades"),
 ]
 

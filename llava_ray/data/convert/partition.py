@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.sources import Source, find_source
-from llava_ray.data.sources.building import RawRow
+from llava_ray.data.sources.building import BROKEN_ROW, RawRow, explain_broken
 from llava_ray.data.validate import check_messages
 from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
 from llava_ray.storage import Folder, find_input
@@ -20,9 +20,6 @@ from llava_ray.types import Sample
 
 MAX_INLINE_IMAGE_BYTES = 64 << 20
 """Bytes of images inside the rows at which a job ends, after the row that exceeds them."""
-
-_BROKEN_ROW = (LookupError, TypeError, ValueError, AttributeError)
-"""What a source's plain Python raises if a field is missing or has the wrong type."""
 
 
 class RejectedRow(NamedTuple):
@@ -96,16 +93,13 @@ def _convert_row(source: Source, raw: RawRow) -> Sample:
         is_large = isinstance(error, ImageTooLargeError)
         reason = "image_oversized" if is_large else "image_corrupt"
         raise SampleError(error.message, reason=reason) from error
-    except _BROKEN_ROW as error:
-        raise SampleError(
-            f"the row does not have the layout of its source ({type(error).__name__}: {error}): "
-            "compare it with the other rows",
-            reason="bad_row",
-        ) from error
+    except BROKEN_ROW as error:
+        raise explain_broken(error) from error
 
 
 def _guess_id(raw: RawRow) -> str:
-    return str(raw.row.get("id", "")) if isinstance(raw.row, dict) else ""
+    found = raw.row.get("id") if isinstance(raw.row, dict) else None
+    return str(found) if isinstance(found, str | int) else ""
 
 
 class _SeenSamples:

@@ -146,10 +146,10 @@ class ShardJobRunner:
 def _find_images(config: ConvertConfig, folder: Folder) -> Folder:
     """Return the folder of the images: as configured, or where the source usually has them."""
     if config.images:
-        return open_folder(config.images)
+        return open_folder(config.images).confine()
     below = find_source(config.source).images
     if below and folder.has(below):
-        return Folder(folder.files, folder.path(below), f"{folder.address}/{below}")
+        return Folder(folder.files, folder.path(below), f"{folder.address}/{below}").confine()
     return folder
 
 
