@@ -4,6 +4,7 @@ open_folder   a `Folder` to read and write files in, wherever it is (raw data, s
 fetch_folder  a copy of a remote folder in the local cache (checkpoints)
 """
 
+import errno
 import hashlib
 import os
 import posixpath
@@ -17,10 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from llava_ray.errors import ConfigError, MissingPackageError, SampleError
+from llava_ray.errors import ConfigError, DiskFullError, MissingPackageError, SampleError
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
 """Keys of a listing that change when the file does, under the names of various file systems."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,35 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically."""
-        with self.write_beside(name) as path, open(path, "wb") as file:
+        with self.write_beside(name, num_bytes=len(data)) as path, open(path, "wb") as file:
             file.write(data)
 
     @contextmanager
-    def write_beside(self, name: str) -> Iterator[Path]:
-        """Give the path of a scratch file, which becomes `name` if the block ends without error."""
+    def write_beside(self, name: str, *, num_bytes: int = 0) -> Iterator[Path]:
+        """Give the path of a scratch file, which becomes `name` if the block ends without error.
+
+        Args:
+            name: of the file.
+            num_bytes: about how many bytes it takes, for the message if there is no room for it.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
         if self.is_local:
             scratch = Path(self.path(posixpath.join(posixpath.dirname(name), _new_name())))
-            scratch.parent.mkdir(parents=True, exist_ok=True)
         else:
             scratch = Path(tempfile.gettempdir()) / _new_name()
         try:
+            scratch.parent.mkdir(parents=True, exist_ok=True)
             yield scratch
             if self.is_local:
                 os.replace(scratch, self.path(name))
             else:  # object stores show a file only once all of it is there
                 self.files.put_file(str(scratch), self.path(name))
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise DiskFullError(_explain_full(scratch, name, num_bytes)) from error
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -128,6 +142,13 @@ class Folder:
             return self
         root = os.path.realpath(self.root)
         return replace(self, confines=(_find_hub_cache(root) or root,))
+
+    def measure(self, name: str) -> int:
+        """Return a file's size in bytes, 0 if it is missing."""
+        try:
+            return self.files.size(self.path(name)) or 0
+        except (OSError, ValueError):
+            return 0
 
     def _check_confined(self, name: str) -> None:
         if not self.confines:
@@ -292,6 +313,19 @@ def _find_hub_cache(root: str) -> str | None:
     """
     before, found, _ = f"{root}/".rpartition("/snapshots/")
     return before if found and os.path.isdir(f"{before}/blobs") else None
+
+
+def _explain_full(scratch: Path, name: str, num_bytes: int) -> str:
+    written = scratch.stat().st_size if scratch.exists() else 0
+    needed = f"about {num_bytes:,}" if num_bytes >= written else f"more than {written:,}"
+    try:
+        free = shutil.disk_usage(scratch.parent).free + written
+    except OSError:
+        free = written
+    return (
+        f"the disk of {str(scratch.parent)!r} is full: {name!r} takes {needed} bytes, and {free:,} "
+        "are free; free some space and run the same command again, which goes on from here"
+    )
 
 
 def _new_name() -> str:

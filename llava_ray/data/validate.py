@@ -3,8 +3,8 @@
 Reasons: `bad_row` (a field is missing or has the wrong type), `encoding` (a text is not Unicode),
 `unsupported` (it holds what a sample cannot express), `roles`, `placeholders` (the numbers of
 `<image>` and of images differ), `empty` (there is nothing to learn), `too_long`, `duplicate`,
-`duplicate_id`, `image_path` (outside the folder, or not a file), `image_missing`, `image_empty`,
-`image_corrupt`, `image_oversized`, `too_many_images`.
+`duplicate_id`, `image_path` (outside the folder, or not a file), `image_missing`,
+`image_unreadable`, `image_empty`, `image_corrupt`, `image_oversized`, `too_many_images`.
 """
 
 import re

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.partition import PendingSample, RejectedRow, make_shard_jobs
+from llava_ray.data.convert.partition import make_shard_jobs
+from llava_ray.data.convert.records import PendingSample, RejectedRow
 from llava_ray.data.sources import SOURCES
 from llava_ray.errors import ConfigError, SampleError
 from tests.support.raw_data import (

@@ -206,8 +206,7 @@ def pick_letter(index: object, choices: Sequence[str]) -> str:
         SampleError: there is no such choice.
     """
     check_choices(choices)
-    is_index = isinstance(index, int) and not isinstance(index, bool)
-    if not is_index or not 0 <= index < len(choices):
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(choices):
         raise SampleError(
             f"the answer is {describe(index)}, not the index of one of {len(choices)} choices",
             reason="bad_row",

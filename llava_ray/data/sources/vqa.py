@@ -123,8 +123,8 @@ def _read_rotated(folder: Folder, name: str, split: str, names: Sequence[str]) -
     """Yield a row for each question of A-OKVQA and each rotation of its choices."""
     for raw in read_json_list(folder, name):
         choices = raw.row.get("choices") if isinstance(raw.row, dict) else None
-        is_usable = isinstance(choices, list) and 0 < len(choices) <= len(LETTERS)
-        for rotation in range(len(choices) if is_usable else 1):
+        num_rotations = len(choices) if isinstance(choices, list) else 1
+        for rotation in range(num_rotations if 0 < num_rotations <= len(LETTERS) else 1):
             yield make_raw_row(
                 raw.where,
                 lambda raw=raw, rotation=rotation: {

@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
-from tarfile import InvalidHeaderError, ReadError, TruncatedHeaderError
+from tarfile import HeaderError, ReadError
 from typing import IO, TYPE_CHECKING
 
 from llava_ray.data.sources.building import RawRow, Row, read_dict
@@ -68,7 +68,9 @@ class _Header(tarfile.TarInfo):
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> "_Header":
         try:
             return super().fromtarfile(tarfile)
-        except (InvalidHeaderError, TruncatedHeaderError) as error:
+        except HeaderError as error:
+            if type(error).__name__ in ("EOFHeaderError", "EmptyHeaderError"):
+                raise  # the end of the archive
             raise ReadError(f"a header is damaged: {error}") from error
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
