@@ -261,6 +261,10 @@ def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_p
     with pytest.raises(ConfigError, match="no _manifest"):
         load_manifest(str(tmp_path / "out"))
     assert convert_dataset(settings(raw, tmp_path / "out", max_rejects="2")).num_samples == 6
+    save(raw / "3.png", 3)
+    save(raw / "5.png", 5)
+    healed = convert_dataset(settings(raw, tmp_path / "out", max_rejects="0"))
+    assert (healed.num_samples, healed.rejects) == (8, {})
 
 
 def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Path) -> None:

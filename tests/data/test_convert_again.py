@@ -175,6 +175,15 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_shard_that_was_removed_or_cut_is_written_again(tmp_path: Path) -> None:
+    config = configure(write_llava(tmp_path / "raw", 10), tmp_path / "out")
+    convert_here(config)
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    (tmp_path / "out" / "part-00002.parquet").write_bytes(b"PAR1")
+    assert convert_here(config) == [0, 2]
+    check_as_new(config, tmp_path)
+
+
 @pytest.mark.parametrize("source", ["hf", "webdataset", "pairs"])
 def test_images_inside_tables_and_archives_are_known_by_content(
     source: str, tmp_path: Path

@@ -74,12 +74,14 @@ def convert_dataset(
         return manifest
     encoder = load_token_counter(config)
     begin_output(output, config, records.values())
+    written: list[ShardRecord] = []
     for record in _run_jobs(config, records):
+        written.append(record)
         records[record.number] = record
-        progress = _add_up(records.values())
         if on_progress:
-            on_progress(progress)
-        _check_rejects(config, progress, is_end=False)
+            on_progress(_add_up(records.values()))
+        # Of an earlier run's rejects some may be about to heal, so they count at the end only.
+        _check_rejects(config, _add_up(written), is_end=False)
     records = remove_surplus(output, records)
     _check_rejects(config, _add_up(records.values()), is_end=True)
     jobs = JobList(inputs_digest=inputs_digest, records=list(records.values()))
@@ -155,10 +157,6 @@ def _list_open_jobs(
         write_num_jobs(open_folder(config.output), num_jobs)
     except LlavaRayError as error:
         yield error
-    except OSError as error:
-        yield ConfigError(
-            f"{config.input!r} cannot be read ({error}): see to it, then run the same command again"
-        )
 
 
 def _add_up(records: Iterable[ShardRecord]) -> ConvertProgress:
