@@ -351,12 +351,14 @@ class Score(NamedTuple):
         parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
+        is_unread: no answer could be read out of the response, which counts as a wrong one.
     """
 
     value: float | None
     parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+    is_unread: bool = False
 
 
 class Usage(NamedTuple):
