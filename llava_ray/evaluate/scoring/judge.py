@@ -19,6 +19,7 @@ from llava_ray.errors import ConfigError
 from llava_ray.types import Question, Sampling, Score
 
 MAX_POINTS = 10
+_NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)", re.ASCII)
 
 RULE = """You see what a user asked about a picture, the picture described in sentences, and the \
 answers of two assistants. Judge how helpful, relevant, accurate and detailed each answer is.
@@ -148,10 +149,15 @@ def score_grades(grades: Any) -> Score:
 
 def read_number(value: Any) -> float | None:
     """Return a number, or one written in digits; None for anything else, nan and inf included."""
-    if isinstance(value, str) and re.fullmatch(r"\s*-?\d+(\.\d*)?\s*", value, re.ASCII):
-        value = float(value)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and math.isfinite(value) else None
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large for a float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _unreadable(verdict: str, expected: str) -> Score:
