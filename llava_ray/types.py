@@ -290,6 +290,7 @@ class Question:
         cluster: rows that share it are not independent (two questions about one image).
         context: what only a judge reads: the image, described in words.
         source_id: its id in the benchmark's files, which need not be unique.
+        other_ids: further ids by which files of predictions may name it.
     """
 
     question_id: str
@@ -301,6 +302,7 @@ class Question:
     cluster: str = ""
     context: str = ""
     source_id: str = ""
+    other_ids: tuple[str, ...] = ()
 
 
 PredictionStatus = Literal["answered", "refused", "failed"]
@@ -351,12 +353,14 @@ class Score(NamedTuple):
         parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
+        is_unread: no answer could be read out of the response, which counts as a wrong one.
     """
 
     value: float | None
     parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+    is_unread: bool = False
 
 
 class Usage(NamedTuple):

@@ -1,20 +1,24 @@
 """The files that the benchmarks' servers take, as LLaVA's scripts write them."""
 
-import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import MissingPackageError, SampleError
 from llava_ray.evaluate.datasets.choice import find_mmbench
-from llava_ray.evaluate.datasets.files import read_jsonl
+from llava_ray.evaluate.datasets.files import get_field, read_jsonl
 from llava_ray.evaluate.datasets.tsv import read_rows
+from llava_ray.evaluate.output_files import write_json, write_json_lines
 from llava_ray.evaluate.scoring.vqa_normalize import normalize_answer
+from llava_ray.storage import open_folder
 from llava_ray.types import Question
 
 Submit = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path]
 _MMBENCH_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 _MMBENCH_COLUMN = 6
+_MAX_CELL = 32_767
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
 
 def write_vqav2(
@@ -23,7 +27,9 @@ def write_vqav2(
     """EvalAI's VQAv2: every question of test2015, with "" where it was not asked."""
     whole = folder / "llava_vqav2_mscoco_test2015.jsonl"
     rows = read_jsonl(whole) if whole.is_file() else []
-    ids = [row["question_id"] for row in rows] or [_number(q.source_id) for q in questions]
+    ids = [get_field(row, "question_id", whole.name) for row in rows] or [
+        _number(q.source_id) for q in questions
+    ]
     answers = [
         {"question_id": i, "answer": normalize_answer(responses.get(str(i), ""))} for i in ids
     ]
@@ -76,6 +82,8 @@ def write_mmbench(
         raise MissingPackageError(
             "xlsx files need a package that is not installed: pip install 'llava-ray[eval]'"
         ) from error
+    from openpyxl.cell import WriteOnlyCell
+
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
     columns: list[str] = []
@@ -84,13 +92,32 @@ def write_mmbench(
             columns = [name for name in row if name not in _MMBENCH_LEFT_OUT]
             columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
             sheet.append(columns)
-        told = {**row, "prediction": responses.get(row["index"])}
-        sheet.append(
-            [_number(row[name]) if name == "index" else told[name] or None for name in columns]
+        row["prediction"] = responses.get(row["index"], "")
+        cells = []
+        for name in columns:
+            value = _number(row[name]) if name == "index" else _write_cell(row[name], row["index"])
+            cells.append(WriteOnlyCell(sheet, value=value or None))
+            if isinstance(value, str) and value:
+                cells[-1].data_type = "s"  # a text that begins with = is no formula
+        sheet.append(cells)
+    with open_folder(str(path.parent)).write_beside(f"{path.name}.xlsx") as scratch:
+        book.save(scratch)
+    return path.with_name(f"{path.name}.xlsx")
+
+
+def _write_cell(text: str, index: str) -> str:
+    """Return a text as a cell holds it, its control characters escaped as in Excel's own files.
+
+    Raises:
+        SampleError: it is longer than a cell can be.
+    """
+    text = _NOT_IN_XML.sub(lambda match: f"_x{ord(match[0]):04X}_", text)
+    if len(text) > _MAX_CELL:
+        raise SampleError(
+            f"a text of MMBench's question {index} has {len(text)} characters, and a cell of its "
+            f"xlsx file holds {_MAX_CELL}: ask again with a lower limit of tokens"
         )
-    path = path.with_suffix(".xlsx")
-    book.save(path)
-    return path
+    return text
 
 
 def write_mmvet(
@@ -109,20 +136,16 @@ def write_seed(
     questions: Sequence[Question], responses: Mapping[str, str], folder: Path, path: Path
 ) -> Path:
     """SEED-Bench's lines of `question_id` and `prediction`."""
-    path = path.with_suffix(".jsonl")
     lines = [
-        json.dumps({"question_id": q.source_id, "prediction": responses[q.question_id]})
+        {"question_id": q.source_id, "prediction": responses[q.question_id]}
         for q in questions
         if q.question_id in responses
     ]
-    path.write_text("\n".join(lines) + "\n")
-    return path
+    return write_json_lines(path.with_name(f"{path.name}.jsonl"), lines)
 
 
 def _write_json(path: Path, content: Any) -> Path:
-    path = path.with_suffix(".json")
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return path
+    return write_json(path.with_name(f"{path.name}.json"), content)
 
 
 def _number(text: str) -> int | str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate import submission
 from llava_ray.evaluate.datasets import choice, judged, open_answer, own, yes_no
 from llava_ray.evaluate.scoring import judge as judges
@@ -19,6 +19,7 @@ from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Task:
     Attributes:
         name: lmms-eval's name for it.
         folder: name of its folder within the folder of all benchmarks.
+        other_folders: further names that this folder may have.
         read: reads the questions from the benchmark's files.
         keep: selects the questions that are asked; by default all.
         score: scores one response; None if only a server knows the answers, or a judge grades.
@@ -49,14 +51,27 @@ class Task:
     max_tokens: int = 128
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
+    other_folders: tuple[str, ...] = ()
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.max_tokens, temperature=0)
 
     def read_all(self, data: Path) -> list[Question]:
-        """Return the questions of the benchmark's files, also those that this task leaves out."""
-        return self.read(self.find_folder(data))
+        """Return the questions of the benchmark's files, also those that this task leaves out.
+
+        Raises:
+            ConfigError: a file is missing or of another kind.
+            SampleError: a row of it is.
+        """
+        folder = self.find_folder(data)
+        try:
+            return self.read(folder)
+        except _MISSHAPEN as error:
+            raise SampleError(
+                f"the files of {self.name} in {folder} are not of the form that this benchmark has "
+                f"({type(error).__name__}: {error}): get them again"
+            ) from error
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that this task asks."""
@@ -64,7 +79,8 @@ class Task:
 
     def find_folder(self, data: Path) -> Path:
         """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
-        return data / self.folder if (data / self.folder).is_dir() else data
+        folders = (data / name for name in (self.folder, *self.other_folders))
+        return next((folder for folder in folders if folder.is_dir()), data)
 
 
 _ALL = (
@@ -110,6 +126,7 @@ _ALL = (
         "mmbench_cn_dev",
         "mmbench_cn",
         choice.read_mmbench_cn,
+        other_folders=("mmbench",),
         score=scorers.score_choice,
         summarize=metrics.summarize_circular,
         max_tokens=1024,
@@ -134,6 +151,7 @@ _ALL = (
         "mmvet",
         "mm-vet",
         judged.read_mmvet,
+        other_folders=("mmvet",),
         max_tokens=1024,
         judge=judges.GRADING,
         submit=submission.write_mmvet,
@@ -158,7 +176,7 @@ _ALL = (
     Task("own_exact", "", own.read_own, score=scorers.score_exact),
     Task("own_contains", "", own.read_own, score=scorers.score_contains, max_tokens=512),
     Task("own_choice", "", own.read_own_choice, score=scorers.score_choice),
-    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_vqa),
+    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_textvqa),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -92,8 +92,12 @@ def read_mmbench_cn(folder: Path) -> list[Question]:
 
 def find_mmbench(folder: Path, language: str) -> Path:
     """Return the TSV of the dev split, "en" or "cn"."""
-    names = {"en": "mmbench_dev_20230712.tsv", "cn": "mmbench_dev_cn_20231003.tsv"}
-    return find_file(folder, names[language])
+    names = {
+        "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
+        "cn": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
+    }
+    places = ("", "../mmbench/", "../mmbench_cn/")  # LLaVA's guide has both in mmbench
+    return find_file(folder, *(f"{place}{name}" for name in names[language] for place in places))
 
 
 def read_mmbench(path: Path, suffix: str) -> list[Question]:

@@ -65,6 +65,25 @@ def get_field(row: Any, name: Any, where: str) -> Any:
         raise SampleError(f"{where} has no {name!r}: is it a file of this task?") from None
 
 
+def get_text(row: Any, name: str, where: str, *, default: str | None = None) -> str:
+    """Return a field of a row as text; a number is written out.
+
+    Args:
+        default: what an absent or null field stands for; None: it is needed.
+
+    Raises:
+        SampleError: it is needed and absent, or neither text nor a number.
+    """
+    value = row.get(name) if isinstance(row, dict) else get_field(row, name, where)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        get_field(row, name, where)  # says that it is absent
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise SampleError(f"{where}: {name!r} is {str(value)[:80]!r}, and a text is needed")
+    return str(value)
+
+
 def number_repeats(ids: Iterable[object]) -> Iterator[str]:
     """Yield the ids as text, the second of the same name as "name#2"."""
     seen: Counter[str] = Counter()

@@ -1,15 +1,17 @@
 """Questions with yes or no for an answer: POPE and MME."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ConfigError, SampleError
-from llava_ray.evaluate.datasets.files import SHORT, find_file, read_jsonl
+from llava_ray.evaluate.datasets.files import SHORT, find_file, get_text, read_jsonl
 from llava_ray.evaluate.datasets.open_answer import read_llava
 from llava_ray.types import Question
 
+_POPE_OBJECT = re.compile(r"is there an? (.+?) in the im")
 MME_HINT = "Please answer yes or no."
 
 
@@ -35,21 +37,33 @@ def _find_pope(folder: Path, split: str) -> Path:
 
 
 def _label_pope(questions: list[Question], path: Path) -> Iterator[Question]:
-    """Pair questions and labels by their order; by image and words where the files differ."""
-    labels = read_jsonl(path)
-    by_words = {(row["image"], row["text"]): row for row in labels}
-    in_order = len(labels) == len(questions) and all(
-        row["image"] == question.cluster for row, question in zip(labels, questions, strict=True)
-    )
+    """Pair questions and labels by their order where image and words agree, else by these."""
+    rows = [_read_label(row, f"{path.name}, row {i}") for i, row in enumerate(read_jsonl(path), 1)]
+    by_words = dict(rows)
     for i, question in enumerate(questions):
-        words = question.text.removesuffix(SHORT)
-        row = labels[i] if in_order else by_words.get((question.cluster, words))
-        if row is None:
+        key = _make_pope_key(question.cluster, question.text.removesuffix(SHORT))
+        label = rows[i][1] if i < len(rows) and rows[i][0] == key else by_words.get(key)
+        if label is None:
             raise SampleError(
                 f"{path.name} has no label for POPE's question {question.question_id} "
-                f"({question.cluster}: {words!r}): use the file of the same release"
+                f"({key[0]}: {key[1]!r}): use the file of the same release"
             )
-        yield replace(question, answers=(row["label"],))
+        yield replace(question, answers=(label,))
+
+
+def _read_label(row: dict[str, Any], where: str) -> tuple[tuple[str, str], str]:
+    """Return what is asked about which image, and the label, which some releases write as Yes."""
+    label = get_text(row, "label", where).strip().strip(".").lower()
+    if label not in ("yes", "no"):
+        raise SampleError(f"{where}: the label is {row['label']!r}, and POPE's are yes and no")
+    return _make_pope_key(get_text(row, "image", where), get_text(row, "text", where)), label
+
+
+def _make_pope_key(image: str, text: str) -> tuple[str, str]:
+    """The image, and the object that is asked about; releases write the rest in several ways."""
+    text = " ".join(text.lower().split())
+    match = _POPE_OBJECT.match(text)
+    return image, match[1] if match else text
 
 
 def read_mme(folder: Path) -> list[Question]:

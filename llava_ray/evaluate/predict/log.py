@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llava_ray.evaluate.output_files import dump_json
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -17,7 +19,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 def append_log(path: Path, records: Iterable["DataclassInstance"]) -> None:
     """Add lines to a log, at once and whole."""
-    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    lines = [dump_json(asdict(record)) + "\n" for record in records]
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)

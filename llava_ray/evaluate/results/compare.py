@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate.results.results import name_cluster
+from llava_ray.evaluate.results.results import list_groups, name_cluster
 from llava_ray.evaluate.results.samples import SampleRecord, find_samples, read_samples, to_scored
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.evaluate.scoring.statistics import Estimate, estimate
@@ -103,7 +103,12 @@ def _compare(
 
         first = task.summarize([pair.before for pair in pairs])
         second = task.summarize([pair.after for pair in pairs])
-        changes = estimate(pairs, subtract, cluster_of=lambda pair: name_cluster(pair.before))
+        changes = estimate(
+            pairs,
+            subtract,
+            cluster_of=lambda pair: name_cluster(pair.before),
+            groups_of=lambda pair: list_groups(pair.before),
+        )
         numbers = {n: Difference(first[n], second[n], change) for n, change in changes.items()}
     flipped = sorted((p for p in pairs if _change(p)), key=lambda p: -abs(_change(p)))
     return Comparison(name, numbers, len(pairs), len(ids) - len(pairs), flipped)

@@ -1,6 +1,5 @@
 """Predictions -> scores -> what a task's run leaves behind: samples, numbers, Parquet."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -8,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.evaluate.datasets.files import read_json
+from llava_ray.evaluate.output_files import to_utf8, write_json, write_json_lines
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.evaluate.scoring.statistics import Estimate, estimate
 from llava_ray.evaluate.tasks import Task
+from llava_ray.storage import open_folder
 from llava_ray.types import Prediction, Question, Score
 
 
@@ -22,11 +23,13 @@ class TaskResult:
         task: its name.
         metrics: each number with its standard error; the first is the headline.
         num_questions: of the task.
-        num_scored: answered and judged; only these enter the numbers.
+        num_scored: answered and scored; only these enter the numbers.
         statuses: questions by what became of them; "unjudged" if no verdict could be read.
-        reasons: why questions were not answered or judged, and how often.
+        reasons: why questions were not answered or scored, and how often.
+        num_unread: scored responses out of which no answer could be read; they count as wrong.
         is_covered: enough questions were scored for a headline.
-        note: why there is no file for the benchmark's server, where there should be one.
+        submission: the file for the benchmark's server, if one was written.
+        note: why there is no such file, where there should be one.
     """
 
     task: str
@@ -35,8 +38,27 @@ class TaskResult:
     num_scored: int
     statuses: dict[str, int]
     reasons: dict[str, int] = field(default_factory=dict)
+    num_unread: int = 0
     is_covered: bool = True
+    submission: str = ""
     note: str = ""
+
+    @property
+    def problem(self) -> str:
+        """Why the task has no result worth having; "" if it has one."""
+        reason = f": {next(iter(self.reasons))}" if self.reasons else ""
+        if not self.statuses.keys() & {"answered", "unjudged"}:
+            return f"{self.task}: none of its {self.num_questions} questions was answered{reason}"
+        if self.note:
+            return f"{self.task}: there is no file for its server: {self.note}"
+        if self.is_covered or self.submission:
+            return ""
+        if not self.num_scored:
+            return f"{self.task}: nothing was scored{reason}"
+        return (
+            f"{self.task}: only {self.num_scored} of {self.num_questions} questions were scored, "
+            f"too few for a headline{reason}; --min-coverage sets how many are enough"
+        )
 
     @property
     def coverage(self) -> float:
@@ -93,7 +115,11 @@ def summarize_task(
         elif prediction and prediction.reason:
             reasons[prediction.reason] += 1
         statuses[status] += 1
-    metrics = estimate(rows, task.summarize, cluster_of=name_cluster) if rows else {}
+    metrics = (
+        estimate(rows, task.summarize, cluster_of=name_cluster, groups_of=list_groups)
+        if rows
+        else {}
+    )
     return TaskResult(
         task.name,
         metrics,
@@ -101,6 +127,7 @@ def summarize_task(
         len(rows),
         dict(statuses),
         dict(reasons.most_common(20)),
+        num_unread=sum(row.score.is_unread for row in rows),
         is_covered=bool(rows) and len(rows) >= min_coverage * len(questions),
     )
 
@@ -125,6 +152,7 @@ def describe_sample(
         "parsed": score.parsed if score else "",
         "why": score.why if score else "",
         "figures": list(score.figures) if score else [],
+        "is_unread": score.is_unread if score else False,
     }
 
 
@@ -148,9 +176,12 @@ def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    path.write_text(lines, encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist([dict(s) for s in samples]), path.with_suffix(".parquet"))
+    write_json_lines(path, samples)
+    table = pa.Table.from_pylist([to_utf8(dict(sample)) for sample in samples])
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer)
+    parquet = path.with_suffix(".parquet")
+    open_folder(str(parquet.parent)).write(parquet.name, buffer.getvalue().to_pybytes())
 
 
 def write_results(path: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
@@ -161,8 +192,7 @@ def write_results(path: Path, results: Sequence[TaskResult], about: Mapping[str,
     before = read_json(path) if path.is_file() else {}
     tasks = before["tasks"] if before.get("about") == about else {}
     tasks |= {result.task: _describe(result) for result in results}
-    content = {"about": dict(about), "tasks": tasks}
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, {"about": dict(about), "tasks": tasks}, indent=2)
 
 
 def _describe(result: TaskResult) -> dict[str, Any]:
@@ -173,10 +203,17 @@ def _describe(result: TaskResult) -> dict[str, Any]:
         "num_questions": result.num_questions,
         "num_scored": result.num_scored,
         "statuses": result.statuses,
+        "num_unread": result.num_unread,
         "reasons": result.reasons,
+        "submission": result.submission,
         "note": result.note,
         "metrics": {name: number._asdict() for name, number in result.metrics.items()},
     }
+
+
+def list_groups(row: Scored) -> tuple[str, ...]:
+    """Return the groups by which a row's score is broken down."""
+    return row.question.groups
 
 
 def name_cluster(row: Scored) -> str:

@@ -49,7 +49,13 @@ def to_scored(sample: SampleRecord) -> Scored | None:
         groups=tuple(sample["groups"]),
         cluster=sample["cluster"],
     )
-    score = Score(sample["score"], sample["parsed"], sample["why"], tuple(sample["figures"]))
+    score = Score(
+        sample["score"],
+        sample["parsed"],
+        sample["why"],
+        tuple(sample["figures"]),
+        is_unread=sample.get("is_unread", False),
+    )
     return Scored(question, sample["response"], score)
 
 

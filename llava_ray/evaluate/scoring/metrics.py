@@ -58,8 +58,8 @@ def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
 def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
     """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
 
-    acc+ is the share of images with both questions right, of those with two answers. A sum is
-    there if all its subtasks are.
+    acc+ is the share of images with both questions right, of those with two answers; a subtask
+    without any has no score. A sum is there if all its subtasks are.
     """
     subtasks: dict[str, float] = {}
     details: dict[str, float] = {}
@@ -68,8 +68,10 @@ def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
         clusters = split_by_cluster(members).values()
         pairs = [_join_cluster(pair) for pair in clusters if len(pair) == 2]
         acc, acc_plus = _mean(right), _mean([_value(pair) for pair in pairs])
-        subtasks[group] = acc + acc_plus
-        details |= {f"{group}/acc": acc, f"{group}/acc_plus": acc_plus}
+        details[f"{group}/acc"] = acc
+        if pairs:
+            details[f"{group}/acc_plus"] = acc_plus
+            subtasks[group] = acc + acc_plus
     wholes = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
     numbers = {
         whole: sum(subtasks[name] for name in names)
