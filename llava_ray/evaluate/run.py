@@ -28,6 +28,7 @@ from llava_ray.evaluate.results.results import (
     write_task_samples,
 )
 from llava_ray.evaluate.scoring.judge_run import grade_predictions
+from llava_ray.evaluate.submission import write_submission
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
@@ -49,7 +50,8 @@ def evaluate_model(
 
     Raises:
         ConfigError: no such task, model or file.
-        UserError: no server answers.
+        UserError: no server answers, or no question of a task was answered; the results are
+            written all the same.
     """
     tasks = [(task, read_questions(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
@@ -62,6 +64,8 @@ def evaluate_model(
         results.append(_score(task, questions, config, output, on_progress))
         write_results(output / "results.json", results, _describe_run(config, model, digest))
     write_report(output)
+    if unanswered := [result.problem for result in results if not result.num_answered]:
+        raise UserError("; ".join(unanswered))
     return results
 
 
@@ -179,26 +183,12 @@ def _score(
         )
     write_task_samples(output, task, questions, predictions, scores)
     result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
-    return replace(result, note=_submit(task, questions, predictions, config, output))
-
-
-def _submit(
-    task: Task,
-    questions: Sequence[Question],
-    predictions: dict[str, Prediction],
-    config: EvaluateConfig,
-    output: Path,
-) -> str:
-    """Write the file for the benchmark's server; return why that cannot be done."""
     if task.submit is None:
-        return ""
-    responses = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+        return result
     folder = task.find_folder(Path(config.data))
-    try:
-        task.submit(questions, responses, folder, output / f"submit_{task.name}")
-    except UserError as error:
-        return error.message
-    return ""
+    path = output / f"submit_{task.name}"
+    written, note = write_submission(task.submit, questions, predictions, folder, path)
+    return replace(result, submission=written, note=note)
 
 
 def _find_log(output: Path, task: Task) -> Path:

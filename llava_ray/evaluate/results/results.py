@@ -44,14 +44,18 @@ class TaskResult:
     note: str = ""
 
     @property
+    def num_answered(self) -> int:
+        return self.statuses.get("answered", 0) + self.statuses.get("unjudged", 0)
+
+    @property
     def problem(self) -> str:
         """Why the task has no result worth having; "" if it has one."""
         reason = f": {next(iter(self.reasons))}" if self.reasons else ""
-        if not self.statuses.keys() & {"answered", "unjudged"}:
+        if not self.num_answered:
             return f"{self.task}: none of its {self.num_questions} questions was answered{reason}"
         if self.note:
             return f"{self.task}: there is no file for its server: {self.note}"
-        if self.is_covered or self.submission:
+        if self.is_covered or (self.submission and not self.num_scored):
             return ""
         if not self.num_scored:
             return f"{self.task}: nothing was scored{reason}"
