@@ -68,7 +68,7 @@ class _SamplingSection(Section):
     min_p: float = Field(0.0, ge=0, le=1)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     logit_bias: dict[int, float] = Field(default_factory=dict)
     min_tokens: int = Field(0, ge=0)
     stop_token_ids: tuple[int, ...] = ()

@@ -5,9 +5,9 @@ checked) -> shards (Parquet) and a manifest -> loader: order (which samples, fro
 -> stream (Ray actors) -> encode -> collate -> batches of one training worker.
 
 Beside that line: validate says which samples are accepted, inspect and inspect_html show what a
-folder of shards holds, and session starts Ray for all of them.
+folder of shards holds, and start_ray starts Ray for all of them.
 
-Only convert/run, loader/stream and session import Ray. Only loader/encode and loader/collate load
+Only convert/run, loader/stream and start_ray import Ray. Only loader/encode and loader/collate load
 torch; encode does so through `model`.
 """
 

@@ -6,6 +6,7 @@ images, which are compressed already.
 """
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,12 +114,15 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads single rows of a shard; each read loads one row group."""
+    """Reads single rows of a shard; each read loads one row group. Threads may share a reader."""
 
     def __init__(self, folder: Folder, name: str) -> None:
         # With a memory map, an image is copied only once, when it is read.
         where = folder.path(name) if folder.is_local else folder.open(name)
-        self._file = pq.ParquetFile(where, memory_map=folder.is_local)
+        self._file = pq.ParquetFile(
+            where, memory_map=folder.is_local, pre_buffer=not folder.is_local
+        )
+        self._lock = threading.Lock()  # pyarrow forbids two reads of one ParquetFile at a time
         self._ends: list[int] = []
         end = 0
         for i in range(self._file.num_row_groups):
@@ -128,19 +132,22 @@ class ShardReader:
     def read(self, row: int) -> ShardRow:
         """Return the sample in a row, counted from 0."""
         group = bisect_right(self._ends, row)
-        table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
         first = self._ends[group - 1] if group else 0
-        return parse_row(table.slice(row - first, 1).to_pylist()[0])
+        return parse_row(self._read_group(group).slice(row - first, 1).to_pylist()[0])
 
     def rows(self) -> Iterator[ShardRow]:
         """Yield all samples in order."""
-        for group in range(self._file.num_row_groups):
-            table = self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
-            yield from (parse_row(row) for row in table.to_pylist())
+        for group in range(len(self._ends)):
+            yield from (parse_row(row) for row in self._read_group(group).to_pylist())
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close(force=True)
+        with self._lock:
+            self._file.close(force=True)
+
+    def _read_group(self, group: int) -> pa.Table:
+        with self._lock:
+            return self._file.read_row_group(group, columns=_COLUMNS, use_threads=False)
 
 
 def read_counts(folder: Folder, name: str) -> pa.Table:

@@ -18,6 +18,16 @@ from llava_ray.model.processor import mark_images
 from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
 
+_CHARS_PER_TOKEN = 8
+"""Texts of more characters than this for each token that fits are tokenised from the start until
+they are known to be too long: tokenising ten megabytes holds up others for seconds."""
+
+_NUM_MERGED = 64
+"""How many fewer tokens a text may have than its beginning, because words at the cut merge."""
+
+_NUM_CONTEXTS_TO_COUNT = 16
+"""`tokenize` counts the tokens of texts that are up to this many times too long."""
+
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
@@ -50,6 +60,24 @@ class InputProcessor:
                     param="prompt",
                 )
             return list(prompt.token_ids), None
+        self._check_length(prompt.text, self._room)
+        return self._read_text(prompt)
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Raise a ContextLengthError if a long text surely has more than `most` tokens."""
+        length = most * _CHARS_PER_TOKEN
+        while length < len(text):
+            beginning = text[:length]
+            num_tokens = len(self._core.tokenizer(beginning, add_special_tokens=False).input_ids)
+            if num_tokens > most + _NUM_MERGED:
+                raise ContextLengthError(
+                    f"the prompt has {len(text):,} characters, more than {most:,} tokens, but the "
+                    f"context holds {self._room:,}, including the answer: shorten the conversation",
+                    param="messages",
+                )
+            length *= 4
+
+    def _read_text(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
         if not (prompt.images or prompt.add_special_tokens):
             return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
         inputs = self._core.encode(prompt.text, prompt.images)
@@ -128,7 +156,8 @@ class InputProcessor:
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""
-        ids, _ = self.read(prompt)
+        self._check_length(prompt.text, _NUM_CONTEXTS_TO_COUNT * self._room)
+        ids, _ = self._read_text(prompt)
         texts = self._core.tokenizer.convert_ids_to_tokens(ids)
         return Tokens(ids, [text or "" for text in texts], self._context_length)
 

@@ -98,7 +98,7 @@ def _stream(
         return
     import ray.data
 
-    from llava_ray.data.session import start_ray
+    from llava_ray.data.start_ray import start_ray
 
     start_ray()
     context = ray.data.DataContext.get_current()

@@ -40,7 +40,7 @@ MAY_IMPORT = {
         "serve/replica/",
         "serve/page/app.py",
         "data/convert/run.py",
-        "data/session.py",
+        "data/start_ray.py",
         "data/loader/stream.py",
         "train/launch.py",
         "train/trackers.py",

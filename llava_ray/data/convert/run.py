@@ -30,7 +30,7 @@ from llava_ray.data.convert.output import (
 from llava_ray.data.convert.partition import make_shard_jobs
 from llava_ray.data.convert.write_shard import ShardJobRunner, load_token_counter
 from llava_ray.data.manifest import Manifest
-from llava_ray.data.session import start_ray
+from llava_ray.data.start_ray import start_ray
 from llava_ray.errors import ConfigError, LlavaRayError
 
 _MIN_ROWS_FOR_PERCENT = 10_000

@@ -4,6 +4,7 @@ Between the shards and `order`, which works on sample numbers only.
 """
 
 import hashlib
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -56,23 +57,29 @@ class ShardedDatasets:
 
 
 class SampleReader:
-    """Reads samples by number; keeps recently used shards open."""
+    """Reads samples by number; keeps recently used shards open. Threads may share a reader."""
 
     def __init__(self, datasets: ShardedDatasets) -> None:
         self._datasets = datasets
         self._open: OrderedDict[tuple[int, int], ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
 
     def read(self, number: int) -> ShardRow:
         """Return a sample by its number."""
         location = self._datasets.locate(number)
+        return self._open_shard(location).read(location.row)
+
+    def _open_shard(self, location: SampleLocation) -> ShardReader:
         key = (location.dataset, location.shard)
-        if key not in self._open:
-            if len(self._open) >= _MAX_OPEN_SHARDS:
-                self._open.popitem(last=False)[1].close()
-            name = self._datasets.manifests[location.dataset].shards[location.shard].name
-            self._open[key] = ShardReader(self._datasets.folders[location.dataset], name)
-        self._open.move_to_end(key)
-        return self._open[key].read(location.row)
+        with self._lock:
+            if key not in self._open:
+                if len(self._open) >= _MAX_OPEN_SHARDS:
+                    # Not closed here: another thread may be reading it. Python closes it after.
+                    self._open.popitem(last=False)
+                name = self._datasets.manifests[location.dataset].shards[location.shard].name
+                self._open[key] = ShardReader(self._datasets.folders[location.dataset], name)
+            self._open.move_to_end(key)
+            return self._open[key]
 
 
 def open_datasets(datasets: Sequence[DatasetConfig]) -> ShardedDatasets:

@@ -24,7 +24,7 @@ from llava_ray.data.loader.collate import Batch, DroppedSample, collate
 from llava_ray.data.loader.dataset import SampleReader, ShardedDatasets, make_order, open_datasets
 from llava_ray.data.loader.encode import EncodedSample, load_encoder
 from llava_ray.data.loader.order import Position, SampleOrder
-from llava_ray.data.session import start_ray
+from llava_ray.data.start_ray import start_ray
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, SampleError
 
 

@@ -1,6 +1,6 @@
-"""The sources of data: one pure function each, from a raw row to a `Sample`.
+"""The supported raw data formats: each has a reader of rows and a pure converter to `Sample`.
 
-To add one, write the function, and if no reader here fits, one that yields rows; then add a line to
+To add a source, write its converter, write a reader if no existing one fits, and add a line to
 `SOURCES`.
 """
 
@@ -89,6 +89,6 @@ def find_source(name: str) -> Source:
     """
     if name not in SOURCES:
         close = difflib.get_close_matches(name, SOURCES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(SOURCES)}"
-        raise ConfigError(f"no source is called {name!r}: {hint}")
+        hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(SOURCES)}"
+        raise ConfigError(f"unknown source {name!r}: {hint}")
     return SOURCES[name]

@@ -48,7 +48,7 @@ def read_coco(folder: Folder, names: list[str], config: "ConvertConfig") -> Iter
     """Yield a row for each caption, or for each image with captions and boxes."""
     wanted, split = config.prompt_format or FORMATS[0], config.split or "train2017"
     if wanted not in FORMATS:
-        raise ConfigError(f"prompt_format={wanted!r}: of COCO there are {' and '.join(FORMATS)}")
+        raise ConfigError(f"prompt_format={wanted!r}: for COCO, choose {' or '.join(FORMATS)}")
     name = find_one(folder, names, f"captions_{split}.json")
     captions = read_json(folder, name)
     entries = {image["id"]: image for image in captions["images"]}

@@ -64,7 +64,9 @@ def read_webdataset(folder: Folder, names: list[str], config: "ConvertConfig") -
             with folder.open(name) as file, tarfile.open(fileobj=file, mode="r|*") as archive:
                 yield from _read_groups(archive, name)
         except tarfile.TarError as error:
-            raise ConfigError(f"{name!r} is no whole tar ({error}): fetch it again") from error
+            raise ConfigError(
+                f"{name!r} is not a complete tar archive ({error}): download it again"
+            ) from error
 
 
 def convert_webdataset(row: Row) -> Sample:
@@ -113,7 +115,7 @@ def _read_batches(file: Any, *, is_parquet: bool) -> Iterator[pa.RecordBatch]:
         else:
             yield from pyarrow.ipc.open_stream(file)
     except pa.ArrowInvalid as error:
-        raise ConfigError(f"a table cannot be read ({error}): fetch it again") from error
+        raise ConfigError(f"a table cannot be read ({error}): download it again") from error
 
 
 def _read_groups(archive: tarfile.TarFile, name: str) -> Iterator[RawRow]:

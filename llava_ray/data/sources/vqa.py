@@ -81,7 +81,7 @@ def _read_merged(folder: Folder, name: str, split: str, names: Sequence[str]) ->
     is_v2 = "v2_OpenEnded" in name
     annotations = name.replace("OpenEnded_", "").replace("_questions", "_annotations")
     if annotations not in names:
-        raise ConfigError(f"{name!r} has no {annotations!r} beside it: put it there")
+        raise ConfigError(f"{name!r} needs {annotations!r} in the same folder: add that file")
     answers = {
         found["question_id"]: [found["multiple_choice_answer"]]
         if "multiple_choice_answer" in found
