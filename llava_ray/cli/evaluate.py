@@ -11,7 +11,7 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
-from llava_ray.cli.console import notes, out
+from llava_ray.cli.console import notes, out, print_note
 from llava_ray.cli.settings import collect_settings, make_command_class, read_words
 from llava_ray.config import DtypeName, EngineName, EvaluateConfig, QuantizationName
 from llava_ray.config.files import build_config
@@ -79,6 +79,7 @@ def evaluate(
     model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help=_help("model_name"))
     ] = None,
+    reuse: Annotated[bool | None, typer.Option("--reuse/--no-reuse", help=_help("reuse"))] = None,
     engine: Annotated[EngineName | None, typer.Option(help=_help("engine"))] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help=_help("dtype"))] = None,
     quantization: Annotated[
@@ -137,6 +138,7 @@ def evaluate(
         "endpoint": endpoint,
         "app": app,
         "model_name": model_name,
+        "reuse": reuse,
         "engine": engine,
         "dtype": dtype,
         "quantization": quantization,
@@ -200,7 +202,7 @@ def _run(config: EvaluateConfig) -> "list[TaskResult]":
             rate = next(task.speed for task in bar.tasks if task.id == each)
             bar.update(each, rate=f"{rate:.1f} samples/s" if rate else "")
 
-        return run.evaluate_model(config, on_progress=show)
+        return run.evaluate_model(config, on_progress=show, on_note=print_note)
 
 
 def _score_only(settings: dict[str, Any], predictions: Path | None) -> "TaskResult":

@@ -16,7 +16,12 @@ from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import Predictor
-from llava_ray.evaluate.predict.cache_key import describe_settings, digest_model, make_cache_key
+from llava_ray.evaluate.predict.cache_key import (
+    describe_settings,
+    digest_model,
+    is_known_by_weights,
+    make_cache_key,
+)
 from llava_ray.evaluate.predict.crashes import SharedCrashCounter
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.results.report import write_report
@@ -44,9 +49,17 @@ class EvaluateProgress(NamedTuple):
 
 
 def evaluate_model(
-    config: EvaluateConfig, *, on_progress: Callable[[EvaluateProgress], None] = lambda _: None
+    config: EvaluateConfig,
+    *,
+    on_progress: Callable[[EvaluateProgress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> list[TaskResult]:
     """Run all tasks of a configuration and write their results below `config.output`.
+
+    Args:
+        config: of the run.
+        on_progress: called after each batch of predictions.
+        on_note: called with what the user should know, a sentence.
 
     Raises:
         ConfigError: no such task, model or file.
@@ -58,6 +71,8 @@ def evaluate_model(
     digest = digest_model(config, model)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not is_known_by_weights(config, digest):
+        on_note(_describe_reuse(config))
     results = []
     for task, questions in tasks:
         predict(task, questions, config, model, digest, _find_log(output, task), on_progress)
@@ -79,7 +94,9 @@ def predict(
     on_progress: Callable[[EvaluateProgress], None],
 ) -> None:
     """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
-    known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
+    known: dict[str, Prediction] = {}
+    if config.reuse or is_known_by_weights(config, digest):
+        known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
     unanswered = find_unanswered(questions, known, digest, settings)
     num_done = len(questions) - len(unanswered)
@@ -216,6 +233,19 @@ def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
             f"{', '.join(names)}"
         )
     return config.model_name or names[0]
+
+
+def _describe_reuse(config: EvaluateConfig) -> str:
+    server = config.endpoint or config.app
+    if config.reuse:
+        return (
+            f"{server} does not tell which weights it serves: logged predictions are kept because "
+            "of reuse, though it may serve others now"
+        )
+    return (
+        f"{server} does not tell which weights it serves: all questions are asked; --reuse keeps "
+        "the predictions that an earlier run has logged"
+    )
 
 
 def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:
