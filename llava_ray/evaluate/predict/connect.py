@@ -54,7 +54,7 @@ def fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
         "" if it is not served by this program, or tells none.
     """
     if config.app:
-        from llava_ray.data.session import start_ray
+        from llava_ray.data.start_ray import start_ray
 
         start_ray()
     return asyncio.run(_fetch_fingerprint(config, model))
