@@ -156,7 +156,7 @@ def write_shard(path: Path, rows: list[tuple[str, str]]) -> None:
     writer = ShardWriter(path)
     for i, (question, answer) in enumerate(rows):
         turns = (user(question), assistant(answer))
-        writer.add(make_sample("mine", f"s{i}", turns, None), [], num_tokens=None)
+        writer.add(make_sample("mine", f"s{i}", turns), [], num_tokens=None)
     writer.close()
 
 

@@ -1,6 +1,8 @@
 """Stored predictions in every form and with every character: matched by id, or refused."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +143,13 @@ def test_scienceqas_output_file_is_one_object_whatever_its_name(tmp_path: Path) 
     assert headline(score("scienceqa_img", path, tmp_path)) == 100
 
 
+def test_vizwizs_submission_names_the_image(tmp_path: Path) -> None:
+    (question,) = find("vizwiz_vqa_val", tmp_path)
+    rows = [{"image": question.source_id, "answer": question.answers[0]}]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    assert score("vizwiz_vqa_val", tmp_path / "answers.json", tmp_path).num_scored == 1
+
+
 @pytest.mark.parametrize("ending", ["json", "jsonl"])
 def test_lines_may_be_a_list_and_name_the_response_in_other_ways(
     tmp_path: Path, ending: str
@@ -232,7 +241,7 @@ def test_numbers_are_responses_and_null_is_none(tmp_path: Path) -> None:
 # MME's files per task
 
 
-def write_mme(folder: Path, names: list[str], rows: list[tuple[str, str, str]]) -> Path:
+def write_mme(folder: Path, names: Sequence[str], rows: list[tuple[str, str, str]]) -> Path:
     folder.mkdir()
     for name in names:
         lines = [f"{image}.jpg\tIs it?\t{right}\t{text}\r\n" for image, right, text in rows]
@@ -322,6 +331,22 @@ def test_the_command_fails_where_nothing_or_too_little_was_scored(
         assert "none of its 8 questions was answered: the file holds null" in str(run.exception)
 
 
+def test_unread_responses_and_the_rows_of_each_number_are_counted(tmp_path: Path) -> None:
+    find("mmbench_en_dev", tmp_path)
+    texts = {1: "A man", 2: "**B**", 1_000_002: "C"}
+    rows = [{"question_id": i, "text": text} for i, text in texts.items()]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    words = ["evaluate", "--score-only", "--task", "mmbench_en_dev", "--data", str(tmp_path)]
+    words += ["--predictions", str(path), "--output", str(tmp_path / "out")]
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code == 0, run.output
+    assert "no answer could be read out of 1 responses" in run.output
+    assert re.search(r"accuracy +│ 50.00 +│ 50.00 +│ 3 +│ 3 of 3", run.output)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert results["mmbench_en_dev"]["num_unread"] == 1
+    assert "<th>not readable</th>" in (tmp_path / "out" / "report.html").read_text()
+
+
 # Any character
 
 ODD_TEXTS = [
@@ -350,7 +375,7 @@ def test_every_character_reaches_every_file_whole_and_harmless(tmp_path: Path) -
         assert "<script>" not in page
         assert not set(page) & set("\0\x07\x1b\x85\u202e")
         assert result.note == ""
-        cell = load_workbook(result.submission).active["G2"]
+        cell = load_workbook(result.submission)["Sheet1"]["G2"]
         if text:
             assert cell.data_type in ("s", "inlineStr")
             assert unescape(cell.value) == text

@@ -21,7 +21,7 @@ _FORMS = (
     "lines of question_id and text (LLaVA's answer files), samples or predictions of this program, "
     "a ScienceQA result or its analysis, MM-Vet's responses or grades, LLaVA-Bench reviews"
 )
-_IDS = ("question_id", "questionId", "id", "img_path")
+_IDS = ("question_id", "questionId", "id", "img_path", "image")
 _TEXTS = ("text", "prediction", "response", "reply", "answer")
 
 
