@@ -9,6 +9,7 @@ Shapes: B samples, T tokens, N images, C H W pixels.
 
 import contextlib
 import gc
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
@@ -37,6 +39,8 @@ from llava_ray.template import (
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+logger = logging.getLogger(__name__)
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -217,6 +221,11 @@ def load_opened(
     problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
         raise ConfigError(problems[0])
+    if method := find_leftover(checkpoint):
+        logger.warning(
+            f"{checkpoint.folder}: the weights are plain, and config.json's quantization_config "
+            f"({method}) is left over: it is ignored"
+        )
     template = opened.template
     check_deltas(checkpoint.weights, checkpoint.text_model_type)
     model = build_model(
