@@ -41,7 +41,7 @@ BATCHES_AT_ONCE = 2
 
 
 class EvaluateProgress(NamedTuple):
-    """How many of a task's questions have a prediction so far."""
+    """Progress of a task: how many of its questions have a prediction."""
 
     task: str
     num_done: int

@@ -4,6 +4,7 @@ Prompts come from the benchmarks' files or are made by `datasets`. Decoding is g
 LLaVA-1.5.
 """
 
+import csv
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
-_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Questions with options: ScienceQA, MMBench, SEED-Bench, Q-Bench."""
+"""Reads multiple-choice questions: ScienceQA, MMBench, SEED-Bench, Q-Bench."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""A question's images -> the bytes of their files, read where the model runs."""
+"""Reads the images of a question, in the process that runs the model."""
 
 import hashlib
 from functools import lru_cache

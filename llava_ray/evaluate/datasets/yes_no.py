@@ -1,4 +1,4 @@
-"""Questions with yes or no for an answer: POPE and MME."""
+"""Reads yes-or-no questions: POPE and MME."""
 
 import re
 from collections import Counter
