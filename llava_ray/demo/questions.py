@@ -495,7 +495,7 @@ def _unsized(pairs: list[tuple[Item, str]]) -> list[tuple[Item, str]]:
 
 
 def _compared(asker: Asker) -> tuple[str, str, bool] | None:
-    """Return the phrases of two things of clearly different size, and whether the first is larger."""
+    """Return the phrases of two things of clearly different size; is the first larger?"""
     sizes = list(scenes.SIZES)
     pair = _unsized(asker.named(_sizeable(asker)))[:2]
     if len(pair) < 2 or pair[0][0].size == pair[1][0].size:
