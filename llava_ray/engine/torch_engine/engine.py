@@ -37,7 +37,8 @@ from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, i
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.loading import LoadedModel, load_model, select_device, select_dtype
+from llava_ray.model.devices import select_device
+from llava_ray.model.loading import LoadedModel, load_model, select_dtype
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
