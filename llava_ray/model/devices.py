@@ -7,6 +7,7 @@ counted through NVML, the driver's management library.
 """
 
 import os
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ from llava_ray.errors import ConfigError
 
 OLDEST_CAPABILITY = (7, 5)
 """Compute capability of the oldest GPUs for which torch is built (CUDA 13): Turing, such as T4."""
+
+_SHORTAGE = re.compile(
+    r"Tried to allocate (\S+ \S+)\. GPU (\d+) has a total capacity of (\S+ \S+) of which (\S+ \S+) "
+    "is free"
+)
+"""torch's message when a GPU has too little memory."""
 
 _DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -81,6 +88,15 @@ def describe_driver() -> str:
         return f"{built}; no NVIDIA driver is loaded"
     version = next((word for word in line.split() if word[0].isdigit() and "." in word), line)
     return f"{built}; NVIDIA driver {version}"
+
+
+def describe_shortage(error: torch.OutOfMemoryError) -> str:
+    """Return how much memory a GPU was asked for, and how much it had."""
+    numbers = _SHORTAGE.search(str(error))
+    if not numbers:
+        return str(error).splitlines()[0]
+    needed, gpu, total, free = numbers.groups()
+    return f"{needed} more were needed, and GPU {gpu} had {free} of its {total} free"
 
 
 def _explain_absence() -> str:

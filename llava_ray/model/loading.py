@@ -23,7 +23,7 @@ from llava_ray.model.architecture import Architecture, check_weights, find_unmar
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
-from llava_ray.model.devices import select_device
+from llava_ray.model.devices import describe_shortage, select_device
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processor import encode_images, mark_images
@@ -325,6 +325,12 @@ def build_model(
                 quantization_config=_describe_quantization(quantization, dtype),
                 output_loading_info=True,
             )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights in {str(checkpoint.folder)!r} do not fit in the GPU's memory: "
+            f"{describe_shortage(error)}; end what else uses this GPU, take a larger one, or "
+            "spread the model over several with engine=vllm"
+        ) from error
     except ImportError as error:
         raise MissingPackageError(
             f"attention={attention!r} or quantization={quantization!r} needs a package: {error}"
