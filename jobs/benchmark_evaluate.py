@@ -24,7 +24,7 @@ class RunFigures:
     samples: int
     samples_per_s: float  # once the model is loaded
     seconds: float  # from the start to the scores
-    same_replies: str
+    same_responses: str
 
 
 @dataclass(frozen=True)
@@ -47,13 +47,13 @@ def benchmark_evaluate(
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         folder = _write_questions(place / "scenes", scenes)
-        replies = {}
-        one, replies["loop"] = _ask_one_at_a_time(model, folder)
+        responses = {}
+        one, responses["loop"] = _ask_one_at_a_time(model, folder)
         start_ray(len(os.sched_getaffinity(0)))
-        job, replies["job"] = _run_job(model, folder, place / "out", concurrency)
-        num_same = sum(a == b for a, b in zip(*replies.values(), strict=True))
+        job, responses["job"] = _run_job(model, folder, place / "out", concurrency)
+        num_same = sum(a == b for a, b in zip(*responses.values(), strict=True))
         same = f"{num_same} of {one.samples}"
-        print_table([one, RunFigures(**{**vars(job), "same_replies": same})])
+        print_table([one, RunFigures(**{**vars(job), "same_responses": same})])
         print(f"{job.samples_per_s / one.samples_per_s:.1f} times as many samples a second")
         print_table([_measure_memory(place, number) for number in (rows // 20, rows)])
         stop_ray()
@@ -87,7 +87,7 @@ def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]
     started = time.perf_counter()
     questions = TASKS["own_exact"].read_all(folder)
     core = load_model(model)
-    replies: list[str] = []
+    responses: list[str] = []
 
     def ask(question: Any) -> str:
         parts = (ImagePart(b""), TextPart(question.text))
@@ -101,13 +101,13 @@ def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]
 
     ask(questions[0])  # warms up
     loaded = time.perf_counter()
-    replies = [ask(question) for question in questions]
+    responses = [ask(question) for question in questions]
     ended = time.perf_counter()
     rate = len(questions) / (ended - loaded)
     figures = RunFigures(
         "generate, one at a time", len(questions), round(rate, 1), round(ended - started, 1), ""
     )
-    return figures, replies
+    return figures, responses
 
 
 def _run_job(
@@ -119,17 +119,17 @@ def _run_job(
     and load the model.
     """
     one_s, first = _time_job(model, folder, output / "one", concurrency, limit=concurrency)
-    all_s, replies = _time_job(model, folder, output / "all", concurrency, limit=None)
-    if len(replies) == len(first):
+    all_s, responses = _time_job(model, folder, output / "all", concurrency, limit=None)
+    if len(responses) == len(first):
         raise SystemExit("all questions were one batch, which gives no rate: raise --scenes")
-    rate = (len(replies) - len(first)) / (all_s - one_s)
-    return RunFigures("llava_ray", len(replies), round(rate, 1), round(all_s, 1), ""), replies
+    rate = (len(responses) - len(first)) / (all_s - one_s)
+    return RunFigures("llava_ray", len(responses), round(rate, 1), round(all_s, 1), ""), responses
 
 
 def _time_job(
     model: str, folder: Path, output: Path, concurrency: int, *, limit: int | None
 ) -> tuple[float, list[str]]:
-    """Return the seconds that a job took, and its replies."""
+    """Return the seconds that a job took, and its responses."""
     from llava_ray.config import EvaluateConfig
     from llava_ray.evaluate import run
 
@@ -145,7 +145,7 @@ def _time_job(
     run.evaluate_model(config)
     seconds = time.perf_counter() - started
     lines = (output / "samples_own_exact.jsonl").read_text().splitlines()
-    return seconds, [json.loads(line)["reply"] for line in lines]
+    return seconds, [json.loads(line)["response"] for line in lines]
 
 
 def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:

@@ -1,15 +1,13 @@
 """The Python face: a model in this process that chats about images, without a server.
 
-LLaVA.chat -> Message records -> ChatRequest -> engine.chat (in a thread of its own) -> text
+LLaVA.chat -> llava_input -> ChatRequest -> engine.chat (in a thread of its own) -> text
 
 The engine is the one that a server runs, so `chat_many` goes through its continuous batching. Its
 event loop runs in a background thread: this works in scripts and in notebooks alike.
 """
 
 import asyncio
-import io
 import itertools
-import json
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
@@ -18,32 +16,24 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, Self, TypeVar, overload
 
-from PIL import Image
-from pydantic import Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from llava_ray import images as image_files
-from llava_ray.config import DEMO_MODEL, LimitsConfig, ModelConfig, Section, refuse_unknown
-from llava_ray.config.files import build_config
+from llava_ray.config import DEMO_MODEL, ModelConfig
 from llava_ray.engine.chat import chat
 from llava_ray.engine.factory import load_engine
 from llava_ray.engine.protocol import Engine
-from llava_ray.errors import ConfigError, ImageError, LlavaRayError, RequestError, UserError
-from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Role, Sampling, TextPart
-
-ImageInput = str | Path | bytes | Image.Image
-"""An image: the path of a file, a file's bytes, a data URL, or a PIL image."""
-
-_LIMITS = LimitsConfig(max_image_bytes=256 << 20, max_image_pixels=200_000_000)
-"""A process's own images are trusted more than a stranger's; this still stops decompression
-bombs."""
-
-_LOADING = ("attention", "base", "vision_tower")
-"""Options of `load_model` that are no fields of `ModelConfig`."""
-
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
-_ASKING = ("adapter", "history", "images", "messages", "system", "text")
+from llava_ray.errors import ImageError, LlavaRayError, UserError
+from llava_ray.llava_input import (
+    CHAT_ARGUMENTS,
+    LIMITS,
+    ImageInput,
+    read_conversation,
+    read_item,
+    read_sampling,
+    split_options,
+)
+from llava_ray.types import ChatRequest, Chunk
 
 Result = TypeVar("Result")
 
@@ -71,7 +61,7 @@ class LLaVA:
     """
 
     def __init__(self, path: str | Path = DEMO_MODEL, **options: Any) -> None:
-        self.config, loading = _split_options(path, options)
+        self.config, loading = split_options(path, options)
         self._thread = _LoopThread()
         try:
             self.engine: Engine = self._thread.run(_load(self.config, loading))
@@ -199,7 +189,7 @@ class LLaVA:
         Raises:
             LlavaRayError: as of `chat`.
         """
-        asked = {name: options.pop(name) for name in _ASKING if name in options}
+        asked = {name: options.pop(name) for name in CHAT_ARGUMENTS if name in options}
         return self._iterate(self._make_request({"text": text, "images": images, **asked}, options))
 
     @overload
@@ -237,7 +227,7 @@ class LLaVA:
         Raises:
             LlavaRayError: as of `chat`; the message begins with `items[3]`, counted from 0.
         """
-        questions = [_read_item(item, i) for i, item in enumerate(items)]
+        questions = [read_item(item, i) for i, item in enumerate(items)]
         self._check_open()
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         # As a terminal's even in a notebook, where rich would need ipywidgets.
@@ -268,7 +258,7 @@ class LLaVA:
         async def answer(number: int, question: Mapping[str, Any]) -> str | LlavaRayError:
             async with gate:
                 try:
-                    asked = {name: question[name] for name in _ASKING if name in question}
+                    asked = {name: question[name] for name in CHAT_ARGUMENTS if name in question}
                     own = {name: question[name] for name in question if name not in asked}
                     request = await asyncio.to_thread(
                         self._make_request, asked, {**sampling, **own}
@@ -297,7 +287,7 @@ class LLaVA:
 
     async def _stream(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         try:
-            async with aclosing(chat(self.engine, request, limits=_LIMITS)) as chunks:
+            async with aclosing(chat(self.engine, request, limits=LIMITS)) as chunks:
                 async for chunk in chunks:
                     yield chunk
         except ImageError as error:
@@ -334,8 +324,8 @@ class LLaVA:
         return ChatRequest(
             f"python-{next(self._numbers)}",
             self.config.name,
-            _read_conversation(**asked),
-            _read_sampling(sampling),
+            read_conversation(**asked),
+            read_sampling(sampling),
             adapter=asked.get("adapter", ""),
         )
 
@@ -394,204 +384,3 @@ def _shut_down(engine: Engine, thread: _LoopThread) -> None:
     with suppress(RuntimeError):  # at the end of Python no thread can be started
         thread.run(engine.close())
     thread.stop()
-
-
-def _split_options(
-    path: str | Path, options: Mapping[str, Any]
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """Divide options into the engine's configuration and what `load_model` alone knows."""
-    fields = {**dict.fromkeys(ModelConfig.model_fields), **ModelConfig.renamed}
-    try:
-        refuse_unknown(dict(options), [*fields, *_LOADING])
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    options = dict(options)
-    loading = {name: options.pop(name) for name in _LOADING if name in options}
-    if options.get("quantization", "none") is None:
-        options.pop("quantization")
-    if options.get("quantization") in ("4bit", "8bit"):
-        loading["quantization"] = options.pop("quantization")
-    if "dtype" in options:  # load_model also takes torch's own, and "stored"
-        options["dtype"] = str(options["dtype"]).removeprefix("torch.")
-        if options["dtype"] == "stored":
-            loading["dtype"] = options.pop("dtype")
-    return build_config(ModelConfig, {**options, "path": str(path)}), loading
-
-
-class _SamplingSection(Section):
-    """What `chat` takes of `Sampling`, with its bounds."""
-
-    max_tokens: int | None = Field(512, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: str | tuple[str, ...] = ()
-    json_schema: Any = None
-    ignore_eos: bool = False
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=100)
-    logit_bias: dict[int, float] = Field(default_factory=dict)
-    min_tokens: int = Field(0, ge=0)
-    stop_token_ids: tuple[int, ...] = ()
-    num_logprobs: int | None = Field(None, ge=0, le=20)
-
-
-def _read_sampling(options: Mapping[str, Any]) -> Sampling:
-    try:
-        checked = build_config(_SamplingSection, options)
-    except ConfigError as error:
-        raise RequestError(error.message) from error
-    fields = dict(checked)
-    if isinstance(checked.stop, str):
-        fields["stop"] = (checked.stop,) if checked.stop else ()
-    fields["logit_bias"] = tuple(checked.logit_bias.items())
-    fields["json_schema"] = _read_schema(checked.json_schema)
-    return Sampling(**fields)
-
-
-def _read_schema(schema: Any) -> str | None:
-    if hasattr(schema, "model_json_schema"):
-        schema = schema.model_json_schema()
-    return schema if schema is None or isinstance(schema, str) else json.dumps(schema)
-
-
-def _read_item(item: Any, number: int) -> Mapping[str, Any]:
-    """Return an item of `chat_many` as arguments of `chat`."""
-    match item:
-        case str():
-            return {"text": item}
-        case (str() as text, images):
-            return {"text": text, "images": images}
-        case Mapping():
-            try:
-                refuse_unknown(dict(item), [*_ASKING, *_SamplingSection.model_fields])
-            except ValueError as error:
-                raise RequestError(f"items[{number}]: {error}", param=f"items[{number}]") from error
-            return item
-        case _:
-            raise RequestError(
-                f"items[{number}] is a {type(item).__name__}: give a text, a pair (text, images) "
-                "or a dict of chat's arguments",
-                param=f"items[{number}]",
-            )
-
-
-def _read_conversation(
-    text: str = "",
-    images: ImageInput | Sequence[ImageInput] = (),
-    history: Sequence[Any] = (),
-    system: str = "",
-    messages: Sequence[Any] = (),
-    adapter: str = "",
-) -> tuple[Message, ...]:
-    pictures = [images] if isinstance(images, ImageInput) else list(images)
-    if messages:
-        if text or pictures or history or system:
-            raise RequestError(
-                "messages are a whole conversation: leave text, images, history and system out"
-            )
-        return tuple(_read_message(each) for each in messages)
-    if not text and not pictures:
-        raise RequestError("there is nothing to answer: give a text, or messages")
-    conversation = [Message("system", (TextPart(system),))] if system else []
-    for turn in history:
-        conversation += _read_turn(turn)
-    return (*conversation, _make_question(text, pictures))
-
-
-def _read_turn(turn: Any) -> list[Message]:
-    match turn:
-        case Message() | Mapping():
-            return [_read_message(turn)]
-        case (str() | (str(), _) as question, str() as answer):
-            asked = (question, ()) if isinstance(question, str) else question
-            images = [asked[1]] if isinstance(asked[1], ImageInput) else asked[1]
-            return [_make_question(asked[0], images), Message("assistant", (TextPart(answer),))]
-        case _:
-            raise RequestError(
-                f"history holds a {type(turn).__name__}: give pairs (question, answer), or "
-                'messages like {"role": "user", "content": "Hello"}'
-            )
-
-
-def _make_question(text: str, images: Sequence[ImageInput]) -> Message:
-    parts = [_read_image(image, f"images[{i}]") for i, image in enumerate(images)]
-    return Message("user", (*parts, *([TextPart(text)] if text else [])))
-
-
-def _read_message(message: Any) -> Message:
-    if isinstance(message, Message):
-        return message
-    roles: tuple[Role, ...] = ("system", "user", "assistant")
-    role = message.get("role") if isinstance(message, Mapping) else None
-    if role not in roles or "content" not in message:
-        raise RequestError(
-            f"not a message: {str(message)[:80]}; give "
-            '{"role": "system", "user" or "assistant", "content": ...}'
-        )
-    content = message["content"]
-    parts = [content] if isinstance(content, str) else content
-    return Message(role, tuple(_read_part(part) for part in parts))
-
-
-def _read_part(part: Any) -> TextPart | ImagePart:
-    match part:
-        case str():
-            return TextPart(part)
-        case {"type": "text", "text": str() as text}:
-            return TextPart(text)
-        case {"type": "image", "image": image}:
-            return _read_image(image, "image")
-        case {"type": "image_url", "image_url": {"url": url} | (str() as url)}:
-            return _read_image(url, "image_url")
-        case _:
-            raise RequestError(
-                f'not a part of a message: {str(part)[:80]}; give {{"type": "text", "text": ...}} '
-                'or {"type": "image", "image": ...}'
-            )
-
-
-def _read_image(image: Any, param: str) -> ImagePart:
-    """Return an image's encoded file; it is decoded later, when its request's turn comes.
-
-    Raises:
-        ImageError: the file cannot be read, or it is a web address.
-    """
-    match image:
-        case Image.Image():
-            if image.mode not in _PNG_MODES:
-                image = image.convert("RGB")
-            file = io.BytesIO()
-            image.save(file, "PNG", compress_level=1)
-            return ImagePart(file.getvalue(), param)
-        case bytes() | bytearray():
-            return ImagePart(bytes(image), param)
-        case str() if image.startswith("data:"):
-            return ImagePart(image_files.decode_data_url(image, limits=_LIMITS, param=param), param)
-        case str() if "://" in image:
-            raise ImageError(
-                f"{image[:80]!r}: images are not fetched from addresses here: download the file "
-                "and give its path or its bytes",
-                param=param,
-            )
-        case str() | Path():
-            return ImagePart(_read_file(Path(image).expanduser()), str(image))
-        case _:
-            raise ImageError(
-                f"{param} is a {type(image).__name__}: give a path, the file's bytes or a PIL "
-                "image (PIL.Image.fromarray turns an array into one)",
-                param=param,
-            )
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ImageError(
-            f"cannot read the image {str(path)!r} ({error.strerror}): give the path of a file",
-            param=str(path),
-        ) from error

@@ -260,6 +260,8 @@ class Chunk(NamedTuple):
         logprobs: of the tokens that begin in this piece, where they were asked for.
         num_cached_tokens: tokens of the prompt that did not have to be computed, because the
             engine had computed the same beginning before.
+        fingerprint: which weights and settings answered (see `model.fingerprint`); "" if that is
+            not known.
     """
 
     text: str
@@ -270,6 +272,7 @@ class Chunk(NamedTuple):
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    fingerprint: str = ""
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""
@@ -278,7 +281,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row of a benchmark: what a model is asked, and what its reply is measured by.
+    """One row of a benchmark: what a model is asked, and what its response is measured by.
 
     Attributes:
         question_id: names it within its task, in every run.
@@ -290,6 +293,7 @@ class Question:
         cluster: rows that share it are not independent (two questions about one image).
         context: what only a judge reads: the image, described in words.
         source_id: its id in the benchmark's files, which need not be unique.
+        other_ids: further ids by which files of predictions may name it.
     """
 
     question_id: str
@@ -301,6 +305,7 @@ class Question:
     cluster: str = ""
     context: str = ""
     source_id: str = ""
+    other_ids: tuple[str, ...] = ()
 
 
 PredictionStatus = Literal["answered", "refused", "failed"]
@@ -314,18 +319,19 @@ class Prediction:
         question_id: of the question.
         status: "refused": it cannot be asked as it is (no such image, too long); "failed": it
             could be, but the model or the way to it broke.
-        text: the reply, if it was answered.
+        text: the response, if it was answered.
         reason: why not, otherwise.
         finish_reason: see `Chunk`.
-        latency_s: from the question to the end of the reply.
-        num_tokens: of the reply.
+        latency_s: from the question to the end of the response.
+        num_tokens: of the response.
         num_prompt_tokens: of the prompt, image tokens included.
         num_image_tokens: of the prompt's images.
         confidence: geometric mean of the probabilities that the model gave its own tokens; None
             where it was not told.
         image_sha256: of each image's file.
         cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
-        model_digest: of the model's files, or of the address that was asked.
+        model_digest: of the model's files; of a server its fingerprint, or where it tells none the
+            digest of its address.
     """
 
     question_id: str
@@ -344,19 +350,21 @@ class Prediction:
 
 
 class Score(NamedTuple):
-    """A scorer's judgment of one reply.
+    """A scorer's judgment of one response.
 
     Attributes:
         value: 0 to 1 (a judge's is on the judge's scale); None: it could not be judged.
-        answer: what was read out of the reply.
+        parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
+        is_unread: no answer could be read out of the response, which counts as a wrong one.
     """
 
     value: float | None
-    answer: str = ""
+    parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+    is_unread: bool = False
 
 
 class Usage(NamedTuple):

@@ -46,7 +46,7 @@ class TasksConfig(Section):
 
     judge_endpoint: str | None = Field(
         default=None,
-        description="URL of an OpenAI-compatible server whose model grades the replies of "
+        description="URL of an OpenAI-compatible server whose model grades the responses of "
         "llava_in_the_wild and mmvet. Its API key is read from OPENAI_API_KEY. "
         "Default: those tasks are not graded.",
     )
@@ -59,7 +59,7 @@ class TasksConfig(Section):
         "Default: the built-in wording.",
     )
     judge_concurrency: int = Field(
-        default=8, ge=1, le=256, description="Replies that the judge grades at the same time."
+        default=8, ge=1, le=256, description="Responses that the judge grades at the same time."
     )
 
 
@@ -89,13 +89,19 @@ class EvaluateConfig(TasksConfig):
         min_length=1,
         description="Folder for the results. A run that finds its earlier results there resumes.",
     )
+    reuse: bool = Field(
+        default=False,
+        description="Keep the logged predictions of a server that does not tell which weights it "
+        "serves. false: such a server is asked all questions again in each run. Models that this "
+        "program loads or serves are known by their weights, and are never asked twice.",
+    )
     engine: EngineName = Field(
         default="torch", description="Inference engine: torch, vllm, sglang or echo."
     )
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
-        "where the device computes in it at full speed, float32 otherwise.",
+        "where the device computes in it at full speed, otherwise float16 (GPU) or float32 (CPU).",
     )
     quantization: QuantizationName = Field(
         default="none",

@@ -1,14 +1,16 @@
-"""Tasks: one literal a benchmark, under the name that lmms-eval has for it.
+"""The tasks: one `Task` for each benchmark, under the name that lmms-eval has for it.
 
-Prompts are in the benchmarks' files or made by `datasets`; all replies are greedy, as in LLaVA-1.5.
+Prompts come from the benchmarks' files or are made by `datasets`. Decoding is greedy, as in
+LLaVA-1.5.
 """
 
+import csv
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate import submission
 from llava_ray.evaluate.datasets import choice, judged, open_answer, own, yes_no
 from llava_ray.evaluate.scoring import judge as judges
@@ -18,6 +20,7 @@ from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -25,17 +28,18 @@ class Task:
     """A benchmark.
 
     Attributes:
-        name: lmms-eval's.
-        folder: of its files, within the folder of all benchmarks.
-        read: the questions of the benchmark's files.
-        keep: which of these it asks; by default all.
-        score: judges a reply; None where only a server knows the answers, or a judge grades.
-        score_together: judges all replies, where they weigh on one another's scores.
-        summarize: its numbers; the first is the headline.
-        max_tokens: longest reply.
-        judge: how another model grades the replies.
-        submit: writes the file that the benchmark's server takes: (questions, replies by id, folder
-            of the task, path without ending) -> the file.
+        name: lmms-eval's name for it.
+        folder: name of its folder within the folder of all benchmarks.
+        other_folders: further names that this folder may have.
+        read: reads the questions from the benchmark's files.
+        keep: selects the questions that are asked; by default all.
+        score: scores one response; None if only a server knows the answers, or a judge grades.
+        score_together: scores all responses at once, where one's score depends on the others.
+        summarize: computes the task's metrics; the first is the headline.
+        max_tokens: longest response, in tokens.
+        judge: how another model grades the responses.
+        submit: writes the file that the benchmark's server takes: (questions, responses by id,
+            folder of the task, path without suffix) -> the file.
     """
 
     name: str
@@ -48,14 +52,27 @@ class Task:
     max_tokens: int = 128
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
+    other_folders: tuple[str, ...] = ()
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.max_tokens, temperature=0)
 
     def read_all(self, data: Path) -> list[Question]:
-        """Return the questions of the benchmark's files, also those that this task leaves out."""
-        return self.read(self.find_folder(data))
+        """Return the questions of the benchmark's files, also those that this task leaves out.
+
+        Raises:
+            ConfigError: a file is missing or of another kind.
+            SampleError: a row of it is.
+        """
+        folder = self.find_folder(data)
+        try:
+            return [_as_texts(question) for question in self.read(folder)]
+        except _MISSHAPEN as error:
+            raise SampleError(
+                f"the files of {self.name} in {folder} are not of the form that this benchmark has "
+                f"({type(error).__name__}: {error}): get them again"
+            ) from error
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that this task asks."""
@@ -63,7 +80,29 @@ class Task:
 
     def find_folder(self, data: Path) -> Path:
         """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
-        return data / self.folder if (data / self.folder).is_dir() else data
+        folders = (data / name for name in (self.folder, *self.other_folders))
+        return next((folder for folder in folders if folder.is_dir()), data)
+
+
+def _as_texts(question: Question) -> Question:
+    """Return a question whose fields are texts; numbers in a benchmark's files are written out."""
+    texts = {
+        name: tuple(_as_text(value, name) for value in getattr(question, name))
+        for name in ("images", "answers", "choices", "groups")
+    }
+    return replace(
+        question,
+        text=_as_text(question.text, "question"),
+        cluster=_as_text(question.cluster, "image"),
+        context=_as_text(question.context, "context"),
+        **texts,
+    )
+
+
+def _as_text(value: object, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"{name} is {str(value)[:80]!r}")
+    return str(value)
 
 
 _ALL = (
@@ -109,6 +148,7 @@ _ALL = (
         "mmbench_cn_dev",
         "mmbench_cn",
         choice.read_mmbench_cn,
+        other_folders=("mmbench",),
         score=scorers.score_choice,
         summarize=metrics.summarize_circular,
         max_tokens=1024,
@@ -133,6 +173,7 @@ _ALL = (
         "mmvet",
         "mm-vet",
         judged.read_mmvet,
+        other_folders=("mmvet",),
         max_tokens=1024,
         judge=judges.GRADING,
         submit=submission.write_mmvet,
@@ -157,7 +198,7 @@ _ALL = (
     Task("own_exact", "", own.read_own, score=scorers.score_exact),
     Task("own_contains", "", own.read_own, score=scorers.score_contains, max_tokens=512),
     Task("own_choice", "", own.read_own_choice, score=scorers.score_choice),
-    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_vqa),
+    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_textvqa),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -99,14 +99,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_an_evaluation_whose_machine_dies_has_every_reply_once_and_the_same_score(
+def test_an_evaluation_whose_machine_dies_has_every_response_once_and_the_same_score(
     whole: RayNodes, tmp_path: Path
 ) -> None:
     data = write_scenes(tmp_path / "data", num_scenes=10)
 
     def evaluate(output: Path) -> str:
         options = {"tasks": "own_exact", "data": data, "output": output, "num-actors": 2}
-        # One by one, so that no reply depends on what is computed beside it.
+        # One by one, so that no response depends on what is computed beside it.
         options |= {"num-cpus": 1, "concurrency": 1, "limit": NUM_QUESTIONS}
         words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
         return submit(whole, "evaluate.py", *words)
@@ -121,7 +121,7 @@ def test_an_evaluation_whose_machine_dies_has_every_reply_once_and_the_same_scor
     assert len(read_lines(log)) == NUM_QUESTIONS
     told, expected = (read_lines(tmp_path / name / "samples_own_exact.jsonl") for name in RUNS)
     assert [line["id"] for line in told] == [line["id"] for line in expected]
-    assert [line["reply"] for line in told] == [line["reply"] for line in expected]
+    assert [line["response"] for line in told] == [line["response"] for line in expected]
     scores = [json.loads((tmp_path / name / "results.json").read_text())["tasks"] for name in RUNS]
     assert scores[0]["own_exact"] == scores[1]["own_exact"]
 

@@ -385,9 +385,9 @@ def test_seconds_of_training_lowers_every_stage_s_loss(tokenizer, tmp_path, caps
 
 @pytest.fixture(scope="module")
 def answerer():
-    from llava_ray.demo.evaluate import Answerer
+    from llava_ray.demo.evaluate import SceneModel
 
-    return Answerer(demo.MODEL_DIR)
+    return SceneModel(demo.MODEL_DIR)
 
 
 @pytest.fixture(scope="module")

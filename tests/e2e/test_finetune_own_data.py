@@ -92,4 +92,4 @@ def test_the_served_model_answers_as_in_the_evaluation(folder: Path, server: str
         await client.close()
         return "".join(chunks)
 
-    assert asyncio.run(ask()) == sample["reply"]
+    assert asyncio.run(ask()) == sample["response"]

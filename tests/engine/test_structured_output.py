@@ -74,6 +74,32 @@ def test_an_answer_to_a_schema_that_bounds_it_always_ends_and_fits(schema: Any) 
     asyncio.run(main())
 
 
+HOSTILE = {
+    "large multiples": {"type": "integer", "multipleOf": 1000003},
+    "patterns at once": {
+        "allOf": [{"type": "string", "pattern": f".*a.{{{i}}}.*"} for i in range(1, 30)]
+    },
+    "a large enum": {"enum": [str(i) * 20 for i in range(200_000)]},
+}
+
+
+@pytest.mark.parametrize("schema", HOSTILE.values(), ids=list(HOSTILE))
+def test_a_schema_that_takes_too_long_is_refused_while_others_are_answered(schema: Any) -> None:
+    async def main() -> None:
+        engine = load()
+        hostile = [asyncio.create_task(ask(engine, schema)) for _ in range(3)]
+        text, _ = await ask(engine, {"enum": ["yes", "no"]})
+        assert json.loads(text) in ("yes", "no")
+        assert not any(task.done() for task in hostile)
+        for refused in await asyncio.gather(*hostile, return_exceptions=True):
+            assert isinstance(refused, RequestError)
+            assert refused.param == "response_format"
+            assert "cannot be enforced" in refused.message
+        await engine.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("schema", OPEN)
 def test_an_answer_to_any_schema_fits_if_it_ends(schema: Any) -> None:
     async def main() -> None:

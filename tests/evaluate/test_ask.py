@@ -1,4 +1,4 @@
-"""Questions to a model: the same replies in any batch, faults told apart, nothing asked twice."""
+"""Questions to a model: the same responses in any batch, faults told apart, nothing asked twice."""
 
 import hashlib
 import pickle
@@ -12,12 +12,14 @@ from llava_ray.config import EvaluateConfig
 from llava_ray.errors import ConfigError, UserError
 from llava_ray.evaluate import run
 from llava_ray.evaluate.predict import ask as asking
-from llava_ray.evaluate.predict.actor import (
-    CrashCounter,
-    Predictor,
+from llava_ray.evaluate.predict.actor import Predictor
+from llava_ray.evaluate.predict.cache_key import (
     describe_settings,
+    digest_model,
+    is_known_by_weights,
     make_cache_key,
 )
+from llava_ray.evaluate.predict.crashes import CrashCounter
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
 from tests.support.raw_data import save
@@ -43,7 +45,7 @@ def predict(questions: list[Question], **settings: Any) -> list[Prediction]:
     return [pickle.loads(each) for each in batch["prediction"]]
 
 
-def test_greedy_replies_are_the_same_one_at_a_time_and_in_batches_of_32(tmp_path: Path) -> None:
+def test_greedy_responses_are_the_same_one_at_a_time_and_in_batches_of_32(tmp_path: Path) -> None:
     questions = TASKS["own_exact"].read_all(write_scenes(tmp_path, num_scenes=4))
     assert len(questions) > 32
     # several actors have a thread each, which a busy machine bears better than two of one
@@ -78,9 +80,42 @@ def test_what_cannot_be_asked_is_refused_and_what_breaks_is_failed(tmp_path: Pat
 
 
 def test_what_may_pass_is_tried_again() -> None:
-    replies = iter([503, None, "at last"])
-    (told,) = ask(lambda _: next(replies), Question("1", "?"))
+    responses = iter([503, None, "at last"])
+    (told,) = ask(lambda _: next(responses), Question("1", "?"))
     assert (told.status, told.text) == ("answered", "at last")
+
+
+def test_a_response_of_other_weights_than_the_run_began_with_is_no_prediction() -> None:
+    with ScriptedOpenAI(lambda _: "yes", fingerprint="fp_llava_new") as server:
+        config = configure(endpoint=server.url)
+        for digest, status in (("fp_llava_new", "answered"), ("fp_llava_old", "failed")):
+            predictor = Predictor(config, "scripted", SHORT, digest, CrashCounter())
+            (told,) = predictor._ask_batch([Question("1", "?")])
+            assert told.status == status
+    assert "(fp_llava_new) is not the one that the run began with (fp_llava_old)" in told.reason
+    assert len(server.asked) == 2  # asking again would not help
+
+
+def test_only_our_own_models_tell_their_weights() -> None:
+    for owner, fingerprint, known in (
+        ("llava-ray", "fp_llava_1", True),
+        ("llava-ray", None, False),  # behind our gateway, a worker of LLaVA's
+        ("llava-ray", "fp_other", False),
+        ("vllm", "fp_llava_1", False),
+    ):
+        with ScriptedOpenAI(lambda _: "hi", fingerprint=fingerprint, owner=owner) as server:
+            config = configure(endpoint=server.url)
+            digest = digest_model(config, "scripted")
+            assert (digest == "fp_llava_1") == known
+            assert is_known_by_weights(config, digest) == known
+            assert len(server.asked) == (owner == "llava-ray")
+    assert is_known_by_weights(configure(engine="echo"), digest_model(configure(engine="echo"), ""))
+
+
+def test_a_question_of_lone_surrogates_is_refused_and_ends_nothing() -> None:
+    told = ask(lambda _: "yes", Question("1", "\ud800?"), Question("2", "fine"))
+    assert [p.status for p in told] == ["refused", "answered"]
+    assert "lone surrogates" in told[0].reason
 
 
 def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
@@ -101,7 +136,7 @@ def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
         run.evaluate_model(configure(**folders | {"data": str(tmp_path / "nowhere")}))
 
 
-def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) -> None:
+def test_a_response_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     question = Question("1", "What?", (str(path),))
     sha = hashlib.sha256(save(path)).hexdigest()
@@ -110,7 +145,7 @@ def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) 
     known = {"1": Prediction("1", "answered", "x", cache_key=key)}
 
     def is_open(asked: Question = question, digest: str = "digest", told: str = settings) -> bool:
-        return bool(run.find_open([asked], known, digest, told))
+        return bool(run.find_unanswered([asked], known, digest, told))
 
     assert not is_open()
     assert not is_open(replace(question, answers=("scored anew",)))
@@ -131,5 +166,8 @@ def test_a_reply_holds_for_its_model_prompt_images_and_settings(tmp_path: Path) 
     other = tmp_path / "b.png"
     save(other, seed=1)
     assert is_open(replace(question, images=(str(other),)))
+    known["1"] = replace(known["1"], cache_key=key)
+    save(path, seed=2)  # another image in the same place
+    assert is_open()
     other.unlink()
     assert is_open(replace(question, images=(str(tmp_path / "absent.png"),)))

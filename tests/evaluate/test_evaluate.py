@@ -47,7 +47,7 @@ def test_an_answer_is_normalized_as_evalai_does(text: str, form: str) -> None:
 )
 def test_scienceqa_reads_a_letter_as_the_original_does(text: str, parsed: str) -> None:
     question = Question("1", "?", answers=("B",), choices=("cat", "dog"))
-    assert scorers.score_scienceqa(question, text).answer == parsed
+    assert scorers.score_scienceqa(question, text).parsed == parsed
     assert scorers.score_scienceqa(question, "D").value == 0
 
 
@@ -111,18 +111,18 @@ def test_a_run_types_what_it_cannot_ask_and_asks_nothing_twice(tmp_path: Path) -
     assert [json.loads(line)["id"] for line in samples] == [str(i) for i in range(20)]
 
 
-def test_the_three_paths_give_the_same_replies(served: str, tmp_path: Path) -> None:
+def test_the_three_paths_give_the_same_responses(served: str, tmp_path: Path) -> None:
     from llava_ray.evaluate import run
 
-    replies = []
+    responses = []
     for path in ({"engine": "echo"}, {"endpoint": served}, {"app": "app"}):
         output = tmp_path / next(iter(path))
         settings = {"tasks": ["own_contains"], "data": str(make_own(tmp_path)), "num_cpus": 0.1}
         config = EvaluateConfig(**settings, output=str(output), model_name="echo", **path)
         run.evaluate_model(config)
         lines = (output / "samples_own_contains.jsonl").read_text().splitlines()
-        replies.append([(row["id"], row["reply"]) for row in map(json.loads, lines)])
-    assert replies[0] == replies[1] == replies[2]
+        responses.append([(row["id"], row["response"]) for row in map(json.loads, lines)])
+    assert responses[0] == responses[1] == responses[2]
 
 
 @pytest.mark.usefixtures("cluster")

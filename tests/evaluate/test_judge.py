@@ -1,4 +1,4 @@
-"""Replies are graded by a judge at a real server, which may fail or talk nonsense."""
+"""Responses are graded by a judge at a real server, which may fail or talk nonsense."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def grade(name: str, folder: Path, script: Script | None, **settings: Any) -> tuple[Any, Any, Any]:
-    """Grade the same reply to every question; return the server, the scores and the result."""
+    """Grade the same response to every question; return the server, the scores and the result."""
     task = TASKS[name]
     WRITERS[task.folder](folder)
     questions = task.read_all(folder)
@@ -132,7 +132,7 @@ def test_a_verdict_is_asked_for_once_and_a_failure_again(tmp_path: Path) -> None
     assert "no server answers" in scores["1"].why
 
 
-def test_without_a_judge_replies_are_kept_and_nothing_is_scored(tmp_path: Path) -> None:
+def test_without_a_judge_responses_are_kept_and_nothing_is_scored(tmp_path: Path) -> None:
     _, _, result = grade("mmvet", tmp_path, None)
     assert isinstance(result, TaskResult)
     assert result.statuses == {"unjudged": 2}

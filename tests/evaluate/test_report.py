@@ -15,10 +15,10 @@ from llava_ray.evaluate.tasks import TASKS
 from tests.support.benchmark_files import WRITERS, write_lines
 
 
-def make_run(folder: Path, name: str, replies: list[str]) -> Path:
-    """Score replies to POPE into a folder of results."""
+def make_run(folder: Path, name: str, responses: list[str]) -> Path:
+    """Score responses to POPE into a folder of results."""
     WRITERS["pope"](folder)
-    rows = [{"question_id": i, "text": text} for i, text in enumerate(replies)]
+    rows = [{"question_id": i, "text": text} for i, text in enumerate(responses)]
     path = write_lines(folder / f"{name}.jsonl", rows)
     score_file(TASKS["pope"], path, folder, min_coverage=0.99, output=folder / name)
     return folder / name

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llava_ray.cli import app as cli
 from llava_ray.client import Client
 from llava_ray.config import KeyConfig, LimitsConfig, ServeConfig, hash_key
-from llava_ray.errors import AuthError, OverloadedError, RateLimitError
+from llava_ray.errors import AuthError, RateLimitError
 from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
@@ -292,64 +292,6 @@ def test_waiting_has_an_end() -> None:
         assert (await there.say("Hello")).status_code == 200
 
     play(scene, limits=LimitsConfig(max_wait_s=1), model={"max_ongoing_requests": 1})
-
-
-def test_slots_go_to_the_keys_in_turn_and_none_is_lost() -> None:
-    async def scene() -> None:
-        told: list[int] = []
-        queue = AdmissionQueue(
-            "m", num_slots=1, max_waiting=None, max_wait_s=30, note_waiting=told.append
-        )
-        order: list[str] = []
-
-        async def visit(key: str) -> None:
-            await queue.acquire(key)
-            order.append(key)
-            await asyncio.sleep(0)
-            queue.release()
-
-        await queue.acquire("first")
-        tasks = [asyncio.create_task(visit(key)) for key in "aaaabbc"]
-        await asyncio.sleep(0)
-        assert queue.num_waiting == 7
-        tasks[1].cancel()
-        await asyncio.sleep(0)
-        queue.release()
-        tasks[0].cancel()  # in the moment in which it got its slot
-        await asyncio.wait(tasks)
-        assert order == ["b", "c", "a", "b", "a"]
-        assert queue.num_waiting == 0
-        assert told[:8] == [1, 2, 3, 4, 5, 6, 7, 6]
-        assert told[-1] == 0
-        await queue.acquire("last")
-
-    asyncio.run(scene())
-
-
-def test_who_leaves_when_its_place_is_taken_gives_up_no_slot() -> None:
-    async def scene() -> None:
-        queue = AdmissionQueue("m", num_slots=1, max_waiting=2, max_wait_s=30)
-        await queue.acquire("first")
-        tasks = [asyncio.create_task(queue.acquire("many")) for _ in range(2)]
-        await asyncio.sleep(0)
-        late = asyncio.create_task(queue.acquire("one"))
-        await asyncio.sleep(0)  # its place is that of the last of the others
-        tasks[1].cancel()
-        await asyncio.wait(tasks[1:])
-        assert queue.num_waiting == 2
-        assert not late.done()
-
-    asyncio.run(scene())
-
-
-def test_a_queue_without_places_to_wait_refuses_at_once() -> None:
-    async def scene() -> None:
-        queue = AdmissionQueue("m", num_slots=1, max_waiting=0, max_wait_s=30)
-        await queue.acquire("a")
-        with pytest.raises(OverloadedError, match="0 requests are waiting already"):
-            await queue.acquire("b")
-
-    asyncio.run(scene())
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -1,17 +1,23 @@
 """The OpenAPI document tells the truth, and no body at all makes a parser fall over."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.routing import Mount
 
+from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.errors import RequestError
+from llava_ray.serve.gateway.deployment import build_api
 from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.serve.openai.openapi import describe_api
+from tests.support.local_gateway import Talker
 from tests.support.openai_bodies import IMAGE, LIMITS
 
 API = describe_api(["m"])
@@ -116,3 +122,20 @@ def test_usual_requests_are_taken_and_described(body: dict[str, Any]) -> None:
     body = GOOD["ChatBody"] | body
     describe("ChatBody").validate(body)
     parse_chat(encode(body), limits=LIMITS, request_id="x")
+
+
+def test_the_document_names_the_routes_that_the_gateway_has() -> None:
+    config = ServeConfig(models=[ModelConfig(path="m", engine="echo")], page=False)
+    gateway = build_api(config, {"m": cast(Any, Talker())})
+    (v1,) = [route.app for route in gateway.routes if isinstance(route, Mount)]
+    assert isinstance(v1, FastAPI)
+    routes = [("", route) for route in gateway.routes] + [("/v1", route) for route in v1.routes]
+    served = {
+        prefix + route.path.replace(":path", "")
+        for prefix, route in routes
+        if isinstance(route, APIRoute)
+    }
+    also_without_v1 = {"/tokenize", "/detokenize", "/usage"}
+    assert served - {"/openapi.json"} - {"/v1" + path for path in also_without_v1} == (
+        set(API["paths"]) - also_without_v1
+    )

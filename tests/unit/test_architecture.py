@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[2] / "llava_ray"
 FLOORS = [
     {"cli"},
     {"app", "llava"},
-    {"evaluate", "serve"},
+    {"evaluate", "llava_input", "serve"},
     {"client", "train", "engine", "demo"},
     {"data"},
     {"model"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
         "train/launch.py",
         "train/trackers.py",
         "train/worker.py",
-        "evaluate/predict/actor.py",
+        "evaluate/predict/",
         "evaluate/run.py",
     ),
     "torch": (
@@ -58,7 +58,7 @@ MAY_IMPORT = {
         "data/loader/collate.py",
         "train/",
     ),
-    "llguidance": ("engine/structured_output.py",),
+    "llguidance": ("engine/schema_check.py", "engine/structured_output.py"),
     "pycocoevalcap": ("evaluate/scoring/captions.py",),
     "openpyxl": ("evaluate/submission.py",),
     "gradio": ("serve/page/",),

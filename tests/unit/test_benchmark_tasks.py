@@ -214,7 +214,10 @@ def test_ones_own_lines_may_have_options_and_several_answers(tmp_path: Path) -> 
         {"question_id": 2, "text": "How many?", "answer": ["2", "2", "two", "3", "2"]},
     ]
     path = write_lines(tmp_path / "questions.jsonl", rows)
-    first, second = find(path, "own_choice")
+    with pytest.raises(SampleError, match="row 2 has no options"):
+        find(path, "own_choice")
+    second = find(path, "own_exact")[1]
+    (first,) = find(write_lines(tmp_path / "one.jsonl", rows[:1]), "own_choice")
     assert (first.text, first.groups) == (f"Which?\nA. x\nB. y{LETTER}", ("k",))
     assert second.answers == ("2", "2", "two", "3", "2")
     with pytest.raises(SampleError, match="question 1 has 1 answers"):

@@ -1,4 +1,4 @@
-"""Replies from elsewhere are scored, and the files that benchmarks' servers take are written."""
+"""Responses from elsewhere are scored, and the files that benchmarks' servers take are written."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.support.raw_data import write_json
 
 
 def score(name: str, path: Path, data: Path | None = None, **options: Any) -> TaskResult:
-    """Score a file of replies against the small benchmark, which is written first."""
+    """Score a file of responses against the small benchmark, which is written first."""
     if data is not None:
         WRITERS[TASKS[name].folder](data)
     return score_file(TASKS[name], path, data, min_coverage=0.99, **options)
@@ -35,8 +35,8 @@ def answers(path: Path, texts: dict[Any, str] | list[tuple[Any, str]]) -> Path:
 
 
 def test_popes_answer_file_gives_its_numbers(tmp_path: Path) -> None:
-    replies = ["Yes", "No", "No, there is not.", "Yes", "yes", "no", "yes", "no"]
-    path = answers(tmp_path / "answers.jsonl", dict(enumerate(replies)))
+    responses = ["Yes", "No", "No, there is not.", "Yes", "yes", "no", "yes", "no"]
+    path = answers(tmp_path / "answers.jsonl", dict(enumerate(responses)))
     result = score("pope", path, tmp_path)
     assert value(result, "random/f1") == value(result, "random/precision") == 50
     assert value(result, "popular/accuracy") == value(result, "popular/recall") == 100
@@ -70,7 +70,7 @@ def test_scienceqas_files_give_its_two_numbers(tmp_path: Path) -> None:
         assert (value(with_images, "accuracy"), with_images.num_questions) == (100, 1)
 
 
-def test_textvqas_replies_find_their_question_by_its_prompt(tmp_path: Path) -> None:
+def test_textvqas_responses_find_their_question_by_its_prompt(tmp_path: Path) -> None:
     rows = [
         {"question_id": "0a1", "text": "word 1", "prompt": f"Who wrote it?\n{REST}"},
         {"question_id": "0a1", "text": "word 0", "prompt": f"What does it say?\n{REST}"},
@@ -87,7 +87,7 @@ def write_mme_results(folder: Path, subtasks: list[str]) -> Path:
     for name in subtasks:
         rows = [("a", "Yes", "Yes, it is"), ("a", "No", "no")]
         rows += [("b", "Yes", "well"), ("b", "No", "No.")]
-        lines = [f"{p}.jpg\tIs it?\t{right}\t{reply}\n" for p, right, reply in rows]
+        lines = [f"{p}.jpg\tIs it?\t{right}\t{response}\n" for p, right, response in rows]
         (folder / f"{name}.txt").write_text("".join(lines))
     return folder
 
@@ -187,17 +187,21 @@ BAD = [
     (
         "pope",
         '{"question_id": 77, "text": "yes"}',
-        "a reply for '77', which the benchm",
+        "a response for '77', which the benchm",
     ),
-    ("pope", '{"question_id": 0, "text": "a"}\n{"question_id": 0, "text": "b"}', "a reply for '0'"),
+    (
+        "pope",
+        '{"question_id": 0, "text": "a"}\n{"question_id": 0, "text": "b"}',
+        "a response for '0'",
+    ),
     ("pope", '{"question_id": 0}', "row 1 has no 'text'"),
     ("pope", "yes", "line 1 of 'answers.jsonl' is not a JSON object"),
-    ("mmvet", '{"question_id": 0, "text": "yes"}', "holds replies without grades"),
+    ("mmvet", '{"question_id": 0, "text": "yes"}', "holds responses without grades"),
 ]
 
 
 @pytest.mark.parametrize(("name", "content", "said"), BAD)
-def test_replies_that_cannot_be_scored_are_named(
+def test_responses_that_cannot_be_scored_are_named(
     tmp_path: Path, name: str, content: str, said: str
 ) -> None:
     path = tmp_path / "answers.jsonl"
@@ -207,7 +211,7 @@ def test_replies_that_cannot_be_scored_are_named(
 
 
 def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no file of replies"):
+    with pytest.raises(ConfigError, match="no file of responses"):
         score("gqa", tmp_path / "absent.jsonl", tmp_path)
     with pytest.raises(ConfigError, match="no files of MME's"):
         score("mme", tmp_path / "absent.txt")
@@ -263,18 +267,18 @@ SUBMISSIONS: dict[str, tuple[dict[str, str], str, Any]] = {
 }
 
 
-def submit(name: str, replies: dict[str, str], data: Path) -> Path:
+def submit(name: str, responses: dict[str, str], data: Path) -> Path:
     task = TASKS[name]
     WRITERS[task.folder](data)
     assert task.submit is not None
     folder = task.find_folder(data)
-    return task.submit(task.read_all(data), replies, folder, data / f"submit_{name}")
+    return task.submit(task.read_all(data), responses, folder, data / f"submit_{name}")
 
 
 @pytest.mark.parametrize("name", SUBMISSIONS)
 def test_a_submission_is_what_llavas_script_writes(tmp_path: Path, name: str) -> None:
-    replies, ending, content = SUBMISSIONS[name]
-    path = submit(name, replies, tmp_path)
+    responses, ending, content = SUBMISSIONS[name]
+    path = submit(name, responses, tmp_path)
     assert path.name == f"submit_{name}.{ending}"
     text = path.read_text()
     found = json.loads(text) if ending == "json" else [*map(json.loads, text.splitlines())]
@@ -295,6 +299,6 @@ def test_mmbenchs_submission_is_its_table_with_a_column_of_predictions(
     assert [row[6] for row in rows[1:]] == ["A", "B", "C"]
 
 
-def test_vizwiz_wants_every_reply(tmp_path: Path) -> None:
-    with pytest.raises(SampleError, match="1 questions of VizWiz have no reply"):
+def test_vizwiz_wants_every_response(tmp_path: Path) -> None:
+    with pytest.raises(SampleError, match="1 questions of VizWiz have no response"):
         submit("vizwiz_vqa_test", {"0": "soda"}, tmp_path)

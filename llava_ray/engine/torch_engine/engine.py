@@ -17,6 +17,7 @@ from llava_ray.config import ModelConfig
 from llava_ray.config.model import count_threads
 from llava_ray.engine.input_processor import InputProcessor
 from llava_ray.engine.protocol import NoteImages, ignore_images
+from llava_ray.engine.structured_output import Grammar
 from llava_ray.engine.torch_engine.engine_loop import (
     Abort,
     Add,
@@ -36,7 +37,8 @@ from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, i
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.loading import LoadedModel, load_model, select_device, select_dtype
+from llava_ray.model.devices import describe_shortage, select_device
+from llava_ray.model.loading import LoadedModel, load_model, select_dtype
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
@@ -106,17 +108,15 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        self._runner = runner or run_in_temporary_thread(
-            lambda: ModelRunner(
-                core,
-                cache_tokens=self._cache_tokens,
-                cache_dtype=cache_dtype,
-                quantization=quantization,
-                adapters=adapters,
-                image_cache_mb=image_cache_mb,
-                graph_batch_size=max_batch_size if on_gpu else None,
-                note_images=note_images,
-            )
+        self._runner = runner or _build_runner(
+            core,
+            cache_tokens=self._cache_tokens,
+            cache_dtype=cache_dtype,
+            quantization=quantization,
+            adapters=adapters,
+            image_cache_mb=image_cache_mb,
+            graph_batch_size=max_batch_size if on_gpu else None,
+            note_images=note_images,
         )
         self._encoder = start_single_threaded_executor("encode")
         names = ("step-0", "step-1") if can_split else ()
@@ -181,7 +181,8 @@ class TorchEngine:
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
         """Yield the answer in chunks; see `Engine.stream`."""
         here = asyncio.get_running_loop()
-        sequence = await here.run_in_executor(self._encoder, self._encode, prompt)
+        grammar = await self._inputs.compile_format(prompt)
+        sequence = await here.run_in_executor(self._encoder, self._encode, prompt, grammar)
         output = OutputQueue()
         self._loop.send(Add(sequence, output))
         is_finished = False
@@ -246,10 +247,11 @@ class TorchEngine:
         with contextlib.suppress(EngineError):  # then nothing is left to free
             self._loop.send(Abort(sequence))
 
-    def _encode(self, prompt: Prompt) -> Sequence:
+    def _encode(self, prompt: Prompt, grammar: Grammar | None) -> Sequence:
         self._adapters.check(prompt.adapter)
         prompt_ids, images = self._inputs.read(prompt)
-        names = hash_images(prompt.images)
+        is_one_tile = len(prompt.images) > 1 and "batch_num_images" in (images or {})
+        names = hash_images(prompt.images, layout="one tile" * is_one_tile)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -258,7 +260,7 @@ class TorchEngine:
             max_tokens=self._inputs.fit(prompt, prompt_ids),
             text=self._inputs.start_detokenizer(prompt),
             eos_token_ids=self._core.eos_token_ids,
-            grammar=self._inputs.compile_format(prompt),
+            grammar=grammar,
             logprobs=self._inputs.start_logprobs(prompt),
             inputs=images,
             content=identify_tokens(
@@ -267,6 +269,19 @@ class TorchEngine:
             image_names=names,
             adapter=prompt.adapter,
         )
+
+
+def _build_runner(core: LoadedModel, *, cache_tokens: int, **options: Any) -> ModelRunner:
+    try:
+        return run_in_temporary_thread(
+            lambda: ModelRunner(core, cache_tokens=cache_tokens, **options)
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights of {str(core.checkpoint.folder)!r} are on the GPU, and there is no "
+            f"memory for the rest: {describe_shortage(error)}; lower cache_tokens ({cache_tokens}) "
+            "or max_batch_size, or take a larger GPU"
+        ) from error
 
 
 def _weigh_images(core: LoadedModel) -> float:

@@ -1,4 +1,4 @@
-"""samples_{task}.jsonl read back: what a run left behind -> scored rows, to report and compare."""
+"""Reads samples_{task}.jsonl and results.json of a finished run, to report and compare."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,15 @@ from llava_ray.evaluate.datasets.files import read_json, read_jsonl
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.types import Question, Score
 
-Sample = dict[str, Any]
+SampleRecord = dict[str, Any]
 PREFIX = "samples_"
 
 
 def find_samples(folder: Path) -> dict[str, Path]:
-    """Return the samples of each task below a folder of results.
+    """Return the file of samples of each task in a folder of results.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the folder has none.
     """
     files = {
         path.stem.removeprefix(PREFIX): path for path in sorted(folder.glob(f"{PREFIX}*.jsonl"))
@@ -26,19 +26,19 @@ def find_samples(folder: Path) -> dict[str, Path]:
     return files
 
 
-def read_samples(path: Path) -> list[Sample]:
+def read_samples(path: Path) -> list[SampleRecord]:
     """Return the samples of a task, as `results.describe_sample` wrote them."""
-    return read_jsonl(path)
+    return [_rename_fields(record) for record in read_jsonl(path)]
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return results.json of a run; without tasks if there is none."""
+    """Return results.json of a run; an empty one if it does not exist."""
     path = folder / "results.json"
     return read_json(path) if path.is_file() else {"about": {}, "tasks": {}}
 
 
-def score_of(sample: Sample) -> Scored | None:
-    """Return a sample as a scored row; None if it was not answered and judged."""
+def to_scored(sample: SampleRecord) -> Scored | None:
+    """Return a sample as a scored row; None if it has no score."""
     if sample["status"] != "answered" or sample["score"] is None:
         return None
     question = Question(
@@ -49,5 +49,16 @@ def score_of(sample: Sample) -> Scored | None:
         groups=tuple(sample["groups"]),
         cluster=sample["cluster"],
     )
-    score = Score(sample["score"], sample["parsed"], sample["why"], tuple(sample["figures"]))
-    return Scored(question, sample["reply"], score)
+    score = Score(
+        sample["score"],
+        sample["parsed"],
+        sample["why"],
+        tuple(sample["figures"]),
+        is_unread=sample.get("is_unread", False),
+    )
+    return Scored(question, sample["response"], score)
+
+
+def _rename_fields(record: SampleRecord) -> SampleRecord:
+    """Version 0.1 wrote the response under "reply"."""
+    return {("response" if name == "reply" else name): value for name, value in record.items()}

@@ -18,7 +18,7 @@ _PUNCTUATION = frozenset(
 
 
 def score_captions(questions: Sequence[Question], texts: Sequence[str]) -> list[Score]:
-    """Score captions together: CIDEr weighs words by how many images they are said of.
+    """Score captions together: CIDEr weighs each n-gram by how few images it describes.
 
     Returns:
         for each caption its ROUGE-L (Lin 2004); `figures` are its CIDEr (Vedantam et al. 2015), its
@@ -61,11 +61,11 @@ def summarize_captions(rows: Sequence[Scored]) -> dict[str, float]:
         sum(column) for column in zip(*(row.score.figures for row in rows), strict=True)
     )
     numbers = {"CIDEr": 100 * ciders / len(rows)}
-    right, told = counts[:MAX_ORDER], counts[MAX_ORDER:]
+    matched, total = counts[:MAX_ORDER], counts[MAX_ORDER:]
     precision = 1.0
     brevity = math.exp(1 - closest / lengths) if 0 < lengths < closest else 1.0
     for n in range(MAX_ORDER):
-        precision *= right[n] / told[n] if told[n] else 0.0
+        precision *= matched[n] / total[n] if total[n] else 0.0
         numbers[f"Bleu_{n + 1}"] = 100 * brevity * precision ** (1 / (n + 1))
     rouges = [row.score.value or 0.0 for row in rows]
     return numbers | {"ROUGE_L": 100 * sum(rouges) / len(rows)}

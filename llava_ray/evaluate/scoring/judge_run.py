@@ -1,7 +1,7 @@
-"""Asks a judge about replies, through any OpenAI-compatible endpoint; what it says is logged.
+"""Asks a judge model, at any OpenAI-compatible server, to grade responses; logs its verdicts.
 
-Killed at any point and started again, only replies without a verdict are judged. A verdict that
-cannot be read, or a judge that fails, leaves a Score without a value and with the reason.
+A run that was killed and started again asks only about responses without a verdict in the log. A
+verdict that cannot be read, or a judge that fails, gives a Score without a value, with the reason.
 """
 
 import asyncio
@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava_ray.client import Client
-from llava_ray.config import EvaluateConfig
+from llava_ray.config import TasksConfig
 from llava_ray.errors import LlavaRayError
+from llava_ray.evaluate.output_files import to_utf8
 from llava_ray.evaluate.predict.ask import ask, ask_with_retries
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.scoring.judge import Judge
@@ -25,13 +26,13 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge said of a reply.
+    """A judge's verdict on a response.
 
     Attributes:
         question_id: of the question.
         cache_key: digest of the judge, its prompt and its settings.
         prompt: all that the judge was asked.
-        text: its words; empty if it failed.
+        text: the judge's whole response; empty if it failed.
         reason: why it failed.
     """
 
@@ -46,12 +47,12 @@ def grade_predictions(
     judge: Judge,
     questions: Sequence[Question],
     predictions: Mapping[str, Prediction],
-    config: EvaluateConfig,
+    config: TasksConfig,
     log: Path,
     *,
     on_verdict: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Score]:
-    """Return a score for every reply, by question id; what the log holds is not asked again.
+    """Return a score for every response, by question id; what the log holds is not asked again.
 
     Raises:
         ConfigError: the file of the judge's wording cannot be read.
@@ -84,12 +85,12 @@ def _find_answered(
     return [
         question
         for question in questions
-        if (said := predictions.get(question.question_id)) and said.status == "answered"
+        if (found := predictions.get(question.question_id)) and found.status == "answered"
     ]
 
 
 def _draft(
-    judge: Judge, question: Question, text: str, wording: str, config: EvaluateConfig
+    judge: Judge, question: Question, text: str, wording: str, config: TasksConfig
 ) -> Verdict:
     """A verdict that is still to be given."""
     prompt = judge.write(question, text, wording)
@@ -101,7 +102,7 @@ def _draft(
 async def _ask_judge(
     judge: Judge,
     drafts: Sequence[Verdict],
-    config: EvaluateConfig,
+    config: TasksConfig,
     keep: Callable[[Verdict], None],
 ) -> None:
     assert config.judge_endpoint is not None
@@ -113,13 +114,13 @@ async def _ask_judge(
             request = ChatRequest(
                 "",
                 config.judge_model,
-                (Message("user", (TextPart(draft.prompt),)),),
+                (Message("user", (TextPart(to_utf8(draft.prompt)),)),),
                 judge.sampling,
             )
             async with free:
                 try:
-                    reply = await ask_with_retries(lambda: ask(client.stream, request))
-                    text, reason = reply.text, ""
+                    response = await ask_with_retries(lambda: ask(client.stream, request))
+                    text, reason = response.text, ""
                 except LlavaRayError as error:
                     text, reason = "", f"the judge failed: {error.message}"
             keep(Verdict(draft.question_id, draft.cache_key, draft.prompt, text, reason))

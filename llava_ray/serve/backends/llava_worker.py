@@ -50,7 +50,7 @@ class LlavaWorkerBackend(Backend):
         )
 
     async def _start_once(
-        self, request: Request | CompletionRequest, context: RequestContext
+        self, request: Request | CompletionRequest, context: RequestContext, num_slots: int
     ) -> BackendResponse:
         """Return the response once it has begun; a worker that cannot be reached is removed."""
         if isinstance(request, CompletionRequest):
@@ -69,7 +69,9 @@ class LlavaWorkerBackend(Backend):
                 await self._handle.forget.remote(address, trouble)
             else:
                 context.note_first_chunk()
-                return BackendResponse(self, first, reply, context, num_answers=1)
+                return BackendResponse(
+                    self, first, reply, context, num_answers=1, num_slots=num_slots
+                )
         raise UnreachableError(f"no worker of {self.name!r} is available: {trouble}; try again")
 
 

@@ -89,15 +89,15 @@ class Backend:
             LlavaRayError: the request was refused, or no replica could start it.
         """
         context.is_model_known = True
-        await self._queue.acquire(context.key)
+        num_slots = await self._queue.acquire(context.key, request.num_answers)
         try:
             try:
-                return await self._start_once(request, context)
+                return await self._start_once(request, context, num_slots)
             except RayActorError:
                 log.logger.warning(f"a replica of {self.name!r} died; trying another one")
-                return await self._start_once(request, context)
+                return await self._start_once(request, context, num_slots)
         except BaseException as error:
-            self._queue.release()
+            self._queue.release(num_slots)
             if isinstance(error, RayError | RayServeException):
                 raise translate_error(error, self.name) from error
             raise
@@ -160,7 +160,7 @@ class Backend:
             raise translate_error(error, self.name) from error
 
     async def _start_once(
-        self, request: Request | CompletionRequest, context: RequestContext
+        self, request: Request | CompletionRequest, context: RequestContext, num_slots: int
     ) -> "BackendResponse":
         is_completion = isinstance(request, CompletionRequest)
         method = self._stream_handle.complete if is_completion else self._stream_handle.chat
@@ -186,16 +186,21 @@ class Backend:
         if stream:
             stream.follow(first, response, num_answers=request.num_answers)
         return BackendResponse(
-            self, first, stream or response, context, num_answers=request.num_answers
+            self,
+            first,
+            stream or response,
+            context,
+            num_answers=request.num_answers,
+            num_slots=num_slots,
         )
 
     def note_alive(self) -> None:
         """Note that a chunk has arrived, so the model is healthy."""
         self._health.last_chunk_at = time.monotonic()
 
-    def end(self) -> None:
-        """Release the slot of a finished response to the next request."""
-        self._queue.release()
+    def end(self, num_slots: int) -> None:
+        """Release the slots of a finished response to the next requests."""
+        self._queue.release(num_slots)
 
 
 class BackendResponse:
@@ -212,10 +217,12 @@ class BackendResponse:
         context: RequestContext,
         *,
         num_answers: int,
+        num_slots: int,
     ) -> None:
         self._backend, self._first, self._response = backend, first, response
         self._context = context
         self._num_open = num_answers
+        self._num_slots = num_slots
         self._is_closed = False
         self.is_over = False
 
@@ -239,14 +246,14 @@ class BackendResponse:
         return chunk
 
     def close(self) -> None:
-        """Cancel what is left of the request on the replica, and release the slot."""
+        """Cancel what is left of the request on the replica, and release its slots."""
         if self._is_closed:
             return
         self._is_closed = True
         if not self.is_over:
             self.is_over = True
             self._response.cancel()
-        self._backend.end()
+        self._backend.end(self._num_slots)
 
 
 def translate_error(error: Exception, model: str) -> Exception:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -73,13 +74,20 @@ async def answer_no_route(request: Request, error: Exception) -> Response:
         message = f"there is no {asked}: use {(error.headers or {}).get('Allow', 'POST')}"
         reply = describe_failure(405, message, code="method_not_allowed")
     else:
-        message = (
-            f"there is no {asked}: this API has GET /v1/models, GET /v1/models/{{name}}, "
-            "POST /v1/chat/completions, POST /v1/completions, POST /tokenize and POST /detokenize"
-        )
+        message = f"there is no {asked}: this API has {_list_routes(request)}"
         reply = describe_failure(error.status_code, message, code="not_found")
     request.state.context.error = reply.body["error"]["code"]
     return json_response(reply.body, reply.status, {**reply.headers, **(error.headers or {})})
+
+
+def _list_routes(request: Request) -> str:
+    """Return the methods and paths of the application that has got the request."""
+    prefix = request.scope.get("root_path", "")
+    return ", ".join(
+        f"{'/'.join(sorted(route.methods))} {prefix}{route.path}"
+        for route in request.app.routes
+        if isinstance(route, APIRoute)
+    )
 
 
 async def read_body(request: Request, *, max_bytes: int) -> bytes:

@@ -95,7 +95,7 @@ class SamplingBody(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
     frequency_penalty: float | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
     repetition_penalty: float | None = Field(
-        None, gt=0, le=100, description="a number greater than 0; 1 has no effect"
+        None, ge=0.01, le=100, description="a number from 0.01 to 100; 1 has no effect"
     )
     logit_bias: dict[str, _Bias] | None = Field(
         None,

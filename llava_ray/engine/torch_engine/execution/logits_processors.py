@@ -19,7 +19,7 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 def adjust(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
     """Change float32 logits in place, each row as its sequence asks."""
     _hold_to_format(logits_BV, sequences)
-    _forbid_the_end(logits_BV, sequences)
+    _forbid_end_tokens(logits_BV, sequences)
     _add_bias(logits_BV, sequences)
     _penalise(logits_BV, sequences)
 
@@ -32,7 +32,8 @@ def _hold_to_format(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
             logits_V.masked_fill_(~allowed_V, float("-inf"))
 
 
-def _forbid_the_end(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+def _forbid_end_tokens(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
+    """Rule out the end before `min_tokens`, except where nothing else would be left to choose."""
     places = [
         (row, id_)
         for row, sequence in enumerate(sequences)
@@ -41,7 +42,10 @@ def _forbid_the_end(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:
         if id_ < logits_BV.shape[1]
     ]
     if places:
+        before_BV = logits_BV.clone()
         logits_BV[_indices(places, logits_BV)] = float("-inf")
+        is_empty_B = logits_BV.isneginf().all(-1)
+        torch.where(is_empty_B[:, None], before_BV, logits_BV, out=logits_BV)
 
 
 def _add_bias(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> None:

@@ -19,6 +19,8 @@ class SampledTokens:
 
     Args:
         tokens_B: on the device, as the next ones.
+        is_possible_B: whether each token's logit is a number; it is not if a sequence's logits are
+            all infinite or NaN.
         sequences: whose they are.
         measured: of those that ask for it, in order, the logprobs of their tokens [A], and the
             likeliest ids and their logprobs, [A, top]; empty if none asks.
@@ -27,17 +29,21 @@ class SampledTokens:
     def __init__(
         self,
         tokens_B: torch.Tensor,
+        is_possible_B: torch.Tensor,
         sequences: Many[Sequence],
         measured: tuple[torch.Tensor, ...],
     ) -> None:
         self.tokens_B = tokens_B
         self.rows = {sequence: row for row, sequence in enumerate(sequences)}
-        self._fetch = DeviceToHostCopy(tokens_B, *measured)
+        self._fetch = DeviceToHostCopy(tokens_B, is_possible_B, *measured)
 
     def read(self) -> list[int]:
-        """Return the tokens, and tell the sequences how likely they were."""
-        tokens_B, *measured = self._fetch.read()
+        """Return the tokens, and tell the sequences how likely they were, or that they failed."""
+        tokens_B, is_possible_B, *measured = self._fetch.read()
         tokens: list[int] = tokens_B.tolist()
+        for sequence, is_possible in zip(self.rows, is_possible_B.tolist(), strict=True):
+            if not is_possible:
+                sequence.failure = "the model's logits for it are not finite"
         if measured:
             asking = [(row, s.logprobs) for s, row in self.rows.items() if s.logprobs is not None]
             columns = [each.tolist() for each in measured]
@@ -58,7 +64,9 @@ def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> SampledTokens:
     if special:
         rows = send(special, logits_BV.device)
         tokens_B[rows] = _choose(logits_BV[rows].float(), [sequences[i] for i in special])
-    return SampledTokens(tokens_B, sequences, _measure(logits_BV, tokens_B, sequences))
+    is_possible_B = logits_BV.gather(1, tokens_B[:, None])[:, 0].isfinite()
+    measured = _measure(logits_BV, tokens_B, sequences)
+    return SampledTokens(tokens_B, is_possible_B, sequences, measured)
 
 
 def _measure(
@@ -105,9 +113,11 @@ def _draw(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
         kept_BV = kept_BV * (kept_BV >= smallest_B1)
     cumulative_BV = kept_BV.cumsum(-1)
     # nucleus: the fewest tokens that together reach top_p of what is left, at least one
-    kept_BV = kept_BV * (cumulative_BV - kept_BV < top_p_B1 * cumulative_BV[:, -1:])
+    is_kept_BV = cumulative_BV - kept_BV < top_p_B1 * cumulative_BV[:, -1:]
+    is_kept_BV[:, 0] = True
+    kept_BV = kept_BV * is_kept_BV
     cumulative_BV = kept_BV.cumsum(-1)
     target_B1 = uniform_B1 * cumulative_BV[:, -1:]
     rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    last_B1 = (kept_BV > 0).sum(-1, keepdim=True) - 1
+    last_B1 = ((kept_BV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # NaN is not more than 0
     return ids_BV.gather(1, torch.minimum(rank_B1, last_B1))[:, 0]

@@ -13,15 +13,19 @@ prompt plus `max_tokens`. So a running sequence is never preempted for lack of m
 no deadlock: every running sequence finishes, and the head of the queue gets its turn.
 """
 
+import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
 from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVAllocator
 from llava_ray.engine.torch_engine.scheduling.prefix_cache import KVCopy, PrefixCache
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
+from llava_ray.errors import EngineError
 from llava_ray.types import Chunk
+
+logger = logging.getLogger(__name__)
 
 MIN_SEQUENCES_TO_SPLIT = 16
 """Fewest sequences for which two concurrent decoding steps pay off: each step reads all weights."""
@@ -148,27 +152,55 @@ class Scheduler:
             scheduled.sequence.num_expected += scheduled.is_complete
             self._planned.remove(scheduled.sequence)
 
-    def commit(self, plan: StepPlan, tokens: list[int]) -> list[tuple[Sequence, Chunk]]:
-        """Add the tokens of an advanced step: one for each complete sequence, in order."""
+    def commit(
+        self, plan: StepPlan, tokens: list[int]
+    ) -> list[tuple[Sequence, Chunk | EngineError]]:
+        """Add the tokens of an advanced step: one for each complete sequence, in order.
+
+        What goes wrong with one sequence ends that sequence.
+        """
         self._num_steps += 1
         sequences = [scheduled.sequence for scheduled in plan.scheduled]
         for sequence in sequences:
             sequence.last_step = self._num_steps
         self._in_flight -= Counter(sequences)
-        news = []
+        news: list[tuple[Sequence, Chunk | EngineError]] = []
         for scheduled, token in zip(plan.complete, tokens, strict=True):
             scheduled.sequence.num_expected -= 1
             if scheduled.sequence in self._ended_in_flight:
                 continue
-            chunk = scheduled.sequence.append(token)
-            if chunk.finish_reason is not None:
+            item = _append(scheduled.sequence, token)
+            if isinstance(item, EngineError) or item.finish_reason is not None:
                 self._end(scheduled.sequence)
-            news.append((scheduled.sequence, chunk))
+            news.append((scheduled.sequence, item))
+        self._release_ended(sequences)
+        return news
+
+    def take_back(self, plan: StepPlan, reason: str) -> list[tuple[Sequence, EngineError]]:
+        """Undo a planned step that the device had no memory for; it is not advanced.
+
+        Its prompts end with an error, as they need most memory; if it has none, the sequence that
+        was admitted last does, so that the next step is smaller. The others are planned again.
+        """
+        sequences = [scheduled.sequence for scheduled in plan.scheduled]
+        self._planned.difference_update(sequences)
+        self._in_flight -= Counter(sequences)
+        alive = [each for each in self.running if each in set(sequences) - self._ended_in_flight]
+        prompts = [each for each in alive if each.num_computed < len(each.prompt_ids)]
+        news: list[tuple[Sequence, EngineError]] = []
+        for sequence in prompts or alive[-1:]:
+            sequence.num_computed = 0  # its keys and values are in doubt: nothing reuses them
+            self._end(sequence)
+            news.append((sequence, EngineError(reason)))
+        self._release_ended(sequences)
+        return news
+
+    def _release_ended(self, sequences: Iterable[Sequence]) -> None:
+        """Free what has ended and is no longer in flight."""
         for sequence in sequences:
             if sequence in self._ended_in_flight and sequence not in self._in_flight:
                 self._ended_in_flight.remove(sequence)
                 self._release(sequence)
-        return news
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:
@@ -240,3 +272,13 @@ def _copy(donor: Sequence, sequence: Sequence, num_tokens: int) -> KVCopy:
     assert sequence.kv_slice is not None
     sequence.num_computed = sequence.num_cached = num_tokens
     return KVCopy(donor.kv_slice, sequence.kv_slice, num_tokens)
+
+
+def _append(sequence: Sequence, token: int) -> Chunk | EngineError:
+    try:
+        if not sequence.failure:
+            return sequence.append(token)
+    except Exception as error:
+        logger.exception("request %s failed", sequence.request_id)
+        sequence.failure = f"{type(error).__name__}: {error}"
+    return EngineError(f"this request failed: {sequence.failure}; others go on")

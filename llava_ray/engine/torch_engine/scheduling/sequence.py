@@ -41,6 +41,7 @@ class Sequence:
             the cache, or will be before the next step runs on the device.
         num_cached: how many of those were copied from another sequence.
         kv_slice: its part of the cache; None until it is admitted.
+        failure: why it cannot go on, if a step found out; it ends with an error then.
         last_step: number of the latest committed step that it was part of.
         seen: token id -> its count in the answer, for penalties. Tokens of the prompt are keys,
             too, if the repetition penalty is used.
@@ -69,6 +70,7 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0
     kv_slice: KVSlice | None = None
+    failure: str = ""
     last_step: int = 0
     seen: dict[int, int] = field(init=False)
     random: Random = field(init=False)
