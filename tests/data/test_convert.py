@@ -283,6 +283,8 @@ def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "5 samples with 4 images in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
     assert "1  image_empty" in done.stdout
+    noise = [line for line in done.stderr.splitlines() if line.strip() and " rows " not in line]
+    assert noise == [], "only the progress; nothing of Ray's"
 
 
 def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(
