@@ -17,7 +17,7 @@ from llava_ray.data.convert.inputs import (
     open_images,
 )
 from llava_ray.data.convert.records import PendingSample, RejectedRow, ShardJob, ShardRecord
-from llava_ray.data.sources import Source, find_source
+from llava_ray.data.sources import Source, check_options, find_source
 from llava_ray.data.sources.building import BROKEN_ROW, RawRow, explain_broken
 from llava_ray.data.validate import check_messages
 from llava_ray.errors import ConfigError, ImageError, ImageTooLargeError, SampleError
@@ -55,6 +55,7 @@ def make_shard_jobs(
 def _group_rows(config: ConvertConfig) -> Iterator[list[PendingSample | RejectedRow]]:
     """Yield the rows of one shard after another."""
     source = find_source(config.source)
+    check_options(config)
     folder, names = find_input(config.input)
     rows, num_bytes = [], 0
     try:
