@@ -126,6 +126,22 @@ def test_an_image_that_could_not_be_read_is_tried_again(
     assert load_manifest(config.output).rejects == {}
 
 
+def test_images_that_are_links_out_of_their_folder_or_pipes_are_rejected(tmp_path: Path) -> None:
+    raw = write_llava(tmp_path / "raw", 4)
+    (raw / "1.png").rename(tmp_path / "outside.png")
+    (raw / "1.png").symlink_to(tmp_path / "outside.png")
+    (raw / "2.png").unlink()
+    os.mkfifo(raw / "2.png")
+    save(raw / "folder" / "real.png", 3)
+    (raw / "3.png").unlink()
+    (raw / "3.png").symlink_to("folder/real.png")
+    for images in (None, str(raw)):
+        config = configure(raw / "data.json", tmp_path / f"out{images is None}", images=images)
+        convert_here(config)
+        assert load_manifest(config.output).rejects == {"image_path": 2}
+        assert list(read_samples(Path(config.output))) == ["row-0", "row-3"]
+
+
 def fail_to_read(patch: pytest.MonkeyPatch, ending: str) -> None:
     from fsspec.implementations.local import LocalFileSystem
 

@@ -414,7 +414,7 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
     chance = random.Random(f"{source} {settings}")
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     num_rejects = num_refused = 0
-    for _ in range(100):
+    for _ in range(60):
         path = chance.choice(sorted(originals))
         path.write_bytes(spoil_file(path, originals[path], chance))
         config = ConvertConfig(source=source, input=str(folder), output="unused", **settings)
@@ -426,8 +426,8 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
             assert all(isinstance(row, PendingSample | RejectedRow) for row in rows)
             num_rejects += sum(isinstance(row, RejectedRow) and bool(row.reason) for row in rows)
         path.write_bytes(originals[path])
-    assert num_rejects > 8
-    assert num_refused < 70
+    assert num_rejects > 5
+    assert num_refused < 50
 
 
 def spoil_file(path: Path, data: bytes, chance: random.Random) -> bytes:
