@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.support.raw_data import (
     write_table,
     write_tar,
 )
+from tests.support.tiny_checkpoint import tiny_model
 
 
 def configure(folder: Path, out: Path, **more: Any) -> ConvertConfig:
@@ -153,6 +155,17 @@ def fail_to_read(patch: pytest.MonkeyPatch, ending: str) -> None:
         return read_file(self, path, **kwargs)
 
     patch.setattr(LocalFileSystem, "cat_file", cat_file)
+
+
+def test_another_tokenizer_at_the_same_path_counts_again(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(), model)
+    config = configure(write_llava(tmp_path / "raw", 6), tmp_path / "out", model=str(model))
+    assert convert_here(config) == [0, 1]
+    assert convert_here(config) == []
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "note": "another"}))
+    assert convert_here(config) == [0, 1]
 
 
 def test_rows_that_were_taken_away_leave_no_shard_behind(tmp_path: Path) -> None:

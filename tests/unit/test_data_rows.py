@@ -220,7 +220,8 @@ def test_the_forms_of_other_tools_are_read(form: str, source: str) -> None:
 def test_images_are_found_under_the_names_of_other_tools(field: str) -> None:
     row = {"prompt": "What?", "response": "This.", field: "a.png"}
     assert convert(row) == (["user: <image>What?", "assistant: This."], ["a.png"])
-    row = {"prompt": "What is <image>?", "response": "This.", field: ["a.png"], "other": None}
+    value = "a.png" if field == "file_name" else ["a.png"]
+    row = {"prompt": "What is <image>?", "response": "This.", field: value, "other": None}
     assert convert(row) == (["user: What is <image>?", "assistant: This."], ["a.png"])
 
 
@@ -255,6 +256,7 @@ def test_text_is_not_learned_without_the_image_that_the_row_has_under_another_na
     }.items():
         assert convert({**row, field: value}) == "unsupported", field
         assert convert({**row, field: value, "image": "a.png"})[1] == ["a.png"], field
+    assert convert({**row, "file_name": "main.py"})[1] == []
     assert convert({**row, "source": "web", "image_id": 5, "url": "https://example.com"})[1] == []
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.inputs import (
     digest_images,
+    digest_model,
     digest_rows,
     digest_sample,
     list_image_names,
@@ -40,9 +41,9 @@ def make_shard_jobs(
     Raises:
         ConfigError: the data is missing, or is not what its source expects.
     """
-    images = open_images(config)
+    images, model_digest = open_images(config), digest_model(config)
     for number, rows in enumerate(_group_rows(config)):
-        digest = digest_rows(rows)
+        digest = digest_rows(rows, model_digest)
         record = done.get(number) if done else None
         is_done = (
             record is not None
