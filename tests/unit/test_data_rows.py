@@ -1,6 +1,7 @@
 """Rows: every form of other tools is read or refused by name, and no odd row ends a conversion."""
 
 import base64
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.partition import make_shard_jobs
 from llava_ray.data.convert.records import PendingSample, RejectedRow
-from llava_ray.data.sources import SOURCES
+from llava_ray.data.sources import SOURCES, Source
+from llava_ray.data.sources.building import assistant, user
+from llava_ray.data.sources.conversations import read_conversations
 from llava_ray.errors import ConfigError, SampleError
+from llava_ray.types import Message, Sample, TextPart
 from tests.support.raw_data import (
     read,
     save,
@@ -278,6 +282,27 @@ def test_an_image_may_be_base64_and_may_not_be_a_link() -> None:
     assert convert(row)[1] == [base64.b64decode(data)]
     assert convert({**row, "image": f"data:image/png;base64,{data}"})[1] == [base64.b64decode(data)]
     assert convert({**row, "image": "https://example.com/a.png"}) == "image_missing"
+
+
+def test_a_source_of_one_s_own_that_returns_odd_samples_rejects_their_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd: list[Any] = [
+        {"images": (5,)},
+        {"images": 5},
+        {"messages": (user("<image>a"), Message("assistant", (TextPart(5),)))},  # type: ignore[arg-type]
+        {"messages": None},
+        {"sample_id": 5},
+        {"messages": (user("<image>a"), Message("assistant", ("b",)))},  # type: ignore[arg-type]
+    ]
+    good = Sample("1", (user("<image>a"), assistant("b")), ("a.png",), "mine")
+    samples = iter([*(dataclasses.replace(good, **fields) for fields in odd), good])
+    mine = Source(read_conversations, lambda row: next(samples))
+    monkeypatch.setitem(SOURCES, "mine", mine)
+    write_json(tmp_path / "rows.json", [{"n": i} for i in range(len(odd) + 1)])
+    rejects = list_rejects("mine", tmp_path)
+    expected = ["bad_row", "bad_row", "bad_row", "roles", "bad_row", "empty"]
+    assert [reject.reason for reject in rejects] == expected
 
 
 def write_every_source(folder: Path) -> dict[str, Path]:

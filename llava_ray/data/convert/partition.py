@@ -83,26 +83,27 @@ def _convert_rows(
         sample_id = ""
         try:
             sample = _convert_row(source, raw)
-            sample_id = sample.sample_id
+            sample_id = str(sample.sample_id)
             check_messages(sample, max_chars=config.max_chars, max_images=config.limits.max_images)
-            yield PendingSample(seen.admit(sample), raw.where)
+            row = PendingSample(seen.admit(sample), raw.where)
         except SampleError as error:
-            yield RejectedRow(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
+            row = _reject(raw, sample_id, error)
+        except BROKEN_ROW as error:
+            row = _reject(raw, sample_id, explain_broken(error))
+        yield row
 
 
 def _convert_row(source: Source, raw: RawRow) -> Sample:
-    if isinstance(raw.row, SampleError):
-        raise raw.row
     try:
-        return source.convert(raw.row)
-    except SampleError:
-        raise
+        return source.convert(raw.get())
     except ImageError as error:
         is_large = isinstance(error, ImageTooLargeError)
         reason = "image_oversized" if is_large else "image_corrupt"
         raise SampleError(error.message, reason=reason) from error
-    except BROKEN_ROW as error:
-        raise explain_broken(error) from error
+
+
+def _reject(raw: RawRow, sample_id: str, error: SampleError) -> RejectedRow:
+    return RejectedRow(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
 
 
 def _guess_id(raw: RawRow) -> str:
