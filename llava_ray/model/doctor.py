@@ -21,6 +21,7 @@ from llava_ray.model.open_checkpoint import (
     open_checkpoint,
     read_context_length,
 )
+from llava_ray.model.processor_check import find_misfit
 
 _KINDS = {
     "full": "a LLaVA with all its weights",
@@ -84,6 +85,8 @@ def diagnose(
     found.problems.extend(check_weights(checkpoint, architecture, stored))
     if tokenizer is not None:
         found.problems.extend(find_unmarked(checkpoint, architecture, tokenizer))
+        misfit = find_misfit(checkpoint, opened.processor, architecture.config)
+        found.problems.extend([misfit] if misfit else [])
     found.facts.update(_describe_sizes(architecture, stored))
     found.problems.extend(_check_adapters(checkpoint, architecture))
     return found
