@@ -28,7 +28,7 @@ from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
-from llava_ray.model.processor import encode_images, mark_images
+from llava_ray.model.processor import arrange_images, encode_images, mark_images
 from llava_ray.model.transformers_output import no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
@@ -93,7 +93,8 @@ class LoadedModel:
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
             image has tokens. With images also `pixel_values` in float32: [N, C, H, W], or for
-            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width).
+            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width); for
+            LLaVA-OneVision also `batch_num_images` [1], and several images have one tile each.
 
         Raises:
             RequestError: the number of images differs from the number of `<image>` in the text.
@@ -106,7 +107,7 @@ class LoadedModel:
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,
-            images=list(images) or None,
+            images=arrange_images(self.processor, images) if images else None,
             add_special_tokens=not (bos and text.startswith(bos)),
             return_tensors="pt",
         )
