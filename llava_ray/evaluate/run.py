@@ -168,11 +168,6 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
         ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
-    ids = {question.question_id for question in questions}
-    if len(ids) < len(questions):
-        raise ConfigError(
-            f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
-        )
     if task.judge:
         task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions

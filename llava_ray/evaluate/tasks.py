@@ -6,6 +6,7 @@ LLaVA-1.5.
 
 import csv
 import difflib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -67,12 +68,19 @@ class Task:
         """
         folder = self.find_folder(data)
         try:
-            return [_as_texts(question) for question in self.read(folder)]
+            questions = [_as_texts(question) for question in self.read(folder)]
         except _MISSHAPEN as error:
             raise SampleError(
                 f"the files of {self.name} in {folder} are not of the form that this benchmark has "
                 f"({type(error).__name__}: {error}): get them again"
             ) from error
+        counts = Counter(question.question_id for question in questions)
+        if repeated := [name for name, number in counts.items() if number > 1]:
+            raise ConfigError(
+                f"{self.name} has {len(questions)} questions but {len(counts)} ids: make them "
+                f"unique ({repeated[0]!r} is there {counts[repeated[0]]} times)"
+            )
+        return questions
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that this task asks."""

@@ -21,7 +21,7 @@ from typing import Any
 from llava_ray.data.shards import ShardReader
 from llava_ray.data.sources.building import LETTERS, write_options
 from llava_ray.errors import ConfigError, SampleError
-from llava_ray.evaluate.datasets.files import LETTER, get_field, get_text, read_jsonl
+from llava_ray.evaluate.datasets.files import LETTER, get_field, get_text, read_json, read_jsonl
 from llava_ray.evaluate.scoring.option_letter import read_option
 from llava_ray.evaluate.scoring.text_match import normalize_text
 from llava_ray.storage import open_folder
@@ -93,11 +93,21 @@ def _read(folder: Path, finish: Finish) -> Iterator[Question]:
             num_questions += 1
             yield question
     for path in files:
-        for number, row in enumerate(read_jsonl(path), start=1):
+        for number, row in enumerate(_read_objects(path), start=1):
             num_questions += 1
             yield _read_row(row, path, f"{path.name}, row {number}", finish)
     if not num_questions:
         raise ConfigError(f"{folder} has no questions: its files are empty")
+
+
+def _read_objects(path: Path) -> list[Any]:
+    """Return the objects of a file of JSON lines, or of a JSON list."""
+    if path.suffix != ".json":
+        return read_jsonl(path)
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise ConfigError(f"{path} is no list of questions: write one, or an object on each line")
+    return content
 
 
 def _is_shard(path: Path, folder: Path) -> bool:
