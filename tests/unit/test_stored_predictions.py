@@ -347,6 +347,18 @@ def test_unread_responses_and_the_rows_of_each_number_are_counted(tmp_path: Path
     assert "<th>not readable</th>" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_limit_holds_for_stored_predictions_and_they_need_score_only(tmp_path: Path) -> None:
+    find("pope", tmp_path)
+    rows = [{"question_id": i, "text": "Yes"} for i in range(8)]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    words = ["--task", "pope", "--data", str(tmp_path), "--predictions", str(path), "--limit", "2"]
+    run = CliRunner().invoke(app, ["evaluate", "--score-only", *words])
+    assert run.exit_code == 0, run.output
+    assert "2 of 2" in run.output
+    run = CliRunner().invoke(app, ["evaluate", *words])
+    assert "--score-only" in str(run.exception)
+
+
 # Any character
 
 ODD_TEXTS = [
