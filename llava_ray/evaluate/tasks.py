@@ -32,6 +32,7 @@ class Task:
         name: lmms-eval's name for it.
         folder: name of its folder within the folder of all benchmarks.
         other_folders: further names that this folder may have.
+        needs_all: its numbers mean nothing unless every question is scored.
         read: reads the questions from the benchmark's files.
         keep: selects the questions that are asked; by default all.
         score: scores one response; None if only a server knows the answers, or a judge grades.
@@ -54,6 +55,7 @@ class Task:
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
     other_folders: tuple[str, ...] = ()
+    needs_all: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -142,7 +144,14 @@ _ALL = (
         score=scorers.score_pope,
         summarize=metrics.summarize_pope,
     ),
-    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=metrics.summarize_mme),
+    Task(
+        "mme",
+        "MME",
+        yes_no.read_mme,
+        score=scorers.score_mme,
+        summarize=metrics.summarize_mme,
+        needs_all=True,
+    ),
     Task(
         "mmbench_en_dev",
         "mmbench",

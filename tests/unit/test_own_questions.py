@@ -128,6 +128,8 @@ ODD = [
     ({"text": ["Which?"]}, "'text' is"),
     ({"answer": None}, "'answer' is"),
     ({"answer": {"text": "a"}}, "'answer' is"),
+    ({"answer": " "}, "the answer is empty"),
+    ({"answer": []}, "the answer is empty"),
     ({"question_id": None}, "'question_id' is"),
     ({"category": ["a"]}, "'category' is"),
 ]

@@ -137,15 +137,13 @@ def _ask_sample(sample: Sample, place: str, finish: Finish) -> Question:
         find_options(text),
         source_id=sample.sample_id,
     )
-    return finish(question, (answer,), f"sample {sample.sample_id} ({place})")
+    return _finish(question, (answer,), f"sample {sample.sample_id} ({place})", finish)
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str, finish: Finish) -> Question:
     question_id = get_text(row, "question_id", where)
     answers = get_field(row, "answer", where)
     given = tuple(answers) if isinstance(answers, list) else (answers,)
-    if not given:
-        raise SampleError(f"{where}: 'answer' is an empty list, so no response could be right")
     text = get_text(row, "text", where).replace(IMAGE_TOKEN, "").strip()
     category = get_text(row, "category", where, default="")
     question = Question(
@@ -157,6 +155,12 @@ def _read_row(row: dict[str, Any], path: Path, where: str, finish: Finish) -> Qu
         (category,) if category else (),
         source_id=question_id,
     )
+    return _finish(question, given, where, finish)
+
+
+def _finish(question: Question, given: tuple[Any, ...], where: str, finish: Finish) -> Question:
+    if not any(answer.strip() for answer in question.answers):
+        raise SampleError(f"{where}: the answer is empty, so no response could be right")
     return finish(question, given, where)
 
 
