@@ -101,7 +101,7 @@ class EvaluateConfig(TasksConfig):
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
-        "where the device computes in it at full speed, float32 otherwise.",
+        "where the device computes in it at full speed, otherwise float16 (GPU) or float32 (CPU).",
     )
     quantization: QuantizationName = Field(
         default="none",

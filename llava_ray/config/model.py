@@ -67,8 +67,8 @@ class ModelConfig(Section):
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights and of the key-value cache. auto: bfloat16 where the "
-        "device computes in it at full speed, float32 otherwise. A CPU without fast "
-        "bfloat16 computes in float32 and keeps 16-bit weights in memory.",
+        "device computes in it at full speed, otherwise float16 on GPUs and float32 on CPUs. A CPU "
+        "without fast bfloat16 computes in float32 and keeps 16-bit weights in memory.",
     )
     quantization: QuantizationName = Field(
         default="none",

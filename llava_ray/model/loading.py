@@ -10,7 +10,6 @@ Shapes: B samples, T tokens, N images, C H W pixels.
 import contextlib
 import gc
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
+from llava_ray.model.devices import describe_shortage, select_device
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processor import arrange_images, encode_images, mark_images
@@ -43,10 +43,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Quantization = Literal["4bit", "8bit"]
-
-if not torch.cuda.is_available():
-    # transformers imports DeepSpeed if it is installed, which otherwise warns that there is no GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -182,8 +178,9 @@ def load_model(
         vision_tower: folder or hub name of the vision tower, for LLaVA's format; by default the one
             that config.json names.
         dtype: precision of the weights in memory. "auto" is bfloat16 where the device computes in
-            it and float32 elsewhere (see `precision`). "stored" is the files' 16-bit dtype if they
-            all have the same one, otherwise float32, so that no precision is lost.
+            it, else float16 on a GPU and float32 on a CPU (see `precision`). "stored" is the files'
+            16-bit dtype if they all have the same one, otherwise float32, so that no precision is
+            lost.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
@@ -284,25 +281,6 @@ def load_without_weights(path: str | Path, *, template: str | None = None) -> Lo
     )
 
 
-def select_device(name: str) -> torch.device:
-    """Return the torch device that `name` ("auto", "cpu", "cuda:1", ...) stands for.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is not a device: use auto, cpu or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
-        )
-    return device
-
-
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype that a name in the configuration stands for on a device.
 
@@ -357,6 +335,12 @@ def build_model(
                 quantization_config=_describe_quantization(quantization, dtype),
                 output_loading_info=True,
             )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights in {str(checkpoint.folder)!r} do not fit in the GPU's memory: "
+            f"{describe_shortage(error)}; end what else uses this GPU, take a larger one, or "
+            "spread the model over several with engine=vllm"
+        ) from error
     except ImportError as error:
         raise MissingPackageError(
             f"attention={attention!r} or quantization={quantization!r} needs a package: {error}"

@@ -37,7 +37,8 @@ from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, i
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.loading import LoadedModel, load_model, select_device, select_dtype
+from llava_ray.model.devices import describe_shortage, select_device
+from llava_ray.model.loading import LoadedModel, load_model, select_dtype
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
@@ -107,17 +108,15 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        self._runner = runner or run_in_temporary_thread(
-            lambda: ModelRunner(
-                core,
-                cache_tokens=self._cache_tokens,
-                cache_dtype=cache_dtype,
-                quantization=quantization,
-                adapters=adapters,
-                image_cache_mb=image_cache_mb,
-                graph_batch_size=max_batch_size if on_gpu else None,
-                note_images=note_images,
-            )
+        self._runner = runner or _build_runner(
+            core,
+            cache_tokens=self._cache_tokens,
+            cache_dtype=cache_dtype,
+            quantization=quantization,
+            adapters=adapters,
+            image_cache_mb=image_cache_mb,
+            graph_batch_size=max_batch_size if on_gpu else None,
+            note_images=note_images,
         )
         self._encoder = start_single_threaded_executor("encode")
         names = ("step-0", "step-1") if can_split else ()
@@ -270,6 +269,19 @@ class TorchEngine:
             image_names=names,
             adapter=prompt.adapter,
         )
+
+
+def _build_runner(core: LoadedModel, *, cache_tokens: int, **options: Any) -> ModelRunner:
+    try:
+        return run_in_temporary_thread(
+            lambda: ModelRunner(core, cache_tokens=cache_tokens, **options)
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights of {str(core.checkpoint.folder)!r} are on the GPU, and there is no "
+            f"memory for the rest: {describe_shortage(error)}; lower cache_tokens ({cache_tokens}) "
+            "or max_batch_size, or take a larger GPU"
+        ) from error
 
 
 def _weigh_images(core: LoadedModel) -> float:
