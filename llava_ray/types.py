@@ -260,6 +260,8 @@ class Chunk(NamedTuple):
         logprobs: of the tokens that begin in this piece, where they were asked for.
         num_cached_tokens: tokens of the prompt that did not have to be computed, because the
             engine had computed the same beginning before.
+        fingerprint: which weights and settings answered (see `model.fingerprint`); "" if that is
+            not known.
     """
 
     text: str
@@ -270,6 +272,7 @@ class Chunk(NamedTuple):
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    fingerprint: str = ""
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""
@@ -327,7 +330,8 @@ class Prediction:
             where it was not told.
         image_sha256: of each image's file.
         cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
-        model_digest: of the model's files, or of the address that was asked.
+        model_digest: of the model's files; of a server its fingerprint, or where it tells none the
+            digest of its address.
     """
 
     question_id: str

@@ -97,6 +97,12 @@ class EvaluateConfig(TasksConfig):
         min_length=1,
         description="Folder for the results. A run that finds its earlier results there resumes.",
     )
+    reuse: bool = Field(
+        default=False,
+        description="Keep the logged predictions of a server that does not tell which weights it "
+        "serves. false: such a server is asked all questions again in each run. Models that this "
+        "program loads or serves are known by their weights, and are never asked twice.",
+    )
     engine: EngineName = Field(
         default="torch", description="Inference engine: torch, vllm, sglang or echo."
     )

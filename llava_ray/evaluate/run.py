@@ -17,7 +17,12 @@ from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import Predictor
-from llava_ray.evaluate.predict.cache_key import describe_settings, digest_model, make_cache_key
+from llava_ray.evaluate.predict.cache_key import (
+    describe_settings,
+    digest_model,
+    is_known_by_weights,
+    make_cache_key,
+)
 from llava_ray.evaluate.predict.crashes import SharedCrashCounter
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.results.report import write_report
@@ -29,6 +34,7 @@ from llava_ray.evaluate.results.results import (
     write_task_samples,
 )
 from llava_ray.evaluate.scoring.judge_run import grade_predictions
+from llava_ray.evaluate.submission import write_submission
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
@@ -36,7 +42,7 @@ BATCHES_AT_ONCE = 2
 
 
 class EvaluateProgress(NamedTuple):
-    """How many of a task's questions have a prediction so far."""
+    """Progress of a task: how many of its questions have a prediction."""
 
     task: str
     num_done: int
@@ -44,25 +50,38 @@ class EvaluateProgress(NamedTuple):
 
 
 def evaluate_model(
-    config: EvaluateConfig, *, on_progress: Callable[[EvaluateProgress], None] = lambda _: None
+    config: EvaluateConfig,
+    *,
+    on_progress: Callable[[EvaluateProgress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> list[TaskResult]:
     """Run all tasks of a configuration and write their results below `config.output`.
 
+    Args:
+        config: of the run.
+        on_progress: called after each batch of predictions.
+        on_note: called with what the user should know, a sentence.
+
     Raises:
         ConfigError: no such task, model or file.
-        UserError: no server answers.
+        UserError: no server answers, or no question of a task was answered; the results are
+            written all the same.
     """
     tasks = [(task, read_questions(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
     digest = digest_model(config, model)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not is_known_by_weights(config, digest):
+        on_note(_describe_reuse(config))
     results = []
     for task, questions in tasks:
         predict(task, questions, config, model, digest, _find_log(output, task), on_progress)
         results.append(_score(task, questions, config, output, on_progress))
         write_results(output / "results.json", results, _describe_run(config, model, digest))
     write_report(output)
+    if unanswered := [result.problem for result in results if not result.num_answered]:
+        raise UserError("; ".join(unanswered))
     return results
 
 
@@ -76,7 +95,9 @@ def predict(
     on_progress: Callable[[EvaluateProgress], None],
 ) -> None:
     """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
-    known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
+    known: dict[str, Prediction] = {}
+    if config.reuse or is_known_by_weights(config, digest):
+        known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
     unanswered = find_unanswered(questions, known, digest, settings)
     num_done = len(questions) - len(unanswered)
@@ -180,26 +201,12 @@ def _score(
         )
     write_task_samples(output, task, questions, predictions, scores)
     result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
-    return replace(result, note=_submit(task, questions, predictions, config, output))
-
-
-def _submit(
-    task: Task,
-    questions: Sequence[Question],
-    predictions: dict[str, Prediction],
-    config: EvaluateConfig,
-    output: Path,
-) -> str:
-    """Write the file for the benchmark's server; return why that cannot be done."""
     if task.submit is None:
-        return ""
-    responses = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+        return result
     folder = task.find_folder(Path(config.data))
-    try:
-        task.submit(questions, responses, folder, output / f"submit_{task.name}")
-    except UserError as error:
-        return error.message
-    return ""
+    path = output / f"submit_{task.name}"
+    written, note = write_submission(task.submit, questions, predictions, folder, path)
+    return replace(result, submission=written, note=note)
 
 
 def _find_log(output: Path, task: Task) -> Path:
@@ -227,6 +234,19 @@ def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
             f"{', '.join(names)}"
         )
     return config.model_name or names[0]
+
+
+def _describe_reuse(config: EvaluateConfig) -> str:
+    server = config.endpoint or config.app
+    if config.reuse:
+        return (
+            f"{server} does not tell which weights it serves: logged predictions are kept because "
+            "of reuse, though it may serve others now"
+        )
+    return (
+        f"{server} does not tell which weights it serves: all questions are asked; --reuse keeps "
+        "the predictions that an earlier run has logged"
+    )
 
 
 def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:

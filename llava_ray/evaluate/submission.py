@@ -5,20 +5,49 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llava_ray.errors import MissingPackageError, SampleError
+from llava_ray.errors import MissingPackageError, SampleError, UserError
 from llava_ray.evaluate.datasets.choice import find_mmbench
 from llava_ray.evaluate.datasets.files import get_field, read_jsonl
 from llava_ray.evaluate.datasets.tsv import read_rows
 from llava_ray.evaluate.output_files import write_json, write_json_lines
 from llava_ray.evaluate.scoring.vqa_normalize import normalize_answer
 from llava_ray.storage import open_folder
-from llava_ray.types import Question
+from llava_ray.types import Prediction, Question
 
 Submit = Callable[[Sequence[Question], Mapping[str, str], Path, Path], Path]
 _MMBENCH_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
 _MMBENCH_COLUMN = 6
 _MAX_CELL = 32_767
-_NOT_IN_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+_NOT_IN_XML = re.compile("[\x00-\x08\x0b-\x1f\ud800-\udfff\ufffe\uffff]|_(?=x[0-9A-Fa-f]{4}_)")
+"""What a cell holds as `_xHHHH_` only, and an underscore that would be read as the start of one."""
+
+
+def write_submission(
+    write: Submit,
+    questions: Sequence[Question],
+    predictions: Mapping[str, Prediction],
+    folder: Path,
+    path: Path,
+) -> tuple[str, str]:
+    """Write the file for a benchmark's server.
+
+    Args:
+        write: writes this benchmark's.
+        questions: that were asked.
+        predictions: by question id.
+        folder: of the benchmark's files.
+        path: of the file, without its suffix.
+
+    Returns:
+        the path of the file and ""; or "" and why there is none.
+    """
+    responses = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+    if not responses:
+        return "", "there are no responses"
+    try:
+        return str(write(questions, responses, folder, path)), ""
+    except UserError as error:
+        return "", error.message
 
 
 def write_vqav2(
@@ -84,21 +113,22 @@ def write_mmbench(
         ) from error
     from openpyxl.cell import WriteOnlyCell
 
+    rows: list[list[int | str]] = []
+    for _, row in read_rows(find_mmbench(folder, "cn" if "mmbench_cn" in path.name else "en")):
+        names = [name for name in row if name not in _MMBENCH_LEFT_OUT]
+        names.insert(min(_MMBENCH_COLUMN, len(names)), "prediction")
+        if not rows:
+            rows.append([*names])
+        row["prediction"] = responses.get(row["index"], "")
+        texts = {name: _write_cell(row[name], row["index"]) for name in names}
+        rows.append([_number(texts[name]) if name == "index" else texts[name] for name in names])
     book = Workbook(write_only=True)
     sheet = book.create_sheet("Sheet1")
-    columns: list[str] = []
-    for _, row in read_rows(find_mmbench(folder, "cn" if "mmbench_cn" in path.name else "en")):
-        if not columns:
-            columns = [name for name in row if name not in _MMBENCH_LEFT_OUT]
-            columns.insert(min(_MMBENCH_COLUMN, len(columns)), "prediction")
-            sheet.append(columns)
-        row["prediction"] = responses.get(row["index"], "")
-        cells = []
-        for name in columns:
-            value = _number(row[name]) if name == "index" else _write_cell(row[name], row["index"])
-            cells.append(WriteOnlyCell(sheet, value=value or None))
-            if isinstance(value, str) and value:
-                cells[-1].data_type = "s"  # a text that begins with = is no formula
+    for row in rows:
+        cells = [WriteOnlyCell(sheet, value=value or None) for value in row]
+        for cell in cells:
+            if isinstance(cell.value, str):
+                cell.data_type = "s"  # a text that begins with = is no formula
         sheet.append(cells)
     with open_folder(str(path.parent)).write_beside(f"{path.name}.xlsx") as scratch:
         book.save(scratch)

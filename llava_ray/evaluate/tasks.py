@@ -4,9 +4,10 @@ Prompts come from the benchmarks' files or are made by `datasets`. Decoding is g
 LLaVA-1.5.
 """
 
+import csv
 import difflib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llava_ray.errors import ConfigError, SampleError
@@ -19,7 +20,7 @@ from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
-_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError)
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Task:
         """
         folder = self.find_folder(data)
         try:
-            return self.read(folder)
+            return [_as_texts(question) for question in self.read(folder)]
         except _MISSHAPEN as error:
             raise SampleError(
                 f"the files of {self.name} in {folder} are not of the form that this benchmark has "
@@ -81,6 +82,27 @@ class Task:
         """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
         folders = (data / name for name in (self.folder, *self.other_folders))
         return next((folder for folder in folders if folder.is_dir()), data)
+
+
+def _as_texts(question: Question) -> Question:
+    """Return a question whose fields are texts; numbers in a benchmark's files are written out."""
+    texts = {
+        name: tuple(_as_text(value, name) for value in getattr(question, name))
+        for name in ("images", "answers", "choices", "groups")
+    }
+    return replace(
+        question,
+        text=_as_text(question.text, "question"),
+        cluster=_as_text(question.cluster, "image"),
+        context=_as_text(question.context, "context"),
+        **texts,
+    )
+
+
+def _as_text(value: object, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"{name} is {str(value)[:80]!r}")
+    return str(value)
 
 
 _ALL = (

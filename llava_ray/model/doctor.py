@@ -13,6 +13,7 @@ from llava_ray.errors import ConfigError, UserError
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.checkpoint.locate import find_folder, read_json
+from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.open_checkpoint import (
@@ -78,6 +79,8 @@ def diagnose(
     except UserError as error:
         found.problems.append(error.message)
         return found
+    if method := find_leftover(checkpoint):
+        found.facts["quantization"] = f"none; {method} in config.json is left over and ignored"
     found.problems.extend(check_weights(checkpoint, architecture, stored))
     if tokenizer is not None:
         found.problems.extend(find_unmarked(checkpoint, architecture, tokenizer))

@@ -9,6 +9,7 @@ Shapes: B samples, T tokens, N images, C H W pixels.
 
 import contextlib
 import gc
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +22,13 @@ from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
 from llava_ray.model.devices import describe_shortage, select_device
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
-from llava_ray.model.processor import encode_images, mark_images
+from llava_ray.model.processor import arrange_images, encode_images, mark_images
 from llava_ray.model.transformers_output import no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
@@ -37,6 +39,8 @@ from llava_ray.template import (
 
 if TYPE_CHECKING:
     from PIL import Image as PILImage
+
+logger = logging.getLogger(__name__)
 
 Quantization = Literal["4bit", "8bit"]
 
@@ -85,7 +89,8 @@ class LoadedModel:
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
             image has tokens. With images also `pixel_values` in float32: [N, C, H, W], or for
-            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width).
+            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width); for
+            LLaVA-OneVision also `batch_num_images` [1], and several images have one tile each.
 
         Raises:
             RequestError: the number of images differs from the number of `<image>` in the text.
@@ -98,7 +103,7 @@ class LoadedModel:
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,
-            images=list(images) or None,
+            images=arrange_images(self.processor, images) if images else None,
             add_special_tokens=not (bos and text.startswith(bos)),
             return_tensors="pt",
         )
@@ -214,6 +219,11 @@ def load_opened(
     problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
         raise ConfigError(problems[0])
+    if method := find_leftover(checkpoint):
+        logger.warning(
+            f"{checkpoint.folder}: the weights are plain, and config.json's quantization_config "
+            f"({method}) is left over: it is ignored"
+        )
     template = opened.template
     check_deltas(checkpoint.weights, checkpoint.text_model_type)
     model = build_model(

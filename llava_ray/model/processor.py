@@ -66,9 +66,23 @@ def mark_images(text: str) -> str:
     return text.replace(marked, IMAGE_TOKEN).replace(IMAGE_TOKEN, marked)
 
 
+def tiles_only_one(processor: Any) -> bool:
+    """Return whether an image is laid out in tiles only if it is its prompt's only one.
+
+    LLaVA-OneVision was trained so: each of several images takes one tile. Its processor and model
+    tell by `batch_num_images`, the number of images in each prompt.
+    """
+    return "batch_num_images" in getattr(processor.image_processor, "model_input_names", ())
+
+
+def arrange_images(processor: Any, images: Sequence["PILImage.Image"]) -> list[Any]:
+    """Return the images of one prompt as its processor takes them."""
+    return [list(images)] if tiles_only_one(processor) else list(images)
+
+
 def encode_images(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for one or more images; pixels in float32."""
-    inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
+    """Return the model's inputs for the images of one prompt or sample; pixels in float32."""
+    inputs = dict(processor.image_processor(arrange_images(processor, images), return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].float()
     return inputs
 

@@ -16,16 +16,22 @@ class ScriptedOpenAI:
     Attributes:
         asked: bodies of the chat completions that came.
         keys: the Authorization header of each.
+        fingerprint: what responses have as `system_fingerprint`; None: nothing.
+        owner: what `/v1/models` says of the model.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(
+        self, script: Script, *, fingerprint: str | None = None, owner: str = "somebody"
+    ) -> None:
+        self.fingerprint, self.owner = fingerprint, owner
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(200, {"object": "list", "data": [{"id": "scripted"}]})
+                model = {"id": "scripted", "owned_by": server.owner}
+                self.reply(200, {"object": "list", "data": [model]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -51,6 +57,8 @@ class ScriptedOpenAI:
                 self.wfile.write(data)
 
             def send(self, event: Any) -> None:
+                if server.fingerprint:
+                    event = {**event, "system_fingerprint": server.fingerprint}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
             def log_message(self, *_: Any) -> None:

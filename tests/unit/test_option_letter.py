@@ -1,9 +1,11 @@
 """Which option a response chooses, in the ways in which models say it."""
 
+import math
 import random
 
 import pytest
 
+from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.evaluate.scoring.option_letter import read_option
 from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text
 from llava_ray.evaluate.tasks import TASKS
@@ -154,6 +156,17 @@ def test_no_response_whatever_makes_a_scorer_fail() -> None:
         for judge in judges:
             value = judge.score(text).value
             assert value is None or 0 <= value <= 1
+
+
+def test_no_caption_whatever_makes_its_scorer_fail() -> None:
+    task = TASKS["coco2017_cap_val"]
+    assert task.score_together is not None
+    texts = [*make_responses(150), "", " ", "\ud800"]
+    questions = [Question(str(i), "?", answers=("a cat", "a dog")) for i in range(len(texts))]
+    scores = task.score_together(questions, texts)
+    rows = [Scored(*row) for row in zip(questions, texts, scores, strict=True)]
+    for some in (rows, rows[:1], rows[-2:]):
+        assert all(math.isfinite(value) for value in task.summarize(some).values())
 
 
 def test_a_verdicts_numbers_are_read_only_within_their_scale() -> None:

@@ -250,7 +250,8 @@ class TorchEngine:
     def _encode(self, prompt: Prompt, grammar: Grammar | None) -> Sequence:
         self._adapters.check(prompt.adapter)
         prompt_ids, images = self._inputs.read(prompt)
-        names = hash_images(prompt.images)
+        is_one_tile = len(prompt.images) > 1 and "batch_num_images" in (images or {})
+        names = hash_images(prompt.images, layout="one tile" * is_one_tile)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,

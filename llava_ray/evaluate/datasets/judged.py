@@ -1,4 +1,4 @@
-"""Questions that a judge grades (LLaVA-Bench, MM-Vet), and captions (COCO)."""
+"""Reads questions that a judge grades (LLaVA-Bench, MM-Vet), and captions (COCO)."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Questions with a word or a phrase for an answer: VQAv2, GQA, VizWiz, TextVQA."""
+"""Reads questions whose answer is a word or a phrase: VQAv2, GQA, VizWiz, TextVQA."""
 
 import re
 from dataclasses import replace

@@ -1,6 +1,7 @@
-"""Questions with yes or no for an answer: POPE and MME."""
+"""Reads yes-or-no questions: POPE and MME."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,12 @@ from llava_ray.evaluate.datasets.open_answer import read_llava
 from llava_ray.types import Question
 
 _POPE_OBJECT = re.compile(r"is there an? (.+?) in the im")
+MME_QUESTIONS = {
+    "existence": 60, "count": 60, "position": 60, "color": 60, "posters": 294, "celebrity": 340,
+    "scene": 400, "landmark": 400, "artwork": 400, "OCR": 40, "commonsense_reasoning": 140,
+    "numerical_calculation": 40, "text_translation": 40, "code_reasoning": 40,
+}  # fmt: skip
+"""How many questions MME's release has in each of its tasks."""
 MME_HINT = "Please answer yes or no."
 
 
@@ -114,10 +121,12 @@ def _read_mme_answers(release: Path) -> dict[tuple[str, str, str], str]:
     return answers
 
 
-def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
-    """MME's per-task files of answers (`image, question, right answer, response`, tab-separated).
+def read_mme_results(path: Path) -> Iterator[tuple[Question, str | None]]:
+    """Yield MME's questions from its per-task files, each with its response.
 
-    They hold all that their scores need: two lines after each other are of one image.
+    A line is `image, question, right answer, response`, separated by tabs; lines after each other
+    about the same image are a pair. Questions that the release has and the files have not come
+    last, with None.
 
     Raises:
         ConfigError: there is no such file.
@@ -126,22 +135,38 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str]]:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files or not path.exists():
         raise ConfigError(f"there are no files of MME's (color.txt, ...) at {path}")
+    num_read: Counter[str] = Counter()
     for file in files:
-        lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line]
-        for number, line in enumerate(lines):
-            cells: list[Any] = line.split("\t")
-            if len(cells) != 4:
-                raise SampleError(
-                    f"{file}, line {number + 1}, has {len(cells)} columns: image, question, "
-                    "right answer and response are needed"
-                )
+        pair, before = 0, ""
+        for number, cells in enumerate(_read_mme_lines(file)):
             image, text, answer, response = cells
+            if before == image:
+                before = ""
+            else:
+                pair, before = pair + 1, image
+            num_read[file.stem] += 1
             question = Question(
                 f"{file.stem}/{image}/{number}",
                 text,
-                answers=(answer.lower(),),
+                answers=(answer.strip().lower(),),
                 groups=(file.stem,),
-                cluster=f"{file.stem}/{number // 2}",
+                cluster=f"{file.stem}/{pair}",
                 source_id=f"{file.stem}/{image}",
             )
             yield question, response
+    for name, number in MME_QUESTIONS.items():
+        for i in range(num_read[name], number):
+            yield Question(f"{name}/missing/{i}", "", answers=("",), groups=(name,)), None
+
+
+def _read_mme_lines(file: Path) -> Iterator[list[str]]:
+    text = file.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(text.split("\n"), start=1):
+        cells = line.removesuffix("\r").split("\t", 3)  # a response may hold tabs
+        if len(cells) == 4:
+            yield cells
+        elif line.strip():
+            raise SampleError(
+                f"{file}, line {number}, has {len(cells)} columns: image, question, "
+                "right answer and response are needed"
+            )

@@ -1,4 +1,4 @@
-"""Sends one request to an engine, a server or the live application; collects the whole answer."""
+"""Sends one request to an engine, a server or a live application, and collects the answer."""
 
 import asyncio
 import math
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Completion(NamedTuple):
-    """The whole answer to one request.
+    """The complete answer to one request.
 
     Attributes:
-        text: all of it.
-        last: its last chunk, which holds the finish reason and the token counts.
-        latency_s: from the question to its end.
-        confidence: geometric mean of its tokens' probabilities; None without logprobs.
+        text: the whole text.
+        last: the last chunk, with the finish reason, token counts and fingerprint.
+        latency_s: seconds from sending the request to the end of the answer.
+        confidence: geometric mean of the tokens' probabilities; None without logprobs.
     """
 
     text: str
@@ -33,10 +33,10 @@ class Completion(NamedTuple):
 
 
 async def ask(answer: Answerer, request: ChatRequest) -> Completion:
-    """Ask once.
+    """Send a request once.
 
     Raises:
-        LlavaRayError: the error of the engine or server.
+        LlavaRayError: the engine or server failed.
     """
     started, last, pieces, logprobs = time.perf_counter(), None, [], []
     async for last in answer(request):
@@ -52,7 +52,7 @@ async def ask_with_retries(once: Callable[[], Awaitable[T]]) -> T:
 
     Raises:
         RequestError, SampleError: raised at once, because a retry would not help.
-        LlavaRayError: that of the last attempt.
+        LlavaRayError: the last attempt failed.
     """
     for attempt in range(NUM_ATTEMPTS - 1):
         try:

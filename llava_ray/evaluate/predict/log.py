@@ -1,4 +1,4 @@
-"""Logs on disk: a record a line, appended while a run goes on, read back when it goes on again.
+"""Reads and appends to logs with one JSON record on each line, from which a run resumes.
 
 A line that a killed process left half written is skipped.
 """
@@ -18,7 +18,7 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def append_log(path: Path, records: Iterable["DataclassInstance"]) -> None:
-    """Add lines to a log, at once and whole."""
+    """Append records to a log in a single write."""
     lines = [dump_json(asdict(record)) + "\n" for record in records]
     with path.open("a+b") as file:
         if file.tell():

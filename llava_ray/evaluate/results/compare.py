@@ -1,7 +1,7 @@
-"""Two runs of the same tasks, sample by sample: what differs, how surely, and which ones flipped.
+"""Compares two runs of the same tasks, sample by sample.
 
-Both models answered the same questions, so that what makes a question hard is the same for both;
-the standard error of the difference is that of the pairs, and smaller than the two apart suggest.
+Both models answered the same questions, so their scores are correlated. The standard error of the
+difference is therefore computed over pairs, and is smaller than the two separate ones suggest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from llava_ray.evaluate.tasks import find_tasks
 
 
 class Pair(NamedTuple):
-    """The same question, answered by both."""
+    """A question that both runs answered."""
 
     before: Scored
     after: Scored
@@ -26,11 +26,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of two runs over the questions that both answered.
+    """One metric of two runs, over the questions that both answered.
 
     Attributes:
-        before: in the first run.
-        after: in the second.
+        before: its value in the first run.
+        after: its value in the second run.
         change: after minus before, with its standard error.
     """
 
@@ -41,14 +41,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A task of two runs.
+    """A task in two runs.
 
     Attributes:
         task: its name.
-        numbers: each number of the task; the headline first.
-        num_both: questions that both answered; only these are compared.
-        num_one: questions that one run has no scored response to.
-        flipped: pairs of different scores, the largest change first.
+        numbers: the task's metrics by name, the headline first.
+        num_both: number of questions that both runs have a score for; only these are compared.
+        num_one: number of the other questions.
+        flipped: pairs whose scores differ, the largest change first.
     """
 
     task: str

@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that opens offline, with the samples that matter and images.
+"""Writes the report of a run: one HTML file that opens offline, with samples and their images.
 
-results.json and samples_{task}.jsonl -> report.html: a table of tasks, their numbers, the worst
-samples (those of which the model was surest come first) and those of which it was least sure.
+results.json and samples_{task}.jsonl -> report.html: a table of tasks, their metrics, the worst
+samples (most confident first), and the samples with the lowest confidence.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""Predictions -> scores -> what a task's run leaves behind: samples, numbers, Parquet."""
+"""Scores predictions and writes the results of a task: samples, metrics, Parquet."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ from llava_ray.types import Prediction, Question, Score
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The numbers of one task.
+    """The results of one task.
 
     Attributes:
         task: its name.
-        metrics: each number with its standard error; the first is the headline.
-        num_questions: of the task.
+        metrics: each metric with its standard error; the first is the headline.
+        num_questions: number of questions in the task.
         num_scored: answered and scored; only these enter the numbers.
         statuses: questions by what became of them; "unjudged" if no verdict could be read.
         reasons: why questions were not answered or scored, and how often.
@@ -44,14 +44,18 @@ class TaskResult:
     note: str = ""
 
     @property
+    def num_answered(self) -> int:
+        return self.statuses.get("answered", 0) + self.statuses.get("unjudged", 0)
+
+    @property
     def problem(self) -> str:
-        """Why the task has no result worth having; "" if it has one."""
+        """Why the task has no usable result; "" if it has one."""
         reason = f": {next(iter(self.reasons))}" if self.reasons else ""
-        if not self.statuses.keys() & {"answered", "unjudged"}:
+        if not self.num_answered:
             return f"{self.task}: none of its {self.num_questions} questions was answered{reason}"
         if self.note:
             return f"{self.task}: there is no file for its server: {self.note}"
-        if self.is_covered or self.submission:
+        if self.is_covered or (self.submission and not self.num_scored):
             return ""
         if not self.num_scored:
             return f"{self.task}: nothing was scored{reason}"
@@ -66,14 +70,14 @@ class TaskResult:
 
     @property
     def headline(self) -> tuple[str, Estimate] | None:
-        """The task's number; None without answers, or with too few of them."""
+        """The task's main metric; None if too few questions were scored."""
         return next(iter(self.metrics.items()), None) if self.is_covered else None
 
 
 def score_predictions(
     task: Task, questions: Sequence[Question], predictions: Mapping[str, Prediction]
 ) -> dict[str, Score]:
-    """Score every question that was answered and has an answer; a judge's are not made here."""
+    """Score every answered question whose right answer is known; a judge's tasks are not scored."""
     answered = [
         (question, prediction.text)
         for question in questions
@@ -98,7 +102,7 @@ def summarize_task(
     *,
     min_coverage: float,
 ) -> TaskResult:
-    """Return the numbers of a task over what was answered and judged; nothing else counts."""
+    """Return the results of a task; only answered questions with a score enter the metrics."""
     rows: list[Scored] = []
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -135,7 +139,7 @@ def summarize_task(
 def describe_sample(
     question: Question, prediction: Prediction | None, score: Score | None
 ) -> dict[str, Any]:
-    """Return a line of samples_{task}.jsonl: all that scoring anew or comparing needs."""
+    """Return a line of samples_{task}.jsonl: all that rescoring or comparing needs."""
     fields = asdict(prediction) if prediction else {"status": "missing", "text": ""}
     fields.pop("question_id", None)
     return {
@@ -185,9 +189,9 @@ def write_samples(path: Path, samples: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_results(path: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
-    """Write results.json: the numbers of all tasks, and what they were measured on.
+    """Write results.json: the results of all tasks, and which model they are of.
 
-    Tasks that the file holds already stay if they were measured on the same.
+    Tasks that the file already holds are kept if `about` is the same.
     """
     before = read_json(path) if path.is_file() else {}
     tasks = before["tasks"] if before.get("about") == about else {}

@@ -1,7 +1,7 @@
-"""Scorers: pure functions of a question and a response, to the letter of each benchmark's own.
+"""Scores single responses exactly as each benchmark's own scorer does.
 
-A scorer sees one row and gives it a `Score`; what becomes of the rows together (accuracy, F1, ...)
-is in `metrics`. Responses that a judge grades are scored in `judge`, captions in `captions`.
+A scorer is a pure function of a question and a response. `metrics` combines the scores of all rows
+(accuracy, F1, ...); `judge` scores responses that a model grades, `captions` scores captions.
 """
 
 import re
@@ -22,7 +22,7 @@ UNPARSED = "FAILED"
 
 
 def score_gqa(question: Question, text: str) -> Score:
-    """Equal to the answer, once periods at its end are gone and it is in lower case (GQA)."""
+    """Equal to the answer, in lower case and without periods at the end (GQA)."""
     answer = text.rstrip(".").lower()
     return _compare(answer in question.answers, answer, question)
 
@@ -84,7 +84,7 @@ def score_textvqa(question: Question, text: str) -> Score:
 
 
 def score_pope(question: Question, text: str) -> Score:
-    """No if the first sentence has the word No, no or not, else yes (POPE)."""
+    """No if the first sentence contains the word No, no or not, else yes (POPE)."""
     words = text.split(".")[0].replace(",", "").split(" ")
     answer = "no" if {"No", "not", "no"} & set(words) else "yes"
     return _compare(answer in question.answers, answer, question)

@@ -1,9 +1,9 @@
-"""How sure a number is: standard errors by the jackknife, for any summary.
+"""Estimates standard errors of any summary, by the jackknife.
 
-Clusters of rows (questions about one image) are left out a group at a time, the summary is made
-anew, and the spread of what comes out gives the standard error (Tukey 1958). For a mean of
-independent rows this is the usual formula; it holds as well for F1, for sums over subtasks and for
-differences between two models that answered the same rows.
+Clusters of rows (questions about one image) are left out a group at a time, the summary is
+computed without them, and the spread of the results gives the standard error (Tukey 1958). For a
+mean of independent rows this is the usual formula; it also holds for F1, for sums over subtasks and
+for differences between two models that answered the same rows.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ Row = TypeVar("Row")
 
 
 class Estimate(NamedTuple):
-    """A number and how sure it is.
+    """A number with its standard error.
 
     Attributes:
-        value: of all rows.
-        standard_error: None where there are too few clusters to tell.
-        num_rows: how many rows it is made of.
+        value: computed from all rows.
+        standard_error: None if there are too few clusters to estimate it.
+        num_rows: number of rows from which it was computed.
     """
 
     value: float
@@ -105,7 +105,7 @@ def _hash(name: str) -> bytes:
 
 
 def _group(rows: Sequence[Row], cluster_of: Callable[[Row], str]) -> list[list[Row]]:
-    """Put clusters into at most `MAX_GROUPS` groups of like size, the same in every run."""
+    """Distribute clusters over at most `MAX_GROUPS` groups, in the same way in every run."""
     clusters: dict[str, list[Row]] = {}
     for row in rows:
         clusters.setdefault(cluster_of(row), []).append(row)

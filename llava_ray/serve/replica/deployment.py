@@ -11,6 +11,7 @@ from contextlib import aclosing
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.errors import EngineError
+from llava_ray.model.fingerprint import make_fingerprint
 from llava_ray.serve import log
 from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.deadline import Deadline
@@ -49,6 +50,9 @@ class Replica:
         started = time.monotonic()
         self._metrics = ReplicaMetrics()
         self._engine = load_engine(model, note_images=self._metrics.note_images)
+        self._fingerprints = {
+            adapter: make_fingerprint(model, adapter) for adapter in ("", *model.adapters)
+        }
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._senders = StreamSenders()
@@ -103,7 +107,8 @@ class Replica:
     async def _send(
         self, answer: AsyncGenerator[Chunk], request: Request | CompletionRequest
     ) -> AsyncGenerator[Chunk]:
-        """Yield the coalesced chunks of an answer and record metrics."""
+        """Yield the coalesced chunks of an answer, with the fingerprint; record metrics."""
+        fingerprint = self._fingerprints.get(request.adapter, "")
         deadline = Deadline()
         self._deadlines.add(deadline)
         try:
@@ -111,7 +116,7 @@ class Replica:
                 async with aclosing(self._coalesce(answer, request.num_answers)) as joined:
                     async for chunk in deadline.watch(joined):
                         tracker.note_chunk(chunk)
-                        yield chunk
+                        yield chunk._replace(fingerprint=fingerprint)
         finally:
             self._deadlines.discard(deadline)
 
