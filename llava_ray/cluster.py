@@ -10,6 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+_HEAD = "node:__internal_head__"
+"""The resource that only a cluster's head has."""
+
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 
 
@@ -74,22 +77,26 @@ def _count_cluster_gpus() -> float:
 
     if present := ray.cluster_resources().get("GPU", 0.0):
         return present
-    gcs_address = ray.get_runtime_context().gcs_address
-    if gcs_address.rpartition(":")[0] == ray.util.get_node_ip_address():
-        return _count_autoscaler_gpus(gcs_address)
-    count = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001})(
-        _count_autoscaler_gpus
-    )
-    return ray.get(count.remote(gcs_address))
+    here = ray.get_runtime_context()
+    port = here.gcs_address.rpartition(":")[2]
+    heads = [node["NodeID"] for node in ray.nodes() if _HEAD in node["Resources"]]
+    if here.get_node_id() in heads:
+        return _count_autoscaler_gpus(port)
+    count = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(_count_autoscaler_gpus)
+    return ray.get(count.remote(port))
 
 
-def _count_autoscaler_gpus(gcs_address: str) -> float:
-    """Return the most GPUs that the autoscaler may start; to be called on the head."""
-    config = _read_autoscaler_config(gcs_address)
+def _count_autoscaler_gpus(port: str) -> float:
+    """Return the most GPUs that the autoscaler may start; to be called on the head.
+
+    Args:
+        port: of the cluster's GCS; several clusters may have their heads on one machine.
+    """
+    config = _read_autoscaler_config(port)
     return count_gpus_of_types(config) if config else 0.0
 
 
-def _read_autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
+def _read_autoscaler_config(port: str) -> Mapping[str, Any] | None:
     """Return the autoscaler's configuration; None: there is no autoscaler.
 
     Ray tells it to nobody but its monitor, in that process's arguments. On Kubernetes the monitor
@@ -104,7 +111,7 @@ def _read_autoscaler_config(gcs_address: str) -> Mapping[str, Any] | None:
             continue
         options = {name: value for name, _, value in (word.partition("=") for word in words)}
         path = options.get("--autoscaling-config")
-        if path and options.get("--gcs-address") == gcs_address:
+        if path and options.get("--gcs-address", "").endswith(f":{port}"):
             return yaml.safe_load(Path(path).expanduser().read_text())
     name = os.environ.get("RAY_CLUSTER_NAME")
     if name and _NAMESPACE.exists():

@@ -91,6 +91,13 @@ def _start_gpu(device: torch.device) -> None:
         )
 
 
+def describe_device(device: torch.device) -> str:
+    """Return a device's name, with the model of a GPU."""
+    if device.type != "cuda":
+        return device.type
+    return f"{device} ({torch.cuda.get_device_name(device)})"
+
+
 def describe_driver() -> str:
     """Return the version of NVIDIA's driver and of the CUDA that torch is built for."""
     built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}"

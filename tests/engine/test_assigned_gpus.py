@@ -1,5 +1,6 @@
 """Ray whose GPUs are pretended: each process computes on its own, or on none."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -49,7 +50,8 @@ print(count_gpus(), choose_num_gpus("auto", if_any=1))
 
 def run(program: str, *words: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", program, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -78,6 +80,17 @@ print(scaling.use_gpu, scaling.resources_per_worker["GPU"], trainer.backend_conf
 """
 
 
+COMMANDS = (
+    "cluster_synced_files",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+
+
 def test_training_waits_for_the_gpus_that_an_autoscaler_brings(tmp_path: Path):
     """On the shipped clusters no machine with GPUs runs when a job begins."""
     file = tmp_path / "autoscaler.yaml"
@@ -86,9 +99,14 @@ def test_training_waits_for_the_gpus_that_an_autoscaler_brings(tmp_path: Path):
     config = {
         "cluster_name": "pretended",
         "max_workers": 4,
+        "upscaling_speed": 1.0,
+        "idle_timeout_minutes": 5,
         "provider": {"type": "fake_multinode"},
         "available_node_types": {"head": head, "gpu": gpu},
         "head_node_type": "head",
+        **{key: {} for key in ("auth", "docker", "file_mounts")},
+        **{key: [] for key in COMMANDS},
+        "file_mounts_sync_continuously": False,
     }
     file.write_text(yaml.safe_dump(config))
     port = find_port()
@@ -103,6 +121,7 @@ def test_training_waits_for_the_gpus_that_an_autoscaler_brings(tmp_path: Path):
         f"--autoscaling-config={file}",
         f"--temp-dir={folder.name}",
         RAY_FAKE_CLUSTER="1",
+        RAY_AUTH_MODE="disabled",
     )
     try:
         wait_until(lambda: b"runtime started" in (tmp_path / "log").read_bytes(), "Ray started")

@@ -60,6 +60,7 @@ class EngineLaunch:
     command: tuple[str, ...]
     environment: dict[str, str]
     timeout_s: float
+    device: str
 
 
 def build_launch(config: ModelConfig, kind: ExternalEngineKind) -> EngineLaunch:
@@ -85,6 +86,7 @@ def build_launch(config: ModelConfig, kind: ExternalEngineKind) -> EngineLaunch:
         (python, str(kind.program or WORKERS / f"{kind.name}_worker.py"), json.dumps(arguments)),
         hidden | kind.environment(config, on_gpu) | environment,
         timeout_s,
+        "cuda" if on_gpu else "cpu",
     )
 
 
