@@ -1,7 +1,6 @@
 """Which option a response chooses, in the ways in which models say it."""
 
 import math
-import random
 
 import pytest
 
@@ -10,6 +9,7 @@ from llava_ray.evaluate.scoring.option_letter import read_option
 from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Question
+from tests.support.random_responses import make_responses
 
 CHOICES = ("cat", "dog", "a red bird", "none of these")
 
@@ -151,20 +151,6 @@ def test_texts_are_equal_whatever_their_form() -> None:
     assert normalize_text(' "Red  Car." ') == normalize_text("red car")
     assert normalize_text("ＲＥＤ。") == "red"
     assert normalize_text("3.5") != normalize_text("35")
-
-
-def make_responses(number: int) -> list[str]:
-    """Random strings of letters, cues, markup, foreign scripts, controls and lone surrogates."""
-    rng = random.Random(25)
-    pieces = [
-        *"ABCDabcdI()[]{}*_`#$\\<>:.,;!?'\"-+=/|&%0123456789 ",
-        *"\n\t\r\0\x08\x1b\x85\u2028\ud800\udfff",
-        "answer", "The answer is ", "Option ", "\\boxed{", "}", "<think>", "</think>", "答案", "选",
-        "猫", "แมว", "고양이", "é", "２", "²", "½", "yes", "no", "nan", "inf", "1e999", "-1",
-        "a man",
-        "final answer ", "is", " not ", "\u202e", "😀", "\u0301", "cat", "dog", "1,000", "..", "__",
-    ]  # fmt: skip
-    return ["".join(rng.choices(pieces, k=rng.randint(0, 40))) for _ in range(number)]
 
 
 def test_no_response_whatever_makes_a_scorer_fail() -> None:
