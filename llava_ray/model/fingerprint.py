@@ -40,7 +40,8 @@ def make_fingerprint(config: ModelConfig, adapter: str = "") -> str:
 def _find_precision(config: ModelConfig) -> str:
     if config.engine != "torch" or config.dtype != "auto":
         return config.dtype
-    from llava_ray.model.loading import select_device, select_dtype
+    from llava_ray.model.devices import select_device
+    from llava_ray.model.loading import select_dtype
 
     return str(select_dtype(config.dtype, select_device(config.device))).removeprefix("torch.")
 
