@@ -29,7 +29,8 @@ The answer is not A, it's B|\boxed{B}|$\boxed{B}$|\boxed{\text{B}}|\boxed{(B)}
 The answer is $\boxed{\mathrm{B}}$.|答案是B|答案：B|答案为B。|答案是（B）|正确答案是 B|选B
 我选择B|应选B。
 选项B|故选：B|B选项正确|正确选项是B|答えはB|정답은 B|Antwort: B|Réponse : B|Respuesta: B
-我认为是B|正确的是B|B;|<<B>>|Answer => B|Most likely B|\boxed B|\fbox{B}|B, not A|#### B|B</s>
+It may be A.</think>B|答案是B不是A|我认为是B
+正确的是B|B;|<<B>>|Answer => B|Most likely B|\boxed B|\fbox{B}|B, not A|#### B|B</s>
 <think>maybe A or C</think>B|<think>A</think> The answer is B|dog|Dog.|The dog|It is a dog.
 A dog is running in the park
 """
@@ -56,7 +57,8 @@ def test_an_option_is_read_however_it_is_stated(text: str) -> None:
         "", "?", "E", "A man riding a horse", "A man is walking", "The answer is A man", "a man",
         "I don't know", "B or C", "A and B", "A, B", "A/B", "both A and B", "A cat or B dog",
         "cat and dog", "All of the above", "Because", "Bdog", "B-side", "C++", "Dé", "D'accord",
-        "Vitamin C is nice", "A/an", "A;B", "A\nB", "B is wrong", "The answer is not B", "N/A",
+        "Vitamin C is nice", "A/an", "A;B", "A\nB", "B is wrong", "<think>B",
+        "选项B错误", "The answer is not B", "N/A",
         "The answer is neither A nor B", "\\boxed{}", "The answer is B or C",
     ],
 )  # fmt: skip
