@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.client import Client
+from llava_ray.cluster import choose_num_gpus
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
@@ -133,7 +134,7 @@ def _stream(
             enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus,
+        num_gpus=choose_num_gpus(config.num_gpus, if_any=config.gpus_if_any),
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
         predictions = [pickle.loads(each) for each in batch["prediction"]]
