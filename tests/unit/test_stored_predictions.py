@@ -227,6 +227,9 @@ ODD_ROWS = [
     ("[5]", "5' is no JSON object"),
     ("5", "holds no responses"),
     ("[]", "holds no responses"),
+    ("PK\x03\x04", "is an Excel or zip file"),
+    ("question_id,text\n0,yes\n", "line 1 of .*"),
+    ("[" * 100_000, "line 1 of .*"),
     ('{"outputs": 5}', "holds no responses"),
     ('{"correct": [5], "incorrect": []}', "is it a file of this task"),
 ]
