@@ -220,7 +220,8 @@ def test_the_forms_of_other_tools_are_read(form: str, source: str) -> None:
 def test_images_are_found_under_the_names_of_other_tools(field: str) -> None:
     row = {"prompt": "What?", "response": "This.", field: "a.png"}
     assert convert(row) == (["user: <image>What?", "assistant: This."], ["a.png"])
-    row = {"prompt": "What is <image>?", "response": "This.", field: ["a.png"], "other": None}
+    value = "a.png" if field == "file_name" else ["a.png"]
+    row = {"prompt": "What is <image>?", "response": "This.", field: value, "other": None}
     assert convert(row) == (["user: What is <image>?", "assistant: This."], ["a.png"])
 
 
@@ -255,6 +256,7 @@ def test_text_is_not_learned_without_the_image_that_the_row_has_under_another_na
     }.items():
         assert convert({**row, field: value}) == "unsupported", field
         assert convert({**row, field: value, "image": "a.png"})[1] == ["a.png"], field
+    assert convert({**row, "file_name": "main.py"})[1] == []
     assert convert({**row, "source": "web", "image_id": 5, "url": "https://example.com"})[1] == []
 
 
@@ -414,7 +416,7 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
     chance = random.Random(f"{source} {settings}")
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     num_rejects = num_refused = 0
-    for _ in range(100):
+    for _ in range(60):
         path = chance.choice(sorted(originals))
         path.write_bytes(spoil_file(path, originals[path], chance))
         config = ConvertConfig(source=source, input=str(folder), output="unused", **settings)
@@ -426,8 +428,8 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
             assert all(isinstance(row, PendingSample | RejectedRow) for row in rows)
             num_rejects += sum(isinstance(row, RejectedRow) and bool(row.reason) for row in rows)
         path.write_bytes(originals[path])
-    assert num_rejects > 8
-    assert num_refused < 70
+    assert num_rejects > 5
+    assert num_refused < 50
 
 
 def spoil_file(path: Path, data: bytes, chance: random.Random) -> bytes:
