@@ -170,9 +170,7 @@ class ConversationEncoder:
         """
         scene = turns[0].image
         assert scene, "turns apart are about one image"
-        encoded = EncodedTurns(
-            [], [], [], [], [], [turn.kind for turn in turns], [], [scene]
-        )
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
         self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
         shared = len(encoded.ids)
         for index, turn in enumerate(turns):
