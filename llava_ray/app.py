@@ -5,6 +5,7 @@ deployment per model. Ray Serve scales each deployment on its own.
 """
 
 import signal
+from collections.abc import Sequence
 
 import ray
 from ray import serve
@@ -12,6 +13,7 @@ from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
+from llava_ray.cluster import choose_num_gpus, count_gpus
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import log
@@ -34,7 +36,7 @@ def build_app(config: ServeConfig) -> Application:
         f"starting Ray takes about 15 s; then {'the page and ' * config.page}"
         "the API are at http://localhost:8000, unless another port is set"
     )
-    models = {model.name: _bind_model(model, config) for model in config.models}
+    models = {model.name: _bind_model(model, config) for model in _choose_gpus(config.models)}
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
         name="gateway",
@@ -71,6 +73,22 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
         serve.shutdown()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _choose_gpus(models: Sequence[ModelConfig]) -> list[ModelConfig]:
+    """Return the models with a number of GPUs; warn where the cluster has too few for all."""
+    numbers = [choose_num_gpus(model.num_gpus, if_any=model.gpus_if_any) for model in models]
+    needed = sum(max(1, model.min_replicas) * n for model, n in zip(models, numbers, strict=True))
+    if needed and (present := count_gpus()) < needed:
+        log.logger.warning(
+            f"the models need {needed:g} GPUs, and the cluster has or can start {present:g}: some "
+            "replicas will wait for ever. Set num_gpus below 1 for models that share a GPU, or "
+            "serve fewer"
+        )
+    return [
+        model.model_copy(update={"num_gpus": number})
+        for model, number in zip(models, numbers, strict=True)
+    ]
 
 
 def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:

@@ -57,18 +57,22 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    template: str | None = None,
 ) -> Diagnosis:
     """Return what a checkpoint is and what is wrong with it. No weights are read.
 
     Args:
-        path, base, vision_tower: as in `load_model`.
+        path, base, vision_tower, template: as in `load_model`.
     """
     found = Diagnosis()
     try:
         folder = find_folder(path)
         found.facts["folder"] = str(folder)
-        opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+        opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     except UserError as error:
         found.problems.append(error.message)
         return found

@@ -216,11 +216,11 @@ def load_opened(
     if dtype == "stored" and not checkpoint.adapters:  # merging one in 16 bits would lose precision
         precision = _find_stored_dtype(opened.stored.values())
     processor = opened.processor
+    check_processor(checkpoint, processor, opened.architecture.config)
     problems = check_weights(checkpoint, opened.architecture, opened.stored)
     problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
         raise ConfigError(problems[0])
-    check_processor(checkpoint, processor, opened.architecture.config)
     if method := find_leftover(checkpoint):
         logger.warning(
             f"{checkpoint.folder}: the weights are plain, and config.json's quantization_config "

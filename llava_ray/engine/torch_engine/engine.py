@@ -100,6 +100,7 @@ class TorchEngine:
         self.template = core.template
         self.context_length = min(context_length or core.context_length, core.context_length)
         self._core = core
+        self._max_batch_size = max_batch_size
         self._cache_tokens = scheduler.kv_allocator.num_tokens
         self._inputs = InputProcessor(
             core,
@@ -232,6 +233,16 @@ class TorchEngine:
             "num_prompt_tokens": counters.num_prompt_tokens,
             "num_cached_tokens": counters.num_cached_tokens,
             "num_new_tokens": counters.num_new_tokens,
+        }
+
+    def describe(self) -> dict[str, str]:
+        """Return how it computes; see `Engine.describe`."""
+        computing = self._runner.describe() if isinstance(self._runner, ModelRunner) else {}
+        return {
+            "engine": "torch",
+            **computing,
+            "cache": f"{self._cache_tokens} tokens",
+            "batch": f"{self._max_batch_size} sequences",
         }
 
     async def close(self) -> None:

@@ -32,7 +32,7 @@ from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.engine.torch_engine.scheduling.scheduler import ScheduledSequence, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.devices import describe_shortage
+from llava_ray.model.devices import describe_device, describe_shortage
 from llava_ray.model.loading import LoadedModel
 from llava_ray.types import Sampling
 
@@ -259,6 +259,16 @@ class ModelRunner:
             return None
         logits_BV = self._core.model.lm_head(hidden_BD)
         return sample(logits_BV, [scheduled.sequence for scheduled in complete])
+
+    def describe(self) -> dict[str, str]:
+        """Return how steps are computed, for people."""
+        return {
+            "device": describe_device(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self._cache.attention,
+            "graphs": f"off: {self.without_graphs}" if self.without_graphs else "on",
+            "cache dtype": str(self._cache.dtype).removeprefix("torch."),
+        }
 
     def check(self) -> None:
         """Send one token through the language model."""
