@@ -92,8 +92,10 @@ class ListedTemplate:
         """Return the prompt text; see `Template.render`."""
         if problem := find_problem(messages, has_system=self.has_system):
             raise RequestError(problem, param="messages")
-        segments = self.walk(messages, ask=add_generation_prompt)
-        return "".join(segment.text for segment in segments)
+        is_continued = add_generation_prompt and messages[-1].role == "assistant"
+        segments = self.walk(messages, ask=add_generation_prompt and not is_continued)
+        text = "".join(segment.text for segment in segments)
+        return self._open_answer(text) if is_continued else text
 
     def encode(
         self,
@@ -152,6 +154,12 @@ class ListedTemplate:
                 return walk_caption(images, turns[1].text, end=self.end)
             case "plain":
                 return walk_plain(turns, end=self.end)
+
+    def _open_answer(self, text: str) -> str:
+        """Return a conversation that ends with an answer, without what ends the answer."""
+        before = text.removesuffix(self.gap if self.style == "chatml" else "")
+        before = before.removesuffix(self.end)
+        return before.removesuffix(" ") if self.style == "llama_2" else before
 
     def _write(self, message: Message) -> str:
         """Return a message as text.
