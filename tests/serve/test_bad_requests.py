@@ -114,7 +114,7 @@ BODIES: dict[str, tuple[Any, int, str, str]] = {
         "data:image/png",
     ),
     "an image of nothing": (show("data:image/png;base64,"), 400, IMAGE, "send the bytes"),
-    "not base64": (show("data:image/png;base64,@@@@"), 400, IMAGE, "encode the whole file"),
+    "not base64": (show("data:image/png;base64,@@@@"), 400, IMAGE, "the whole file once"),
     "percent signs instead": (show("data:image/png,%89PNG"), 400, IMAGE, "the file in base64"),
     "a page for an image": (show(data_url(b"<p>", "text/html")), 400, IMAGE, "PNG, JPEG"),
     "words for an image": (show(data_url(b"Hello there")), 400, IMAGE, "not an image"),

@@ -80,12 +80,19 @@ _PART: dict[str, Any] = {
 _CONTENT = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}],
 }
+_NAMED = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+}
 _CALLS = {
     "type": ["array", "null"],
     "description": "shown to the model as text",
     "items": {
-        "type": "object",
-        "properties": {"id": {}, "function": {}, "custom": {}},
+        "anyOf": [
+            {"type": "object", "properties": {kind: _NAMED}, "required": [kind]}
+            for kind in ("function", "custom")
+        ]
     },
 }
 _MESSAGE = {
@@ -98,7 +105,10 @@ _MESSAGE = {
         }
         for roles, more in (
             ([role for role in ROLES if role != "assistant"], {}),
-            (["assistant"], {"tool_calls": _CALLS}),
+            (
+                ["assistant"],
+                {"tool_calls": _CALLS, "function_call": {"anyOf": [_NAMED, {"type": "null"}]}},
+            ),
         )
     ],
 }
