@@ -5,6 +5,7 @@ deployment per model. Ray Serve scales each deployment on its own.
 """
 
 import signal
+from collections.abc import Sequence
 
 import ray
 from ray import serve
@@ -13,6 +14,7 @@ from ray.serve.config import AutoscalingConfig
 from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
+from llava_ray.cluster import choose_num_gpus, count_gpus
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.errors import ConfigError
 from llava_ray.priority import give_way, slow_down_serve
@@ -42,7 +44,7 @@ def _bind_app(config: ServeConfig) -> Application:
         slow_down_serve()
     for model in config.models:
         log.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
-    models = {model.name: _bind_model(model, config) for model in config.models}
+    models = {model.name: _bind_model(model, config) for model in _choose_gpus(config.models)}
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
         name="gateway",
@@ -96,6 +98,22 @@ def _start_serve(host: str, port: int) -> None:
             f"Ray Serve runs on this Ray cluster already, at {found.host}:{found.port}: add "
             "applications to it with `serve deploy`, or end it with `serve shutdown -y`"
         )
+
+
+def _choose_gpus(models: Sequence[ModelConfig]) -> list[ModelConfig]:
+    """Return the models with a number of GPUs; warn where the cluster has too few for all."""
+    numbers = [choose_num_gpus(model.num_gpus, if_any=model.gpus_if_any) for model in models]
+    needed = sum(max(1, model.min_replicas) * n for model, n in zip(models, numbers, strict=True))
+    if needed and (present := count_gpus()) < needed:
+        log.logger.warning(
+            f"the models need {needed:g} GPUs, and the cluster has or can start {present:g}: some "
+            "replicas will wait for ever. Set num_gpus below 1 for models that share a GPU, or "
+            "serve fewer"
+        )
+    return [
+        model.model_copy(update={"num_gpus": number})
+        for model, number in zip(models, numbers, strict=True)
+    ]
 
 
 def _bind_model(model: ModelConfig, config: ServeConfig) -> Application:

@@ -17,6 +17,7 @@
     │   ├── ModelNotFoundError        no such model here; 404
     │   ├── NotAllowedError           the configuration does not allow it; 403
     │   ├── AuthError                 no API key, or one that is not known; 401
+    │   ├── DiskFullError             there is no room for a file that is to be written
     │   ├── SupersededError           a request with the same Idempotency-Key took its place; 409
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
@@ -168,6 +169,12 @@ class SupersededError(UserError):
 
     status = 409
     code = "superseded"
+
+
+class DiskFullError(UserError):
+    """There is no room for a file that is to be written."""
+
+    code = "disk_full"
 
 
 class MissingPackageError(UserError):

@@ -265,6 +265,8 @@ class Chunk(NamedTuple):
         logprobs: of the tokens that begin in this piece, where they were asked for.
         num_cached_tokens: tokens of the prompt that did not have to be computed, because the
             engine had computed the same beginning before.
+        fingerprint: which weights and settings answered (see `model.fingerprint`); "" if that is
+            not known.
     """
 
     text: str
@@ -275,6 +277,7 @@ class Chunk(NamedTuple):
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    fingerprint: str = ""
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""
@@ -295,6 +298,7 @@ class Question:
         cluster: rows that share it are not independent (two questions about one image).
         context: what only a judge reads: the image, described in words.
         source_id: its id in the benchmark's files, which need not be unique.
+        other_ids: further ids by which files of predictions may name it.
     """
 
     question_id: str
@@ -306,6 +310,7 @@ class Question:
     cluster: str = ""
     context: str = ""
     source_id: str = ""
+    other_ids: tuple[str, ...] = ()
 
 
 PredictionStatus = Literal["answered", "refused", "failed"]
@@ -330,7 +335,8 @@ class Prediction:
             where it was not told.
         image_sha256: of each image's file.
         cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
-        model_digest: of the model's files, or of the address that was asked.
+        model_digest: of the model's files; of a server its fingerprint, or where it tells none the
+            digest of its address.
     """
 
     question_id: str
@@ -356,12 +362,14 @@ class Score(NamedTuple):
         parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
+        is_unread: no answer could be read out of the response, which counts as a wrong one.
     """
 
     value: float | None
     parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+    is_unread: bool = False
 
 
 class Usage(NamedTuple):

@@ -107,6 +107,10 @@ class EchoEngine:
             "cache_tokens_total": 16 * self.context_length,
         }
 
+    def describe(self) -> dict[str, str]:
+        """Return how it computes; see `Engine.describe`."""
+        return {"engine": "echo"}
+
     async def close(self) -> None:
         """End all streams at their next token."""
         self._is_closed = True

@@ -12,11 +12,21 @@ import torch
 
 from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.structured_output import Grammar, GrammarCompiler, Vocabulary
-from llava_ray.errors import ContextLengthError, RequestError
+from llava_ray.errors import ContextLengthError, RequestError, UnsupportedError
 from llava_ray.model.loading import LoadedModel
-from llava_ray.model.processor import mark_images
+from llava_ray.model.processor import mark_images, tiles_only_one
 from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
+
+_CHARS_PER_TOKEN = 8
+"""Texts of more characters than this for each token that fits are tokenised from the start until
+they are known to be too long: tokenising ten megabytes holds up others for seconds."""
+
+_NUM_MERGED = 64
+"""How many fewer tokens a text may have than its beginning, because words at the cut merge."""
+
+_NUM_CONTEXTS_TO_COUNT = 16
+"""`tokenize` counts the tokens of texts that are up to this many times too long."""
 
 _TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -50,6 +60,24 @@ class InputProcessor:
                     param="prompt",
                 )
             return list(prompt.token_ids), None
+        self._check_length(prompt.text, self._room)
+        return self._read_text(prompt)
+
+    def _check_length(self, text: str, most: int) -> None:
+        """Raise a ContextLengthError if a long text surely has more than `most` tokens."""
+        length = most * _CHARS_PER_TOKEN
+        while length < len(text):
+            beginning = text[:length]
+            num_tokens = len(self._core.tokenizer(beginning, add_special_tokens=False).input_ids)
+            if num_tokens > most + _NUM_MERGED:
+                raise ContextLengthError(
+                    f"the prompt has {len(text):,} characters, more than {most:,} tokens, but the "
+                    f"context holds {self._room:,}, including the answer: shorten the conversation",
+                    param="messages",
+                )
+            length *= 4
+
+    def _read_text(self, prompt: Prompt) -> tuple[list[int], dict[str, torch.Tensor] | None]:
         if not (prompt.images or prompt.add_special_tokens):
             return self._core.tokenizer(prompt.text, add_special_tokens=False).input_ids, None
         inputs = self._core.encode(prompt.text, prompt.images)
@@ -61,6 +89,12 @@ class InputProcessor:
         if not prompt.images:
             return {"token_ids": list(prompt_ids), "text": ""}
         core = self._core
+        if len(prompt.images) > 1 and tiles_only_one(core.processor):
+            raise UnsupportedError(
+                "this engine lays out each of several images in tiles, which LLaVA-OneVision was "
+                "not trained on: send one image, or serve the model with engine: torch",
+                param="messages",
+            )
         image_id = core.image_token_id
         ids = [image_id if i == IMAGE_PLACEHOLDER else i for i in core.tokenize(prompt.text)]
         text = mark_images(prompt.text) if core.checkpoint.uses_start_end else prompt.text
@@ -130,7 +164,8 @@ class InputProcessor:
 
     def tokenize(self, prompt: Prompt) -> Tokens:
         """Return a prompt's tokens; see `Engine.tokenize`."""
-        ids, _ = self.read(prompt)
+        self._check_length(prompt.text, _NUM_CONTEXTS_TO_COUNT * self._room)
+        ids, _ = self._read_text(prompt)
         texts = self._core.tokenizer.convert_ids_to_tokens(ids)
         return Tokens(ids, [text or "" for text in texts], self._context_length)
 
@@ -160,5 +195,11 @@ class InputProcessor:
 
 
 def select_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return the image inputs among a processor's outputs; None if there are none."""
-    return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS} or None
+    """Return the image inputs among a processor's outputs, each [N, ...]; None without images.
+
+    `batch_num_images` is repeated for each image: models look at it image by image.
+    """
+    images = {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
+    if "batch_num_images" in images:
+        images["batch_num_images"] = images["batch_num_images"].repeat(len(images["pixel_values"]))
+    return images or None

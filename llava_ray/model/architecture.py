@@ -33,8 +33,13 @@ _NOT_TEXT = re.compile(
 )
 """Fields of LLaVA's flat config.json that do not belong to the language model."""
 
-_UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
-"""Tensors of towers that LLaVA never uses, because it takes the features of an inner layer."""
+_TOWER_END = r"model\.vision_tower\.(post_layernorm|head)\..+"
+_HARMLESS = {
+    _TOWER_END: "LLaVA takes the features of an inner layer of the tower",
+    r"model\.image_newline": "only images in tiles that are joined in rows have newlines",
+    r"lm_head\.weight": "a model with tied embeddings computes its head from them",
+}
+"""Tensors that a model may do without, with the reasons. They may be missing or left over."""
 
 IDENTITY = "torch.nn.modules.linear.Identity"
 """vLLM's name of the identity activation; transformers calls it "linear"."""
@@ -95,6 +100,9 @@ def describe_model(
             config = config or read_hf_config(checkpoint)
         else:
             config = _convert_llava_config(checkpoint, stored, image_token_id)
+        for part in (config, config.text_config, config.vision_config):
+            if hasattr(part, "quantization_config"):  # the weights are plain: it is left over
+                del part.quantization_config
         model_class = _choose_class(checkpoint, config)
         with torch.device("meta"), no_init_weights():
             tensors = model_class(config).state_dict()
@@ -108,7 +116,7 @@ def check_weights(
 ) -> list[str]:
     """Return the problems of a checkpoint's weights, each with how to fix it."""
     folder = checkpoint.folder
-    needed = {name for name in architecture.shapes if not _UNUSED.fullmatch(name)}
+    needed = {name for name in architecture.shapes if not re.fullmatch(_TOWER_END, name)}
     if architecture.config.tie_word_embeddings:
         needed.discard("lm_head.weight")
     problems = []
@@ -125,6 +133,13 @@ def check_weights(
                 f"the weights of {str(folder)!r} lack {len(found)} tensors "
                 f"({', '.join(found[:3])}): {remedy}"
             )
+    if unused := find_unused(architecture, stored):
+        problems.append(
+            f"{stored[unused[0]].file}: {len(unused)} tensors are none of the model that "
+            f"{folder / 'config.json'} describes ({', '.join(unused[:3])}): without them its "
+            "answers would be wrong; correct architectures and model_type, copy the config.json "
+            "that belongs to these weights, or check base"
+        )
     for name in sorted(needed & set(stored)):
         expected, found = architecture.shapes[name], stored[name].shape
         if expected != found:
@@ -134,6 +149,15 @@ def check_weights(
                 "different models; check base and vision_tower"
             )
     return problems
+
+
+def find_unused(architecture: Architecture, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the stored tensors that the model does not have and that are not harmless."""
+    return [
+        name
+        for name in sorted(set(stored) - set(architecture.shapes))
+        if not any(re.fullmatch(pattern, name) for pattern in _HARMLESS)
+    ]
 
 
 def find_unmarked(checkpoint: Checkpoint, architecture: Architecture, tokenizer: Any) -> list[str]:

@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.validation_config import ValidationConfig
 
+from llava_ray.cluster import count_gpus
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
@@ -83,7 +84,7 @@ def make_trainer(
         functools.partial(_evaluate, config, evaluate_checkpoint),
         ray_remote_kwargs={"num_cpus": 0},  # its actors request what `benchmarks` sets
     )
-    is_gpu = _has_gpus() if config.use_gpu == "auto" else config.use_gpu
+    is_gpu = count_gpus() > 0 if config.use_gpu == "auto" else config.use_gpu
     least = config.min_workers
     if least:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", f"{_LOOK_AGAIN_S}")
@@ -192,10 +193,6 @@ def _evaluate(
     except LlavaRayError as error:
         print_line(f"{Path(address).name} could not be evaluated: {error.message}")
         return {}
-
-
-def _has_gpus() -> bool:
-    return ray.cluster_resources().get("GPU", 0) > 0
 
 
 def _explain(error: TrainingFailedError, config: TrainConfig) -> LlavaRayError:

@@ -812,3 +812,18 @@ def test_echo_says_the_last_words_back_and_counts_images():
             await engine.check()
 
     asyncio.run(main())
+
+
+def test_an_engine_says_how_it_computes():
+    engine = load(cache_tokens=1000, max_batch_size=3)
+    assert engine.describe() == {
+        "engine": "torch",
+        "device": "cpu",
+        "dtype": "float32",
+        "attention": "own kernels",
+        "graphs": "off: not used on a CPU",
+        "cache dtype": "float32",
+        "cache": "1024 tokens",
+        "batch": "3 sequences",
+    }
+    asyncio.run(engine.close())

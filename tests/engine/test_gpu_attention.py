@@ -15,6 +15,7 @@ if DEVICE == "cpu":
 pytest.importorskip("triton", reason="needs Triton: pip install triton")
 
 from llava_ray.engine.torch_engine.execution import triton_attention  # noqa: E402 - see above
+from llava_ray.engine.torch_engine.execution.cuda_graphs import list_batch_sizes  # noqa: E402
 
 
 @pytest.mark.parametrize("num_processors", [1, 20, 132])
@@ -110,3 +111,10 @@ def test_it_compiles_for_gpus_that_are_not_here(capability, number, groups):
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-c", COMPILE, str(capability), number, str(groups)]
     subprocess.run(command, check=True, env=environment)
+
+
+@pytest.mark.parametrize("num_kv_heads", [32, 4])
+def test_no_batch_size_needs_a_kernel_that_was_not_compiled_at_the_start(num_kv_heads):
+    """Triton compiles one for each number of parts."""
+    parts = [triton_attention._count_parts(b * num_kv_heads, 132) for b in range(1, 65)]
+    assert set(parts) <= {parts[size - 1] for size in list_batch_sizes(64)}

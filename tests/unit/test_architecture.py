@@ -22,7 +22,7 @@ FLOORS = [
     {"template", "images", "storage"},
     {"config", "recipes", "lazy"},
     {"missing_packages"},
-    {"types", "errors", "priority"},
+    {"types", "errors", "priority", "cluster"},
 ]
 
 FACES = {
@@ -34,6 +34,7 @@ FACES = {
 MAY_IMPORT = {
     "ray": (
         "app.py",
+        "cluster.py",
         "cli/",
         "serve/gateway/",
         "serve/backends/",

@@ -214,7 +214,10 @@ def test_ones_own_lines_may_have_options_and_several_answers(tmp_path: Path) -> 
         {"question_id": 2, "text": "How many?", "answer": ["2", "2", "two", "3", "2"]},
     ]
     path = write_lines(tmp_path / "questions.jsonl", rows)
-    first, second = find(path, "own_choice")
+    with pytest.raises(SampleError, match="row 2 has no options"):
+        find(path, "own_choice")
+    second = find(path, "own_exact")[1]
+    (first,) = find(write_lines(tmp_path / "one.jsonl", rows[:1]), "own_choice")
     assert (first.text, first.groups) == (f"Which?\nA. x\nB. y{LETTER}", ("k",))
     assert second.answers == ("2", "2", "two", "3", "2")
     with pytest.raises(SampleError, match="question 1 has 1 answers"):
@@ -224,9 +227,9 @@ def test_ones_own_lines_may_have_options_and_several_answers(tmp_path: Path) -> 
 BAD_FILES = [
     ("gqa", "gqa/data/testdev_balanced_questions.json", None, "balanced_questions.json is missing"),
     ("gqa", "gqa/data/testdev_balanced_questions.json", "{}", "json has no '201'"),
-    ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_.*is no JSON"),
+    ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_.*is not JSON"),
     ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", '{"text": "?"}', "row 1 has no 'question_id'"),
-    ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "nonsense", "line 1 of .*is no JSON object"),
+    ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "nonsense", "line 1 of .*is not a JSON object"),
     ("vqav2_val", "vqav2/v2_mscoco_val2014_annotations.json", "{}", "has no 'annotations'"),
     ("pope", "pope/coco/coco_pope_random.json", '{"image": "9.jpg", "text": "", "label": "no"}',
      "no label for POPE's question 0"),

@@ -17,6 +17,7 @@ from llava_ray.data.sources.conversations import (
     read_conversations,
 )
 from llava_ray.data.sources.gqa import convert_gqa, read_gqa
+from llava_ray.data.sources.hf import convert_hf, read_hf
 from llava_ray.data.sources.pairs import convert_pair, read_pairs
 from llava_ray.data.sources.regions import (
     convert_refcoco,
@@ -25,12 +26,6 @@ from llava_ray.data.sources.regions import (
     read_vg,
 )
 from llava_ray.data.sources.scienceqa import convert_scienceqa, read_scienceqa
-from llava_ray.data.sources.tables import (
-    convert_hf,
-    convert_webdataset,
-    read_hf,
-    read_webdataset,
-)
 from llava_ray.data.sources.text_in_images import (
     convert_ocrvqa,
     convert_textcaps,
@@ -40,6 +35,7 @@ from llava_ray.data.sources.text_in_images import (
     read_textvqa,
 )
 from llava_ray.data.sources.vqa import convert_vqa, read_vqa
+from llava_ray.data.sources.webdataset import convert_webdataset, read_webdataset
 from llava_ray.errors import ConfigError
 from llava_ray.storage import Folder
 from llava_ray.types import Sample
@@ -49,12 +45,12 @@ if TYPE_CHECKING:
 
 
 class Source(NamedTuple):
-    """A kind of raw data.
+    """A raw data format.
 
     Attributes:
         read: yields the rows of a folder, given the names of the files in it.
-        convert: turns one into a sample.
-        images: the folder in it that the names of images are relative to.
+        convert: turns a row into a sample.
+        images: the subfolder that the names of images are relative to.
     """
 
     read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[RawRow]]
@@ -82,7 +78,7 @@ SOURCES = {
 
 
 def find_source(name: str) -> Source:
-    """Return the source of a name.
+    """Return the source with this name.
 
     Raises:
         ConfigError: there is none.

@@ -37,7 +37,8 @@ from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, i
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
-from llava_ray.model.loading import LoadedModel, load_model, select_device, select_dtype
+from llava_ray.model.devices import describe_shortage, select_device
+from llava_ray.model.loading import LoadedModel, load_model, select_dtype
 from llava_ray.types import Chunk, Prompt, Tokens
 
 PREFILL_TOKENS_CPU = 240
@@ -99,6 +100,7 @@ class TorchEngine:
         self.template = core.template
         self.context_length = min(context_length or core.context_length, core.context_length)
         self._core = core
+        self._max_batch_size = max_batch_size
         self._cache_tokens = scheduler.kv_allocator.num_tokens
         self._inputs = InputProcessor(
             core,
@@ -107,17 +109,15 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        self._runner = runner or run_in_temporary_thread(
-            lambda: ModelRunner(
-                core,
-                cache_tokens=self._cache_tokens,
-                cache_dtype=cache_dtype,
-                quantization=quantization,
-                adapters=adapters,
-                image_cache_mb=image_cache_mb,
-                graph_batch_size=max_batch_size if on_gpu else None,
-                note_images=note_images,
-            )
+        self._runner = runner or _build_runner(
+            core,
+            cache_tokens=self._cache_tokens,
+            cache_dtype=cache_dtype,
+            quantization=quantization,
+            adapters=adapters,
+            image_cache_mb=image_cache_mb,
+            graph_batch_size=max_batch_size if on_gpu else None,
+            note_images=note_images,
         )
         self._encoder = start_single_threaded_executor("encode")
         names = ("step-0", "step-1") if can_split else ()
@@ -235,6 +235,16 @@ class TorchEngine:
             "num_new_tokens": counters.num_new_tokens,
         }
 
+    def describe(self) -> dict[str, str]:
+        """Return how it computes; see `Engine.describe`."""
+        computing = self._runner.describe() if isinstance(self._runner, ModelRunner) else {}
+        return {
+            "engine": "torch",
+            **computing,
+            "cache": f"{self._cache_tokens} tokens",
+            "batch": f"{self._max_batch_size} sequences",
+        }
+
     async def close(self) -> None:
         """Abort all requests and end the threads."""
         with contextlib.suppress(EngineError):  # it may have ended already
@@ -251,7 +261,8 @@ class TorchEngine:
     def _encode(self, prompt: Prompt, grammar: Grammar | None) -> Sequence:
         self._adapters.check(prompt.adapter)
         prompt_ids, images = self._inputs.read(prompt)
-        names = hash_images(prompt.images)
+        is_one_tile = len(prompt.images) > 1 and "batch_num_images" in (images or {})
+        names = hash_images(prompt.images, layout="one tile" * is_one_tile)
         return Sequence(
             request_id=prompt.request_id,
             prompt_ids=prompt_ids,
@@ -269,6 +280,19 @@ class TorchEngine:
             image_names=names,
             adapter=prompt.adapter,
         )
+
+
+def _build_runner(core: LoadedModel, *, cache_tokens: int, **options: Any) -> ModelRunner:
+    try:
+        return run_in_temporary_thread(
+            lambda: ModelRunner(core, cache_tokens=cache_tokens, **options)
+        )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights of {str(core.checkpoint.folder)!r} are on the GPU, and there is no "
+            f"memory for the rest: {describe_shortage(error)}; lower cache_tokens ({cache_tokens}) "
+            "or max_batch_size, or take a larger GPU"
+        ) from error
 
 
 def _weigh_images(core: LoadedModel) -> float:

@@ -171,7 +171,10 @@ class OpenAIRoutes:
         return json_response({"status": "alive"})
 
     async def check_readiness(self) -> Response:
-        """`GET /readyz`: 200 if all models that must run respond, else 503 and which do not."""
+        """`GET /readyz`: 200 if all models that must run respond, else 503 and which do not.
+
+        `engines` says on which device, and how, each model that responds computes.
+        """
         awake = [
             backend for name, backend in self._backends.items() if name not in self._scale_to_zero
         ]
@@ -183,6 +186,11 @@ class OpenAIRoutes:
         }
         is_ready = not any(troubles)
         body = {"status": "ready" if is_ready else "not ready", "models": states}
+        ready = [each for each in awake if states[each.name] == "ready"]
+        described = await asyncio.gather(*(backend.describe_engine() for backend in ready))
+        engines = {each.name: text for each, text in zip(ready, described, strict=True) if text}
+        if engines:
+            body["engines"] = engines
         return json_response(body, 200 if is_ready else 503)
 
     async def _describe_model(self, backend: Backend) -> dict[str, Any]:

@@ -184,7 +184,11 @@ _USAGE = {
 }
 _STATES = {
     "type": "object",
-    "properties": {"status": {"type": "string"}, "models": {"type": "object"}},
+    "properties": {
+        "status": {"type": "string"},
+        "models": {"type": "object"},
+        "engines": {"type": "object"},
+    },
     "required": ["status", "models"],
 }
 _COMPLETION = {

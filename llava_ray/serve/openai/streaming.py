@@ -159,7 +159,7 @@ def build_completion(
             for index, answer in sorted(answers.items())
         ],
         "usage": describe_usage(usage),
-        "system_fingerprint": None,
+        "system_fingerprint": _find_fingerprint(answers.values()),
     }
 
 
@@ -182,6 +182,8 @@ class ChunkEncoder:
         meta: what all events share.
         include_usage: the last event has the token counts; in the others they are null.
         continuous_usage: the others have the token counts so far.
+    A chunk costs one `json.dumps` of its text; the constant parts of events are encoded once, when
+    the first chunk tells the fingerprint.
     """
 
     def __init__(
@@ -192,25 +194,27 @@ class ChunkEncoder:
         include_usage: bool,
         continuous_usage: bool = False,
     ) -> None:
-        fields = {
+        self._fields = {
             "id": meta.completion_id,
             "object": formatter.chunk_object_name,
             "created": meta.created,
             "model": meta.model,
-            "system_fingerprint": None,
         }
         self._formatter = formatter
         self._answers_each = meta.answers_each
         self._num_open = meta.num_answers
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
-        self._head = "data: " + json.dumps(fields)[:-1]
+        self._head = ""
         self._tail = ', "usage": null}\n\n' if include_usage else "}\n\n"
         self._choices: dict[int, _ChoiceState] = {}
 
     def encode(self, chunk: Chunk) -> bytes:
         """Return the events for a chunk; b"" for a chunk without content."""
         events = ""
+        if not self._head:
+            fields = {**self._fields, "system_fingerprint": chunk.fingerprint or None}
+            self._head = "data: " + json.dumps(fields)[:-1]
         choice_state = self._choices.get(chunk.answer)
         if choice_state is None:
             choice_state = self._choices[chunk.answer] = self._begin(chunk.answer)
@@ -261,6 +265,10 @@ class ChunkEncoder:
         """Return the token counts so far, as JSON."""
         latest = [choice_state.latest for choice_state in self._choices.values()]
         return json.dumps(describe_usage(count_usage(latest, answers_each=self._answers_each)))
+
+
+def _find_fingerprint(answers: Iterable[Chunk]) -> str | None:
+    return next((answer.fingerprint for answer in answers if answer.fingerprint), None)
 
 
 def _describe(data: bytes, logprob: float) -> dict[str, Any]:

@@ -27,6 +27,9 @@ _STATS = {
 }
 
 
+_ENGINE_TAGS = ("engine", "device", "dtype", "attention", "graphs", "cache", "batch")
+
+
 class RequestTracker:
     """Measures one request in a replica."""
 
@@ -96,6 +99,11 @@ class ReplicaMetrics:
             "Tokens by kind: text, image and cached prompt tokens, and generated tokens.",
             tag_keys=("kind",),
         )
+        self._engine = Gauge(
+            "llava_ray_replica_engine",
+            "Always 1; its tags say how the replica's engine computes.",
+            tag_keys=_ENGINE_TAGS,
+        )
         self._stats = {
             name: Gauge(f"llava_ray_replica_{name}", description)
             for name, description in _STATS.items()
@@ -105,6 +113,11 @@ class ReplicaMetrics:
         """Set the gauges to the engine's current statistics; see `Engine.stats`."""
         for name, gauge in self._stats.items():
             gauge.set(stats[name])
+
+    def note_engine(self, described: dict[str, str]) -> None:
+        """Set the gauge that says how the engine computes; see `Engine.describe`."""
+        tags = {name: described.get(name, "") for name in _ENGINE_TAGS}
+        self._engine.set(1, tags)
 
     def note_decode(self, seconds: float) -> None:
         self._decode.observe(seconds)

@@ -27,6 +27,8 @@ from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
 from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 
+_NUMBERS_IN_16_BYTES = 2
+
 ATTENTION_NAME = "llava_ray_cache"
 """Under this name the attention below is known to transformers."""
 
@@ -123,10 +125,15 @@ def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> 
 
 
 def _describe(spans: list[Span], cache: KVCache) -> DecodeMetadata:
-    """Return where sequences with one new token each have theirs."""
+    """Return where sequences with one new token each have theirs.
+
+    Each row of the table begins at a multiple of 16 bytes: Triton compiles a kernel again for
+    pointers that do not, which would stall a step of every odd number of sequences.
+    """
     numbers = [(span.offset, *span.kv_slice, span.past + 1) for span in spans]
-    columns = send(torch.tensor(numbers).T.contiguous(), cache.device)
-    return DecodeMetadata(*columns, num_kv_heads=cache.num_kv_heads)
+    numbers += [(0, 0, 0, 0)] * (len(spans) % _NUMBERS_IN_16_BYTES)
+    rows = send(torch.tensor(numbers).T.contiguous(), cache.device)[:, : len(spans)]
+    return DecodeMetadata(*rows, num_kv_heads=cache.num_kv_heads)
 
 
 def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:

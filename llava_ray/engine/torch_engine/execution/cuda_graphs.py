@@ -8,11 +8,14 @@ Shapes: B sequences, T = B tokens, V vocabulary, H query heads, K kv heads, E he
 """
 
 import bisect
-import logging
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from llava_ray.engine.torch_engine.execution.attention_metadata import (
     DecodeMetadata,
@@ -24,11 +27,17 @@ from llava_ray.engine.torch_engine.execution.sampler import SampledTokens
 from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 
-logger = logging.getLogger(__name__)
-
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_OUR_FRAMES = (str(Path(torch.__file__).parent), __file__)
+"""Files whose lines do not say which part of a language model fails."""
+
 _TRIES = 2
 """Steps before one is recorded: libraries set themselves up in the first."""
+
+
+def list_batch_sizes(max_batch_size: int) -> list[int]:
+    """Return batch sizes so close that a batch in between needs no kernel that none of them has."""
+    return [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
 
 
 class GraphStepMetadata:
@@ -111,6 +120,44 @@ class GraphStepMetadata:
         return output_THE
 
 
+class _StepWithoutAttention(GraphStepMetadata):
+    """A step whose attention is left out: a kernel cannot be called without memory."""
+
+    def attend(
+        self,
+        layer: int,
+        query_THE: torch.Tensor,
+        key_TKE: torch.Tensor,
+        value_TKE: torch.Tensor,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Store keys and values; return a tensor of the output's shape."""
+        self._cache.store(layer, self._rows, key_TKE, value_TKE)
+        return query_THE.new_empty(query_THE.shape)
+
+
+class _OneDevice(TorchDispatchMode):
+    """Refuses operations that copy between the step's device and another one.
+
+    A tensor without dimensions may be on the CPU: it is passed to a kernel as a number.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._type = device.type
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = operation(*args, **(kwargs or {}))
+        tensors = [each for each in tree_leaves((args, kwargs, result)) if torch.is_tensor(each)]
+        others = [each for each in tensors if each.device.type != self._type]
+        is_copy = "copy" in str(operation)
+        if len(others) < len(tensors) and any(each.dim() or is_copy for each in others):
+            raise RuntimeError(f"{operation} needs a tensor of device {others[0].device}")
+        return result
+
+
 class DecodeGraphs:
     """Computes such steps: each is played for the next larger of a few batch sizes.
 
@@ -131,11 +178,12 @@ class DecodeGraphs:
         max_batch_size: int,
     ) -> None:
         self._compute = compute
-        self._sizes = [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
+        self._sizes = list_batch_sizes(max_batch_size)
         self._steps = [
             GraphStepMetadata(size, cache, idle, max_batch_size=max_batch_size)
             for size in self._sizes
         ]
+        self._trial = _StepWithoutAttention(1, cache, idle, max_batch_size=max_batch_size)
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
     @staticmethod
@@ -167,21 +215,43 @@ class DecodeGraphs:
         return self._compute(step.ids_B, step)
 
     @torch.inference_mode()
-    def record(self) -> bool:
+    def find_obstacle(self) -> str | None:
+        """Return why a step cannot be recorded; None: nothing is known.
+
+        The step is run on tensors without memory, where reading a number from the device fails as
+        it does while a graph is recorded, and costs no memory: a failed recording keeps its pool.
+        """
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        device = self._trial.positions_T.device
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), _OneDevice(device):
+                self._run(self._trial)
+        except Exception as error:  # noqa: BLE001 - whatever a language model does
+            frames = traceback.extract_tb(error.__traceback__)
+            *_, where = [each for each in frames if not each.filename.startswith(_OUR_FRAMES)]
+            return f"{Path(where.filename).name}:{where.lineno} ({where.line}): {error}"
+        return None
+
+    @torch.inference_mode()
+    def record(self) -> str | None:
         """Record all sizes, the largest first: the smaller ones take their memory from its pool.
 
         Returns:
-            False, and the reason is logged: this language model, or GPU, cannot be recorded.
+            Why this language model, or GPU, cannot be recorded; None: it is.
         """
+        if obstacle := self.find_obstacle():
+            return obstacle
         try:
             with torch.cuda.device(self._steps[0].positions_T.device):
                 pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
                 for index in reversed(range(len(self._sizes))):
                     self._graphs[index] = self._record_one(self._steps[index], pool, stream)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            logger.warning("decoding goes without CUDA graphs: %s", error)
-            return False
-        return True
+            return str(error)
+        return None
 
     def _record_one(
         self, step: GraphStepMetadata, pool: Any, stream: torch.cuda.Stream

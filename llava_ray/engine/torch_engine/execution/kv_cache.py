@@ -34,6 +34,7 @@ class KVCache:
     Attributes:
         attend_decode: attention of all sequences with one new token each in one call, wherever
             their keys are; see `cpu_attention.attend_decode`. None: not available here.
+        attention: what computes it, for people.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class KVCache:
         self.keys = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
         self.values = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
         self.attend_decode = _choose_attention(self.keys[0], num_heads, num_kv_heads)
+        kernels = "Triton" if device.type == "cuda" else "own kernels"
+        self.attention = kernels if self.attend_decode else "torch"
 
     def store(
         self, layer: int, rows: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor

@@ -6,6 +6,7 @@ attention over the cache -> logits of the last tokens -> one token for each comp
 Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -15,7 +16,7 @@ from llava_ray.engine.detokenizer import Detokenizer
 from llava_ray.engine.protocol import NoteImages, ignore_images
 from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, StepMetadata, attend
 from llava_ray.engine.torch_engine.execution.attention_metadata import AttentionMetadata
-from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs
+from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs, list_batch_sizes
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch, send
 from llava_ray.engine.torch_engine.execution.encoder_cache import EncoderCache
 from llava_ray.engine.torch_engine.execution.fused_decoder import FusedDecoder, can_fuse, fuse
@@ -30,12 +31,19 @@ from llava_ray.engine.torch_engine.execution.sampler import SampledTokens, sampl
 from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 from llava_ray.engine.torch_engine.scheduling.scheduler import ScheduledSequence, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, EngineError
+from llava_ray.model.devices import describe_device, describe_shortage
 from llava_ray.model.loading import LoadedModel
 from llava_ray.types import Sampling
 
+logger = logging.getLogger(__name__)
+
 _NUM_SCRATCH = 3
 """Slots at the end of the cache that belong to no request, for `check` and warm-up."""
+
+
+class StepMemoryError(EngineError):
+    """The device had no memory for a step; nothing of it counts as computed."""
 
 
 class LaunchedStep(Protocol):
@@ -47,7 +55,11 @@ class LaunchedStep(Protocol):
 
 
 class StepRunner(Protocol):
-    """Computes plans. Implementations: ModelRunner; a scripted one in the tests."""
+    """Computes plans. Implementations: ModelRunner; a scripted one in the tests.
+
+    `run` and `launch` raise a `StepMemoryError` where the device has no memory for a plan. Any
+    other exception means that the engine is broken.
+    """
 
     def run(self, plan: StepPlan) -> list[int]:
         """Return the next token of each complete sequence of the plan, in order."""
@@ -101,6 +113,9 @@ class ModelRunner:
         image_cache_mb: memory for image features, in MiB; 0: no cache.
         graph_batch_size: largest batch that is decoded with CUDA graphs; None: no graphs.
         note_images: called after each step that read images.
+
+    Attributes:
+        without_graphs: why decoding goes without CUDA graphs; empty: it uses them.
 
     Raises:
         ConfigError: this language model's attention cannot be computed here, or it cannot be
@@ -166,18 +181,31 @@ class ModelRunner:
         self._compute_layers = (
             FusedDecoder(language_model) if is_fused else self._call_language_model
         )
+        self.without_graphs = ""
         self._graphs = self._find_graphs(graph_batch_size)
         self._latest: SampledTokens | None = None
         self.run(self._plan_scratch(2, 1))  # compiles the kernels now rather than during a request
         self.run(self._plan_scratch(1))
+        if graph_batch_size and not self._graphs:
+            for size in list_batch_sizes(graph_batch_size):
+                self.run(self._plan_batch(size))
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
-        if not max_batch_size or not self._cache.attend_decode or self._adapters.names:
-            return None
-        graphs = DecodeGraphs(
-            self._compute_logits, self._cache, self._scratch, max_batch_size=max_batch_size
-        )
-        return graphs if self.device.type == "cpu" or graphs.record() else None
+        if not max_batch_size:
+            self.without_graphs = "not used on a CPU"
+        elif not self._cache.attend_decode:
+            self.without_graphs = "attention is torch's own"
+        elif self._adapters.names:
+            self.without_graphs = "the model has adapters"
+        else:
+            graphs = DecodeGraphs(
+                self._compute_logits, self._cache, self._scratch, max_batch_size=max_batch_size
+            )
+            self.without_graphs = (graphs.record() or "") if self.device.type == "cuda" else ""
+            if not self.without_graphs:
+                return graphs
+            logger.warning("decoding goes without CUDA graphs: %s", self.without_graphs)
+        return None
 
     def run(self, plan: StepPlan) -> list[int]:
         """Return the next token of each complete sequence of the plan, in order."""
@@ -189,8 +217,20 @@ class ModelRunner:
         self._latest = launched.choice
         return launched
 
-    @torch.inference_mode()
     def _compute(self, plan: StepPlan) -> _LaunchedStep:
+        try:
+            return self._start(plan)
+        except torch.OutOfMemoryError as error:
+            shortage = describe_shortage(error)
+        # Only here are the failed step's tensors gone: the exception's frames held them.
+        torch.cuda.empty_cache()
+        raise StepMemoryError(
+            f"the GPU ran out of memory in this step: {shortage}. Other requests go on; ask again "
+            "when fewer run, or lower cache_tokens or max_batch_size in the model's configuration"
+        )
+
+    @torch.inference_mode()
+    def _start(self, plan: StepPlan) -> _LaunchedStep:
         for source, target, num_tokens in plan.copies:
             self._cache.copy(source, target, num_tokens)
         if not plan.scheduled:
@@ -219,6 +259,16 @@ class ModelRunner:
         logits_BV = self._core.model.lm_head(hidden_BD)
         return sample(logits_BV, [scheduled.sequence for scheduled in complete])
 
+    def describe(self) -> dict[str, str]:
+        """Return how steps are computed, for people."""
+        return {
+            "device": describe_device(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "attention": self._cache.attention,
+            "graphs": f"off: {self.without_graphs}" if self.without_graphs else "on",
+            "cache dtype": str(self._cache.dtype).removeprefix("torch."),
+        }
+
     def check(self) -> None:
         """Send one token through the language model."""
         self.run(self._plan_scratch(1))
@@ -233,6 +283,13 @@ class ModelRunner:
             scheduled.append(ScheduledSequence.of(sequence, length))
             start += length
         return StepPlan(scheduled)
+
+    def _plan_batch(self, size: int) -> StepPlan:
+        """Return a step of `size` dummy sequences of one token, all in the same scratch slot."""
+        plan = self._plan_scratch(*[1] * size)
+        for scheduled in plan.scheduled:
+            scheduled.sequence.kv_slice = KVSlice(self._scratch.start, 1)
+        return plan
 
     def _compute_logits(self, ids_B: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Return the logits of one token each, [B, V], none of them an image's."""
