@@ -29,21 +29,19 @@ _QUIET = LoggingConfig(enable_access_log=False)
 
 def build_app(config: ServeConfig) -> Application:
     """Build the application; Serve config files and `serve run ... key=value` call this."""
-    application = _bind_app(config)
-    log.logger.info(
-        "starting Ray takes about 15 s; by default, "
-        + describe_address("127.0.0.1", 8000, has_page=config.page)
-    )
-    return application
+    address = describe_address("127.0.0.1", 8000, has_page=config.page)
+    return _bind_app(config, f"{address}, unless Serve listens elsewhere")
 
 
-def _bind_app(config: ServeConfig) -> Application:
+def _bind_app(config: ServeConfig, address: str) -> Application:
+    """Build the application; `address` says where it will be."""
     log.set_up()
     if not ray.is_initialized():
         give_way()  # inherited by the Ray processes started next
         slow_down_serve()
     for model in config.models:
         log.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
+    log.logger.info(f"starting Ray takes about 15 s; then {address}")
     models = {model.name: _bind_model(model, config) for model in _choose_gpus(config.models)}
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
@@ -73,9 +71,8 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
         ConfigError: the port is taken, or Serve runs on this Ray cluster at another address.
     """
     check_port(host, port)
-    application = _bind_app(config)
     address = describe_address(host, port, has_page=config.page)
-    log.logger.info(f"starting Ray takes about 15 s; then {address}")
+    application = _bind_app(config, address)
     _start_serve(host, port)
     # Ray's own handler, which `start` installs, aborts the process.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
