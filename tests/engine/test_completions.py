@@ -2,17 +2,19 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
 
 from llava_ray.config import LimitsConfig
-from llava_ray.engine.chat import complete, tokenize
+from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.errors import ContextLengthError, RequestError, UnsupportedError
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.types import (
     ChatRequest,
+    Chunk,
     CompletionRequest,
     ImagePart,
     Message,
@@ -123,6 +125,40 @@ def test_tokenize_takes_a_prompt_or_a_conversation() -> None:
     for body in (b"{}", b'{"tokens": [-1]}', b'{"tokens": "a"}'):
         with pytest.raises(RequestError):
             parse_detokenize(body, limits=LIMITS)
+
+
+class Continuing(EchoEngine):
+    """Goes on with a space, as language models do, and keeps what it was asked."""
+
+    asked: Prompt | None = None
+
+    async def stream(self, prompt: Prompt) -> AsyncGenerator[Chunk]:
+        self.asked = prompt
+        yield Chunk(" and more", "stop", 2, 5, 0)
+
+
+@pytest.mark.parametrize(
+    ("last", "text", "answer"),
+    [
+        (Message("user", (TextPart("Why?"),)), "USER: Why? ASSISTANT:", "and more"),
+        (Message("assistant", (TextPart("Dear"),)), "USER: Hello ASSISTANT: Dear", " and more"),
+    ],
+)
+def test_the_answer_to_a_question_begins_with_a_word_and_a_continued_one_as_it_goes_on(
+    last: Message, text: str, answer: str
+) -> None:
+    hello = Message("user", (TextPart("Hello"),))
+    messages = (hello, last) if last.role == "assistant" else (last,)
+
+    async def main() -> None:
+        engine = Continuing()
+        request = ChatRequest("r", "m", messages)
+        chunks = [chunk async for chunk in chat(engine, request, limits=LIMITS)]
+        assert [chunk.text for chunk in chunks] == [answer]
+        assert engine.asked is not None
+        assert engine.asked.text == text
+
+    asyncio.run(main())
 
 
 # ---- what the engines make of it ----
