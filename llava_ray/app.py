@@ -89,7 +89,9 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
 def _start_serve(host: str, port: int) -> None:
     """Start Serve at an address; a Serve that runs already keeps its own, which is an error."""
     serve.start(http_options={"host": host, "port": port})
-    found = _get_global_client().http_config
+    client = _get_global_client()
+    assert client is not None  # `start` has made it
+    found = client.http_config
     if (found.host, found.port) != (host, port):
         raise ConfigError(
             f"Ray Serve runs on this Ray cluster already, at {found.host}:{found.port}: add "

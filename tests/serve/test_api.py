@@ -142,7 +142,8 @@ def test_habits_of_clients_are_met_behind_serves_proxy(served: str, client: open
     )
     assert reply.json()["choices"][0]["message"]["content"] == "Be brief. (0 images)"
     assert reply.headers["x-llava-ray-ignored"] == "reasoning_effort, foo"
-    for path in ("/v1/models", "/v1/models/echo", "/healthz", "/readyz", "/openapi.json", "/usage"):
+    paths = ("/v1/models", "/v1/models/echo", "/usage", "/openapi.json")
+    for path in (*paths, "/healthz", "/readyz", "/health"):
         head = httpx.head(served + path, timeout=PATIENCE_S)
         assert (head.status_code, head.content) == (200, b"")
         assert httpx.get(f"{served}{path}/", timeout=PATIENCE_S).status_code == 200

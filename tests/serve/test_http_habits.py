@@ -13,7 +13,15 @@ import pytest
 from tests.support.local_gateway import KEYS, PATH, Nearby, auth, body, run_nearby
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
-READ = ("/v1/models", "/v1/models/talker", "/v1/usage", "/usage", "/healthz", "/openapi.json")
+READ = (
+    "/v1/models",
+    "/v1/models/talker",
+    "/v1/usage",
+    "/usage",
+    "/healthz",
+    "/health",
+    "/openapi.json",
+)
 
 
 def play(scene: Callable[[Nearby], Awaitable[None]], **config: Any) -> None:

@@ -155,6 +155,8 @@ def test_developers_are_systems_and_neighbours_of_one_role_become_one_turn() -> 
         {"n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0.0},
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "logit_bias": {}},
         {"response_format": {"type": "text"}, "modalities": ["text"], "frequency_penalty": 0},
+        {"response_format": {"type": None}, "stream_options": {"include_usage": None}},
+        {"stream_options": {"include_usage": False, "of_tomorrow": 1}, "stream": False},
         {"response_format": None, "audio": None, "logprobs": None, "n": None, "top_k": -1},
     ],
 )

@@ -122,6 +122,7 @@ def build_api(
     api.add_middleware(PathMiddleware)
     api.add_api_route("/healthz", routes.check_liveness, methods=_READ)
     api.add_api_route("/readyz", routes.check_readiness, methods=_READ)
+    api.add_api_route("/health", routes.check_readiness, methods=_READ)  # vLLM's name for it
     api.add_api_route("/openapi.json", routes.show_openapi, methods=_READ)
     api.mount("/v1", v1)
     for path in WITHOUT_V1:

@@ -2,7 +2,10 @@
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-ROOT_PATHS = ("/healthz", "/readyz", "/openapi.json", "/usage", "/tokenize", "/detokenize")
+ROOT_PATHS = (
+    *("/healthz", "/readyz", "/health", "/openapi.json"),
+    *("/usage", "/tokenize", "/detokenize"),
+)
 """Paths of the API that are not below /v1; all others at the root are the page's."""
 
 WITHOUT_V1 = (

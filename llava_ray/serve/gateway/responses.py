@@ -114,7 +114,7 @@ def _list_routes(request: Request) -> str:
     """Return the methods and paths of the application that has got the request."""
     prefix = request.scope.get("root_path", "")
     return ", ".join(
-        f"{'/'.join(sorted({*route.methods} - {'HEAD'}))} {prefix}{route.path}"
+        f"{'/'.join(sorted({*(route.methods or ())} - {'HEAD'}))} {prefix}{route.path}"
         for route in request.app.routes
         if isinstance(route, APIRoute)
     )

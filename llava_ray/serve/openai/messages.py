@@ -134,7 +134,9 @@ def _read_calls(value: dict[str, Any], path: str, tools: dict[str, str]) -> Iter
             f"{path}.tool_calls is {kind_of(calls)}: send a list, or leave it out",
             param=f"{path}.tool_calls",
         )
-    places = [(f"{path}.tool_calls[{i}]", call) for i, call in enumerate(calls or ())]
+    places: list[tuple[str, Any]] = [
+        (f"{path}.tool_calls[{i}]", call) for i, call in enumerate(calls or ())
+    ]
     if (older := value.get("function_call")) is not None:
         places.append((f"{path}.function_call", {"function": older}))
     for place, call in places:

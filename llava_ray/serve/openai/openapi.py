@@ -285,6 +285,7 @@ def describe_api(
             },
             "/healthz": {"get": _get("The gateway is alive", {"type": "object"})},
             "/readyz": {"get": _get("Every model responds; 503: which do not", _STATES)},
+            "/health": {"get": _get("The same as /readyz, under vLLM's name", _STATES)},
         },
         "components": {"schemas": schemas},
     }

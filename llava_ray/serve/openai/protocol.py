@@ -221,7 +221,7 @@ def check_options(
 ) -> Checked[Options]:
     """Return the checked fields of a request for an answer; see `check_body`."""
     checked = check_body(body, kind, limits)
-    if checked.options.stream_options and not checked.options.stream:
+    if wants_usage(checked.options) and not checked.options.stream:
         raise RequestError(
             "stream_options is set, but stream is not: set stream to true or leave it out",
             param="stream_options",

@@ -21,7 +21,7 @@ def read_format(value: dict[str, Any] | None) -> str | None:
     if value is None:
         return None
     match value.get("type"):
-        case "text":
+        case "text" | None:
             return None
         case "json_object":
             if value.get("schema") is None:
