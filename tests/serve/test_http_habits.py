@@ -19,7 +19,6 @@ READ = (
     "/v1/usage",
     "/usage",
     "/healthz",
-    "/health",
     "/openapi.json",
 )
 
