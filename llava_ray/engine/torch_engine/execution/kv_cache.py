@@ -10,6 +10,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +23,30 @@ _PREFAULTED_BYTES = 1 << 30
 
 _POPULATE_WRITE = 23
 """Linux's MADV_POPULATE_WRITE, which Python's mmap does not name."""
+
+
+class KVShape(NamedTuple):
+    """What one token takes in the cache: layers, heads and their size."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, text_config: Any) -> "KVShape":
+        """Return that of a language model of transformers."""
+        heads = text_config.num_attention_heads
+        return cls(
+            num_layers=text_config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+            head_size=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+        )
+
+    def count_token_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one token's keys and values, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * dtype.itemsize
 
 
 class KVCache:
