@@ -125,7 +125,11 @@ def convert(
     if isinstance(settings.get("max_rejects"), int):  # as YAML reads it
         settings["max_rejects"] = str(settings["max_rejects"])
     config = build_config(ConvertConfig, settings, source=given.file or "")
-    manifest = _convert(config)
+    try:
+        manifest = _convert(config)
+    except KeyboardInterrupt:
+        print_note("stopped; run the same command again to resume")
+        raise
     out.print(
         f"{config.output}: {manifest.num_samples:,} samples with {manifest.num_images:,} images in "
         f"{len(manifest.shards)} shards, {manifest.num_text_only:,} of text alone; "

@@ -4,7 +4,6 @@ A run that was killed can be started again: it asks only the questions that have
 in the log. Scores are always computed again from the log.
 """
 
-import asyncio
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import Predictor
+from llava_ray.evaluate.predict.ask import run_async
 from llava_ray.evaluate.predict.cache_key import (
     describe_settings,
     digest_model,
@@ -169,11 +169,6 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
         ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
-    ids = {question.question_id for question in questions}
-    if len(ids) < len(questions):
-        raise ConfigError(
-            f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
-        )
     if task.judge:
         task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions
@@ -216,7 +211,7 @@ def _find_log(output: Path, task: Task) -> Path:
 def _find_model(config: EvaluateConfig) -> str:
     """The name by which the model is asked."""
     if config.endpoint:
-        return _choose_name(asyncio.run(_list_names(config.endpoint)), config)
+        return _choose_name(run_async(_list_names(config.endpoint)), config)
     return config.model_name or config.describe_model().name
 
 

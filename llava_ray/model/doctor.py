@@ -21,6 +21,7 @@ from llava_ray.model.open_checkpoint import (
     open_checkpoint,
     read_context_length,
 )
+from llava_ray.model.processor_check import find_misfit
 
 _KINDS = {
     "full": "a LLaVA with all its weights",
@@ -56,18 +57,22 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    template: str | None = None,
 ) -> Diagnosis:
     """Return what a checkpoint is and what is wrong with it. No weights are read.
 
     Args:
-        path, base, vision_tower: as in `load_model`.
+        path, base, vision_tower, template: as in `load_model`.
     """
     found = Diagnosis()
     try:
         folder = find_folder(path)
         found.facts["folder"] = str(folder)
-        opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+        opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     except UserError as error:
         found.problems.append(error.message)
         return found
@@ -84,6 +89,8 @@ def diagnose(
     found.problems.extend(check_weights(checkpoint, architecture, stored))
     if tokenizer is not None:
         found.problems.extend(find_unmarked(checkpoint, architecture, tokenizer))
+        misfit = find_misfit(checkpoint, opened.processor, architecture.config)
+        found.problems.extend([misfit] if misfit else [])
     found.facts.update(_describe_sizes(architecture, stored))
     found.problems.extend(_check_adapters(checkpoint, architecture))
     return found

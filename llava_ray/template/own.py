@@ -14,6 +14,7 @@ from llava_ray.template.tokens import (
     EncodedConversation,
     Notation,
     Segment,
+    count_images,
     encode_segments,
     split_parts,
 )
@@ -31,6 +32,10 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 """LLaVA-1.5's roles without a system prompt, for engines that have no template of their own."""
+
+
+_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What Jinja lets through when a template does to its values what they do not support."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,19 @@ class OwnTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
-        except TemplateError as error:
+        except (TemplateError, *_BROKEN) as error:
             raise RequestError(
                 f"this model's chat template does not accept the conversation: {error}; "
                 "send user and assistant messages in turn, at most one system message first",
                 param="messages",
             ) from error
+        num_images, num_written = count_images(messages), rendered[0].count(self.notation.image)
+        if num_images != num_written:
+            raise RequestError(
+                f"this model's chat template writes {num_written} of {num_images} images; send "
+                "images in messages of the user, or serve the model with another template",
+                param="messages",
+            )
         return rendered[0]
 
     def encode(

@@ -261,6 +261,10 @@ def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_p
     with pytest.raises(ConfigError, match="no _manifest"):
         load_manifest(str(tmp_path / "out"))
     assert convert_dataset(settings(raw, tmp_path / "out", max_rejects="2")).num_samples == 6
+    save(raw / "3.png", 3)
+    save(raw / "5.png", 5)
+    healed = convert_dataset(settings(raw, tmp_path / "out", max_rejects="0"))
+    assert (healed.num_samples, healed.rejects) == (8, {})
 
 
 def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Path) -> None:
@@ -279,6 +283,8 @@ def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "5 samples with 4 images in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
     assert "1  image_empty" in done.stdout
+    noise = [line for line in done.stderr.splitlines() if line.strip() and " rows " not in line]
+    assert noise == [], "only the progress; nothing of Ray's"
 
 
 def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(

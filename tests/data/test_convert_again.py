@@ -15,7 +15,8 @@ import pytest
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.output import open_output
 from llava_ray.data.convert.partition import make_shard_jobs
-from llava_ray.data.convert.write_shard import ShardJobRunner
+from llava_ray.data.convert.records import ShardJob
+from llava_ray.data.convert.write_shard import ShardJobRunner, run_shard_job
 from llava_ray.data.manifest import load_manifest
 from llava_ray.data.shards import ShardReader
 from llava_ray.errors import ConfigError, DiskFullError
@@ -175,6 +176,15 @@ def stop(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+def test_a_shard_that_was_removed_or_cut_is_written_again(tmp_path: Path) -> None:
+    config = configure(write_llava(tmp_path / "raw", 10), tmp_path / "out")
+    convert_here(config)
+    (tmp_path / "out" / "part-00000.parquet").unlink()
+    (tmp_path / "out" / "part-00002.parquet").write_bytes(b"PAR1")
+    assert convert_here(config) == [0, 2]
+    check_as_new(config, tmp_path)
+
+
 @pytest.mark.parametrize("source", ["hf", "webdataset", "pairs"])
 def test_images_inside_tables_and_archives_are_known_by_content(
     source: str, tmp_path: Path
@@ -267,7 +277,6 @@ def test_a_disk_that_fills_at_a_record_loses_only_that_job(
 def test_errors_pass_through_ray_as_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = configure(write_llava(tmp_path / "raw", 4), tmp_path / "out")
     open_folder(config.output).files.makedirs(config.output)
-    runner = ShardJobRunner(config)
     (job,) = make_shard_jobs(config)
     for error, message in (
         (FULL, "the disk of .* is full"),
@@ -275,11 +284,14 @@ def test_errors_pass_through_ray_as_values(tmp_path: Path, monkeypatch: pytest.M
     ):
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", raise_error(error))
-            found = pickle.loads(runner({"job": pickle.dumps(job)})["result"])
+            found = run_job(job, config)
         assert isinstance(found, DiskFullError | ConfigError)
         assert re.search(message, found.message)
-    passed_on = runner({"job": pickle.dumps(ConfigError("as it is"))})["result"]
-    assert pickle.loads(passed_on).message == "as it is"
+    assert run_job(ConfigError("as it is"), config).message == "as it is"
+
+
+def run_job(job: ShardJob | ConfigError, config: ConvertConfig) -> Any:
+    return pickle.loads(run_shard_job({"job": pickle.dumps(job)}, config, "run")["result"])
 
 
 def raise_error(error: Exception) -> Any:

@@ -104,7 +104,7 @@ def test_an_odd_field_rejects_its_row_and_no_other(kind: str, tmp_path: Path) ->
 def test_a_row_that_is_nested_too_deeply_is_rejected_and_no_other(
     ending: str, tmp_path: Path
 ) -> None:
-    deep = '{"id": ' + "[" * 350_000 + "]" * 350_000 + "}"
+    deep = '{"id": ' + "[" * 100_000 + "]" * 100_000 + "}"
     good = json.dumps({"id": "good", "conversations": say("a", "b")})
     text = f"{good}\n{deep}\n{good}" if ending == "jsonl" else f"[{good}, {deep}, {good}]"
     (tmp_path / f"rows.{ending}").write_text(text)
@@ -242,6 +242,32 @@ def test_images_of_the_row_and_of_its_parts_keep_the_order_of_the_text() -> None
         "messages": [{"role": "user", "content": [{"type": "image"}, own, {"type": "image"}]}],
     }
     assert convert(row) == (["user: <image><image><image>"], ["first.png", "own.png", "last.png"])
+
+
+def test_text_is_not_learned_without_the_image_that_the_row_has_under_another_name() -> None:
+    row = {"prompt": "What?", "response": "This."}
+    for field, value in {
+        "picture": "a/b.JPG",
+        "image_1": {"bytes": b"x", "path": None},
+        "views": [{"bytes": b"x", "path": None}],
+        "photo": b"x",
+        "url": "https://example.com/a.png",
+    }.items():
+        assert convert({**row, field: value}) == "unsupported", field
+        assert convert({**row, field: value, "image": "a.png"})[1] == ["a.png"], field
+    assert convert({**row, "source": "web", "image_id": 5, "url": "https://example.com"})[1] == []
+
+
+def test_a_caption_without_an_image_is_not_learned() -> None:
+    for field in ("text", "caption"):
+        assert convert({field: "A cat."}) == "bad_row"
+        assert convert({field: "A cat.", "image": "a.png"})[1] == ["a.png"]
+
+
+def test_a_message_with_other_fields_is_rejected_by_their_names() -> None:
+    row = {"id": "1", "messages": [{"speaker": "user", "text": "hi"}]}
+    with pytest.raises(SampleError, match="fields speaker, text: name them from and value"):
+        SOURCES["openai"].convert(row)
 
 
 def test_an_image_may_be_base64_and_may_not_be_a_link() -> None:
@@ -388,7 +414,7 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
     chance = random.Random(f"{source} {settings}")
     originals = {path: path.read_bytes() for path in sorted(folder.iterdir())}
     num_rejects = num_refused = 0
-    for _ in range(250):
+    for _ in range(100):
         path = chance.choice(sorted(originals))
         path.write_bytes(spoil_file(path, originals[path], chance))
         config = ConvertConfig(source=source, input=str(folder), output="unused", **settings)
@@ -400,8 +426,8 @@ def check_spoilt_files(source: str, folder: Path, settings: dict[str, Any]) -> N
             assert all(isinstance(row, PendingSample | RejectedRow) for row in rows)
             num_rejects += sum(isinstance(row, RejectedRow) and bool(row.reason) for row in rows)
         path.write_bytes(originals[path])
-    assert num_rejects > 20
-    assert num_refused < 160
+    assert num_rejects > 8
+    assert num_refused < 70
 
 
 def spoil_file(path: Path, data: bytes, chance: random.Random) -> bytes:

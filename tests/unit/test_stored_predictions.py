@@ -90,6 +90,14 @@ def test_popes_rows_without_a_label_are_named(tmp_path: Path, value: Any) -> Non
         TASKS["pope"].read_all(tmp_path)
 
 
+def test_popes_categories_may_be_capital(tmp_path: Path) -> None:
+    expected = [(q.answers, q.groups) for q in find("pope", tmp_path)]
+    path = tmp_path / "pope" / "llava_pope_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [{**row, "category": row["category"].capitalize()} for row in rows])
+    assert [(q.answers, q.groups) for q in TASKS["pope"].read_all(tmp_path)] == expected
+
+
 def test_popes_labels_in_another_order_are_found_by_image_and_object(tmp_path: Path) -> None:
     expected = [q.answers for q in find("pope", tmp_path)]
     for path in (tmp_path / "pope").rglob("coco_pope_*.json"):
@@ -279,6 +287,19 @@ def test_mmes_whole_files_have_their_headline(tmp_path: Path) -> None:
     result = score("mme", tmp_path / "results")
     assert headline(result) == 500
     assert result.problem == ""
+    results = tmp_path / "results"
+    (results / "code_reasoning.txt").unlink()
+    assert headline(score("mme", results)) is None  # of cognition, which has other files
+    for name in ("commonsense_reasoning", "numerical_calculation", "text_translation"):
+        (results / f"{name}.txt").unlink()
+    whole = score("mme", results)
+    assert whole.headline is not None
+    assert (whole.headline[0], whole.num_questions) == ("perception", 2114)
+    posters = results / "posters.txt"
+    posters.write_text("".join(posters.read_text().splitlines(keepends=True)[:-1]))
+    lacking = score("mme", results)
+    assert lacking.headline is None
+    assert "only 2113 of 2114 questions were scored" in lacking.problem
 
 
 # What --score-only leaves behind
@@ -345,6 +366,18 @@ def test_unread_responses_and_the_rows_of_each_number_are_counted(tmp_path: Path
     results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
     assert results["mmbench_en_dev"]["num_unread"] == 1
     assert "<th>not readable</th>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_limit_holds_for_stored_predictions_and_they_need_score_only(tmp_path: Path) -> None:
+    find("pope", tmp_path)
+    rows = [{"question_id": i, "text": "Yes"} for i in range(8)]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    words = ["--task", "pope", "--data", str(tmp_path), "--predictions", str(path), "--limit", "2"]
+    run = CliRunner().invoke(app, ["evaluate", "--score-only", *words])
+    assert run.exit_code == 0, run.output
+    assert "2 of 2" in run.output
+    run = CliRunner().invoke(app, ["evaluate", *words])
+    assert "--score-only" in str(run.exception)
 
 
 # Any character

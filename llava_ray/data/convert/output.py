@@ -82,7 +82,10 @@ def open_output(config: ConvertConfig) -> Folder:
 
 
 def read_jobs(output: Folder) -> JobList:
-    """Return the records of the finished jobs in a folder, of this run and of earlier ones."""
+    """Return the records of the finished jobs in a folder, of this run and of earlier ones.
+
+    A job whose shard has been removed or cut since is not among them.
+    """
     try:
         found = JobList.model_validate_json(output.read(JOBS))
     except (FileNotFoundError, ValidationError):
@@ -92,7 +95,13 @@ def read_jobs(output: Folder) -> JobList:
         if _RECORD.fullmatch(name):
             record = ShardRecord.model_validate_json(output.read(name))
             records[record.number] = record
-    return JobList(inputs_digest=found.inputs_digest, records=list(records.values()))
+    whole = [record for record in records.values() if _is_whole(output, record)]
+    return JobList(inputs_digest=found.inputs_digest, records=whole)
+
+
+def _is_whole(output: Folder, record: ShardRecord) -> bool:
+    shard = record.shard
+    return shard is None or output.measure(shard.name) == shard.num_bytes
 
 
 def find_finished(output: Folder) -> Manifest | None:

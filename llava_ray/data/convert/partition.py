@@ -20,7 +20,7 @@ from llava_ray.data.convert.records import PendingSample, RejectedRow, ShardJob,
 from llava_ray.data.sources import Source, find_source
 from llava_ray.data.sources.building import BROKEN_ROW, RawRow, explain_broken
 from llava_ray.data.validate import check_messages
-from llava_ray.errors import ImageError, ImageTooLargeError, SampleError
+from llava_ray.errors import ConfigError, ImageError, ImageTooLargeError, SampleError
 from llava_ray.storage import Folder, find_input
 from llava_ray.types import Sample
 
@@ -57,13 +57,18 @@ def _group_rows(config: ConvertConfig) -> Iterator[list[PendingSample | Rejected
     source = find_source(config.source)
     folder, names = find_input(config.input)
     rows, num_bytes = [], 0
-    for row in _convert_rows(source, folder, names or folder.list(""), config):
-        rows.append(row)
-        if isinstance(row, PendingSample):
-            num_bytes += sum(len(i) for i in row.sample.images if isinstance(i, bytes))
-        if len(rows) >= config.rows_per_shard or num_bytes >= MAX_INLINE_IMAGE_BYTES:
-            yield rows
-            rows, num_bytes = [], 0
+    try:
+        for row in _convert_rows(source, folder, names or folder.list(""), config):
+            rows.append(row)
+            if isinstance(row, PendingSample):
+                num_bytes += sum(len(i) for i in row.sample.images if isinstance(i, bytes))
+            if len(rows) >= config.rows_per_shard or num_bytes >= MAX_INLINE_IMAGE_BYTES:
+                yield rows
+                rows, num_bytes = [], 0
+    except OSError as error:
+        raise ConfigError(
+            f"{config.input!r} cannot be read ({error}): see to it, then run the same command again"
+        ) from error
     if rows:
         yield rows
 

@@ -8,13 +8,14 @@ and the resuming of an interrupted conversion.
 """
 
 import pickle
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy, Datasource, ReadTask
+from ray.data import Datasource, ReadTask, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 
 from llava_ray.config import ConvertConfig
@@ -31,7 +32,7 @@ from llava_ray.data.convert.output import (
 )
 from llava_ray.data.convert.partition import make_shard_jobs
 from llava_ray.data.convert.records import JobList, ShardJob, ShardRecord
-from llava_ray.data.convert.write_shard import ShardJobRunner, load_token_counter
+from llava_ray.data.convert.write_shard import load_token_counter, run_shard_job
 from llava_ray.data.manifest import Manifest
 from llava_ray.data.start_ray import start_ray
 from llava_ray.errors import ConfigError, LlavaRayError
@@ -74,12 +75,14 @@ def convert_dataset(
         return manifest
     encoder = load_token_counter(config)
     begin_output(output, config, records.values())
+    written: list[ShardRecord] = []
     for record in _run_jobs(config, records):
+        written.append(record)
         records[record.number] = record
-        progress = _add_up(records.values())
         if on_progress:
-            on_progress(progress)
-        _check_rejects(config, progress, is_end=False)
+            on_progress(_add_up(records.values()))
+        # Of an earlier run's rejects some may be about to heal, so they count at the end only.
+        _check_rejects(config, _add_up(written), is_end=False)
     records = remove_surplus(output, records)
     _check_rejects(config, _add_up(records.values()), is_end=True)
     jobs = JobList(inputs_digest=inputs_digest, records=list(records.values()))
@@ -105,11 +108,10 @@ def _run_jobs(config: ConvertConfig, done: Mapping[int, ShardRecord]) -> Iterato
     jobs.context.target_max_block_size = 1  # one job per block
     jobs.context.enable_progress_bars = False
     size = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-    writer: Any = ShardJobRunner  # Ray's stubs accept functions only
     written = jobs.map(
-        writer,
-        fn_constructor_args=(config,),
-        compute=ActorPoolStrategy(min_size=1, max_size=size),
+        run_shard_job,
+        fn_args=(config, uuid.uuid4().hex),
+        compute=TaskPoolStrategy(size=size),  # of actors, Ray says that it may not restart them
         num_cpus=1,
     )
     for row in written.iter_rows():
@@ -155,10 +157,6 @@ def _list_open_jobs(
         write_num_jobs(open_folder(config.output), num_jobs)
     except LlavaRayError as error:
         yield error
-    except OSError as error:
-        yield ConfigError(
-            f"{config.input!r} cannot be read ({error}): see to it, then run the same command again"
-        )
 
 
 def _add_up(records: Iterable[ShardRecord]) -> ConvertProgress:

@@ -30,6 +30,8 @@ _READS_AHEAD = 16
 _UNREADABLE = "unreadable"
 """Digest of images of which one could not be read. It equals no other, so they are tried again."""
 
+_runners: dict[str, "ShardJobRunner"] = {}
+
 
 def load_token_counter(config: ConvertConfig) -> "Encoder | None":
     """Return the encoder that counts tokens, or None if the configuration names no model."""
@@ -40,33 +42,39 @@ def load_token_counter(config: ConvertConfig) -> "Encoder | None":
     return load_encoder(config.model, template=config.template)
 
 
+def run_shard_job(row: dict[str, Any], config: ConvertConfig, run_id: str) -> dict[str, bytes]:
+    """Run the job in a row of Ray Data; return its record, or the error that ends the conversion.
+
+    Errors are passed on as values: if they were raised, Ray would wrap them and print their traces.
+
+    Args:
+        row: a pickled job, or an error that is to be passed on.
+        config: of the conversion.
+        run_id: differs for each run of a conversion.
+    """
+    job = pickle.loads(row["job"])
+    if isinstance(job, LlavaRayError):
+        return {"result": row["job"]}
+    try:
+        result: ShardRecord | LlavaRayError = _get_runner(config, run_id).run(job)
+    except LlavaRayError as error:
+        result = error
+    except OSError as error:
+        result = ConfigError(
+            f"{name_shard(job.number)!r} in {config.output!r} cannot be written ({error}): see to "
+            "it, then run the same command again"
+        )
+    return {"result": pickle.dumps(result)}
+
+
 class ShardJobRunner:
-    """Runs shard jobs; one per worker process."""
+    """Runs shard jobs; one per worker process and run."""
 
     def __init__(self, config: ConvertConfig) -> None:
         self._config = config
         self._output = open_folder(config.output)
         self._images = open_images(config)
         self._encoder = load_token_counter(config)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
-        """Run the job in a row of Ray Data; return its record, or the error that ends it all.
-
-        Errors are passed on as values: raised, Ray would wrap them and print their traces.
-        """
-        job = pickle.loads(row["job"])
-        if isinstance(job, LlavaRayError):
-            return {"result": row["job"]}
-        try:
-            result: ShardRecord | LlavaRayError = self.run(job)
-        except LlavaRayError as error:
-            result = error
-        except OSError as error:
-            result = ConfigError(
-                f"{name_shard(job.number)!r} in {self._output.address!r} cannot be written "
-                f"({error}): see to it, then run the same command again"
-            )
-        return {"result": pickle.dumps(result)}
 
     def run(self, job: ShardJob) -> ShardRecord:
         """Write the shard of a job and its rejects, then the record that both are complete.
@@ -182,6 +190,14 @@ class ShardJobRunner:
                 reason="too_long",
             )
         return num_tokens
+
+
+def _get_runner(config: ConvertConfig, run_id: str) -> ShardJobRunner:
+    """Return this process's runner, made anew for each run: tokenizer and folders may change."""
+    if run_id not in _runners:
+        _runners.clear()
+        _runners[run_id] = ShardJobRunner(config)
+    return _runners[run_id]
 
 
 def _reject(pending: PendingSample, error: SampleError) -> RejectedRow:

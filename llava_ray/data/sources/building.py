@@ -6,6 +6,7 @@ rejects the row as well.
 """
 
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -249,10 +250,15 @@ def write_box(x: float, y: float, width: float, height: float, *, size: tuple[in
 
     Returns:
         "[left, top, right, bottom]" as shares of the square's side, with two decimals.
+
+    Raises:
+        SampleError: the box or the image is infinite or not a number.
     """
     side = max(size)
     left, top = ((side - length) // 2 for length in size)
     edges = (x + left, y + top, x + width + left, y + height + top)
+    if not all(map(math.isfinite, (*edges, side))):
+        raise SampleError(f"the box {[x, y, width, height]} is infinite", reason="bad_row")
     return str([round(min(max(edge / side, 0.0), 1.0), 2) for edge in edges])
 
 

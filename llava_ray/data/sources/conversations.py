@@ -29,7 +29,7 @@ from llava_ray.data.sources.building import (
     read_text,
     write_message,
 )
-from llava_ray.data.sources.image_fields import list_images, read_image
+from llava_ray.data.sources.image_fields import check_unread, list_images, read_image
 from llava_ray.data.sources.readers import list_fields, read_rows
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.storage import Folder
@@ -139,6 +139,8 @@ def convert_row(row: Row, source: str, *, images: Sequence[bytes | str] | None =
     """
     _refuse(row, _UNUSABLE_FIELDS, "the row")
     row_images = list_images(row) if images is None else list(images)
+    if not row_images:
+        check_unread(row)
     messages, inline = _read_messages(row, num_images=len(row_images))
     messages = [*_read_system(row, messages), *messages]
     placed = _place_images(row_images, inline)
@@ -152,7 +154,7 @@ def _read_messages(row: Row, *, num_images: int) -> tuple[list[Message], list[by
         return _read_turns(row[name], name)
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
         return _read_turns([*row["prompt"], *row["completion"]], "prompt and completion")
-    turns = _read_pairs(row)
+    turns = _read_pairs(row, num_images=num_images)
     has_places = any(IMAGE_TOKEN in question for question, _ in turns)
     messages = list(make_turns(turns, num_images=0 if has_places else num_images))
     return messages, [None] * sum(_count_images(message) for message in messages)
@@ -175,6 +177,12 @@ def _read_turns(turns: Any, name: str) -> tuple[list[Message], list[bytes | str 
 def _read_turn(turn: Row) -> tuple[Role, list[TextPart | ImagePart], list[bytes | str | None]]:
     """Return a message's role and parts, and for each image its own content, or None."""
     _refuse(turn, _UNUSABLE_IN_MESSAGES, "a message")
+    if not {"from", "role"} & set(turn) or not {"value", "content"} & set(turn):
+        raise SampleError(
+            f"a message has the fields {list_fields(turn)}: name them from and value, or role and "
+            "content",
+            reason="bad_row",
+        )
     role = _read_speaker(turn["from"] if turn.get("from") is not None else turn["role"])
     is_marked = any(turn.get(mark) is not None and not turn[mark] for mark in _LEARN_MARKS)
     if role == "assistant" and is_marked:
@@ -243,7 +251,7 @@ def _read_system(row: Row, messages: Sequence[Message]) -> list[Message]:
     return [message]
 
 
-def _read_pairs(row: Row) -> list[tuple[str, str]]:
+def _read_pairs(row: Row, *, num_images: int) -> list[tuple[str, str]]:
     """Return the questions and answers of a row that has no list of messages."""
     if row.get("texts"):
         return [(turn["user"], turn["assistant"]) for turn in row["texts"]]
@@ -255,6 +263,12 @@ def _read_pairs(row: Row) -> list[tuple[str, str]]:
             return [*_read_history(row), (asked, _read_answer(row[answer], answer))]
     for name in ("text", "caption"):
         if row.get(name) is not None:
+            if not num_images:
+                raise SampleError(
+                    f"the row has a {name} and no image: give the image, or name the {name} as an "
+                    "answer beside a question",
+                    reason="bad_row",
+                )
             request = CAPTION_REQUESTS[choose(read_id(row), len(CAPTION_REQUESTS))]
             return [(request, read_text(row[name], name).strip())]
     raise SampleError(

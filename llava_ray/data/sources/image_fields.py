@@ -28,6 +28,8 @@ IMAGE_FIELDS = (
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 """How JPEG, PNG, GIF, WebP and BMP files begin in base64."""
 _MIN_BASE64_CHARS = 64
+_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+_MAX_NAME_CHARS = 300
 
 
 def list_images(row: Row) -> list[bytes | str]:
@@ -49,6 +51,21 @@ def list_images(row: Row) -> list[bytes | str]:
             )
     images = list(value) if isinstance(value, list | tuple) else [value]
     return [read_image(image, first) for image in images]
+
+
+def check_unread(row: Row) -> None:
+    """Check that a row without images has none under a name that is not known.
+
+    Raises:
+        SampleError: it has one, without which its text would be learned.
+    """
+    for name, value in row.items():
+        values = value if isinstance(value, list) else [value]
+        if name not in IMAGE_FIELDS and any(map(_is_like_an_image, values)):
+            raise SampleError(
+                f"the field {name} seems to hold an image ({describe(value)}): call it image",
+                reason="unsupported",
+            )
 
 
 def read_image(image: Any, name: str) -> bytes | str:
@@ -87,6 +104,15 @@ def read_image(image: Any, name: str) -> bytes | str:
             reason="image_missing",
         )
     return image
+
+
+def _is_like_an_image(value: Any) -> bool:
+    if isinstance(value, dict):
+        return isinstance(value.get("bytes"), bytes)
+    if isinstance(value, str):
+        is_name = len(value) < _MAX_NAME_CHARS and value.lower().endswith(_ENDINGS)
+        return is_name or value.startswith("data:image/")
+    return isinstance(value, bytes)
 
 
 def _is_empty(value: Any) -> bool:

@@ -102,6 +102,8 @@ class _Group:
         """Read a file of at most `limit` bytes into the row."""
         if not member.isfile():
             self._reject(f"{member.name!r} is a link or a device, not a file", "image_path")
+        elif ending in self._row:
+            self._reject(f"there are two files {member.name!r}", "bad_row")
         elif member.size > limit:
             reason = "image_oversized" if f".{ending}" in ENDINGS else "too_long"
             self._reject(
@@ -137,6 +139,7 @@ def _read_archive(file: IO[bytes], name: str, config: "ConvertConfig") -> Iterat
     try:
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
+                archive.members = []  # tarfile would keep them all in memory
                 if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")

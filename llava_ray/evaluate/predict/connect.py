@@ -7,7 +7,7 @@ from typing import Any
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, LimitsConfig
 from llava_ray.errors import EngineError, LlavaRayError
-from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries
+from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries, run_async
 from llava_ray.model.fingerprint import PREFIX
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
 
@@ -57,7 +57,7 @@ def fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
         from llava_ray.data.start_ray import start_ray
 
         start_ray()
-    return asyncio.run(_fetch_fingerprint(config, model))
+    return run_async(_fetch_fingerprint(config, model))
 
 
 async def _fetch_fingerprint(config: EvaluateConfig, model: str) -> str:

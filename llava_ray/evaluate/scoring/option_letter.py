@@ -19,16 +19,16 @@ from llava_ray.data.sources.building import LETTERS
 from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text, split_tokens
 
 _THOUGHT = re.compile(r"(?is)<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)")
-_TAG = re.compile(r"(?i)</?[a-z][a-z_]{0,30}>")
+_TAG = re.compile(r"</?(?:[a-z]|[A-Za-z][A-Za-z_]{1,30})>")
 _TEX_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
 _TEX_BRACKETS = re.compile(r"\\[()\[\]]|\$")
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(?:\{([^{}]*)\}|(?=([A-Z])\b)[A-Z])")
 _MARKDOWN = re.compile(r"[*`#]+|(?<![^\W_])_{1,3}(?=[^\W_])|(?<=[^\W_])_{1,3}(?![^\W_])|^[>\s]+")
 
 _LATIN = r"[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7ff]"
 """A letter or digit, except of Chinese, Japanese and Korean, which set no space around `B`."""
 _BEFORE = rf"(?<!{_LATIN})"
-_AFTER = rf"(?!{_LATIN}|['’]\w|[+#]|-\w)"
+_AFTER = rf"(?!{_LATIN}|['’]\w|[+#]|-\w|/[a-z])"
 _OPEN = r"[\s\"'“‘(\[{<【「『:-]{0,12}"
 _CLOSE = ")]}】」』"
 
@@ -42,23 +42,23 @@ _DENIED = re.compile(
     r"false)|\s?(?:isn|wasn|doesn|couldn|wouldn)['’]t\b|\s?can(?:not|['’]t)\b|(?:选项)?(?:是|为)?[不错])"
 )
 _DENIES = re.compile(r"(?i)(?:\bnot|n['’]t|\bnever|\bcannot|不|eliminate|rule out)\s*\Z")
-_ALSO = r"[)\]】]?\s*(?:,|/|&|、|\band\b|\bor\b|和|或)\s*[(\[]?"
-_ALSO_ENDS = re.compile(r"[)\]】]?\s*(?:\Z|[.。,、/&\n]|and\b|or\b|are\b|都)")
+_ALSO = r"[)\]】]?\s*(?:,|;|/|&|\n|、|\band\b|\bor\b|和|或)\s*[(\[]?"
+_ALSO_ENDS = re.compile(r"[)\]】]?\s*(?:\Z|[.。,;、/&\n]|and\b|or\b|are\b|都)")
 
 _FINAL = r"final (?:answer|choice|option)"
 _ANSWER = (
     r"\b(?:answer|ans|response|antwort|lösung|réponse|reponse|respuesta|risposta|resposta|ответ)\b|"
-    r"答案|答え|正解|正确选项|正確選項|答|정답|답"
+    r"答案|答え|正解|正确的是|正确选项|正確選項|答|정답|답"
 )
 _CHOICE = (
     r"\b(?:option|choice|letter|choose|chose|pick|select|selected|go with|going with|opt for|"
-    r"would say|guess|think|believe|it is|it['’]s|must be|should be|would be)\b|"
-    r"选项|選項|选择|選擇|选|選"
+    r"would say|guess|think|believe|it is|it['’]s|must be|should be|would be|"
+    r"probably|likely)\b|认为是|认为|选项|選項|选择|選擇|选|選"
 )
 _LINK = (
     r"(?:\s{0,4}(?:\b(?:is|would be|should be|must be|could be|to (?:the|this) question is|option|"
     r"choice|letter|ist|est|es|likely|probably|definitely|clearly|therefore|thus|also)\b|"
-    r"[:=\"'”,-]|–|—|→|è|é|应该是|应为|應為|是|为|為|选项|は|은|는)){0,8}"
+    r"[:=>\"'”,-]|–|—|→|è|é|应该是|应为|應為|是|为|為|选项|は|은|는)){0,8}"
 )
 _CORRECT = r"(?:the\s+)?(?:most\s+)?(?:correct|right|best|true|appropriate|suitable|answer)\b"
 
@@ -77,6 +77,7 @@ def read_option(text: str, choices: Sequence[str]) -> str | None:
     stages: tuple[Callable[[], list[str]], ...] = (
         lambda: _read_boxed(boxed, letters, choices),
         lambda: _find_after(rf"\b{_FINAL}\b", text, letters)[-1:],
+        lambda: _find_equal(text, choices) if text[:1].islower() else [],
         lambda: _read_start(text, letters),
         lambda: _find_after(_ANSWER, text, letters),
         lambda: _find_after(_CHOICE, text, letters) + _find_correct(text, letters),
@@ -93,8 +94,8 @@ def _clean(text: str) -> tuple[str, list[str]]:
     """Return a response without its markup, and what stood in its boxes."""
     text = _THOUGHT.sub("", unicodedata.normalize("NFKC", text))
     text = _TEX_STYLE.sub(r"\1", _TAG.sub(" ", text))
-    boxed = [content.strip() for content in _BOXED.findall(text)]
-    text = _TEX_BRACKETS.sub("", _BOXED.sub(r" \1 ", text))
+    boxed = ["".join(contents).strip() for contents in _BOXED.findall(text)]
+    text = _TEX_BRACKETS.sub("", _BOXED.sub(r" \1\2 ", text))
     lines = (_MARKDOWN.sub("", line).strip() for line in text.split("\n"))
     return "\n".join(lines).strip(), boxed
 
@@ -114,7 +115,7 @@ def _read_start(text: str, letters: str) -> list[str]:
     letter, rest = match[2], text[match.end() :]
     if letter.islower() and not re.match(rf"[{re.escape(_CLOSE)}.:、。]|\W*\Z", rest):
         return []
-    if letter in "AI" and _NOUN_FOLLOWS.match(rest):
+    if _DENIED.match(rest) or (letter in "AI" and _NOUN_FOLLOWS.match(rest)):
         return []
     return [letter.upper(), *_find_second(rest, letters)]
 
@@ -147,15 +148,20 @@ def _find_correct(text: str, letters: str) -> list[str]:
     return [match[1] for match in re.finditer(pattern, text)]
 
 
+def _find_equal(text: str, choices: Sequence[str]) -> list[str]:
+    """The one option whose text the response is."""
+    response = normalize_text(text)
+    equal = [i for i, choice in enumerate(choices) if normalize_text(choice) == response]
+    return [LETTERS[equal[0]]] if response and len(equal) == 1 else []
+
+
 def _find_texts(text: str, choices: Sequence[str]) -> list[str]:
     """The option whose text the response is, else those whose text it holds.
 
     An option that is a part of another one which is there ("cat" of "black cat") does not count.
     """
-    response = normalize_text(text)
-    equal = [i for i, choice in enumerate(choices) if normalize_text(choice) == response]
-    if response and len(equal) == 1:
-        return [LETTERS[equal[0]]]
+    if equal := _find_equal(text, choices):
+        return equal
     named = [i for i, choice in enumerate(choices) if contains_phrase(text, choice)]
     return [LETTERS[i] for i in named if not any(_is_part(choices[i], choices[j]) for j in named)]
 
