@@ -46,12 +46,12 @@ def measure_step(device: torch.device, compute: Callable[[], None]) -> tuple[int
     compute()
     torch.cuda.synchronize(device)
     step_bytes = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
     return step_bytes, read_memory(device)
 
 
 def read_memory(device: torch.device) -> DeviceMemory:
-    """Return a GPU's memory now."""
+    """Return a GPU's memory, once torch has given back what it only keeps for later."""
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     return DeviceMemory(total, free, torch.cuda.memory_reserved(device))
 
