@@ -28,12 +28,12 @@ def make_fingerprint(config: ModelConfig, adapter: str = "") -> str:
     Raises:
         ConfigError: there is no such model.
     """
-    is_echo = config.engine == "echo"
-    weights = config.path if is_echo else digest_folder(find_folder(config.path))
-    adapted = digest_folder(find_folder(config.adapters[adapter])) if adapter else ""
+    paths = [config.path, *([config.adapters[adapter]] if adapter else [])]
+    if config.engine != "echo":  # which has no weights
+        paths = [digest_folder(find_folder(path)) for path in paths]
     settings = [config.engine, _find_precision(config), config.quantization, config.template]
     options = {k: str(v) for k, v in sorted(config.engine_options.items())}
-    content = json.dumps([weights, adapted, *settings, options])
+    content = json.dumps([paths, *settings, options])
     return PREFIX + hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
