@@ -106,7 +106,7 @@ class Client:
 
     async def list_models(self) -> list[str]:
         """The names of the models served there, sorted; raises as `describe_models` does."""
-        return sorted(str(model["id"]) for model in await self.describe_models())
+        return sorted(model["id"] for model in await self.describe_models())
 
     async def describe_models(self) -> list[dict[str, Any]]:
         """The models served there, as the server describes them: `id`, `owned_by`, ...
@@ -121,7 +121,13 @@ class Client:
             raise self._unreachable(error) from error
         if answer.is_error:
             raise _error_of(answer.content, answer)
-        return answer.json()["data"]
+        try:
+            return [{**model, "id": str(model["id"])} for model in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.base_url}/v1/models does not answer as the OpenAI API does "
+                f"({type(error).__name__}: {error}); is it the address of such a server?"
+            ) from error
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; closing the iterator aborts the request at the server.
@@ -151,10 +157,15 @@ class Client:
                         raise _error_of(line[len("data:") :].encode(), answer)
                     usage = event.get("usage") or usage
                     fingerprint = event.get("system_fingerprint") or fingerprint
-                    for choice in event["choices"]:
-                        finish_reason = choice["finish_reason"] or finish_reason
-                        if text := choice["delta"].get("content"):
+                    for choice in event.get("choices") or ():
+                        finish_reason = choice.get("finish_reason") or finish_reason
+                        if text := (choice.get("delta") or {}).get("content"):
                             yield Chunk(text, None, 0, 0, 0)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"{self.base_url} does not stream as the OpenAI API does "
+                f"({type(error).__name__}: {error})" + _request_id(answer)
+            ) from error
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except httpx.HTTPError as error:

@@ -163,6 +163,8 @@ def evaluate(
         raise ConfigError(
             "name at least one task: --tasks scienceqa_img,pope,mme; --list-tasks lists them"
         )
+    if predictions and not score_only:
+        raise ConfigError("--predictions is the file that --score-only scores: give both, or none")
     if score_only:
         _print([_score_only(settings, predictions)])
         return

@@ -47,7 +47,7 @@ def score_file(
         min_coverage: with a smaller share of scored questions there is no headline.
         output: folder for samples, results.json, report.html, the judge's verdicts and the file
             for the benchmark's server, as a run writes them.
-        judging: the judge that grades responses without a grade.
+        judging: the judge that grades responses without a grade, and the `limit` of questions.
         on_verdict: called with the number of graded responses and of all.
 
     Raises:
@@ -55,6 +55,7 @@ def score_file(
         SampleError: responses and questions do not belong together.
     """
     questions, stored = _read(task, predictions, data)
+    questions = questions[: judging.limit if judging else None]
     scores = score_predictions(task, questions, stored.predictions) | stored.scores
     if task.judge and not stored.scores:
         scores = _grade(task, predictions, questions, stored, output, judging, on_verdict)

@@ -4,7 +4,6 @@ A run that was killed can be started again: it asks only the questions that have
 in the log. Scores are always computed again from the log.
 """
 
-import asyncio
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.client import Client
+from llava_ray.cluster import choose_num_gpus
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import Predictor
+from llava_ray.evaluate.predict.ask import run_async
 from llava_ray.evaluate.predict.cache_key import (
     describe_settings,
     digest_model,
@@ -133,7 +134,7 @@ def _stream(
             enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus,
+        num_gpus=choose_num_gpus(config.num_gpus, if_any=config.gpus_if_any),
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
         predictions = [pickle.loads(each) for each in batch["prediction"]]
@@ -168,11 +169,6 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
         ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
-    ids = {question.question_id for question in questions}
-    if len(ids) < len(questions):
-        raise ConfigError(
-            f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
-        )
     if task.judge:
         task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions
@@ -215,7 +211,7 @@ def _find_log(output: Path, task: Task) -> Path:
 def _find_model(config: EvaluateConfig) -> str:
     """The name by which the model is asked."""
     if config.endpoint:
-        return _choose_name(asyncio.run(_list_names(config.endpoint)), config)
+        return _choose_name(run_async(_list_names(config.endpoint)), config)
     return config.model_name or config.describe_model().name
 
 

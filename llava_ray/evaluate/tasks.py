@@ -6,6 +6,7 @@ LLaVA-1.5.
 
 import csv
 import difflib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ class Task:
         name: lmms-eval's name for it.
         folder: name of its folder within the folder of all benchmarks.
         other_folders: further names that this folder may have.
+        needs_all: its numbers mean nothing unless every question is scored.
         read: reads the questions from the benchmark's files.
         keep: selects the questions that are asked; by default all.
         score: scores one response; None if only a server knows the answers, or a judge grades.
@@ -53,6 +55,7 @@ class Task:
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
     other_folders: tuple[str, ...] = ()
+    needs_all: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -67,12 +70,19 @@ class Task:
         """
         folder = self.find_folder(data)
         try:
-            return [_as_texts(question) for question in self.read(folder)]
+            questions = [_as_texts(question) for question in self.read(folder)]
         except _MISSHAPEN as error:
             raise SampleError(
                 f"the files of {self.name} in {folder} are not of the form that this benchmark has "
                 f"({type(error).__name__}: {error}): get them again"
             ) from error
+        counts = Counter(question.question_id for question in questions)
+        if repeated := [name for name, number in counts.items() if number > 1]:
+            raise ConfigError(
+                f"{self.name} has {len(questions)} questions but {len(counts)} ids: make them "
+                f"unique ({repeated[0]!r} is there {counts[repeated[0]]} times)"
+            )
+        return questions
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that this task asks."""
@@ -134,7 +144,14 @@ _ALL = (
         score=scorers.score_pope,
         summarize=metrics.summarize_pope,
     ),
-    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=metrics.summarize_mme),
+    Task(
+        "mme",
+        "MME",
+        yes_no.read_mme,
+        score=scorers.score_mme,
+        summarize=metrics.summarize_mme,
+        needs_all=True,
+    ),
     Task(
         "mmbench_en_dev",
         "mmbench",

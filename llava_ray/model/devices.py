@@ -8,10 +8,12 @@ counted through NVML, the driver's management library.
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import torch
 
+from llava_ray.cluster import find_assigned_gpus
 from llava_ray.errors import ConfigError
 
 OLDEST_CAPABILITY = (7, 5)
@@ -36,16 +38,27 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def computes_on_gpu() -> bool:
+    """Return whether "auto" is a GPU in this process.
+
+    In a process that Ray started it is one if Ray gave it one, whether or not torch can use it;
+    elsewhere, if torch sees one.
+    """
+    assigned = find_assigned_gpus()
+    return has_gpu() if assigned is None else bool(assigned)
+
+
 def select_device(name: str) -> torch.device:
     """Return the torch device that `name` ("auto", "cpu", "cuda:1", ...) stands for.
 
-    A GPU is started, so that one that cannot be used is found here.
+    A GPU is started, so that one that cannot be used is found here: nothing computes on the CPU
+    because of a driver that does not work.
 
     Raises:
         ConfigError: there is no such device, or torch cannot compute on it.
     """
     if name == "auto":
-        name = "cuda" if has_gpu() else "cpu"
+        name = "cuda" if computes_on_gpu() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -60,7 +73,7 @@ def _start_gpu(device: torch.device) -> None:
     if (device.index or 0) >= num_gpus:
         raise ConfigError(
             f"device={str(device)!r}: torch sees {num_gpus} GPUs here ({_explain_absence()}); use "
-            "auto or cpu"
+            "auto or cpu, with num_gpus=0 where Ray gives GPUs"
         )
     try:
         torch.cuda.init()
@@ -77,6 +90,28 @@ def _start_gpu(device: torch.device) -> None:
             f"{_version(OLDEST_CAPABILITY)} (Turing, such as T4) or newer: use another GPU, or set "
             "device=cpu and num_gpus=0"
         )
+
+
+def read_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the first visible GPU, without starting CUDA here.
+
+    None: NVIDIA's tool is not there, or says nothing.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", f"--id={visible}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        major, minor = done.stdout.split()[0].split(".")
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
+
+
+def describe_device(device: torch.device) -> str:
+    """Return a device's name, with the model of a GPU."""
+    if device.type != "cuda":
+        return device.type
+    return f"{device} ({torch.cuda.get_device_name(device)})"
 
 
 def describe_driver() -> str:

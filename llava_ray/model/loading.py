@@ -29,6 +29,7 @@ from llava_ray.model.devices import describe_shortage, select_device
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
 from llava_ray.model.processor import arrange_images, encode_images, mark_images
+from llava_ray.model.processor_check import check_processor
 from llava_ray.model.transformers_output import no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
@@ -215,6 +216,7 @@ def load_opened(
     if dtype == "stored" and not checkpoint.adapters:  # merging one in 16 bits would lose precision
         precision = _find_stored_dtype(opened.stored.values())
     processor = opened.processor
+    check_processor(checkpoint, processor, opened.architecture.config)
     problems = check_weights(checkpoint, opened.architecture, opened.stored)
     problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
@@ -266,6 +268,7 @@ def load_without_weights(path: str | Path, *, template: str | None = None) -> Lo
     if checkpoint.format != "hf":
         raise ConfigError(f"{str(path)!r} is not in transformers' format: export it with --to hf")
     config, processor = opened.config, opened.processor
+    check_processor(checkpoint, processor, config)
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
     model.generation_config = _read_generation_config(checkpoint, model)
     stop_ids = find_stop_ids(opened.template, processor.tokenizer)

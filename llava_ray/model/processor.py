@@ -167,7 +167,8 @@ def _load_llava_processor(checkpoint: Checkpoint, pinpoints: list[list[int]] | N
         vision_feature_select_strategy="full" if keeps_cls else "default",
         num_additional_image_tokens=int(not is_siglip),
         image_token=IMAGE_TOKEN,
-        chat_template=tokenizer.chat_template,
+        chat_template=read_processor_settings(checkpoint.tokenizer_folder).get("chat_template")
+        or tokenizer.chat_template,
     )
 
 
@@ -265,7 +266,12 @@ def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str)
             f"puts at {expected}: copy tokenizer.json and tokenizer_config.json from where the "
             "checkpoint came from"
         )
-    if expected is not None and found != expected:
+    if expected is None:
+        raise ConfigError(
+            f"{checkpoint.folder / 'config.json'} does not say which token stands for an image: "
+            f'add "image_token_index": {found}, at which the tokenizer has {image_token!r}'
+        )
+    if found != expected:
         raise ConfigError(
             f"the tokenizer in {where!r} has the image token {image_token!r} at {found}, and "
             f"config.json (image_token_index) at {expected}: they belong to different checkpoints"

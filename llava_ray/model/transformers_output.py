@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from llava_ray.model.devices import has_gpu
+from llava_ray.model.devices import computes_on_gpu
 
 
 @contextlib.contextmanager
@@ -16,7 +16,7 @@ def no_progress_bars() -> Iterator[None]:
     """
     from transformers.utils import logging
 
-    if not has_gpu():
+    if not computes_on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

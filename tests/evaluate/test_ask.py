@@ -79,6 +79,22 @@ def test_what_cannot_be_asked_is_refused_and_what_breaks_is_failed(tmp_path: Pat
     assert "absent.png cannot be read" in told[4].reason
 
 
+def test_a_server_that_does_not_speak_openais_language_fails_its_questions_only() -> None:
+    end = b'data: {"choices": [{"finish_reason": "stop"}]}\n\n'
+    bodies = {
+        "words": b"data: hello\n\n",
+        "list": b"data: []\n\n",
+        "odd": b'data: {"choices": [5]}\n\n',
+        "empty": b"",
+        "lone": b'data: {"choices": [{"delta": {"content": "\\ud800"}}]}\n\n' + end,
+        "bare": end,
+    }
+    told = ask(lambda text: bodies[text], *(Question(name, name) for name in bodies))
+    assert [p.status for p in told] == ["failed"] * 4 + ["answered"] * 2
+    assert "does not stream as the OpenAI API does" in told[0].reason
+    assert [p.text for p in told[4:]] == ["\ud800", ""]
+
+
 def test_what_may_pass_is_tried_again() -> None:
     responses = iter([503, None, "at last"])
     (told,) = ask(lambda _: next(responses), Question("1", "?"))
@@ -110,6 +126,12 @@ def test_only_our_own_models_tell_their_weights() -> None:
             assert is_known_by_weights(config, digest) == known
             assert len(server.asked) == (owner == "llava-ray")
     assert is_known_by_weights(configure(engine="echo"), digest_model(configure(engine="echo"), ""))
+
+
+def test_a_question_may_have_any_id() -> None:
+    ids = ["é", "猫", "a b", "line\nbreak", "\ud800", "", "x" * 5000, "\0"]
+    told = ask(lambda _: "yes", *(Question(each, "?") for each in ids))
+    assert [(p.question_id, p.status) for p in told] == [(each, "answered") for each in ids]
 
 
 def test_a_question_of_lone_surrogates_is_refused_and_ends_nothing() -> None:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-Script = Callable[[str], str | int | None]
-"""What was asked -> the answer; a status to refuse with; None: hang up in the middle."""
+Script = Callable[[str], str | bytes | int | None]
+"""What was asked -> the answer; a whole body; a status to refuse with; None: hang up midway."""
 
 
 class ScriptedOpenAI:
@@ -38,6 +38,11 @@ class ScriptedOpenAI:
                 server.asked.append(body)
                 server.keys.append(self.headers.get("Authorization"))
                 said = script(read_text(body))
+                if isinstance(said, bytes):
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(said)
+                    return
                 if isinstance(said, int):
                     self.reply(said, {"error": {"message": "the script says no", "code": None}})
                     return

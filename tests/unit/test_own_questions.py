@@ -128,6 +128,8 @@ ODD = [
     ({"text": ["Which?"]}, "'text' is"),
     ({"answer": None}, "'answer' is"),
     ({"answer": {"text": "a"}}, "'answer' is"),
+    ({"answer": " "}, "the answer is empty"),
+    ({"answer": []}, "the answer is empty"),
     ({"question_id": None}, "'question_id' is"),
     ({"category": ["a"]}, "'category' is"),
 ]
@@ -158,6 +160,22 @@ def write_shard(path: Path, rows: list[tuple[str, str]]) -> None:
         turns = (user(question), assistant(answer))
         writer.add(make_sample("mine", f"s{i}", turns), [], num_tokens=None)
     writer.close()
+
+
+def test_ids_that_repeat_are_refused(tmp_path: Path) -> None:
+    row = {"question_id": 1, "text": "Which?", "answer": "x"}
+    with pytest.raises(ConfigError, match=r"2 questions but 1 ids: .*'1' is there 2 times"):
+        read("own_exact", tmp_path, row, {**row, "question_id": "1"})
+
+
+def test_a_json_list_will_do(tmp_path: Path) -> None:
+    path = tmp_path / "questions.json"
+    path.write_text(json.dumps([{"question_id": 1, "text": "Which?", "answer": "x"}]))
+    assert len(TASKS["own_exact"].read_all(path)) == 1
+    for content in ('{"a": 1}', "[5]", "5"):
+        path.write_text(content)
+        with pytest.raises(UserError):
+            TASKS["own_exact"].read_all(path)
 
 
 def test_lines_and_shards_make_the_same_questions(tmp_path: Path) -> None:

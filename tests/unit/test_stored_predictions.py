@@ -20,6 +20,7 @@ from llava_ray.evaluate.results.results import TaskResult, score_predictions, su
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
 from tests.support.benchmark_files import MME_SUBTASKS, WRITERS, write_lines
+from tests.support.random_responses import make_responses
 from tests.support.raw_data import write_json
 from tests.support.scripted_openai import ScriptedOpenAI
 
@@ -88,6 +89,14 @@ def test_popes_rows_without_a_label_are_named(tmp_path: Path, value: Any) -> Non
     write_lines(path, rows)
     with pytest.raises(SampleError, match=r"coco_pope_random\.json, row 2"):
         TASKS["pope"].read_all(tmp_path)
+
+
+def test_popes_categories_may_be_capital(tmp_path: Path) -> None:
+    expected = [(q.answers, q.groups) for q in find("pope", tmp_path)]
+    path = tmp_path / "pope" / "llava_pope_test.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [{**row, "category": row["category"].capitalize()} for row in rows])
+    assert [(q.answers, q.groups) for q in TASKS["pope"].read_all(tmp_path)] == expected
 
 
 def test_popes_labels_in_another_order_are_found_by_image_and_object(tmp_path: Path) -> None:
@@ -218,6 +227,9 @@ ODD_ROWS = [
     ("[5]", "5' is no JSON object"),
     ("5", "holds no responses"),
     ("[]", "holds no responses"),
+    ("PK\x03\x04", "is an Excel or zip file"),
+    ("question_id,text\n0,yes\n", "line 1 of .*"),
+    ("[" * 100_000, "line 1 of .*"),
     ('{"outputs": 5}', "holds no responses"),
     ('{"correct": [5], "incorrect": []}', "is it a file of this task"),
 ]
@@ -279,6 +291,19 @@ def test_mmes_whole_files_have_their_headline(tmp_path: Path) -> None:
     result = score("mme", tmp_path / "results")
     assert headline(result) == 500
     assert result.problem == ""
+    results = tmp_path / "results"
+    (results / "code_reasoning.txt").unlink()
+    assert headline(score("mme", results)) is None  # of cognition, which has other files
+    for name in ("commonsense_reasoning", "numerical_calculation", "text_translation"):
+        (results / f"{name}.txt").unlink()
+    whole = score("mme", results)
+    assert whole.headline is not None
+    assert (whole.headline[0], whole.num_questions) == ("perception", 2114)
+    posters = results / "posters.txt"
+    posters.write_text("".join(posters.read_text().splitlines(keepends=True)[:-1]))
+    lacking = score("mme", results)
+    assert lacking.headline is None
+    assert "only 2113 of 2114 questions were scored" in lacking.problem
 
 
 # What --score-only leaves behind
@@ -347,6 +372,18 @@ def test_unread_responses_and_the_rows_of_each_number_are_counted(tmp_path: Path
     assert "<th>not readable</th>" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_limit_holds_for_stored_predictions_and_they_need_score_only(tmp_path: Path) -> None:
+    find("pope", tmp_path)
+    rows = [{"question_id": i, "text": "Yes"} for i in range(8)]
+    path = write_lines(tmp_path / "answers.jsonl", rows)
+    words = ["--task", "pope", "--data", str(tmp_path), "--predictions", str(path), "--limit", "2"]
+    run = CliRunner().invoke(app, ["evaluate", "--score-only", *words])
+    assert run.exit_code == 0, run.output
+    assert "2 of 2" in run.output
+    run = CliRunner().invoke(app, ["evaluate", *words])
+    assert "--score-only" in str(run.exception)
+
+
 # Any character
 
 ODD_TEXTS = [
@@ -380,6 +417,25 @@ def test_every_character_reaches_every_file_whole_and_harmless(tmp_path: Path) -
             assert cell.data_type in ("s", "inlineStr")
             assert unescape(cell.value) == text
         assert CliRunner().invoke(app, ["evaluate", "compare", str(output), str(output)]).output
+
+
+SCORED = [name for name in TASKS if not name.startswith("own_") and not TASKS[name].judge]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_no_response_whatever_ends_the_scoring_of_a_file(tmp_path: Path, name: str) -> None:
+    questions = find(name, tmp_path)
+    output = tmp_path / "out"
+    for start in range(0, 150, 15):
+        texts = make_responses(150)[start:]
+        rows = [
+            {"question_id": q.source_id, "prompt": q.text, "text": text}
+            for q, text in zip(questions, texts, strict=False)
+        ]
+        path = write_lines(tmp_path / "answers.jsonl", rows)
+        result = score_file(TASKS[name], path, tmp_path, min_coverage=0.99, output=output)
+        assert result.statuses["answered"] == min(len(rows), result.num_questions)
+        assert result.note == ""
 
 
 @pytest.mark.parametrize("name", ["vqav2_test", "gqa", "mmvet", "seedbench", "vizwiz_vqa_test"])

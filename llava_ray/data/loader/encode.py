@@ -19,6 +19,7 @@ from llava_ray.images import decode
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint
 from llava_ray.model.processor import encode_images, tiles_only_one
+from llava_ray.model.processor_check import check_processor
 from llava_ray.template import IGNORED, IMAGE_PLACEHOLDER, Template
 from llava_ray.template.tokens import EncodedConversation
 from llava_ray.types import Sample
@@ -198,6 +199,7 @@ def make_encoder(
     opened: OpenedCheckpoint, *, max_length: int | None = None, truncates: bool = False
 ) -> Encoder:
     """Return the encoder for a checkpoint that is opened already; see `load_encoder`."""
+    check_processor(opened.checkpoint, opened.processor, opened.architecture.config)
     return Encoder(
         processor=opened.processor,
         template=opened.template,

@@ -21,7 +21,7 @@ from typing import Any
 from llava_ray.data.shards import ShardReader
 from llava_ray.data.sources.building import LETTERS, write_options
 from llava_ray.errors import ConfigError, SampleError
-from llava_ray.evaluate.datasets.files import LETTER, get_field, get_text, read_jsonl
+from llava_ray.evaluate.datasets.files import LETTER, get_field, get_text, read_json, read_jsonl
 from llava_ray.evaluate.scoring.option_letter import read_option
 from llava_ray.evaluate.scoring.text_match import normalize_text
 from llava_ray.storage import open_folder
@@ -93,11 +93,21 @@ def _read(folder: Path, finish: Finish) -> Iterator[Question]:
             num_questions += 1
             yield question
     for path in files:
-        for number, row in enumerate(read_jsonl(path), start=1):
+        for number, row in enumerate(_read_objects(path), start=1):
             num_questions += 1
             yield _read_row(row, path, f"{path.name}, row {number}", finish)
     if not num_questions:
         raise ConfigError(f"{folder} has no questions: its files are empty")
+
+
+def _read_objects(path: Path) -> list[Any]:
+    """Return the objects of a file of JSON lines, or of a JSON list."""
+    if path.suffix != ".json":
+        return read_jsonl(path)
+    content = read_json(path)
+    if not isinstance(content, list):
+        raise ConfigError(f"{path} is no list of questions: write one, or an object on each line")
+    return content
 
 
 def _is_shard(path: Path, folder: Path) -> bool:
@@ -127,15 +137,13 @@ def _ask_sample(sample: Sample, place: str, finish: Finish) -> Question:
         find_options(text),
         source_id=sample.sample_id,
     )
-    return finish(question, (answer,), f"sample {sample.sample_id} ({place})")
+    return _finish(question, (answer,), f"sample {sample.sample_id} ({place})", finish)
 
 
 def _read_row(row: dict[str, Any], path: Path, where: str, finish: Finish) -> Question:
     question_id = get_text(row, "question_id", where)
     answers = get_field(row, "answer", where)
     given = tuple(answers) if isinstance(answers, list) else (answers,)
-    if not given:
-        raise SampleError(f"{where}: 'answer' is an empty list, so no response could be right")
     text = get_text(row, "text", where).replace(IMAGE_TOKEN, "").strip()
     category = get_text(row, "category", where, default="")
     question = Question(
@@ -147,6 +155,12 @@ def _read_row(row: dict[str, Any], path: Path, where: str, finish: Finish) -> Qu
         (category,) if category else (),
         source_id=question_id,
     )
+    return _finish(question, given, where, finish)
+
+
+def _finish(question: Question, given: tuple[Any, ...], where: str, finish: Finish) -> Question:
+    if not any(answer.strip() for answer in question.answers):
+        raise SampleError(f"{where}: the answer is empty, so no response could be right")
     return finish(question, given, where)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate.datasets.files import SHORT, find_file, get_text, read_jsonl
 from llava_ray.evaluate.datasets.open_answer import read_llava
+from llava_ray.evaluate.scoring.metrics import MME_COGNITION, MME_PERCEPTION
 from llava_ray.types import Question
 
 _POPE_OBJECT = re.compile(r"is there an? (.+?) in the im")
@@ -29,6 +30,7 @@ def read_pope(folder: Path) -> list[Question]:
     for question in questions:
         if not question.groups:
             raise SampleError(f"POPE's question {question.question_id} has no category")
+        question = replace(question, groups=(question.groups[0].lower(),))
         by_split.setdefault(question.groups[0], []).append(question)
     labelled = {
         question.question_id: question
@@ -125,8 +127,8 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str | None]]:
     """Yield MME's questions from its per-task files, each with its response.
 
     A line is `image, question, right answer, response`, separated by tabs; lines after each other
-    about the same image are a pair. Questions that the release has and the files have not come
-    last, with None.
+    about the same image are a pair. Questions that are missing come last, with None: those of
+    the release in the half (perception or cognition) of which there is any file.
 
     Raises:
         ConfigError: there is no such file.
@@ -154,9 +156,10 @@ def read_mme_results(path: Path) -> Iterator[tuple[Question, str | None]]:
                 source_id=f"{file.stem}/{image}",
             )
             yield question, response
-    for name, number in MME_QUESTIONS.items():
-        for i in range(num_read[name], number):
-            yield Question(f"{name}/missing/{i}", "", answers=("",), groups=(name,)), None
+    for half in (MME_PERCEPTION, MME_COGNITION):
+        for name in half if num_read.keys() & set(half) else ():
+            for i in range(num_read[name], MME_QUESTIONS[name]):
+                yield Question(f"{name}/missing/{i}", "", answers=("",), groups=(name,)), None
 
 
 def _read_mme_lines(file: Path) -> Iterator[list[str]]:

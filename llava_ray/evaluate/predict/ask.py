@@ -3,8 +3,9 @@
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 from llava_ray.errors import LlavaRayError, RequestError, SampleError
 from llava_ray.types import ChatRequest, Chunk
@@ -30,6 +31,16 @@ class Completion(NamedTuple):
     last: Chunk
     latency_s: float
     confidence: float | None
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also in a notebook, whose own event loop runs already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 async def ask(answer: Answerer, request: ChatRequest) -> Completion:

@@ -6,8 +6,8 @@ from typing import Any
 
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, LimitsConfig
-from llava_ray.errors import EngineError, LlavaRayError
-from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries
+from llava_ray.errors import EngineError, LlavaRayError, RequestError
+from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries, run_async
 from llava_ray.model.fingerprint import PREFIX
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
 
@@ -57,7 +57,7 @@ def fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
         from llava_ray.data.start_ray import start_ray
 
         start_ray()
-    return asyncio.run(_fetch_fingerprint(config, model))
+    return run_async(_fetch_fingerprint(config, model))
 
 
 async def _fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
@@ -69,5 +69,8 @@ async def _fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
     question = Message("user", (TextPart("Hello"),))
     request = ChatRequest("eval-hello", model, (question,), Sampling(max_tokens=1, temperature=0))
     answer = await connect(config, model)
-    fingerprint = (await ask_with_retries(lambda: ask(answer, request))).last.fingerprint
+    try:
+        fingerprint = (await ask_with_retries(lambda: ask(answer, request))).last.fingerprint
+    except RequestError:  # it takes no such question; it may take the benchmark's
+        return ""
     return fingerprint if fingerprint.startswith(PREFIX) else ""

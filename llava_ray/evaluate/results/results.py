@@ -61,7 +61,8 @@ class TaskResult:
             return f"{self.task}: nothing was scored{reason}"
         return (
             f"{self.task}: only {self.num_scored} of {self.num_questions} questions were scored, "
-            f"too few for a headline{reason}; --min-coverage sets how many are enough"
+            f"too few for a headline{reason}; --min-coverage sets how many are enough, and a sum "
+            "of subtasks needs them all"
         )
 
     @property
@@ -132,7 +133,8 @@ def summarize_task(
         dict(statuses),
         dict(reasons.most_common(20)),
         num_unread=sum(row.score.is_unread for row in rows),
-        is_covered=bool(rows) and len(rows) >= min_coverage * len(questions),
+        is_covered=bool(rows)
+        and len(rows) >= (1 if task.needs_all else min_coverage) * len(questions),
     )
 
 

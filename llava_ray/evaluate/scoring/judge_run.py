@@ -16,7 +16,7 @@ from llava_ray.client import Client
 from llava_ray.config import TasksConfig
 from llava_ray.errors import LlavaRayError
 from llava_ray.evaluate.output_files import to_utf8
-from llava_ray.evaluate.predict.ask import ask, ask_with_retries
+from llava_ray.evaluate.predict.ask import ask, ask_with_retries, run_async
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.scoring.judge import Judge
 from llava_ray.types import ChatRequest, Message, Prediction, Question, Score, TextPart
@@ -75,7 +75,7 @@ def grade_predictions(
         on_verdict(len(verdicts), len(drafts))
 
     missing = [draft for draft in drafts if draft.question_id not in verdicts]
-    asyncio.run(_ask_judge(judge, missing, config, keep))
+    run_async(_ask_judge(judge, missing, config, keep))
     return {name: _score(judge, verdict) for name, verdict in verdicts.items()}
 
 

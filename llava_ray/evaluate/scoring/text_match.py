@@ -22,11 +22,12 @@ _UNSPACED = (
     (0x20000, 0x3FFFF),
 )
 """Code points of the scripts whose words are not set apart by spaces: each sign is a token."""
-_SYMBOLS = frozenset("+#%$€£¥°=<>&@")
-"""Signs that belong to what they stand beside: `C++` is not `C`."""
+_SYMBOLS = frozenset("+#%=<>&@")
+"""Signs that are tokens, as currencies and emoji are: `C++` is not `C`."""
 _QUOTES = "".join(("\"'`*", "\u201c\u201d\u2018\u2019 "))
 _END = "".join((".!", "\u3002 "))
 _NUMBER = re.compile(r"\d+(?:\.\d+)*|\.\d+")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2})(?![\d,]|\.\d)")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 
 
@@ -37,29 +38,33 @@ def normalize_text(text: str) -> str:
 
 
 def contains_phrase(text: str, phrase: str) -> bool:
-    """Return whether a phrase stands in a text as words of its own; never for an empty phrase."""
+    """Return whether a phrase stands in a text as words of its own.
+
+    A phrase of punctuation alone is looked for as it is written; an empty one is nowhere.
+    """
     tokens, wanted = split_tokens(text), split_tokens(phrase)
+    if not wanted:
+        return bool(phrase.strip()) and phrase.strip() in text
     length = len(wanted)
-    return bool(wanted) and any(
-        tokens[i : i + length] == wanted for i in range(len(tokens) - length + 1)
-    )
+    return any(tokens[i : i + length] == wanted for i in range(len(tokens) - length + 1))
 
 
 def split_tokens(text: str) -> list[str]:
     """Return a text's words, numbers and symbols, in one form; punctuation is left out.
 
-    A number keeps its sign and its decimals, so that 5 is neither in "-5" nor in "2.5". Thousands
-    may be separated by commas. In scripts without spaces each sign is a token.
+    A number keeps its sign and its decimals, so that 5 is neither in "-5" nor in "2.5". Commas may
+    separate thousands, or a decimal ("2,5"). In scripts without spaces each sign is a token.
     """
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     text = _THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    text = _DECIMAL_COMMA.sub(r"\1.\2", text)
     tokens: list[str] = []
     i = 0
     while i < len(text):
         end = _find_end(text, i)
         if end > i:
             tokens.append(_write_token(text[i:end], is_negative=_is_negative(text, i)))
-        elif text[i] in _SYMBOLS:
+        elif text[i] in _SYMBOLS or unicodedata.category(text[i]) in ("So", "Sc"):
             tokens.append(text[i])
         i = max(end, i + 1)
     return tokens

@@ -62,7 +62,12 @@ class Replica:
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiles it before the first request
-        log.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
+        described = self._engine.describe()
+        self._metrics.note_engine(described)
+        log.logger.info(
+            f"{model.name!r} is ready after {time.monotonic() - started:.1f} s: "
+            + ", ".join(f"{name} {value}" for name, value in described.items())
+        )
 
     async def chat(
         self, request: Request, address: StreamAddress | None = None
@@ -100,6 +105,9 @@ class Replica:
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._engine.detokenize(token_ids)
+
+    async def describe(self) -> dict[str, str]:
+        return self._engine.describe()
 
     async def get_context_length(self) -> int:
         return self._engine.context_length
