@@ -105,7 +105,11 @@ class Client:
         return answer.status_code < 500
 
     async def list_models(self) -> list[str]:
-        """The names of the models served there, sorted.
+        """The names of the models served there, sorted; raises as `describe_models` does."""
+        return sorted(model["id"] for model in await self.describe_models())
+
+    async def describe_models(self) -> list[dict[str, Any]]:
+        """The models served there, as the server describes them: `id`, `owned_by`, ...
 
         Raises:
             UserError: nothing answers at the address.
@@ -117,7 +121,13 @@ class Client:
             raise self._unreachable(error) from error
         if answer.is_error:
             raise _error_of(answer.content, answer)
-        return sorted(model["id"] for model in answer.json()["data"])
+        try:
+            return [{**model, "id": str(model["id"])} for model in answer.json()["data"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.base_url}/v1/models does not answer as the OpenAI API does "
+                f"({type(error).__name__}: {error}); is it the address of such a server?"
+            ) from error
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
         """Yield the answer piece by piece; closing the iterator aborts the request at the server.
@@ -134,7 +144,7 @@ class Client:
         call = self._http.stream(
             "POST", "/v1/chat/completions", json=_body(request), headers=headers
         )
-        finish_reason, usage, answer = None, {}, None
+        finish_reason, usage, answer, fingerprint = None, {}, None, ""
         try:
             async with call as answer:
                 if answer.is_error:
@@ -146,10 +156,16 @@ class Client:
                     if "error" in event:
                         raise _error_of(line[len("data:") :].encode(), answer)
                     usage = event.get("usage") or usage
-                    for choice in event["choices"]:
-                        finish_reason = choice["finish_reason"] or finish_reason
-                        if text := choice["delta"].get("content"):
+                    fingerprint = event.get("system_fingerprint") or fingerprint
+                    for choice in event.get("choices") or ():
+                        finish_reason = choice.get("finish_reason") or finish_reason
+                        if text := (choice.get("delta") or {}).get("content"):
                             yield Chunk(text, None, 0, 0, 0)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise EngineError(
+                f"{self.base_url} does not stream as the OpenAI API does "
+                f"({type(error).__name__}: {error})" + _request_id(answer)
+            ) from error
         except httpx.ConnectError as error:
             raise self._unreachable(error) from error
         except httpx.HTTPError as error:
@@ -168,6 +184,7 @@ class Client:
             usage.get("completion_tokens", 0),
             usage.get("prompt_tokens", 0),
             details.get("image_tokens", 0),
+            fingerprint=fingerprint,
         )
 
     def _unreachable(self, error: httpx.HTTPError) -> UserError:

@@ -6,16 +6,18 @@
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            an image that cannot be used
     │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
-    │   │   │   ├── LinkError         an address from which no image is fetched
+    │   │   │   ├── ImageUrlError         an address from which no image is fetched
     │   │   │   └── FetchError        an address that gave no usable image; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   ├── RequestTooLargeError  a body over the limit; 413
+    │   │   ├── EncodingError         a body compressed in a way that is not read here; 415
     │   │   └── RefusedError          a question that the moderation service objects to
     │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
     │   ├── NotAllowedError           the configuration does not allow it; 403
     │   ├── AuthError                 no API key, or one that is not known; 401
+    │   ├── DiskFullError             there is no room for a file that is to be written
     │   ├── SupersededError           a request with the same Idempotency-Key took its place; 409
     │   └── MissingPackageError       an optional package is not installed
     ├── OverloadedError               full for the moment, try again; 503
@@ -82,7 +84,7 @@ class ImageTooLargeError(ImageError):
     """An image with more bytes or pixels than the limits allow."""
 
 
-class LinkError(ImageError):
+class ImageUrlError(ImageError):
     """The address of an image from which this server fetches none."""
 
     code = "image_url_refused"
@@ -112,6 +114,13 @@ class RequestTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class EncodingError(RequestError):
+    """The body of a request is compressed in a way that this server does not read."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class RefusedError(RequestError):
@@ -160,6 +169,12 @@ class SupersededError(UserError):
 
     status = 409
     code = "superseded"
+
+
+class DiskFullError(UserError):
+    """There is no room for a file that is to be written."""
+
+    code = "disk_full"
 
 
 class MissingPackageError(UserError):

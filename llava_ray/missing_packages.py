@@ -20,7 +20,7 @@ PACKAGES = {
         "transformers",
     ),
     "serve": ("fastapi", "gradio", "ray", "starlette"),
-    "data": ("ijson", "pyarrow"),
+    "data": ("pyarrow",),
     "train": ("deepspeed", "peft"),
 }
 """Each extra, and the packages that it adds."""

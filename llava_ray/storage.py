@@ -4,22 +4,25 @@ open_folder   a `Folder` to read and write files in, wherever it is (raw data, s
 fetch_folder  a copy of a remote folder in the local cache (checkpoints)
 """
 
+import errno
 import hashlib
 import os
 import posixpath
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from llava_ray.errors import ConfigError, MissingPackageError, SampleError
+from llava_ray.errors import ConfigError, DiskFullError, MissingPackageError, SampleError
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
 """Keys of a listing that change when the file does, under the names of various file systems."""
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -30,23 +33,48 @@ class Folder:
         files: fsspec's file system.
         root: the folder's path in that file system.
         address: the path or address that the caller gave.
+        confines: folders and files, without links, in which a file must be to be read; it must be
+            a regular file too. So no link, pipe or device among somebody else's data is followed.
+            Empty: anything is read.
     """
 
     files: Any
     root: str
     address: str
+    confines: tuple[str, ...] = ()
 
     def path(self, name: str) -> str:
         """Return a file's path in the file system."""
         return f"{self.root}/{name}" if name else self.root
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file for reading."""
+        """Open a file for reading.
+
+        Raises:
+            OSError: it cannot be read.
+            SampleError: the folder is confined, and the file is not one inside it.
+        """
+        self._check_confined(name)
         return self.files.open(self.path(name), "rb")
 
     def read(self, name: str, *, limit: int | None = None) -> bytes:
-        """Return a file's content, or its first `limit` bytes."""
+        """Return a file's content, or its first `limit` bytes; raises what `open` raises."""
+        self._check_confined(name)
         return self.files.cat_file(self.path(name), end=limit)
+
+    def describe_version(self, name: str) -> str | None:
+        """Return what changes when a file does: its size, times, checksum; None if it is missing.
+
+        On this machine's disk it changes also if the same bytes are written again.
+        """
+        try:
+            if self.is_local:
+                facts = os.stat(self.path(name))
+                return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}"
+            entry = self.files.info(self.path(name))
+        except (OSError, ValueError):
+            return None
+        return repr([(key, str(entry[key])) for key in ("size", *_VERSION_KEYS) if key in entry])
 
     def has(self, name: str) -> bool:
         """Return whether there is a file or folder of that name."""
@@ -63,23 +91,35 @@ class Folder:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a file atomically."""
-        with self.write_beside(name) as path, open(path, "wb") as file:
+        with self.write_beside(name, num_bytes=len(data)) as path, open(path, "wb") as file:
             file.write(data)
 
     @contextmanager
-    def write_beside(self, name: str) -> Iterator[Path]:
-        """Give the path of a scratch file, which becomes `name` if the block ends without error."""
+    def write_beside(self, name: str, *, num_bytes: int = 0) -> Iterator[Path]:
+        """Give the path of a scratch file, which becomes `name` if the block ends without error.
+
+        Args:
+            name: of the file.
+            num_bytes: about how many bytes it takes, for the message if there is no room for it.
+
+        Raises:
+            DiskFullError: there is no room for it.
+        """
         if self.is_local:
             scratch = Path(self.path(posixpath.join(posixpath.dirname(name), _new_name())))
-            scratch.parent.mkdir(parents=True, exist_ok=True)
         else:
             scratch = Path(tempfile.gettempdir()) / _new_name()
         try:
+            scratch.parent.mkdir(parents=True, exist_ok=True)
             yield scratch
             if self.is_local:
                 os.replace(scratch, self.path(name))
             else:  # object stores show a file only once all of it is there
                 self.files.put_file(str(scratch), self.path(name))
+        except OSError as error:
+            if error.errno not in _DISK_FULL:
+                raise
+            raise DiskFullError(_explain_full(scratch, name, num_bytes)) from error
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -96,10 +136,44 @@ class Folder:
                 self.files.makedirs(target.rpartition("/")[0], exist_ok=True)
                 self.files.put_file(str(path), target)
 
+    def confine(self) -> "Folder":
+        """Return this folder, from which only files inside it can be read."""
+        if not self.is_local:
+            return self
+        root = os.path.realpath(self.root)
+        return replace(self, confines=(_find_hub_cache(root) or root,))
+
+    def measure(self, name: str) -> int:
+        """Return a file's size in bytes, 0 if it is missing."""
+        try:
+            return self.files.size(self.path(name)) or 0
+        except (OSError, ValueError):
+            return 0
+
+    def _check_confined(self, name: str) -> None:
+        if not self.confines:
+            return
+        path = os.path.realpath(self.path(name))
+        if not any(is_below(path, confine) for confine in self.confines):
+            raise SampleError(
+                f"{name[:200]!r} is a link out of the folder {self.address!r}: copy the file there",
+                reason="image_path",
+            )
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise SampleError(
+                f"{name[:200]!r} is a pipe or a device, not a file: remove it", reason="image_path"
+            )
+
     @property
     def is_local(self) -> bool:
         """Whether the folder is on this machine's disk."""
         return "file" in self.files.protocol
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Return whether a path is that of a folder or of something in it; both are absolute."""
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
 def is_address(path: str) -> bool:
@@ -130,16 +204,23 @@ def open_folder(address: str) -> Folder:
 def find_input(address: str) -> tuple[Folder, list[str]]:
     """Return a folder of raw data, and the name of the file if `address` is one file's (else []).
 
+    The folder is confined; see `Folder`.
+
     Raises:
         ConfigError: there is nothing at that address.
     """
     folder = open_folder(address)
     if folder.files.isfile(folder.root):
         parent, _, name = folder.root.rpartition("/")
-        return Folder(folder.files, parent, address.rstrip("/").rpartition("/")[0] or "."), [name]
+        shown = address.rstrip("/").rpartition("/")[0] or "."
+        around = Folder(folder.files, parent, shown).confine()
+        if not around.is_local:
+            return around, [name]
+        named = os.path.realpath(folder.root)  # may be a link, which the user chose
+        return replace(around, confines=(*around.confines, named)), [name]
     if not folder.files.isdir(folder.root):
         raise ConfigError(f"there is nothing at {address!r}: give the folder of the raw data")
-    return folder, []
+    return folder.confine(), []
 
 
 def check_name(name: str) -> str:
@@ -153,8 +234,8 @@ def check_name(name: str) -> str:
     leads_out = ".." in parts or clean.startswith(("/", "~")) or ":" in parts[0] or "\0" in name
     if leads_out or clean == ".":
         raise SampleError(
-            f"the image {name!r} is not inside the folder of images: give its path relative to "
-            "that folder",
+            f"the image {name[:200]!r} is not inside the folder of images: give its path relative "
+            "to that folder",
             reason="image_path",
         )
     return clean
@@ -223,6 +304,28 @@ def _list_entries(remote: Folder, address: str) -> list[dict[str, Any]]:
     if not entries:
         raise ConfigError(f"there are no files at {address!r}: give the folder of a checkpoint")
     return entries
+
+
+def _find_hub_cache(root: str) -> str | None:
+    """Return the folder of a repository in Hugging Face's cache that a path is in.
+
+    There, the files of a snapshot are links to `blobs` beside it.
+    """
+    before, found, _ = f"{root}/".rpartition("/snapshots/")
+    return before if found and os.path.isdir(f"{before}/blobs") else None
+
+
+def _explain_full(scratch: Path, name: str, num_bytes: int) -> str:
+    written = scratch.stat().st_size if scratch.exists() else 0
+    needed = f"about {num_bytes:,}" if num_bytes >= written else f"more than {written:,}"
+    try:
+        free = shutil.disk_usage(scratch.parent).free + written
+    except OSError:
+        free = written
+    return (
+        f"the disk of {str(scratch.parent)!r} is full: {name!r} takes {needed} bytes, and {free:,} "
+        "are free; free some space and run the same command again, which goes on from here"
+    )
 
 
 def _new_name() -> str:

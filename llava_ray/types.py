@@ -68,6 +68,8 @@ class Sampling:
         num_logprobs: return each token's logprob and those of this many likeliest tokens;
             None: no logprobs.
         json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
+        may_cut: a `max_tokens` that is more than the context leaves is cut to that; otherwise it
+            is an error.
     """
 
     max_tokens: int | None = None
@@ -86,6 +88,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
     json_schema: str | None = None
+    may_cut: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -98,6 +101,8 @@ class ChatRequest:
     """A conversation that a user wants continued, checked and free of wire format.
 
     Attributes:
+        messages: system (optional), then user and assistant in turn. A last turn of the user is
+            answered, one of the assistant is continued.
         num_answers: how many different answers are wanted.
         adapter: which of the model's adapters answers; empty: the model itself.
     """
@@ -260,6 +265,8 @@ class Chunk(NamedTuple):
         logprobs: of the tokens that begin in this piece, where they were asked for.
         num_cached_tokens: tokens of the prompt that did not have to be computed, because the
             engine had computed the same beginning before.
+        fingerprint: which weights and settings answered (see `model.fingerprint`); "" if that is
+            not known.
     """
 
     text: str
@@ -270,6 +277,7 @@ class Chunk(NamedTuple):
     answer: int = 0
     logprobs: tuple[TokenLogprob, ...] = ()
     num_cached_tokens: int = 0
+    fingerprint: str = ""
 
     def join(self, later: "Chunk") -> "Chunk":
         """Return this piece and the next one of the same answer as one."""
@@ -290,6 +298,7 @@ class Question:
         cluster: rows that share it are not independent (two questions about one image).
         context: what only a judge reads: the image, described in words.
         source_id: its id in the benchmark's files, which need not be unique.
+        other_ids: further ids by which files of predictions may name it.
     """
 
     question_id: str
@@ -301,6 +310,7 @@ class Question:
     cluster: str = ""
     context: str = ""
     source_id: str = ""
+    other_ids: tuple[str, ...] = ()
 
 
 PredictionStatus = Literal["answered", "refused", "failed"]
@@ -325,7 +335,8 @@ class Prediction:
             where it was not told.
         image_sha256: of each image's file.
         cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
-        model_digest: of the model's files, or of the address that was asked.
+        model_digest: of the model's files; of a server its fingerprint, or where it tells none the
+            digest of its address.
     """
 
     question_id: str
@@ -351,12 +362,14 @@ class Score(NamedTuple):
         parsed: the answer that was read out of the response.
         why: how the value came about, in a few words.
         figures: further numbers that the task's summary is made of.
+        is_unread: no answer could be read out of the response, which counts as a wrong one.
     """
 
     value: float | None
     parsed: str = ""
     why: str = ""
     figures: tuple[float, ...] = ()
+    is_unread: bool = False
 
 
 class Usage(NamedTuple):

@@ -18,7 +18,7 @@ from llava_ray.demo import questions, scenes, talk
 BOS, EOS, UNK, PAD, IMAGE = SPECIAL = ("<s>", "</s>", "<unk>", "<pad>", "<image>")
 NUM_PATCHES = (scenes.GRID * symbols.PATCHES_PER_CELL) ** 2
 VOCABULARY = 1024
-CONTEXT = 4096
+CONTEXT = 2048
 IGNORED = -100
 TALK_BEFORE_IMAGE = 0.2  # of conversations
 LENGTH_STEP = 64  # of batches, in tokens: kernels are prepared anew for every new length
@@ -44,7 +44,7 @@ CHAT_TEMPLATE = (
 before it reads a question. Messages of one user that follow one another are one turn."""
 
 
-class EncodedConversation(NamedTuple):
+class EncodedTurns(NamedTuple):
     """A conversation as token ids and labels, and the images that its image tokens stand for."""
 
     ids: list[int]
@@ -141,7 +141,7 @@ class ConversationEncoder:
         *,
         is_strict: bool = False,
         has_gaps: bool = False,
-    ) -> EncodedConversation:
+    ) -> EncodedTurns:
         """Ids and labels of a conversation.
 
         Unless `is_strict`, some conversations come with a system message or without <s>. With
@@ -151,7 +151,7 @@ class ConversationEncoder:
         start = BOS if is_strict or rng.random() < 0.85 else ""
         system = f"{talk.system_prompt(rng)} " if not is_strict and rng.random() < 0.04 else ""
         has_gaps = has_gaps and rng.random() < 0.3
-        encoded = EncodedConversation([], [], [], [], [], [turn.kind for turn in turns], [], [])
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [])
         self._add(encoded, f"{start}{system}")
         scene = None
         for index, turn in enumerate(turns):
@@ -168,7 +168,7 @@ class ConversationEncoder:
         self._skipped = 0
         return encoded
 
-    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedConversation:
+    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedTurns:
         """Questions about one image as if each were the first: none sees another.
 
         What was said before tells much of what is in an image, and a model that may read it
@@ -176,9 +176,7 @@ class ConversationEncoder:
         """
         scene = turns[0].image
         assert scene, "turns apart are about one image"
-        encoded = EncodedConversation(
-            [], [], [], [], [], [turn.kind for turn in turns], [], [scene]
-        )
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
         start = BOS if self._rng.random() < 0.85 else ""
         before = ""
         if self._rng.random() < TALK_BEFORE_IMAGE:
@@ -196,7 +194,7 @@ class ConversationEncoder:
 
     def _add(
         self,
-        encoded: EncodedConversation,
+        encoded: EncodedTurns,
         text: str,
         *,
         turn: int = -1,
@@ -220,7 +218,7 @@ class ConversationEncoder:
             encoded.references.append((ends[token], (*reference.aspects, *reference.orders)))
 
 
-def collate(batch: Sequence[EncodedConversation], pad: int) -> ConversationBatch:
+def collate(batch: Sequence[EncodedTurns], pad: int) -> ConversationBatch:
     """Pad conversations on the right to the longest, and that to a step."""
     longest = max(len(one.ids) for one in batch)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP

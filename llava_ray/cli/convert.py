@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 RAW_DATA = {
     "llava": "LLaVA's JSON or JSON lines: id, image, conversations of human and gpt",
-    "sharegpt": "the same with more names of speakers, text alone or with images",
-    "openai": "JSON lines of messages as the OpenAI API has them, with image_url parts",
-    "pairs": "a folder of images, each with its text beside it: cat.jpg, cat.txt",
+    "sharegpt": "ShareGPT's and Alpaca's JSON or JSON lines, with or without images",
+    "openai": "OpenAI's JSON or JSON lines: messages with text and image_url parts",
+    "pairs": "a folder of images, each with its text in a file beside it: cat.jpg, cat.txt",
     "scienceqa": "ScienceQA: problems.json, pid_splits.json and its images",
     "coco": "COCO: captions_*.json, instances_*.json and its images",
     "vqa": "VQAv2, OK-VQA, A-OKVQA or VizWiz: files of questions, annotations and images",
@@ -29,8 +29,8 @@ RAW_DATA = {
     "ocrvqa": "OCR-VQA: dataset.json and its images of book covers",
     "refcoco": "RefCOCO, RefCOCO+ or RefCOCOg: refs(*).p, instances.json and COCO's images",
     "vg": "Visual Genome: region_descriptions.json, image_data.json and its images",
-    "hf": "a Hugging Face dataset: Parquet or Arrow files with images in them",
-    "webdataset": "WebDataset: tar files, in which an image and a .txt or .json share a name",
+    "hf": "a Hugging Face dataset: Parquet or Arrow files that contain images",
+    "webdataset": "WebDataset: tar files in which an image and a .txt or .json share a name",
 }
 """What each source reads, for `--list-sources`."""
 
@@ -85,10 +85,10 @@ def convert(
         bool, typer.Option("--list-sources", help="List the kinds of raw data, and exit.")
     ] = False,
 ) -> None:
-    """Turn raw data into shards that training reads: Parquet, with image files kept as they are.
+    """Convert raw data to the shards that training reads: Parquet files, with images unchanged.
 
     Rows that cannot be used go to OUTPUT/rejects with the reason. Run the same command again to
-    continue a conversion that was stopped.
+    resume after an interruption, or after the raw data has changed.
     """
     if list_sources:
         _print_sources()
@@ -125,7 +125,11 @@ def convert(
     if isinstance(settings.get("max_rejects"), int):  # as YAML reads it
         settings["max_rejects"] = str(settings["max_rejects"])
     config = build_config(ConvertConfig, settings, source=given.file or "")
-    manifest = _convert(config)
+    try:
+        manifest = _convert(config)
+    except KeyboardInterrupt:
+        print_note("stopped; run the same command again to resume")
+        raise
     out.print(
         f"{config.output}: {manifest.num_samples:,} samples with {manifest.num_images:,} images in "
         f"{len(manifest.shards)} shards, {manifest.num_text_only:,} of text alone; "

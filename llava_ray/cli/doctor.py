@@ -17,6 +17,10 @@ def doctor(
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub name of the vision tower, if it is not found.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Conversation template, if the files do not say which."),
+    ] = None,
 ) -> None:
     """Print what a checkpoint is and what keeps it from loading; exit code 1 if anything does.
 
@@ -24,7 +28,7 @@ def doctor(
     """
     from llava_ray.model.doctor import diagnose
 
-    found = diagnose(path, base=base, vision_tower=vision_tower)
+    found = diagnose(path, base=base, vision_tower=vision_tower, template=template)
     out.print(found.text(), markup=False)
     if found.problems:
         raise typer.Exit(1)

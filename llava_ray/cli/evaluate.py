@@ -9,12 +9,14 @@ import typer.core
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 
-from llava_ray.cli.console import notes, out
+from llava_ray.cli.console import notes, out, print_note
 from llava_ray.cli.settings import collect_settings, make_command_class, read_words
 from llava_ray.config import DtypeName, EngineName, EvaluateConfig, QuantizationName
 from llava_ray.config.files import build_config
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, UserError
+from llava_ray.evaluate.output_files import make_visible
 
 if TYPE_CHECKING:
     from llava_ray.evaluate.results.compare import Comparison
@@ -77,6 +79,7 @@ def evaluate(
     model_name: Annotated[
         str | None, typer.Option(metavar="NAME", help=_help("model_name"))
     ] = None,
+    reuse: Annotated[bool | None, typer.Option("--reuse/--no-reuse", help=_help("reuse"))] = None,
     engine: Annotated[EngineName | None, typer.Option(help=_help("engine"))] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help=_help("dtype"))] = None,
     quantization: Annotated[
@@ -135,6 +138,7 @@ def evaluate(
         "endpoint": endpoint,
         "app": app,
         "model_name": model_name,
+        "reuse": reuse,
         "engine": engine,
         "dtype": dtype,
         "quantization": quantization,
@@ -159,14 +163,17 @@ def evaluate(
         raise ConfigError(
             "name at least one task: --tasks scienceqa_img,pope,mme; --list-tasks lists them"
         )
+    if predictions and not score_only:
+        raise ConfigError("--predictions is the file that --score-only scores: give both, or none")
     if score_only:
         _print([_score_only(settings, predictions)])
         return
     if not (settings.get("data") and settings.get("output")):
         raise ConfigError("name the folder of the benchmarks with --data, results with --output")
     config = build_config(EvaluateConfig, settings, source=given.file or "")
-    _print(_run(config))
+    results = _run(config)
     out.print(f"report: {Path(config.output) / 'report.html'}", markup=False)
+    _print(results)
 
 
 @app.command()
@@ -197,7 +204,7 @@ def _run(config: EvaluateConfig) -> "list[TaskResult]":
             rate = next(task.speed for task in bar.tasks if task.id == each)
             bar.update(each, rate=f"{rate:.1f} samples/s" if rate else "")
 
-        return run.evaluate_model(config, on_progress=show)
+        return run.evaluate_model(config, on_progress=show, on_note=print_note)
 
 
 def _score_only(settings: dict[str, Any], predictions: Path | None) -> "TaskResult":
@@ -207,11 +214,18 @@ def _score_only(settings: dict[str, Any], predictions: Path | None) -> "TaskResu
     if predictions is None or len(settings["tasks"]) != 1:
         raise ConfigError("--score-only needs one --task and its --predictions")
     (task,) = find_tasks(settings["tasks"])
+    config = build_config(EvaluateConfig, {"data": ".", "output": ".", **settings}, source="")
     data, output = (
         Path(settings[name]) if settings.get(name) else None for name in ("data", "output")
     )
-    least = settings.get("min_coverage", EvaluateConfig.model_fields["min_coverage"].default)
-    return score_file(task, predictions, data, min_coverage=least, output=output)
+    return score_file(
+        task,
+        predictions,
+        data,
+        min_coverage=config.min_coverage,
+        output=output,
+        judging=config,
+    )
 
 
 def _print_tasks() -> None:
@@ -230,21 +244,42 @@ def _name_scorer(task: "Task") -> str:
 
 
 def _print(results: "Sequence[TaskResult]") -> None:
-    table = Table("task", "number", "value", "standard error", "scored", "coverage")
+    """Print the numbers, and why they are not what they should be.
+
+    Raises:
+        UserError: a task has no result, or too few of its questions were scored.
+    """
+    table = Table("task", "number", "value", "standard error", "rows", "scored", "coverage")
     for result in results:
-        scored = (f"{result.num_scored}", f"{result.coverage:.2%}")
+        scored = (f"{result.num_scored} of {result.num_questions}", f"{result.coverage:.2%}")
         if result.headline is None:
             why = "too few were scored" if result.num_scored else "nothing to score"
-            table.add_row(result.task, why, "", "", *scored)
+            table.add_row(result.task, why, "", "", "", *scored)
         for name, number in result.metrics.items() if result.is_covered else ():
             error = "" if number.standard_error is None else f"{number.standard_error:.2f}"
-            table.add_row(result.task, name, f"{number.value:.2f}", error, *scored)
+            cells = f"{number.value:.2f}", error, f"{number.num_rows}"
+            table.add_row(result.task, _plain(name), *cells, *scored)
     out.print(table)
     for result in results:
         for reason, number in result.reasons.items():
-            out.print(f"{result.task}: {number} x {reason}", markup=False)
+            _say(f"{result.task}: {number} x {reason}")
+        if result.num_unread:
+            _say(f"{result.task}: no answer could be read out of {result.num_unread} responses")
+        if result.submission:
+            _say(f"{result.task}: file for its server: {result.submission}")
         if result.note:
-            out.print(f"{result.task}: no file for its server: {result.note}", markup=False)
+            _say(f"{result.task}: no file for its server: {result.note}")
+    if problems := [result.problem for result in results if result.problem]:
+        raise UserError(make_visible("\n".join(problems)))
+
+
+def _plain(text: str) -> Text:
+    """A cell that is no markup, whatever the benchmark's groups are called."""
+    return Text(make_visible(text))
+
+
+def _say(text: str) -> None:
+    out.print(make_visible(text), markup=False)
 
 
 def _print_comparison(comparison: "Comparison") -> None:
@@ -253,7 +288,7 @@ def _print_comparison(comparison: "Comparison") -> None:
         interval = number.change.interval
         shown = f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval else ""
         values = f"{number.before:.2f}", f"{number.after:.2f}", f"{number.change.value:+.2f}"
-        table.add_row(name, *values, shown)
+        table.add_row(_plain(name), *values, shown)
     out.print(table)
     out.print(
         f"{comparison.num_both} questions answered by both, {comparison.num_one} by one or none; "

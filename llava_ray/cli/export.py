@@ -33,6 +33,10 @@ def export(
     vision_tower: Annotated[
         str | None, typer.Option(help="Folder or hub name of the vision tower, if it is not found.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Conversation template, if the files do not say which."),
+    ] = None,
     dtype: Annotated[
         Precision | None, typer.Option(help="Precision; default: that of most weights.")
     ] = None,
@@ -63,6 +67,7 @@ def export(
             to=to,
             base=base,
             vision_tower=vision_tower,
+            template=template,
             dtype=dtype,
             max_shard_size=max_shard_size,
             tower_name=tower_name,

@@ -9,7 +9,7 @@ from llava_ray.config import DtypeName, EngineName, QuantizationName, ServeConfi
 from llava_ray.config.files import build_config
 from llava_ray.errors import ConfigError
 
-IN_SHORT = ("model", "engine", "dtype", "quantization")
+IN_SHORT = ("model", "name", "engine", "dtype", "quantization", "num_gpus")
 """Settings that describe one model; `models` describes several at length."""
 
 ServeCommand = make_command_class(ServeConfig)
@@ -25,10 +25,17 @@ def serve(
             "of settings; then settings.",
         ),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the model in the API and on the page."),
+    ] = None,
     engine: Annotated[EngineName | None, typer.Option(help="What computes.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Precision of the weights.")] = None,
     quantization: Annotated[
         QuantizationName | None, typer.Option(help="int8: computes in 8 bits, on CPUs.")
+    ] = None,
+    num_gpus: Annotated[
+        float | None, typer.Option(metavar="N", min=0, help="GPUs of each replica.")
     ] = None,
     host: Annotated[
         str, typer.Option(metavar="ADDRESS", help="0.0.0.0 lets other machines in.")
@@ -53,9 +60,11 @@ def serve(
         given = read_words(words)._replace(file=config)
     flags = {
         "model": given.name,
+        "name": name,
         "engine": engine,
         "dtype": dtype,
         "quantization": quantization,
+        "num_gpus": num_gpus,
         "page": page,
     }
     settings = collect_settings(given, flags)
@@ -64,7 +73,7 @@ def serve(
             f"{given.file} is a Serve config file, without fields of ServeConfig at its top: run "
             f"it with `serve run {given.file}`"
         )
-    named = [name for name in IN_SHORT if flags[name]]
+    named = [name for name in IN_SHORT if flags[name] is not None]
     named += [name for name in IN_SHORT if any(w.startswith(f"{name}=") for w in given.overrides)]
     if named and settings.get("models"):
         raise ConfigError(

@@ -7,8 +7,11 @@ from llava_ray.config.model import (
     DtypeName,
     EngineName,
     ModelConfig,
+    NumGpus,
     QuantizationName,
+    check_num_gpus,
     check_quantization,
+    count_gpus_of_replica,
 )
 from llava_ray.config.section import Section
 
@@ -32,7 +35,12 @@ class TasksConfig(Section):
         description="Number of actors that answer in parallel; each loads its own engine.",
     )
     num_cpus: float = Field(default=1.0, ge=0, description="CPUs that Ray reserves for each actor.")
-    num_gpus: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for each actor.")
+    num_gpus: NumGpus = Field(
+        default="auto",
+        description="GPUs that Ray reserves for each actor; it computes on these and no others. "
+        "auto: 1 if the cluster has GPUs or its autoscaler can start machines with GPUs, otherwise "
+        "0; also 0 where a server is asked.",
+    )
     concurrency: int = Field(
         default=32, ge=1, le=1024, description="Questions that an actor asks at the same time."
     )
@@ -89,13 +97,19 @@ class EvaluateConfig(TasksConfig):
         min_length=1,
         description="Folder for the results. A run that finds its earlier results there resumes.",
     )
+    reuse: bool = Field(
+        default=False,
+        description="Keep the logged predictions of a server that does not tell which weights it "
+        "serves. false: such a server is asked all questions again in each run. Models that this "
+        "program loads or serves are known by their weights, and are never asked twice.",
+    )
     engine: EngineName = Field(
         default="torch", description="Inference engine: torch, vllm, sglang or echo."
     )
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
-        "where the device computes in it at full speed, float32 otherwise.",
+        "where the device computes in it at full speed, otherwise float16 (GPU) or float32 (CPU).",
     )
     quantization: QuantizationName = Field(
         default="none",
@@ -114,7 +128,15 @@ class EvaluateConfig(TasksConfig):
         if self.endpoint and self.app:
             raise ValueError("endpoint and app are both set: set only one of them")
         check_quantization(self.engine, self.quantization)
+        check_num_gpus(self.num_gpus, self.engine, used=self.gpus_if_any)
         return self
+
+    @property
+    def gpus_if_any(self) -> int:
+        """What `num_gpus: auto` stands for in a cluster that has GPUs."""
+        if self.endpoint or self.app:
+            return 0
+        return count_gpus_of_replica(self.engine, quantization=self.quantization)
 
     def describe_model(self) -> ModelConfig:
         """Return the settings of the model that each actor loads."""
@@ -126,5 +148,6 @@ class EvaluateConfig(TasksConfig):
             template=self.template,
             max_batch_size=self.concurrency,
             num_cpus=self.num_cpus,
+            num_gpus=self.num_gpus,
             max_replicas=self.num_actors,
         )

@@ -1,6 +1,8 @@
 """The settings of one model: its weights, the engine that runs it, its device and its replicas."""
 
+import math
 import os
+from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,6 +27,59 @@ def check_quantization(engine: EngineName, quantization: QuantizationName) -> No
         )
 
 
+NumGpus = Annotated[float, Field(ge=0)] | Literal["auto"]
+
+_PARALLEL = {
+    "vllm": ("tensor_parallel_size", "pipeline_parallel_size"),
+    "sglang": ("tp_size", "tensor_parallel_size", "pp_size", "pipeline_parallel_size"),
+}
+"""Options of an engine that multiply the GPUs of one replica."""
+
+
+def count_gpus_of_replica(
+    engine: EngineName,
+    *,
+    device: str = "auto",
+    quantization: QuantizationName = "none",
+    engine_options: Mapping[str, Any] | None = None,
+) -> int:
+    """Return the GPUs that one replica computes on in a cluster that has some."""
+    if engine == "echo" or device == "cpu" or quantization == "int8":
+        return 0
+    options = engine_options or {}
+    return math.prod(int(options.get(name) or 1) for name in _PARALLEL.get(engine, ()))
+
+
+def check_num_gpus(num_gpus: NumGpus, engine: EngineName, *, used: int) -> None:
+    """Raise a ValueError if `num_gpus` differs from the GPUs that a replica computes on.
+
+    Args:
+        num_gpus: the setting.
+        engine: of the replica.
+        used: what `count_gpus_of_replica` returns.
+    """
+    if num_gpus in ("auto", 0):
+        return
+    if not used:
+        raise ValueError(
+            f"num_gpus={num_gpus:g} reserves GPUs for a replica that computes on CPUs "
+            "(engine=echo, device=cpu or quantization=int8): set num_gpus=0"
+        )
+    if num_gpus > 1 and num_gpus != int(num_gpus):
+        raise ValueError(f"num_gpus={num_gpus:g}: more than one GPU must be a whole number")
+    if (num_gpus if num_gpus > 1 else 1) == used:
+        return
+    if engine == "torch":
+        raise ValueError(
+            f"num_gpus={num_gpus:g}: a replica of the torch engine computes on one GPU. Set "
+            "num_gpus=1 and max_replicas, or engine=vllm with tensor_parallel_size"
+        )
+    raise ValueError(
+        f"num_gpus={num_gpus:g}, but {engine} computes on {used} (tensor times pipeline parallel "
+        "size): set both to the same number"
+    )
+
+
 PYTHON_VARIABLES = {"vllm": "LLAVA_RAY_VLLM_PYTHON", "sglang": "LLAVA_RAY_SGLANG_PYTHON"}
 """Engine -> environment variable with the Python interpreter of that engine's own environment."""
 
@@ -42,8 +97,8 @@ class ModelConfig(Section):
     )
     name: str = Field(
         default="",
-        description="Name of the model in the API and on the page. Default: the last part of the "
-        "path.",
+        description="Name of the model in the API and on the page. Default: the name of its "
+        "folder; of a training run's export, the name of the run.",
     )
     adapters: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")], str] = Field(
         default_factory=dict,
@@ -67,8 +122,8 @@ class ModelConfig(Section):
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights and of the key-value cache. auto: bfloat16 where the "
-        "device computes in it at full speed, float32 otherwise. A CPU without fast "
-        "bfloat16 computes in float32 and keeps 16-bit weights in memory.",
+        "device computes in it at full speed, otherwise float16 on GPUs and float32 on CPUs. A CPU "
+        "without fast bfloat16 computes in float32 and keeps 16-bit weights in memory.",
     )
     quantization: QuantizationName = Field(
         default="none",
@@ -80,8 +135,8 @@ class ModelConfig(Section):
     )
     device: str = Field(
         default="auto",
-        description="Device of the torch engine: auto, cpu, cuda or cuda:N. auto uses a GPU if "
-        "there is one.",
+        description="Device of the torch engine: auto, cpu, cuda or cuda:N. auto is the GPU that "
+        "Ray gave to the replica, otherwise the CPU; outside Ray, a GPU if torch sees one.",
     )
     template: str | None = Field(
         default=None,
@@ -96,16 +151,17 @@ class ModelConfig(Section):
         description="Maximum length of prompt plus answer, in tokens. Default: the model's own "
         "context length.",
     )
-    max_batch_size: int = Field(
-        default=32,
-        ge=1,
-        le=1024,
-        description="Maximum number of sequences in a batch of the engine.",
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        default="auto",
+        description="Maximum number of sequences in a batch of the engine. auto: on a GPU one for "
+        "each 256 tokens of the cache, at most 256; 32 on a CPU; with vllm and sglang their own "
+        "default.",
     )
-    cache_tokens: int = Field(
-        default=16384,
-        ge=64,
-        description="Size of the key-value cache in tokens, shared by all running requests.",
+    cache_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        default="auto",
+        description="Size of the key-value cache in tokens, shared by all running requests. auto: "
+        "on a GPU what fits in 90 % of its memory, beside the weights and a step of the largest "
+        "size, which is run to measure it; 16384 on a CPU; with vllm and sglang their own default.",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -130,8 +186,12 @@ class ModelConfig(Section):
     num_cpus: float = Field(
         default=1.0, ge=0, description="CPUs that Ray reserves for each replica."
     )
-    num_gpus: float = Field(
-        default=0.0, ge=0, description="GPUs that Ray reserves for each replica."
+    num_gpus: NumGpus = Field(
+        default="auto",
+        description="GPUs that Ray reserves for each replica; it computes on these and no others. "
+        "auto: 1 (with vllm and sglang, tensor times pipeline parallel size) if the cluster has "
+        "GPUs or its autoscaler can start machines with GPUs, otherwise 0. Below 1, replicas share "
+        "a GPU and its memory.",
     )
     num_threads: int | None = Field(
         default=None,
@@ -170,11 +230,28 @@ class ModelConfig(Section):
         """The names that a request may use: the model's own, and one for each adapter."""
         return [self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters)]
 
+    @property
+    def gpus_if_any(self) -> int:
+        """What `num_gpus: auto` stands for in a cluster that has GPUs."""
+        return count_gpus_of_replica(
+            self.engine,
+            device=self.device,
+            quantization=self.quantization,
+            engine_options=self.engine_options,
+        )
+
+    @property
+    def gpu_share(self) -> float:
+        """Part of a GPU that belongs to one replica."""
+        is_part = self.num_gpus != "auto" and 0 < self.num_gpus < 1
+        return float(self.num_gpus) if is_part else 1.0
+
     @model_validator(mode="after")
     def _fill_name(self) -> "ModelConfig":
         if not self.name:
             self.name = "llava-ray-demo" if self.path == DEMO_MODEL else _last_part(self.path)
         check_quantization(self.engine, self.quantization)
+        check_num_gpus(self.num_gpus, self.engine, used=self.gpus_if_any)
         if self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
@@ -183,7 +260,11 @@ class ModelConfig(Section):
 
 
 def _last_part(path: str) -> str:
-    return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path
+    """Return the name of a folder; the export of a training run has the name of the run."""
+    folder = PurePosixPath(path.split("://")[-1].rstrip("/"))
+    if folder.name == "export" and folder.parent.name:
+        folder = folder.parent
+    return folder.name or path
 
 
 def count_threads(config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ from llava_ray.config.model import (
     DtypeName,
     EngineName,
     ModelConfig,
+    NumGpus,
     QuantizationName,
 )
 from llava_ray.config.page import ModerationConfig
@@ -68,8 +69,8 @@ _OTHER_VARIABLES = {CLIENT_KEY_VARIABLE, *PYTHON_VARIABLES.values()}
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
-    `model`, `engine`, `dtype` and `quantization` are a shorthand for one model; `models` describes
-    one or more models in full.
+    description="Models that are served side by side. Replaces model, name, engine, dtype, "
+    "quantization and num_gpus.",
     """
 
     model_config = SettingsConfigDict(
@@ -84,6 +85,11 @@ class ServeConfig(BaseSettings):
         min_length=1,
         description="Folder, hub name or address of the weights. 'demo' is the embedded model.",
     )
+    name: str = Field(
+        default="",
+        description="Name of the model in the API and on the page. Default: the name of its "
+        "folder; of a training run's export, the name of the run.",
+    )
     engine: EngineName = Field(
         default="torch",
         description="Inference engine: torch (CPU and GPU), vllm, sglang, or echo, a fake that "
@@ -92,17 +98,22 @@ class ServeConfig(BaseSettings):
     dtype: DtypeName = Field(
         default="auto",
         description="Precision of the weights: auto, float32, bfloat16 or float16. auto: bfloat16 "
-        "where the device computes in it at full speed, float32 otherwise.",
+        "where the device computes in it at full speed, otherwise float16 (GPU) or float32 (CPU).",
     )
     quantization: QuantizationName = Field(
         default="none",
         description="int8: multiply the language model's matrices in 8 bits on CPUs. none: no "
         "quantization.",
     )
+    num_gpus: NumGpus = Field(
+        default="auto",
+        description="GPUs that Ray reserves for each replica. auto: 1 if the cluster has GPUs or "
+        "its autoscaler can start machines with GPUs, otherwise 0.",
+    )
     models: list[ModelConfig] = Field(
         default_factory=list,
-        description="Models that are served side by side. Replaces model, engine, dtype and "
-        "quantization.",
+        description="Models that are served side by side. Replaces model, name, engine, dtype, "
+        "quantization and num_gpus.",
     )
     num_gateways: int = Field(
         default=1, ge=1, le=64, description="Number of gateway replicas. Each has its own queues."
@@ -178,9 +189,11 @@ class ServeConfig(BaseSettings):
             self.models = [
                 ModelConfig(
                     path=self.model,
+                    name=self.name,
                     engine=self.engine,
                     dtype=self.dtype,
                     quantization=self.quantization,
+                    num_gpus=self.num_gpus,
                 )
             ]
         names = [name for model in self.models for name in model.names]

@@ -9,6 +9,7 @@ import hashlib
 import threading
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,7 +78,10 @@ class ShardRow:
 
 
 class ShardWriter:
-    """Writes one shard to a path; holds at most one row group in memory."""
+    """Writes one shard to a path; holds at most one row group in memory.
+
+    As a context manager it abandons the file if the block ends with an error.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -106,6 +110,15 @@ class ShardWriter:
         self._flush()
         self._writer.close()
         return ShardFile(self._num_rows, self._path.stat().st_size, hash_file(self._path))
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer.is_open = False  # or pyarrow closes it again when it is collected
 
     def _flush(self) -> None:
         if self._rows:

@@ -1,9 +1,8 @@
-"""How well a model of the scenes answers: exact match by kind of question, seeing and blind.
+"""Measures a model of the scenes: exact match by kind of question, with and without its image.
 
-Every test scene is asked one question of each kind that it gives occasion for. Half of the scenes
-hold a combination that no training scene holds. Blind, the same questions come with a grey
-image. The prior is what somebody reaches who reads the questions well and knows the statistics
-of their answers, but sees nothing.
+One question of each possible kind is asked about every test scene. Half of the scenes hold a
+combination that no training scene holds. "Blind" is the score on the same questions with a grey
+image. "Prior" is the score of always giving the most frequent answer to each sort of question.
 """
 
 import json
@@ -38,7 +37,7 @@ message of its own before it, or in the second turn of a conversation."""
 
 @dataclass(frozen=True)
 class Case:
-    """One question about one scene, with what was said before it."""
+    """One question about a scene, with the turns before it."""
 
     kind: str
     sort: str
@@ -52,7 +51,7 @@ class Case:
 
 @dataclass(frozen=True)
 class KindScore:
-    """Exact match on one kind of question, each a share from 0 to 1."""
+    """Exact match on one kind of question; shares are from 0 to 1."""
 
     num_questions: int
     exact: float
@@ -64,7 +63,7 @@ class KindScore:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by kind, and a few wrong answers to look at."""
+    """Scores by kind of question, and a few wrong answers as examples."""
 
     num_scenes: int
     seed: int
@@ -77,7 +76,7 @@ class Scores:
         return all(score.exact >= (score.target or 0) for score in self.kinds.values())
 
     def table(self) -> str:
-        """The scores as a Markdown table."""
+        """Return the scores as a Markdown table."""
         lines = [
             "| kind of question | asked | exact | unseen combinations | blind | prior | target |",
             "|---|---:|---:|---:|---:|---:|---:|",
@@ -94,7 +93,7 @@ class Scores:
 
 
 def make_cases(num_scenes: int, *, seed: int = 0) -> list[Case]:
-    """Questions of all kinds about held-out scenes, and late questions of long conversations."""
+    """Return questions of all kinds about held-out scenes, and last turns of long conversations."""
     cases = []
     for index in range(num_scenes):
         rng = random.Random(f"test {seed} {index}")
@@ -133,7 +132,7 @@ def make_drawn_cases(num_images: int, *, seed: int = 0) -> list[Case]:
 
 
 class SceneModel:
-    """A model that answers cases greedily, many at once."""
+    """A model that answers batches of cases, greedily."""
 
     def __init__(self, model_dir: Path | str) -> None:
         self._processor = AutoProcessor.from_pretrained(model_dir)
@@ -168,7 +167,7 @@ class SceneModel:
         ]
 
     def chat(self, texts: Sequence[str]) -> list[str]:
-        """The answers to texts that come without an image, each by itself."""
+        """Return the answers to texts without an image, one by one."""
         return [self._generate([_message("user", text)]) for text in texts]
 
     @torch.inference_mode()
@@ -312,10 +311,10 @@ def _score(kind: str, triples: Sequence[tuple[Case, str, str]]) -> KindScore:
 
 
 def prior(cases: Sequence[Case]) -> float:
-    """The share that the most frequent answer to every sort of question gets right.
+    """Return the share of questions that the most frequent answer of their sort gets right.
 
-    "The dog." counts as the first or the second of the two that a question names, and "There is
-    no dog." as what the question takes for granted.
+    Answers are compared in a form without the objects that the question names: "The dog." is "the
+    first" or "the second" of two, and "There is no dog." is "there is no first".
     """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for case in cases:
@@ -324,7 +323,7 @@ def prior(cases: Sequence[Case]) -> float:
 
 
 def _blind_form(case: Case) -> str:
-    """An answer with what the question itself names left out."""
+    """Return an answer in which an object that the question names is replaced by its position."""
     named = case.answer.rstrip(".").lower()
     for opening in ("the ", "there is no "):
         phrase = named.removeprefix(opening)
@@ -337,7 +336,7 @@ def _blind_form(case: Case) -> str:
 def _mistakes(
     cases: Sequence[Case], answers: Sequence[str], limit: int = 3
 ) -> list[dict[str, str]]:
-    """The first few wrong answers of every kind."""
+    """Return the first few wrong answers of each kind."""
     found: dict[str, list[dict[str, str]]] = defaultdict(list)
     for case, answer in zip(cases, answers, strict=True):
         if answer != case.answer and len(found[case.kind]) < limit:

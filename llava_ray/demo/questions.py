@@ -1,8 +1,8 @@
-"""What can be asked about a scene, with the exact answer, and conversations of several turns.
+"""Generates questions about a scene with their exact answers, and conversations of several turns.
 
-Every `_ask_*` function below takes an `Asker` (a scene and a random generator) and returns a
-question with its answer, or None where the scene has nothing to ask about. `QUESTIONS` gives them
-their kinds; `make_conversation` strings them together.
+Each `_ask_*` function takes an `Asker` (a scene and a random generator) and returns a question with
+its answer, or None if the scene gives no occasion for it. `QUESTIONS` sorts them by kind;
+`make_conversation` combines them.
 """
 
 import random
@@ -34,12 +34,19 @@ _RELATIONS = {
 
 
 class SceneQuestion(NamedTuple):
-    """A question, its exact answer, and the one item that it is about, for "it" in the next."""
+    """A question and its exact answer.
+
+    Attributes:
+        text: the question.
+        answer: the exact answer.
+        about: the one item that it is about, which the next question may call "it".
+        sort: a finer division of its kind, for which `evaluate.prior` is computed.
+    """
 
     text: str
     answer: str
     about: Item | None = None
-    sort: str = ""  # which sort of its kind, for priors
+    sort: str = ""
 
 
 class SceneTurn(NamedTuple):
@@ -53,10 +60,13 @@ class SceneTurn(NamedTuple):
 
 @dataclass(frozen=True)
 class Asker:
-    """A scene and somebody who asks about it.
+    """A scene, and the random generator that chooses what is asked about it.
 
-    `spare_held_out` keeps held-out combinations out of what is asked about in vain: a model that
-    is trained to say that there is no red star has seen something of red stars.
+    Attributes:
+        scene: the scene.
+        rng: the random generator.
+        spare_held_out: never ask about an absent object that is a held-out combination. A model
+            that is trained to say that there is no red star has learned something about red stars.
     """
 
     scene: Scene
@@ -77,17 +87,17 @@ class Asker:
         return next((item for item in self.items if item.cell == cell), None)
 
     def is_fair(self, shape: str, colour: str) -> bool:
-        """May one ask in vain for this colour and shape?"""
+        """Return whether this combination may be asked about although it is absent."""
         return not (self.spare_held_out and scenes.is_held_out("shape", shape, colour, 0))
 
     def names(self, item: Item) -> list[str]:
-        """Every phrase, after "the", that means this item and no other."""
+        """Return the phrases that, after "the", name this item and no other."""
         phrases = _phrases(item)
         others = [_phrases(other) for other in self.items if other is not item]
         return [phrase for phrase in phrases if not any(phrase in other for other in others)]
 
     def named(self, candidates: Sequence[Item]) -> list[tuple[Item, str]]:
-        """The items that can be told apart, in random order, each with a phrase that does it."""
+        """Return the items that a phrase can name, in random order, each with such a phrase."""
         chosen = []
         for item in self.rng.sample(candidates, len(candidates)):
             names = self.names(item)
@@ -96,7 +106,7 @@ class Asker:
         return chosen
 
     def place(self, cell: int) -> str:
-        """ "in the top left", in one of several wordings."""
+        """Return where a cell is, such as "in the top left", in one of several wordings."""
         name = CELLS[cell]
         if self.rng.random() < 0.15:
             name = name.replace("top", "upper").replace("bottom", "lower")
@@ -120,7 +130,7 @@ def _phrases(item: Item) -> list[str]:
 
 
 def article(phrase: str) -> str:
-    """ "an apple", "a dog"."""
+    """Return a phrase with its article: "an apple", "a dog"."""
     return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
 
 
@@ -133,7 +143,7 @@ def where(cell: int) -> str:
 
 
 def what(item: Item) -> str:
-    """What an item is: "a red circle", "a dog", "the number 42"."""
+    """Return what an item is: "a red circle", "a dog", "the number 42"."""
     match item.kind:
         case "shape":
             return article(f"{item.colour} {item.name}")
@@ -144,7 +154,7 @@ def what(item: Item) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """A scene in a sentence, or two for more than three items."""
+    """Return a description of a scene: one sentence, or two for more than three items."""
     if not scene.items:
         return "There is nothing in the picture."
     parts = [f"{_sized(item)} {where(item.cell)}" for item in scene.items]
@@ -159,7 +169,7 @@ def _sized(item: Item) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Return a list in words: "a", "a and b", "a, b and c"."""
     return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
@@ -183,7 +193,7 @@ def _is_there(asker: Asker, phrase: str) -> str:
 
 
 def _ask_exists_shape(asker: Asker) -> SceneQuestion | None:
-    """By colour and shape, by shape, or by colour; what is not there resembles what is."""
+    """By colour and shape, by shape, or by colour; absent objects resemble present ones."""
     rng, shapes = asker.rng, asker.of_kind("shape")
     has = rng.random() < 0.5
     if has and not shapes:
@@ -267,7 +277,7 @@ def _ask_exists_number(asker: Asker) -> SceneQuestion | None:
 
 
 def _ask_exists_at(asker: Asker) -> SceneQuestion | None:
-    """At a place: anything at all, or one kind of thing."""
+    """At a place: any object, or a certain one."""
     rng = asker.rng
     cell, has = rng.randrange(GRID**2), rng.random() < 0.5
     item = asker.item_at(cell)
@@ -369,7 +379,7 @@ def _ask_what_at(asker: Asker) -> SceneQuestion | None:
 
 
 def _ask_which_things(asker: Asker) -> SceneQuestion | None:
-    """ "What animal is there?", or several in reading order."""
+    """Ask which things of a category there are; the answer lists them in reading order."""
     categories = sorted({item.category for item in asker.of_kind("thing")})
     if not categories:
         return None
@@ -388,7 +398,7 @@ def _ask_which_things(asker: Asker) -> SceneQuestion | None:
 
 
 def _ask_which_is_it(asker: Asker) -> SceneQuestion | None:
-    """ "What is the thing in the top left?", "What animal is in the middle?" """
+    """Ask which thing is in a cell, such as "What animal is in the middle?"."""
     if not (things := asker.of_kind("thing")):
         return None
     item = asker.rng.choice(things)
@@ -418,7 +428,7 @@ def _ask_count_all(asker: Asker) -> SceneQuestion:
 
 
 def _ask_count(asker: Asker) -> SceneQuestion | None:
-    """Of what there is several of, more often than of what there is one or none of."""
+    """Ask for a number, more often of objects of which there are several."""
     rng = asker.rng
     groups = [group for item in asker.items for group in _groups(item)]
     if not groups or rng.random() < 0.12:
@@ -435,7 +445,7 @@ def _ask_count(asker: Asker) -> SceneQuestion | None:
 
 
 def _groups(item: Item) -> list[str]:
-    """Everything that an item counts as."""
+    """Return the names of all groups in which an item is counted."""
     if item.kind == "shape":
         return ["shape", item.name, f"{item.colour} shape", f"{item.colour} {item.name}"]
     return [item.category, *([item.name] if item.kind == "thing" else [])]
@@ -485,7 +495,7 @@ def _unsized(pairs: list[tuple[Item, str]]) -> list[tuple[Item, str]]:
 
 
 def _compared(asker: Asker) -> tuple[str, str, bool] | None:
-    """Two things of clearly different size: their phrases, and whether the first is larger."""
+    """Return the phrases of two things of clearly different size; is the first larger?"""
     sizes = list(scenes.SIZES)
     pair = _unsized(asker.named(_sizeable(asker)))[:2]
     if len(pair) < 2 or pair[0][0].size == pair[1][0].size:
@@ -580,7 +590,7 @@ def _ask_description(asker: Asker) -> SceneQuestion:
 
 
 def _ask_absent(asker: Asker) -> SceneQuestion | None:
-    """A question that takes for granted what is not there."""
+    """Ask a question that presupposes an object that is absent."""
     rng = asker.rng
     shape, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
     phrase = rng.choice((shape, f"{colour} {shape}", *rng.sample(THINGS, 3)))
@@ -613,7 +623,7 @@ def _ask_absent(asker: Asker) -> SceneQuestion | None:
 
 
 def _ask_unclear(asker: Asker) -> SceneQuestion | None:
-    """A question about one of several."""
+    """Ask about one of several objects of the same kind."""
     groups = {group for item in asker.items if item.kind != "number" for group in _groups(item)}
     groups -= {"shape", *scenes.CATEGORIES} | {f"{colour} shape" for colour in COLOURS}
     counts = {g: sum(g in _groups(item) for item in asker.items) for g in sorted(groups)}
@@ -664,7 +674,7 @@ TALK_WITHOUT_IMAGE = 0.4  # of what is said while there is none
 
 
 def ask(kind: str, asker: Asker, *, tries: int = 8) -> SceneQuestion | None:
-    """A question of this kind, or None where the scene gives no occasion for one."""
+    """Return a question of this kind, or None if the scene gives no occasion for it."""
     functions, weights = zip(*QUESTIONS[kind], strict=True)
     for _ in range(tries):
         function = asker.rng.choices(functions, weights)[0]
@@ -674,7 +684,7 @@ def ask(kind: str, asker: Asker, *, tries: int = 8) -> SceneQuestion | None:
 
 
 def _ask_about(item: Item, rng: random.Random) -> tuple[str, SceneQuestion] | None:
-    """A question that calls the item of the turn before "it"."""
+    """Return a question that calls the item of the previous turn "it"."""
     forms = [("position", SceneQuestion("Where is it?", _sentence(where(item.cell)), item))]
     if item.kind != "number":
         forms.append(("comparison", SceneQuestion("What size is it?", _sentence(item.size), item)))
@@ -693,10 +703,10 @@ def make_conversation(
     spare_held_out: bool = True,
     follow_ups: bool = True,
 ) -> list[SceneTurn]:
-    """Turns about images that come one after the other, each question about the latest.
+    """Return the turns of a conversation with several images; each question is about the latest.
 
-    With `follow_ups`, some questions say "it" of what the one before was about. Without an image,
-    whatever is asked about one is answered by saying that there is none.
+    With `follow_ups`, some questions call the subject of the previous one "it". If there is no
+    image yet, every question about one is answered with `talk.NO_IMAGE`.
     """
     weights = weights or WEIGHTS
     arrivals = {0: 0} | {

@@ -60,7 +60,7 @@ ODD_SHAPES = {
     "arrow": [(0, 0.3), (0.5, 0.3), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.7), (0, 0.7)],
     "bolt": [(0.6, 0), (0.1, 0.6), (0.45, 0.6), (0.35, 1), (0.9, 0.38), (0.55, 0.38)],
 }  # fmt: skip
-"""Outlines that no question is about, both coordinates from 0 to 1."""
+"""Outlines without a name, which no question is about; coordinates are from 0 to 1."""
 GRID = 3
 CELL = 48  # pixels
 PIXELS = CELL * GRID  # an image's side, as the model sees it
@@ -98,13 +98,13 @@ class Item:
 
     @property
     def category(self) -> str:
-        """'shape', 'number', or what sort of thing it is."""
+        """Return 'shape', 'number', or the category of a thing."""
         return sprites.THINGS[self.name] if self.kind == "thing" else self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """An image before it is painted: its items in reading order, and its background's two ends."""
+    """What an image shows: its items in reading order, and the two colours of its background."""
 
     items: tuple[Item, ...]
     background: tuple[tuple[int, int, int], tuple[int, int, int]]
@@ -112,7 +112,7 @@ class Scene:
 
 
 def is_held_out(kind: Kind, name: str, colour: str | None, cell: int) -> bool:
-    """Is this combination kept out of training: a colour and shape, a number, a thing and place?"""
+    """Return whether a combination (colour and shape, number, thing and place) is held out."""
     match kind:
         case "shape":
             shape, shade = SHAPES.index(name), list(COLOURS).index(colour or "")
@@ -130,7 +130,7 @@ def make_scene(
     kinds: Sequence[Kind] = ("shape", "thing", "number"),
     held_out: bool = False,
 ) -> Scene:
-    """A random scene of `num_items` (one to five when None).
+    """Return a random scene of `num_items` (None: one to five).
 
     Training scenes hold no held-out combination; with `held_out`, every scene holds at least one
     and the rest is free. Items resemble each other more often than chance would have it, so that
@@ -218,7 +218,7 @@ def _ground(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, i
 
 
 def make_empty_scene(rng: random.Random) -> Scene:
-    """An image of nothing, light or dark."""
+    """Return a scene without items, light or dark."""
     paint = _light if rng.random() < 0.5 else _any_colour
     first = paint(rng)
     second = first if rng.random() < 0.5 else paint(rng)
@@ -263,10 +263,10 @@ def _light(rng: random.Random) -> tuple[int, int, int]:
 
 
 def disguise(rng: random.Random, scene: Scene, share: float) -> Scene:
-    """Give some shapes an ink that is no named colour, or an outline that is no named shape.
+    """Give some shapes a colour or an outline that has no name; it is then UNNAMED.
 
-    Their colour or their name is then UNNAMED. A tower that has seen these takes colours and
-    outlines for two matters, and knows combinations of them that it never saw.
+    A vision tower that is trained on these learns colours and outlines separately, and recognises
+    combinations that it has never seen.
     """
     items = [
         _disguise(rng, item) if item.kind == "shape" and rng.random() < share else item
@@ -282,7 +282,7 @@ def _disguise(rng: random.Random, item: Item) -> Item:
 
 
 def _odd_ink(rng: random.Random) -> tuple[int, int, int]:
-    """A colour far from all that have names, and from the ground."""
+    """Return a colour that differs clearly from all named ones and from the background."""
     while True:
         ink = _any_colour(rng)
         if min(ink) < 190 and min(math.dist(ink, named) for named in COLOURS.values()) > 105:
@@ -294,7 +294,7 @@ def _any_colour(rng: random.Random) -> tuple[int, int, int]:
 
 
 def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
-    """Paint a scene as an RGB image of `scale * PIXELS` a side."""
+    """Paint a scene as a square RGB image of side `scale * PIXELS`."""
     image = _draw_background(scene, PIXELS * scale)
     for item in scene.items:
         pixels = item.pixels * scale
@@ -311,7 +311,7 @@ def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
 
 
 def _draw_background(scene: Scene, pixels: int) -> Image.Image:
-    """One light colour running into another."""
+    """Return a background that fades from one colour into another."""
     first, second = scene.background
     if first == second:
         return Image.new("RGB", (pixels, pixels), first)
@@ -383,7 +383,7 @@ def _draw_variant(name: str, side: int, variant: int) -> Image.Image:
 
 
 def _outline(name: str) -> list[tuple[float, float]]:
-    """A shape's corners, both coordinates from 0 to 1."""
+    """Return the corners of a shape; coordinates are from 0 to 1."""
     match name:
         case name if name in ODD_SHAPES:
             return ODD_SHAPES[name]

@@ -1,6 +1,6 @@
-"""The artwork of the scenes, in two PNG sheets: sixty things, and the digits of eight typefaces.
+"""The sprites of the scenes, in two PNG sheets: sixty things, and digits in eight typefaces.
 
-Scenes are drawn from these sheets, so nobody who draws a scene needs a font. `cut_sheets` made them
+Scenes are drawn from these sheets, so drawing a scene needs no font. `cut_sheets` made them
 once, with an emoji font and DejaVu at hand:
 
     python -m llava_ray.demo.sprites NotoColorEmoji.ttf DIRECTORY_OF_DEJAVU
@@ -58,7 +58,7 @@ FACES = (
 
 @cache
 def _cells(name: str, pixels: int) -> tuple[Image.Image, ...]:
-    """Every cell of a sheet in reading order, cut to what is not empty."""
+    """Return the cells of a sheet in reading order, each cropped to its content."""
     with Image.open(SHEETS / f"{name}.png") as stored:
         sheet = stored if stored.mode == "L" else stored.convert("RGBA")
         sheet.load()
@@ -73,14 +73,14 @@ def _cells(name: str, pixels: int) -> tuple[Image.Image, ...]:
 
 @cache
 def thing(name: str, pixels: int) -> Image.Image:
-    """The RGBA image of a thing, its longer side `pixels`."""
+    """Return the RGBA image of a thing, whose longer side is `pixels`."""
     cell = _cells("things", THING_PIXELS)[list(THINGS).index(name)]
     return _resized(cell, pixels / max(cell.size))
 
 
 @cache
 def number(text: str, face: int, pixels: int) -> Image.Image:
-    """The mask (mode L) of a printed number in typeface `face`, its digits `pixels` high."""
+    """Return the mask (mode L) of a number in typeface `face`, with digits `pixels` high."""
     glyphs = [_cells("digits", DIGIT_PIXELS)[face * COLUMNS + int(digit)] for digit in text]
     gap = DIGIT_PIXELS // 12
     width = sum(glyph.width for glyph in glyphs) + gap * (len(glyphs) - 1)
@@ -98,7 +98,7 @@ def _resized(image: Image.Image, scale: float) -> Image.Image:
 
 
 def cut_sheets(emoji_font: Path, dejavu: Path) -> None:
-    """Draw both sheets again from an emoji font (Noto Color Emoji) and the DejaVu typefaces."""
+    """Draw both sheets anew from an emoji font (Noto Color Emoji) and the DejaVu typefaces."""
     SHEETS.mkdir(exist_ok=True)
     emoji = ImageFont.truetype(emoji_font, 109)  # the one size that its bitmaps have
     emojis = [text for names in EMOJI.values() for text in names.values()]

@@ -1,7 +1,7 @@
-"""What people say that is not a question about the image, and how they write.
+"""Generates texts that are not questions about the image, and varies how questions are written.
 
-The model answers all of it with one of a few sentences. Variety here is what keeps it from taking
-a stranger's sentence for a question about shapes.
+The model answers such texts with one of a few sentences. Their variety keeps it from mistaking
+unrelated text for a question about shapes.
 """
 
 import random
@@ -112,7 +112,7 @@ _SYSTEM = (
 
 
 def small_talk(rng: random.Random) -> tuple[str, str]:
-    """Something that is not about the image, and the answer to it."""
+    """Return a text that is not about the image, and the answer to it."""
     answers = (
         (_GREETINGS, HELLO), (_WHO, WHO), (_THANKS, WELCOME), (_GOODBYES, GOODBYE), (None, KNOWS)
     )  # fmt: skip
@@ -121,7 +121,7 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
 
 
 def system_prompt(rng: random.Random) -> str:
-    """A system message, such as clients send; it changes nothing."""
+    """Return a system message such as clients send; the model ignores it."""
     return rng.choice(_SYSTEM) if rng.random() < 0.7 else _chatter(rng)
 
 
@@ -148,7 +148,7 @@ def _some(rng: random.Random) -> dict[str, str]:
 
 
 def vary(rng: random.Random, text: str) -> str:
-    """The same words as other people write them: spelling, capitals, punctuation, politeness."""
+    """Return a text with other spelling, capitals, punctuation or politeness."""
     if "colour" in text and rng.random() < 0.5:
         text = text.replace("colour", "color")
     share = rng.random()

@@ -12,9 +12,9 @@ import torch
 
 from llava_ray.engine.detokenizer import Detokenizer, LogprobCollector
 from llava_ray.engine.structured_output import Grammar, GrammarCompiler, Vocabulary
-from llava_ray.errors import ContextLengthError, RequestError
+from llava_ray.errors import ContextLengthError, RequestError, UnsupportedError
 from llava_ray.model.loading import LoadedModel
-from llava_ray.model.processor import mark_images
+from llava_ray.model.processor import mark_images, tiles_only_one
 from llava_ray.template import IMAGE_PLACEHOLDER
 from llava_ray.types import Prompt, Tokens
 
@@ -89,6 +89,12 @@ class InputProcessor:
         if not prompt.images:
             return {"token_ids": list(prompt_ids), "text": ""}
         core = self._core
+        if len(prompt.images) > 1 and tiles_only_one(core.processor):
+            raise UnsupportedError(
+                "this engine lays out each of several images in tiles, which LLaVA-OneVision was "
+                "not trained on: send one image, or serve the model with engine: torch",
+                param="messages",
+            )
         image_id = core.image_token_id
         ids = [image_id if i == IMAGE_PLACEHOLDER else i for i in core.tokenize(prompt.text)]
         text = mark_images(prompt.text) if core.checkpoint.uses_start_end else prompt.text
@@ -123,6 +129,8 @@ class InputProcessor:
                 f"{' or send fewer images' * bool(parts)}",
                 param="messages",
             )
+        if asked is not None and prompt.sampling.may_cut:
+            return min(asked, room - num_tokens)
         if asked is not None and num_tokens + asked > room:
             raise ContextLengthError(
                 f"the prompt has {num_tokens:,} tokens{parts} and max_tokens asks for {asked:,} "
@@ -187,5 +195,11 @@ class InputProcessor:
 
 
 def select_images(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """Return the image inputs among a processor's outputs; None if there are none."""
-    return {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS} or None
+    """Return the image inputs among a processor's outputs, each [N, ...]; None without images.
+
+    `batch_num_images` is repeated for each image: models look at it image by image.
+    """
+    images = {name: value for name, value in inputs.items() if name not in _TEXT_INPUTS}
+    if "batch_num_images" in images:
+        images["batch_num_images"] = images["batch_num_images"].repeat(len(images["pixel_values"]))
+    return images or None

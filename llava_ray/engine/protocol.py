@@ -82,6 +82,10 @@ class Engine(Protocol):
         and `cache_tokens_total`."""
         ...
 
+    def describe(self) -> dict[str, str]:
+        """Return how this engine computes, for people: device, dtype, attention, graphs, ..."""
+        ...
+
     async def close(self) -> None:
         """Abort all requests and free the device."""
         ...

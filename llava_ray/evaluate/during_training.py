@@ -1,6 +1,6 @@
-"""Benchmarks of a run's checkpoints, while its training goes on: what `train.launch` is given.
+"""Evaluates the checkpoints of a training run on benchmarks while it goes on.
 
-train_model: prepare_benchmarks -> launch -> evaluate_checkpoint (each a Ray task)
+train_model: prepare_benchmarks -> launch -> evaluate_checkpoint (a Ray task for each checkpoint)
 -> run.evaluate_model
 """
 

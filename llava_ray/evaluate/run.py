@@ -4,7 +4,6 @@ A run that was killed can be started again: it asks only the questions that have
 in the log. Scores are always computed again from the log.
 """
 
-import asyncio
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -12,11 +11,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.client import Client
+from llava_ray.cluster import choose_num_gpus
 from llava_ray.config import EvaluateConfig, TasksConfig
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, UserError
 from llava_ray.evaluate.datasets.images import hash_image
 from llava_ray.evaluate.predict.actor import Predictor
-from llava_ray.evaluate.predict.cache_key import describe_settings, digest_model, make_cache_key
+from llava_ray.evaluate.predict.ask import run_async
+from llava_ray.evaluate.predict.cache_key import (
+    describe_settings,
+    digest_model,
+    is_known_by_weights,
+    make_cache_key,
+)
 from llava_ray.evaluate.predict.crashes import SharedCrashCounter
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.results.report import write_report
@@ -28,6 +34,7 @@ from llava_ray.evaluate.results.results import (
     write_task_samples,
 )
 from llava_ray.evaluate.scoring.judge_run import grade_predictions
+from llava_ray.evaluate.submission import write_submission
 from llava_ray.evaluate.tasks import Task, find_tasks
 from llava_ray.types import Prediction, Question
 
@@ -35,7 +42,7 @@ BATCHES_AT_ONCE = 2
 
 
 class EvaluateProgress(NamedTuple):
-    """How many of a task's questions have a prediction so far."""
+    """Progress of a task: how many of its questions have a prediction."""
 
     task: str
     num_done: int
@@ -43,25 +50,38 @@ class EvaluateProgress(NamedTuple):
 
 
 def evaluate_model(
-    config: EvaluateConfig, *, on_progress: Callable[[EvaluateProgress], None] = lambda _: None
+    config: EvaluateConfig,
+    *,
+    on_progress: Callable[[EvaluateProgress], None] = lambda _: None,
+    on_note: Callable[[str], None] = lambda _: None,
 ) -> list[TaskResult]:
     """Run all tasks of a configuration and write their results below `config.output`.
 
+    Args:
+        config: of the run.
+        on_progress: called after each batch of predictions.
+        on_note: called with what the user should know, a sentence.
+
     Raises:
         ConfigError: no such task, model or file.
-        UserError: no server answers.
+        UserError: no server answers, or no question of a task was answered; the results are
+            written all the same.
     """
     tasks = [(task, read_questions(task, config)) for task in find_tasks(config.tasks)]
     model = _find_model(config)
     digest = digest_model(config, model)
     output = Path(config.output)
     output.mkdir(parents=True, exist_ok=True)
+    if not is_known_by_weights(config, digest):
+        on_note(_describe_reuse(config))
     results = []
     for task, questions in tasks:
         predict(task, questions, config, model, digest, _find_log(output, task), on_progress)
         results.append(_score(task, questions, config, output, on_progress))
         write_results(output / "results.json", results, _describe_run(config, model, digest))
     write_report(output)
+    if unanswered := [result.problem for result in results if not result.num_answered]:
+        raise UserError("; ".join(unanswered))
     return results
 
 
@@ -75,7 +95,9 @@ def predict(
     on_progress: Callable[[EvaluateProgress], None],
 ) -> None:
     """Ask the questions without a valid prediction in the log; append each batch as it finishes."""
-    known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
+    known: dict[str, Prediction] = {}
+    if config.reuse or is_known_by_weights(config, digest):
+        known = {prediction.question_id: prediction for prediction in read_log(log, Prediction)}
     settings = describe_settings(config, task.sampling)
     unanswered = find_unanswered(questions, known, digest, settings)
     num_done = len(questions) - len(unanswered)
@@ -112,7 +134,7 @@ def _stream(
             enable_true_multi_threading=True,
         ),
         num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus,
+        num_gpus=choose_num_gpus(config.num_gpus, if_any=config.gpus_if_any),
     )
     for batch in answered.iter_batches(batch_size=None, prefetch_batches=0):
         predictions = [pickle.loads(each) for each in batch["prediction"]]
@@ -147,11 +169,6 @@ def read_questions(task: Task, config: TasksConfig) -> list[Question]:
         ConfigError: its files are missing or inconsistent.
     """
     questions = task.select(task.read_all(Path(config.data)))[: config.limit]
-    ids = {question.question_id for question in questions}
-    if len(ids) < len(questions):
-        raise ConfigError(
-            f"{task.name} has {len(questions)} questions but {len(ids)} ids: make them unique"
-        )
     if task.judge:
         task.judge.load_wording(config.judge_wording)  # fail early, not hours later
     return questions
@@ -179,26 +196,12 @@ def _score(
         )
     write_task_samples(output, task, questions, predictions, scores)
     result = summarize_task(task, questions, predictions, scores, min_coverage=config.min_coverage)
-    return replace(result, note=_submit(task, questions, predictions, config, output))
-
-
-def _submit(
-    task: Task,
-    questions: Sequence[Question],
-    predictions: dict[str, Prediction],
-    config: EvaluateConfig,
-    output: Path,
-) -> str:
-    """Write the file for the benchmark's server; return why that cannot be done."""
     if task.submit is None:
-        return ""
-    responses = {i: p.text for i, p in predictions.items() if p.status == "answered"}
+        return result
     folder = task.find_folder(Path(config.data))
-    try:
-        task.submit(questions, responses, folder, output / f"submit_{task.name}")
-    except UserError as error:
-        return error.message
-    return ""
+    path = output / f"submit_{task.name}"
+    written, note = write_submission(task.submit, questions, predictions, folder, path)
+    return replace(result, submission=written, note=note)
 
 
 def _find_log(output: Path, task: Task) -> Path:
@@ -208,7 +211,7 @@ def _find_log(output: Path, task: Task) -> Path:
 def _find_model(config: EvaluateConfig) -> str:
     """The name by which the model is asked."""
     if config.endpoint:
-        return _choose_name(asyncio.run(_list_names(config.endpoint)), config)
+        return _choose_name(run_async(_list_names(config.endpoint)), config)
     return config.model_name or config.describe_model().name
 
 
@@ -226,6 +229,19 @@ def _choose_name(names: Sequence[str], config: EvaluateConfig) -> str:
             f"{', '.join(names)}"
         )
     return config.model_name or names[0]
+
+
+def _describe_reuse(config: EvaluateConfig) -> str:
+    server = config.endpoint or config.app
+    if config.reuse:
+        return (
+            f"{server} does not tell which weights it serves: logged predictions are kept because "
+            "of reuse, though it may serve others now"
+        )
+    return (
+        f"{server} does not tell which weights it serves: all questions are asked; --reuse keeps "
+        "the predictions that an earlier run has logged"
+    )
 
 
 def _describe_run(config: EvaluateConfig, model: str, digest: str) -> dict[str, str]:

@@ -4,12 +4,14 @@ Prompts come from the benchmarks' files or are made by `datasets`. Decoding is g
 LLaVA-1.5.
 """
 
+import csv
 import difflib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, SampleError
 from llava_ray.evaluate import submission
 from llava_ray.evaluate.datasets import choice, judged, open_answer, own, yes_no
 from llava_ray.evaluate.scoring import judge as judges
@@ -19,6 +21,7 @@ from llava_ray.evaluate.scoring.metrics import Summary
 from llava_ray.types import Question, Sampling, Score
 
 Scorer = Callable[[Question, str], Score]
+_MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, csv.Error)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,8 @@ class Task:
     Attributes:
         name: lmms-eval's name for it.
         folder: name of its folder within the folder of all benchmarks.
+        other_folders: further names that this folder may have.
+        needs_all: its numbers mean nothing unless every question is scored.
         read: reads the questions from the benchmark's files.
         keep: selects the questions that are asked; by default all.
         score: scores one response; None if only a server knows the answers, or a judge grades.
@@ -49,14 +54,35 @@ class Task:
     max_tokens: int = 128
     judge: judges.Judge | None = None
     submit: submission.Submit | None = None
+    other_folders: tuple[str, ...] = ()
+    needs_all: bool = False
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(max_tokens=self.max_tokens, temperature=0)
 
     def read_all(self, data: Path) -> list[Question]:
-        """Return the questions of the benchmark's files, also those that this task leaves out."""
-        return self.read(self.find_folder(data))
+        """Return the questions of the benchmark's files, also those that this task leaves out.
+
+        Raises:
+            ConfigError: a file is missing or of another kind.
+            SampleError: a row of it is.
+        """
+        folder = self.find_folder(data)
+        try:
+            questions = [_as_texts(question) for question in self.read(folder)]
+        except _MISSHAPEN as error:
+            raise SampleError(
+                f"the files of {self.name} in {folder} are not of the form that this benchmark has "
+                f"({type(error).__name__}: {error}): get them again"
+            ) from error
+        counts = Counter(question.question_id for question in questions)
+        if repeated := [name for name, number in counts.items() if number > 1]:
+            raise ConfigError(
+                f"{self.name} has {len(questions)} questions but {len(counts)} ids: make them "
+                f"unique ({repeated[0]!r} is there {counts[repeated[0]]} times)"
+            )
+        return questions
 
     def select(self, questions: Sequence[Question]) -> list[Question]:
         """Return the questions that this task asks."""
@@ -64,7 +90,29 @@ class Task:
 
     def find_folder(self, data: Path) -> Path:
         """The task's folder in that of all benchmarks, or that folder if it is the task's own."""
-        return data / self.folder if (data / self.folder).is_dir() else data
+        folders = (data / name for name in (self.folder, *self.other_folders))
+        return next((folder for folder in folders if folder.is_dir()), data)
+
+
+def _as_texts(question: Question) -> Question:
+    """Return a question whose fields are texts; numbers in a benchmark's files are written out."""
+    texts = {
+        name: tuple(_as_text(value, name) for value in getattr(question, name))
+        for name in ("images", "answers", "choices", "groups")
+    }
+    return replace(
+        question,
+        text=_as_text(question.text, "question"),
+        cluster=_as_text(question.cluster, "image"),
+        context=_as_text(question.context, "context"),
+        **texts,
+    )
+
+
+def _as_text(value: object, name: str) -> str:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError(f"{name} is {str(value)[:80]!r}")
+    return str(value)
 
 
 _ALL = (
@@ -96,7 +144,14 @@ _ALL = (
         score=scorers.score_pope,
         summarize=metrics.summarize_pope,
     ),
-    Task("mme", "MME", yes_no.read_mme, score=scorers.score_mme, summarize=metrics.summarize_mme),
+    Task(
+        "mme",
+        "MME",
+        yes_no.read_mme,
+        score=scorers.score_mme,
+        summarize=metrics.summarize_mme,
+        needs_all=True,
+    ),
     Task(
         "mmbench_en_dev",
         "mmbench",
@@ -110,6 +165,7 @@ _ALL = (
         "mmbench_cn_dev",
         "mmbench_cn",
         choice.read_mmbench_cn,
+        other_folders=("mmbench",),
         score=scorers.score_choice,
         summarize=metrics.summarize_circular,
         max_tokens=1024,
@@ -134,6 +190,7 @@ _ALL = (
         "mmvet",
         "mm-vet",
         judged.read_mmvet,
+        other_folders=("mmvet",),
         max_tokens=1024,
         judge=judges.GRADING,
         submit=submission.write_mmvet,
@@ -158,7 +215,7 @@ _ALL = (
     Task("own_exact", "", own.read_own, score=scorers.score_exact),
     Task("own_contains", "", own.read_own, score=scorers.score_contains, max_tokens=512),
     Task("own_choice", "", own.read_own_choice, score=scorers.score_choice),
-    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_vqa),
+    Task("own_vqa", "", own.read_own_vqa, score=scorers.score_textvqa),
 )
 TASKS = {task.name: task for task in _ALL}
 

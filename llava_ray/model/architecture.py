@@ -33,8 +33,13 @@ _NOT_TEXT = re.compile(
 )
 """Fields of LLaVA's flat config.json that do not belong to the language model."""
 
-_UNUSED = re.compile(r"model\.vision_tower\.(post_layernorm|head)\..+")
-"""Tensors of towers that LLaVA never uses, because it takes the features of an inner layer."""
+_TOWER_END = r"model\.vision_tower\.(post_layernorm|head)\..+"
+_HARMLESS = {
+    _TOWER_END: "LLaVA takes the features of an inner layer of the tower",
+    r"model\.image_newline": "only images in tiles that are joined in rows have newlines",
+    r"lm_head\.weight": "a model with tied embeddings computes its head from them",
+}
+"""Tensors that a model may do without, with the reasons. They may be missing or left over."""
 
 IDENTITY = "torch.nn.modules.linear.Identity"
 """vLLM's name of the identity activation; transformers calls it "linear"."""
@@ -95,6 +100,9 @@ def describe_model(
             config = config or read_hf_config(checkpoint)
         else:
             config = _convert_llava_config(checkpoint, stored, image_token_id)
+        for part in (config, config.text_config, config.vision_config):
+            if hasattr(part, "quantization_config"):  # the weights are plain: it is left over
+                del part.quantization_config
         model_class = _choose_class(checkpoint, config)
         with torch.device("meta"), no_init_weights():
             tensors = model_class(config).state_dict()
@@ -108,7 +116,7 @@ def check_weights(
 ) -> list[str]:
     """Return the problems of a checkpoint's weights, each with how to fix it."""
     folder = checkpoint.folder
-    needed = {name for name in architecture.shapes if not _UNUSED.fullmatch(name)}
+    needed = {name for name in architecture.shapes if not re.fullmatch(_TOWER_END, name)}
     if architecture.config.tie_word_embeddings:
         needed.discard("lm_head.weight")
     problems = []
@@ -125,15 +133,38 @@ def check_weights(
                 f"the weights of {str(folder)!r} lack {len(found)} tensors "
                 f"({', '.join(found[:3])}): {remedy}"
             )
+    if unused := find_unused(architecture, stored):
+        problems.append(
+            f"{stored[unused[0]].file}: {len(unused)} tensors are none of the model that "
+            f"{folder / 'config.json'} describes ({', '.join(unused[:3])}): without them its "
+            "answers would be wrong; correct architectures and model_type, copy the config.json "
+            "that belongs to these weights, or check base"
+        )
     for name in sorted(needed & set(stored)):
         expected, found = architecture.shapes[name], stored[name].shape
-        if expected != found:
+        if 0 in found:
+            problems.append(
+                f"{stored[name].file}: {name} has no values, shape {list(found)}: it was saved "
+                "under ZeRO 3 without gathering the weights; save it again with "
+                "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
+                "DeepSpeed's zero_to_fp32.py"
+            )
+        elif expected != found:
             problems.append(
                 f"{stored[name].file}: {name} has shape {list(found)}, and "
                 f"{checkpoint.folder / 'config.json'} needs {list(expected)}: they belong to "
                 "different models; check base and vision_tower"
             )
     return problems
+
+
+def find_unused(architecture: Architecture, stored: Mapping[str, StoredTensor]) -> list[str]:
+    """Return the stored tensors that the model does not have and that are not harmless."""
+    return [
+        name
+        for name in sorted(set(stored) - set(architecture.shapes))
+        if not any(re.fullmatch(pattern, name) for pattern in _HARMLESS)
+    ]
 
 
 def find_unmarked(checkpoint: Checkpoint, architecture: Architecture, tokenizer: Any) -> list[str]:
@@ -192,6 +223,7 @@ def _convert_llava_config(
         layer = min(layer + missing_layers, -1)
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
     has_cls = vision_config.model_type == "clip_vision_model"
+    is_tied = "lm_head.weight" not in stored and text_config.tie_word_embeddings
     common = {
         "text_config": text_config,
         "vision_config": vision_config,
@@ -200,11 +232,11 @@ def _convert_llava_config(
         + int(keeps_cls and has_cls),
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": "full" if keeps_cls or not has_cls else "default",
-        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "tie_word_embeddings": is_tied,
         "mm_projector_type": checkpoint.projector,
         "mm_patch_merge_type": checkpoint.merge_type,
     }
-    text_config.tie_word_embeddings = common["tie_word_embeddings"]
+    text_config.tie_word_embeddings = is_tied
     if checkpoint.aspect_mode != "anyres":
         return LlavaConfig(**common)
     pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, RequestError
 from llava_ray.model.checkpoint.inspect import Checkpoint
 from llava_ray.model.processor import START_END
 from llava_ray.template import (
@@ -22,6 +22,7 @@ from llava_ray.template import (
     Template,
     find_template,
 )
+from llava_ray.types import ImagePart, Message, TextPart
 
 OWN = "own"
 """The name that asks for the template that comes with the checkpoint."""
@@ -45,15 +46,30 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
     notation = _read_notation(checkpoint, processor)
     own = _read_own(checkpoint, processor, notation)
     named = name or checkpoint.template
-    if named == OWN or (named is None and own is not None):
-        if own is None:
+    if named == OWN and own is None:
+        raise ConfigError(
+            f"template={OWN!r}: {str(checkpoint.folder)!r} has no chat template of its own: give "
+            f"one of {', '.join(TEMPLATES)}"
+        )
+    if own is not None and named in (None, OWN):
+        problem = find_template_fault(own)
+        # A language model's template, which came with its tokenizer, says nothing of images.
+        if problem and (named == OWN or checkpoint.format == "hf"):
             raise ConfigError(
-                f"template={OWN!r}: {str(checkpoint.folder)!r} has no chat template that supports "
-                f"images: give one of {', '.join(TEMPLATES)}"
+                f"the chat template of {str(checkpoint.folder)!r} {problem}: give the template "
+                f"that it was trained with by name, one of {', '.join(TEMPLATES)}"
             )
-        return own
+        if not problem:
+            return own
     if named is None:
         named = guess_template(checkpoint.metadata, processor.tokenizer)
+    if named is None:
+        raise ConfigError(
+            f"{str(checkpoint.folder)!r} does not say which conversation template its language "
+            f"model ({checkpoint.text_model_type}, whose answers end with "
+            f"{processor.tokenizer.eos_token!r}) was trained with: give it as template, one of "
+            f"{', '.join(TEMPLATES)}"
+        )
     check_template_name(name)
     try:
         return replace(find_template(named), notation=notation)
@@ -62,6 +78,20 @@ def choose_template(checkpoint: Checkpoint, processor: Any, name: str | None) ->
             f"{checkpoint.folder / 'config.json'} (llava_ray_template): {error.message}; correct "
             "it there or give a template by name"
         ) from error
+
+
+def find_template_fault(template: Template) -> str:
+    """Return what is wrong with a checkpoint's template, found by rendering images; "" if nothing.
+
+    A template for text alone writes a list of parts as text, or fails on it.
+    """
+    for num_images in (1, 2):
+        parts = (*[ImagePart(b"")] * num_images, TextPart("What is this?"))
+        try:
+            template.render([Message("user", parts)])
+        except RequestError as error:
+            return f"cannot render an image ({error.message.partition(';')[0]})"
+    return ""
 
 
 def check_template_name(name: str | None) -> None:
@@ -78,8 +108,8 @@ def check_template_name(name: str | None) -> None:
         raise ConfigError(f"template={name!r}: {error.message}") from error
 
 
-def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str:
-    """Return the name of the template that a language model was most likely trained with.
+def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str | None:
+    """Return the name of the template that a language model was trained with; None: unknown.
 
     Args:
         metadata: see `Checkpoint.metadata`.
@@ -100,7 +130,9 @@ def guess_template(metadata: Mapping[str, str], tokenizer: Any) -> str:
         return "llava_llama_2"
     if _FIRST_LLAVA.search(base):
         return "llava_v0"
-    return "vicuna_v1"
+    # Llama and Llama 2, as LLaVA was trained on them; Llama 3 has another end of sequence.
+    is_first_llama = text in ("llama", "") and tokenizer.eos_token == "</s>"
+    return "vicuna_v1" if is_first_llama else None
 
 
 def find_stop_ids(template: Template, tokenizer: Any) -> frozenset[int]:
@@ -125,11 +157,11 @@ def _read_notation(checkpoint: Checkpoint, processor: Any) -> Notation:
 
 
 def _read_own(checkpoint: Checkpoint, processor: Any, notation: Notation) -> OwnTemplate | None:
-    """Return the checkpoint's Jinja template, unless it is that of a language model alone."""
+    """Return the Jinja template that comes with a checkpoint, if there is one."""
     source = processor.chat_template
     if isinstance(source, dict):
         source = source.get("default")
-    if not source or (checkpoint.format == "llava" and "image" not in source):
+    if not source:
         return None
     names = ("bos_token", "eos_token", "unk_token", "pad_token")
     variables = tuple((name, getattr(processor.tokenizer, name) or "") for name in names)

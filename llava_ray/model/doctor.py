@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ConfigError, UserError
+from llava_ray.model.adapter_files import check_effect, open_adapter
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
-from llava_ray.model.checkpoint.locate import find_folder, read_json
+from llava_ray.model.checkpoint.locate import find_folder
+from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.open_checkpoint import (
@@ -20,6 +22,7 @@ from llava_ray.model.open_checkpoint import (
     open_checkpoint,
     read_context_length,
 )
+from llava_ray.model.processor_check import find_misfit
 
 _KINDS = {
     "full": "a LLaVA with all its weights",
@@ -55,18 +58,22 @@ class Diagnosis:
 
 
 def diagnose(
-    path: str | Path, *, base: str | Path | None = None, vision_tower: str | Path | None = None
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    template: str | None = None,
 ) -> Diagnosis:
     """Return what a checkpoint is and what is wrong with it. No weights are read.
 
     Args:
-        path, base, vision_tower: as in `load_model`.
+        path, base, vision_tower, template: as in `load_model`.
     """
     found = Diagnosis()
     try:
         folder = find_folder(path)
         found.facts["folder"] = str(folder)
-        opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+        opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     except UserError as error:
         found.problems.append(error.message)
         return found
@@ -78,9 +85,13 @@ def diagnose(
     except UserError as error:
         found.problems.append(error.message)
         return found
+    if method := find_leftover(checkpoint):
+        found.facts["quantization"] = f"none; {method} in config.json is left over and ignored"
     found.problems.extend(check_weights(checkpoint, architecture, stored))
     if tokenizer is not None:
         found.problems.extend(find_unmarked(checkpoint, architecture, tokenizer))
+        misfit = find_misfit(checkpoint, opened.processor, architecture.config)
+        found.problems.extend([misfit] if misfit else [])
     found.facts.update(_describe_sizes(architecture, stored))
     found.problems.extend(_check_adapters(checkpoint, architecture))
     return found
@@ -160,27 +171,13 @@ def _describe_sizes(architecture: Architecture, stored: dict[str, StoredTensor])
 
 
 def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
-    if not checkpoint.adapters:
-        return []
-    from llava_ray.model.checkpoint.tensor_names import detect_format
-    from llava_ray.model.lora import find_place, read_adapter
-
     problems = []
     for folder in checkpoint.adapters:
         try:
-            tensors = read_adapter(folder)
-            named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            is_tied = architecture.config.get_text_config().tie_word_embeddings
+            check_effect(folder, open_adapter(folder, architecture.shapes, is_tied=is_tied))
         except ConfigError as error:
             problems.append(error.message)
-            continue
-        file_format = detect_format(tensors)
-        modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
-        places = {name: f"{find_place(name, file_format)}.weight" for name in modules}
-        if lost := sorted(n for n, place in places.items() if place not in architecture.shapes):
-            problems.append(
-                f"the adapter in {folder} changes {len(lost)} modules that the base does not have "
-                f"({lost[0]}): it was trained on {named!r}; give that as base"
-            )
     return problems
 
 

@@ -9,7 +9,7 @@ Shapes: B samples, T tokens, N images, C H W pixels.
 
 import contextlib
 import gc
-import os
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +22,14 @@ from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor, check_deltas
 from llava_ray.model.choose_template import find_stop_ids
+from llava_ray.model.devices import describe_shortage, select_device
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint, read_context_length
 from llava_ray.model.precision import choose_dtype
-from llava_ray.model.processor import encode_images, mark_images
+from llava_ray.model.processor import arrange_images, encode_images, mark_images
+from llava_ray.model.processor_check import check_processor
 from llava_ray.model.transformers_output import no_progress_bars
 from llava_ray.template import (
     IMAGE_PLACEHOLDER,
@@ -38,11 +41,9 @@ from llava_ray.template import (
 if TYPE_CHECKING:
     from PIL import Image as PILImage
 
-Quantization = Literal["4bit", "8bit"]
+logger = logging.getLogger(__name__)
 
-if not torch.cuda.is_available():
-    # transformers imports DeepSpeed if it is installed, which otherwise warns that there is no GPU.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+Quantization = Literal["4bit", "8bit"]
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -89,7 +90,8 @@ class LoadedModel:
         Returns:
             `input_ids` and `attention_mask` [1, T], each `<image>` expanded to as many ids as the
             image has tokens. With images also `pixel_values` in float32: [N, C, H, W], or for
-            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width).
+            anyres [N, tiles, C, H, W] together with `image_sizes` [N, 2] (height, width); for
+            LLaVA-OneVision also `batch_num_images` [1], and several images have one tile each.
 
         Raises:
             RequestError: the number of images differs from the number of `<image>` in the text.
@@ -102,7 +104,7 @@ class LoadedModel:
         bos = self.tokenizer.bos_token
         inputs = self.processor(
             text=text,
-            images=list(images) or None,
+            images=arrange_images(self.processor, images) if images else None,
             add_special_tokens=not (bos and text.startswith(bos)),
             return_tensors="pt",
         )
@@ -177,8 +179,9 @@ def load_model(
         vision_tower: folder or hub name of the vision tower, for LLaVA's format; by default the one
             that config.json names.
         dtype: precision of the weights in memory. "auto" is bfloat16 where the device computes in
-            it and float32 elsewhere (see `precision`). "stored" is the files' 16-bit dtype if they
-            all have the same one, otherwise float32, so that no precision is lost.
+            it, else float16 on a GPU and float32 on a CPU (see `precision`). "stored" is the files'
+            16-bit dtype if they all have the same one, otherwise float32, so that no precision is
+            lost.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1".
         quantization: "4bit" or "8bit" (bitsandbytes), of the language model's linear layers.
         attention: transformers' name of the attention implementation ("sdpa", "eager",
@@ -213,10 +216,16 @@ def load_opened(
     if dtype == "stored" and not checkpoint.adapters:  # merging one in 16 bits would lose precision
         precision = _find_stored_dtype(opened.stored.values())
     processor = opened.processor
+    check_processor(checkpoint, processor, opened.architecture.config)
     problems = check_weights(checkpoint, opened.architecture, opened.stored)
     problems += find_unmarked(checkpoint, opened.architecture, processor.tokenizer)
     if problems:
         raise ConfigError(problems[0])
+    if method := find_leftover(checkpoint):
+        logger.warning(
+            f"{checkpoint.folder}: the weights are plain, and config.json's quantization_config "
+            f"({method}) is left over: it is ignored"
+        )
     template = opened.template
     check_deltas(checkpoint.weights, checkpoint.text_model_type)
     model = build_model(
@@ -259,6 +268,7 @@ def load_without_weights(path: str | Path, *, template: str | None = None) -> Lo
     if checkpoint.format != "hf":
         raise ConfigError(f"{str(path)!r} is not in transformers' format: export it with --to hf")
     config, processor = opened.config, opened.processor
+    check_processor(checkpoint, processor, config)
     model = SimpleNamespace(config=config, generation_config=SimpleNamespace(eos_token_id=None))
     model.generation_config = _read_generation_config(checkpoint, model)
     stop_ids = find_stop_ids(opened.template, processor.tokenizer)
@@ -272,25 +282,6 @@ def load_without_weights(path: str | Path, *, template: str | None = None) -> Lo
         eos_token_ids=_find_eos(model, processor.tokenizer) | stop_ids,
         checkpoint=checkpoint,
     )
-
-
-def select_device(name: str) -> torch.device:
-    """Return the torch device that `name` ("auto", "cpu", "cuda:1", ...) stands for.
-
-    Raises:
-        ConfigError: this machine has no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device={name!r} is not a device: use auto, cpu or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use auto or cpu"
-        )
-    return device
 
 
 def select_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
@@ -347,6 +338,12 @@ def build_model(
                 quantization_config=_describe_quantization(quantization, dtype),
                 output_loading_info=True,
             )
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"the weights in {str(checkpoint.folder)!r} do not fit in the GPU's memory: "
+            f"{describe_shortage(error)}; end what else uses this GPU, take a larger one, or "
+            "spread the model over several with engine=vllm"
+        ) from error
     except ImportError as error:
         raise MissingPackageError(
             f"attention={attention!r} or quantization={quantization!r} needs a package: {error}"

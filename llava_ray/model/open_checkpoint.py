@@ -16,6 +16,7 @@ from typing import Any
 from llava_ray.model.architecture import Architecture, describe_model, read_hf_config
 from llava_ray.model.checkpoint.inspect import Checkpoint, inspect_checkpoint
 from llava_ray.model.checkpoint.llava_format import read_pinpoints
+from llava_ray.model.checkpoint.quantized import check_quantization
 from llava_ray.model.checkpoint.weights import StoredTensor, open_weights
 from llava_ray.model.choose_template import check_template_name, choose_template
 from llava_ray.model.processor import load_processor
@@ -39,8 +40,13 @@ class OpenedCheckpoint:
 
     @cached_property
     def stored(self) -> dict[str, StoredTensor]:
-        """The tensors by their names in memory; each is read from its file when it is indexed."""
-        return open_weights(self.checkpoint.weights)
+        """The tensors by their names in memory; each is read from its file when it is indexed.
+
+        They are plain numbers: quantized weights are refused.
+        """
+        stored = open_weights(self.checkpoint.weights)
+        check_quantization(self.checkpoint, stored)
+        return stored
 
     @cached_property
     def processor(self) -> Any:

@@ -66,9 +66,23 @@ def mark_images(text: str) -> str:
     return text.replace(marked, IMAGE_TOKEN).replace(IMAGE_TOKEN, marked)
 
 
+def tiles_only_one(processor: Any) -> bool:
+    """Return whether an image is laid out in tiles only if it is its prompt's only one.
+
+    LLaVA-OneVision was trained so: each of several images takes one tile. Its processor and model
+    tell by `batch_num_images`, the number of images in each prompt.
+    """
+    return "batch_num_images" in getattr(processor.image_processor, "model_input_names", ())
+
+
+def arrange_images(processor: Any, images: Sequence["PILImage.Image"]) -> list[Any]:
+    """Return the images of one prompt as its processor takes them."""
+    return [list(images)] if tiles_only_one(processor) else list(images)
+
+
 def encode_images(processor: Any, images: Sequence["PILImage.Image"]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for one or more images; pixels in float32."""
-    inputs = dict(processor.image_processor(list(images), return_tensors="pt"))
+    """Return the model's inputs for the images of one prompt or sample; pixels in float32."""
+    inputs = dict(processor.image_processor(arrange_images(processor, images), return_tensors="pt"))
     inputs["pixel_values"] = inputs["pixel_values"].float()
     return inputs
 
@@ -153,7 +167,8 @@ def _load_llava_processor(checkpoint: Checkpoint, pinpoints: list[list[int]] | N
         vision_feature_select_strategy="full" if keeps_cls else "default",
         num_additional_image_tokens=int(not is_siglip),
         image_token=IMAGE_TOKEN,
-        chat_template=tokenizer.chat_template,
+        chat_template=read_processor_settings(checkpoint.tokenizer_folder).get("chat_template")
+        or tokenizer.chat_template,
     )
 
 
@@ -251,7 +266,12 @@ def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str)
             f"puts at {expected}: copy tokenizer.json and tokenizer_config.json from where the "
             "checkpoint came from"
         )
-    if expected is not None and found != expected:
+    if expected is None:
+        raise ConfigError(
+            f"{checkpoint.folder / 'config.json'} does not say which token stands for an image: "
+            f'add "image_token_index": {found}, at which the tokenizer has {image_token!r}'
+        )
+    if found != expected:
         raise ConfigError(
             f"the tokenizer in {where!r} has the image token {image_token!r} at {found}, and "
             f"config.json (image_token_index) at {expected}: they belong to different checkpoints"

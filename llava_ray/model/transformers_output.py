@@ -4,6 +4,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from llava_ray.model.devices import computes_on_gpu
+
 
 @contextlib.contextmanager
 def no_progress_bars() -> Iterator[None]:
@@ -12,10 +14,9 @@ def no_progress_bars() -> Iterator[None]:
     To write a model, transformers also imports DeepSpeed where that is installed, which warns that
     it found no GPU unless `DS_ACCELERATOR` is set.
     """
-    import torch
     from transformers.utils import logging
 
-    if not torch.cuda.is_available():
+    if not computes_on_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     was_on = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

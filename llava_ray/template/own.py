@@ -14,6 +14,7 @@ from llava_ray.template.tokens import (
     EncodedConversation,
     Notation,
     Segment,
+    count_images,
     encode_segments,
     split_parts,
 )
@@ -31,6 +32,10 @@ VICUNA = (
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 """LLaVA-1.5's roles without a system prompt, for engines that have no template of their own."""
+
+
+_BROKEN = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+"""What Jinja lets through when a template does to its values what they do not support."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class OwnTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the prompt text; see `Template.render`. Errors quote the template's message."""
+        is_continued = add_generation_prompt and messages[-1].role == "assistant"
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -71,15 +77,23 @@ class OwnTemplate:
             rendered, _ = render_jinja_template(
                 conversations=[conversation],
                 chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=add_generation_prompt and not is_continued,
+                continue_final_message=is_continued,
                 **variables,
             )
-        except TemplateError as error:
+        except (TemplateError, *_BROKEN) as error:
             raise RequestError(
                 f"this model's chat template does not accept the conversation: {error}; "
                 "send user and assistant messages in turn, at most one system message first",
                 param="messages",
             ) from error
+        num_images, num_written = count_images(messages), rendered[0].count(self.notation.image)
+        if num_images != num_written:
+            raise RequestError(
+                f"this model's chat template writes {num_written} of {num_images} images; send "
+                "images in messages of the user, or serve the model with another template",
+                param="messages",
+            )
         return rendered[0]
 
     def encode(

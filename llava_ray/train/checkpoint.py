@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
+from llava_ray.model.devices import computes_on_gpu
 from llava_ray.train.deepspeed_engine import TrainState, import_deepspeed
 from llava_ray.train.save_weights import write_weights
 
@@ -49,7 +50,7 @@ class TrainProgress(BaseModel):
     num_workers: int
     stage: int
     method: str
-    loss: float
+    loss: float | None
 
 
 def save_checkpoint(
@@ -59,7 +60,7 @@ def save_checkpoint(
     *,
     step: int,
     position: Position,
-    loss: float,
+    loss: float | None,
 ) -> None:
     """Write this worker's part of a checkpoint; all workers must call this together.
 
@@ -121,7 +122,7 @@ def open_state(folder: Path, *, is_alike: bool) -> Iterator[Path]:
     if is_alike:
         yield folder / STATE
         return
-    import_deepspeed(is_gpu=torch.cuda.is_available())
+    import_deepspeed(is_gpu=computes_on_gpu())
     from deepspeed.checkpoint.ds_to_universal import main as take_apart
 
     is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0

@@ -17,7 +17,9 @@ from llava_ray.errors import ConfigError, MissingPackageError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.checkpoint.tensor_names import to_memory
 from llava_ray.model.checkpoint.weights import open_file, open_weights
+from llava_ray.model.devices import select_device
 from llava_ray.model.loading import LoadedModel, load_model
+from llava_ray.model.precision import has_fast_bfloat16
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.inputs import Inputs, encode_blank_image
 from llava_ray.train.param_groups import (
@@ -75,9 +77,11 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
         ConfigError: The model cannot be loaded or the DeepSpeed configuration is wrong.
         MissingPackageError: DeepSpeed, peft, bitsandbytes or Liger is missing.
     """
-    is_gpu = torch.cuda.is_available()
+    device = select_device("auto")
+    is_gpu = device.type == "cuda"
     deepspeed = import_deepspeed(is_gpu=is_gpu)
-    device = torch.device("cuda", torch.cuda.current_device()) if is_gpu else torch.device("cpu")
+    if is_gpu:
+        device = torch.device("cuda", torch.cuda.current_device())
     core = load_for_training(config, device)
     model: Any = core.model
     select_trainable(model, config)
@@ -110,7 +114,8 @@ def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:
         ConfigError: The model cannot be loaded.
         MissingPackageError: A package is missing.
     """
-    is_bf16 = config.bf16 if config.bf16 != "auto" else device.type == "cuda"
+    is_gpu = device.type == "cuda"
+    is_bf16 = config.bf16 if config.bf16 != "auto" else is_gpu and has_fast_bfloat16(device)
     if config.tf32 and device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)

@@ -24,7 +24,7 @@ def encode_blank_image(core: Any) -> Inputs:
 
     side = core.model.config.vision_config.image_size
     inputs = core.encode(core.processor.image_token, [Image.new("RGB", (side, side), "grey")])
-    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+    names = ("input_ids", "attention_mask", "pixel_values", "image_sizes", "batch_num_images")
     return {name: inputs[name] for name in names if name in inputs}
 
 

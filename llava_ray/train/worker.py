@@ -20,6 +20,7 @@ from llava_ray.data.loader.dataset import make_order, open_datasets
 from llava_ray.data.loader.order import Position
 from llava_ray.data.loader.stream import EncoderSpec, WorkerRank, stream_batches
 from llava_ray.errors import DivergedError
+from llava_ray.model.devices import computes_on_gpu
 from llava_ray.train.best import UNKNOWN
 from llava_ray.train.checkpoint import read_progress
 from llava_ray.train.log import RunLog
@@ -40,7 +41,7 @@ def train_worker(settings: dict[str, Any]) -> str | None:
     config = TrainConfig(**settings)
     context = ray.train.get_context()
     rank = context.get_world_rank()
-    if not torch.cuda.is_available():
+    if not computes_on_gpu():
         torch.set_num_threads(max(1, int(config.cpus_per_worker)))
     folder = f"{config.output_dir}/{config.name}"
     opened = open_run_folder(folder) if rank == 0 else contextlib.nullcontext()

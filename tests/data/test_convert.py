@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.output import describe_settings, prepare_output
+from llava_ray.data.convert.output import begin_output, open_output
 from llava_ray.data.convert.partition import make_shard_jobs
 from llava_ray.data.convert.run import convert_dataset
 from llava_ray.data.convert.write_shard import ShardJobRunner
@@ -75,6 +75,7 @@ def test_raw_data_becomes_shards_on_ray(cluster: None, tmp_path: Path) -> None:
     assert (seen[-1].num_rows, seen[-1].num_samples) == (11, 10)
     assert list_files(tmp_path / "out") == [
         "_index.parquet",
+        "_jobs.json",
         "_manifest.json",
         *(f"part-0000{k}.parquet" for k in range(3)),
         "rejects/part-00002.jsonl",
@@ -85,7 +86,7 @@ def test_raw_data_becomes_shards_on_ray(cluster: None, tmp_path: Path) -> None:
     (reject,) = read_rejects(tmp_path / "out")
     assert reject["id"] == "row-99"
     assert reject["where"] == "data.json[10]"
-    assert "'99.png' cannot be read" in reject["message"]
+    assert "no image '99.png'" in reject["message"]
     assert convert_dataset(config) == manifest, "a finished one is left as it is"
     convert_here(settings(raw, tmp_path / "again"))
     assert load_manifest(str(tmp_path / "again")).digest == manifest.digest
@@ -194,7 +195,8 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 20)
     config = settings(raw, tmp_path / "out")
     runner = ShardJobRunner(config)
-    output, _ = prepare_output(config, describe_settings(config))
+    output = open_output(config)
+    begin_output(output, config, [])
     for job in list(make_shard_jobs(config))[1:3]:
         runner.run(job)
     (tmp_path / "out" / f".{'0' * 32}").write_text("half of a shard")
@@ -215,16 +217,17 @@ def test_a_stopped_conversion_goes_on_and_ends_the_same(tmp_path: Path) -> None:
 def test_what_another_conversion_has_begun_is_not_continued(tmp_path: Path) -> None:
     raw = write_llava(tmp_path / "raw", 8)
     config = settings(raw, tmp_path / "out")
-    prepare_output(config, describe_settings(config))
+    begin_output(open_output(config), config, [])
     other = settings(raw, tmp_path / "out", rows_per_shard=5)
-    with pytest.raises(ConfigError, match="unfinished conversion with other settings"):
+    with pytest.raises(ConfigError, match=r"with other settings .rows_per_shard.: choose another"):
         convert_here(other)
-    (raw / "data.json").write_text(json.dumps([llava_row(0)]))
-    with pytest.raises(ConfigError, match="or of other files"):
-        convert_here(config)
     convert_here(settings(raw, tmp_path / "out", rows_per_shard=5, overwrite=True))
-    with pytest.raises(ConfigError, match="is not empty"):
+    with pytest.raises(ConfigError, match=r"with other settings .rows_per_shard."):
         convert_here(config)
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    with pytest.raises(ConfigError, match="is not empty"):
+        convert_here(settings(raw, tmp_path / "home"))
 
 
 def test_overwriting_removes_shards_and_nothing_else(tmp_path: Path) -> None:
@@ -258,13 +261,17 @@ def test_too_many_rejects_fail_the_conversion_and_say_which(cluster: None, tmp_p
     with pytest.raises(ConfigError, match="no _manifest"):
         load_manifest(str(tmp_path / "out"))
     assert convert_dataset(settings(raw, tmp_path / "out", max_rejects="2")).num_samples == 6
+    save(raw / "3.png", 3)
+    save(raw / "5.png", 5)
+    healed = convert_dataset(settings(raw, tmp_path / "out", max_rejects="0"))
+    assert (healed.num_samples, healed.rejects) == (8, {})
 
 
 def test_a_broken_input_is_told_as_it_is_through_ray(cluster: None, tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
     (raw / "rows.json").write_text('[{"id": ')
-    with pytest.raises(ConfigError, match=r"^'rows.json' in .* is no JSON"):
+    with pytest.raises(ConfigError, match=r"^'rows.json' in .* is not JSON"):
         convert_dataset(settings(raw, tmp_path / "out"))
 
 
@@ -276,6 +283,8 @@ def test_the_command_says_what_came_out(cluster: None, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "5 samples with 4 images in 1 shards, 1 of text alone; 1 rows rejected" in done.stdout
     assert "1  image_empty" in done.stdout
+    noise = [line for line in done.stderr.splitlines() if line.strip() and " rows " not in line]
+    assert noise == [], "only the progress; nothing of Ray's"
 
 
 def test_rows_that_come_with_their_images_end_a_part_before_it_grows_large(

@@ -13,7 +13,12 @@ from llava_ray.errors import ConfigError, UserError
 from llava_ray.evaluate import run
 from llava_ray.evaluate.predict import ask as asking
 from llava_ray.evaluate.predict.actor import Predictor
-from llava_ray.evaluate.predict.cache_key import describe_settings, make_cache_key
+from llava_ray.evaluate.predict.cache_key import (
+    describe_settings,
+    digest_model,
+    is_known_by_weights,
+    make_cache_key,
+)
 from llava_ray.evaluate.predict.crashes import CrashCounter
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question, Sampling
@@ -74,10 +79,65 @@ def test_what_cannot_be_asked_is_refused_and_what_breaks_is_failed(tmp_path: Pat
     assert "absent.png cannot be read" in told[4].reason
 
 
+def test_a_server_that_does_not_speak_openais_language_fails_its_questions_only() -> None:
+    end = b'data: {"choices": [{"finish_reason": "stop"}]}\n\n'
+    bodies = {
+        "words": b"data: hello\n\n",
+        "list": b"data: []\n\n",
+        "odd": b'data: {"choices": [5]}\n\n',
+        "empty": b"",
+        "lone": b'data: {"choices": [{"delta": {"content": "\\ud800"}}]}\n\n' + end,
+        "bare": end,
+    }
+    told = ask(lambda text: bodies[text], *(Question(name, name) for name in bodies))
+    assert [p.status for p in told] == ["failed"] * 4 + ["answered"] * 2
+    assert "does not stream as the OpenAI API does" in told[0].reason
+    assert [p.text for p in told[4:]] == ["\ud800", ""]
+
+
 def test_what_may_pass_is_tried_again() -> None:
     responses = iter([503, None, "at last"])
     (told,) = ask(lambda _: next(responses), Question("1", "?"))
     assert (told.status, told.text) == ("answered", "at last")
+
+
+def test_a_response_of_other_weights_than_the_run_began_with_is_no_prediction() -> None:
+    with ScriptedOpenAI(lambda _: "yes", fingerprint="fp_llava_new") as server:
+        config = configure(endpoint=server.url)
+        for digest, status in (("fp_llava_new", "answered"), ("fp_llava_old", "failed")):
+            predictor = Predictor(config, "scripted", SHORT, digest, CrashCounter())
+            (told,) = predictor._ask_batch([Question("1", "?")])
+            assert told.status == status
+    assert "(fp_llava_new) is not the one that the run began with (fp_llava_old)" in told.reason
+    assert len(server.asked) == 2  # asking again would not help
+
+
+def test_only_our_own_models_tell_their_weights() -> None:
+    for owner, fingerprint, known in (
+        ("llava-ray", "fp_llava_1", True),
+        ("llava-ray", None, False),  # behind our gateway, a worker of LLaVA's
+        ("llava-ray", "fp_other", False),
+        ("vllm", "fp_llava_1", False),
+    ):
+        with ScriptedOpenAI(lambda _: "hi", fingerprint=fingerprint, owner=owner) as server:
+            config = configure(endpoint=server.url)
+            digest = digest_model(config, "scripted")
+            assert (digest == "fp_llava_1") == known
+            assert is_known_by_weights(config, digest) == known
+            assert len(server.asked) == (owner == "llava-ray")
+    assert is_known_by_weights(configure(engine="echo"), digest_model(configure(engine="echo"), ""))
+
+
+def test_a_question_may_have_any_id() -> None:
+    ids = ["é", "猫", "a b", "line\nbreak", "\ud800", "", "x" * 5000, "\0"]
+    told = ask(lambda _: "yes", *(Question(each, "?") for each in ids))
+    assert [(p.question_id, p.status) for p in told] == [(each, "answered") for each in ids]
+
+
+def test_a_question_of_lone_surrogates_is_refused_and_ends_nothing() -> None:
+    told = ask(lambda _: "yes", Question("1", "\ud800?"), Question("2", "fine"))
+    assert [p.status for p in told] == ["refused", "answered"]
+    assert "lone surrogates" in told[0].reason
 
 
 def test_a_model_or_server_that_is_not_there_is_named_before_anything_is_asked(
@@ -128,5 +188,8 @@ def test_a_response_holds_for_its_model_prompt_images_and_settings(tmp_path: Pat
     other = tmp_path / "b.png"
     save(other, seed=1)
     assert is_open(replace(question, images=(str(other),)))
+    known["1"] = replace(known["1"], cache_key=key)
+    save(path, seed=2)  # another image in the same place
+    assert is_open()
     other.unlink()
     assert is_open(replace(question, images=(str(tmp_path / "absent.png"),)))

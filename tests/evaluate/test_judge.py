@@ -1,5 +1,6 @@
 """Responses are graded by a judge at a real server, which may fail or talk nonsense."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -137,3 +138,11 @@ def test_without_a_judge_responses_are_kept_and_nothing_is_scored(tmp_path: Path
     assert isinstance(result, TaskResult)
     assert result.statuses == {"unjudged": 2}
     assert "--judge-endpoint" in next(iter(result.reasons))
+
+
+def test_a_notebook_whose_loop_runs_already_can_ask_a_judge(tmp_path: Path) -> None:
+    async def cell() -> None:
+        server, _, result = grade("mmvet", tmp_path, lambda _: "1")
+        assert result.num_scored == len(server.asked) == 2
+
+    asyncio.run(cell())

@@ -41,6 +41,7 @@ def configure(folder: Path, server: ScriptedOpenAI) -> EvaluateConfig:
         data=str(write_questions(folder)),
         output=str(folder / "out"),
         endpoint=server.url,
+        reuse=True,
         num_cpus=0.1,
         concurrency=CONCURRENCY,
     )
@@ -126,6 +127,7 @@ def test_a_killed_driver_goes_on_where_it_was(tmp_path: Path) -> None:
         options = {"tasks": config.tasks[0], "data": config.data, "output": config.output}
         options |= {"endpoint": server.url, "num-cpus": "0.1", "concurrency": str(CONCURRENCY)}
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
+        words.append("--reuse")
         driver = subprocess.Popen(
             [sys.executable, "-m", "llava_ray.cli", "evaluate", *words],
             env={**os.environ, "RAY_ADDRESS": ray.get_runtime_context().gcs_address},

@@ -85,7 +85,7 @@ def test_a_template_that_is_not_known_is_told(tmp_path: Path) -> None:
     folder = Original().write(tmp_path / "model")
     with pytest.raises(ConfigError, match="'vicuna_v2': did you mean 'vicuna_v1'"):
         load(folder, template="vicuna_v2")
-    with pytest.raises(ConfigError, match="has no chat template that supports images"):
+    with pytest.raises(ConfigError, match="has no chat template of its own"):
         load(folder, template="own")
     folder = Original(extra={"llava_ray_template": "v9"}).write(tmp_path / "other")
     with pytest.raises(ConfigError, match=r"config\.json \(llava_ray_template\): there is no"):

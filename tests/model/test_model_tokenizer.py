@@ -215,7 +215,8 @@ def test_ids_of_the_original_code(kind, tmp_path):
         (folder / "tokenizer_config.json").write_text(json.dumps(SAID))
     if kind == "mistral":
         config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "model_type": "llava_mistral"}))
+        named = {"model_type": "llava_mistral", "architectures": ["LlavaMistralForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps(config | named))
     tokenizer = read(folder)
     for text, expected in OF_THE_ORIGINAL.items():
         assert tokenizer(text).input_ids == expected[kind != "legacy: false"]

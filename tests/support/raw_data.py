@@ -14,8 +14,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from llava_ray.config import ConvertConfig
-from llava_ray.data.convert.output import describe_settings, finalize_output, prepare_output
-from llava_ray.data.convert.partition import PendingSample, RejectedRow, make_shard_jobs
+from llava_ray.data.convert.inputs import digest_inputs
+from llava_ray.data.convert.output import (
+    begin_output,
+    finalize_output,
+    open_output,
+    read_jobs,
+    remove_surplus,
+    write_num_jobs,
+)
+from llava_ray.data.convert.partition import make_shard_jobs
+from llava_ray.data.convert.records import JobList, PendingSample, RejectedRow
 from llava_ray.data.convert.write_shard import ShardJobRunner
 from llava_ray.data.shards import write_text
 from tests.support.tiny_checkpoint import make_image
@@ -75,13 +84,19 @@ def read(source: str, folder: Path, **settings: Any) -> list[Any]:
     return found
 
 
-def convert_here(config: ConvertConfig) -> None:
-    """Do what `convert` does, in this process and without limits."""
-    described = describe_settings(config)
-    output, records = prepare_output(config, described)
+def convert_here(config: ConvertConfig) -> list[int]:
+    """Do what `convert` does, in this process and without limits; return which jobs it ran."""
+    output = open_output(config)
+    records = {record.number: record for record in read_jobs(output).records}
+    begin_output(output, config, records.values())
     runner = ShardJobRunner(config)
-    records |= {job.number: runner.run(job) for job in make_shard_jobs(config, done=set(records))}
-    finalize_output(output, list(records.values()), described, template=None)
+    jobs = list(make_shard_jobs(config, done=records))
+    records |= {job.number: runner.run(job) for job in jobs if not job.is_done}
+    write_num_jobs(output, len(jobs))
+    records = remove_surplus(output, records)
+    done = JobList(inputs_digest=digest_inputs(config), records=list(records.values()))
+    finalize_output(output, config, done, template=None)
+    return [job.number for job in jobs if not job.is_done]
 
 
 def odd_images() -> dict[str, bytes]:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
-Script = Callable[[str], str | int | None]
-"""What was asked -> the answer; a status to refuse with; None: hang up in the middle."""
+Script = Callable[[str], str | bytes | int | None]
+"""What was asked -> the answer; a whole body; a status to refuse with; None: hang up midway."""
 
 
 class ScriptedOpenAI:
@@ -16,22 +16,33 @@ class ScriptedOpenAI:
     Attributes:
         asked: bodies of the chat completions that came.
         keys: the Authorization header of each.
+        fingerprint: what responses have as `system_fingerprint`; None: nothing.
+        owner: what `/v1/models` says of the model.
     """
 
-    def __init__(self, script: Script) -> None:
+    def __init__(
+        self, script: Script, *, fingerprint: str | None = None, owner: str = "somebody"
+    ) -> None:
+        self.fingerprint, self.owner = fingerprint, owner
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.reply(200, {"object": "list", "data": [{"id": "scripted"}]})
+                model = {"id": "scripted", "owned_by": server.owner}
+                self.reply(200, {"object": "list", "data": [model]})
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append(body)
                 server.keys.append(self.headers.get("Authorization"))
                 said = script(read_text(body))
+                if isinstance(said, bytes):
+                    self.send_response(200)
+                    self.end_headers()
+                    self.wfile.write(said)
+                    return
                 if isinstance(said, int):
                     self.reply(said, {"error": {"message": "the script says no", "code": None}})
                     return
@@ -51,6 +62,8 @@ class ScriptedOpenAI:
                 self.wfile.write(data)
 
             def send(self, event: Any) -> None:
+                if server.fingerprint:
+                    event = {**event, "system_fingerprint": server.fingerprint}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
             def log_message(self, *_: Any) -> None:

@@ -214,7 +214,10 @@ def test_ones_own_lines_may_have_options_and_several_answers(tmp_path: Path) -> 
         {"question_id": 2, "text": "How many?", "answer": ["2", "2", "two", "3", "2"]},
     ]
     path = write_lines(tmp_path / "questions.jsonl", rows)
-    first, second = find(path, "own_choice")
+    with pytest.raises(SampleError, match="row 2 has no options"):
+        find(path, "own_choice")
+    second = find(path, "own_exact")[1]
+    (first,) = find(write_lines(tmp_path / "one.jsonl", rows[:1]), "own_choice")
     assert (first.text, first.groups) == (f"Which?\nA. x\nB. y{LETTER}", ("k",))
     assert second.answers == ("2", "2", "two", "3", "2")
     with pytest.raises(SampleError, match="question 1 has 1 answers"):
@@ -224,9 +227,9 @@ def test_ones_own_lines_may_have_options_and_several_answers(tmp_path: Path) -> 
 BAD_FILES = [
     ("gqa", "gqa/data/testdev_balanced_questions.json", None, "balanced_questions.json is missing"),
     ("gqa", "gqa/data/testdev_balanced_questions.json", "{}", "json has no '201'"),
-    ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_.*is no JSON"),
+    ("gqa", "gqa/data/testdev_balanced_questions.json", "{", "testdev_.*is not JSON"),
     ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", '{"text": "?"}', "row 1 has no 'question_id'"),
-    ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "nonsense", "line 1 of .*is no JSON object"),
+    ("gqa", "gqa/llava_gqa_testdev_balanced.jsonl", "nonsense", "line 1 of .*is not a JSON object"),
     ("vqav2_val", "vqav2/v2_mscoco_val2014_annotations.json", "{}", "has no 'annotations'"),
     ("pope", "pope/coco/coco_pope_random.json", '{"image": "9.jpg", "text": "", "label": "no"}',
      "no label for POPE's question 0"),
@@ -253,6 +256,31 @@ def test_a_file_that_is_missing_or_of_another_task_is_named(
             find(data, name)
     finally:
         path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    "name", ["a\0b.png", "\ud800.png", "", "x.parquet#0/0", "x.parquet#a", "x.tsv#y", "#", "/",
+             "y" * 5000]
+)  # fmt: skip
+def test_an_image_of_any_name_that_is_not_there_is_an_image_error(
+    tmp_path: Path, name: str
+) -> None:
+    for path in (name, str(tmp_path / name) if "\0" not in name else name):
+        with pytest.raises(ImageError):
+            load_image(path)
+        with pytest.raises(ImageError):
+            hash_image(path)
+
+
+def test_a_place_in_a_file_that_it_does_not_have_is_an_image_error(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shards")
+    shard = tmp_path / "shards" / "part-00000.parquet"
+    for place in ("9/0", "0/9", "-9/0", "0"):
+        with pytest.raises(ImageError):
+            load_image(f"{shard}#{place}")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(f"{tmp_path / 'broken.parquet'}#0/0")
 
 
 def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:

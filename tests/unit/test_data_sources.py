@@ -7,7 +7,7 @@ import pytest
 
 from llava_ray.data.sources import SOURCES, find_source
 from llava_ray.data.sources.building import write_box
-from llava_ray.data.sources.coco import REQUESTS
+from llava_ray.data.sources.conversations import CAPTION_REQUESTS
 from llava_ray.data.sources.scienceqa import INPUTS, OUTPUTS
 from llava_ray.errors import ConfigError
 from llava_ray.types import IMAGE, Message, Sample, TextPart
@@ -107,7 +107,7 @@ def test_ids_that_were_there_before_can_be_made_new(tmp_path: Path) -> None:
 
 def test_a_broken_json_file_stops_the_conversion_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.json").write_text('[{"id": "1"')
-    with pytest.raises(ConfigError, match=r"'rows.json' in .* is no JSON"):
+    with pytest.raises(ConfigError, match=r"'rows.json' in .* is not JSON"):
         read("llava", tmp_path)
     with pytest.raises(ConfigError, match="there is nothing at"):
         read("llava", tmp_path / "nowhere")
@@ -151,7 +151,7 @@ def test_a_folder_of_images_and_texts_becomes_captions(tmp_path: Path) -> None:
     save(tmp_path / "dog.png")
     first, second = read("pairs", tmp_path)
     assert first[0] == "a/cat.PNG"
-    assert first[1][0].removeprefix("<image>") in REQUESTS
+    assert first[1][0].removeprefix("<image>") in CAPTION_REQUESTS
     assert (first[1][1], first[2]) == ("A cat.", ["a/cat.PNG"])
     assert second == ("dog.png", "bad_row")
 
@@ -263,7 +263,7 @@ def test_coco_gives_captions_and_conversations_with_boxes(tmp_path: Path) -> Non
         ("12", "A cat and two cups.", [image]),
         ("11", "A cat.", [image]),
     ]
-    assert all(row[1][0].removeprefix("<image>") in REQUESTS for row in found)
+    assert all(row[1][0].removeprefix("<image>") in CAPTION_REQUESTS for row in found)
     assert read("coco", tmp_path, prompt_format="instruct") == [
         (
             "5",
@@ -434,7 +434,7 @@ def check_regions(texts: list[str], boxes: dict[str, str]) -> None:
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     write_pickle(tmp_path / "refs(unc).p", [print])
     write_json(tmp_path / "instances.json", {"images": [], "annotations": []})
-    with pytest.raises(ConfigError, match=r"no pickle of plain data .*print"):
+    with pytest.raises(ConfigError, match=r"not a pickle of plain data .*print"):
         read("refcoco", tmp_path)
 
 
@@ -473,6 +473,14 @@ def test_a_tar_of_images_and_texts_is_read_in_groups(tmp_path: Path) -> None:
     assert (first[0], first[1][1], first[2]) == ("000.tar/a/0", "A cat.", [data])
     assert second == ("000.tar/a/1", ["<image>What?", "A cat."], [data])
     assert third == ("000.tar/a/2", "bad_row")
+
+
+def test_a_setting_that_the_source_does_not_use_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "rows.json", [{"conversations": say("a", "b")}])
+    with pytest.raises(ConfigError, match="split='val' has no effect on the source llava"):
+        read("llava", tmp_path, split="val")
+    with pytest.raises(ConfigError, match="only on scienceqa, coco: leave it out"):
+        read("vqa", tmp_path, prompt_format="CQM-A")
 
 
 def test_a_misspelt_source_is_refused_with_the_one_that_was_meant() -> None:

@@ -25,10 +25,6 @@ def test_auto_is_bfloat16_on_a_cpu_that_says_it_has_instructions_for_it():
     assert chosen is (torch.bfloat16 if has_bfloat16 else torch.float32)
 
 
-def test_a_gpu_computes_in_bfloat16():
-    assert choose_dtype("cuda") is torch.bfloat16
-
-
 def test_muon_moves_matrices_as_torch_s_does():
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((16, 24), (24, 16), (16, 24))]

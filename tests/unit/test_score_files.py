@@ -195,7 +195,7 @@ BAD = [
         "a response for '0'",
     ),
     ("pope", '{"question_id": 0}', "row 1 has no 'text'"),
-    ("pope", "yes", "line 1 of 'answers.jsonl' is no JSON object"),
+    ("pope", "yes", "line 1 of 'answers.jsonl' is not a JSON object"),
     ("mmvet", '{"question_id": 0, "text": "yes"}', "holds responses without grades"),
 ]
 

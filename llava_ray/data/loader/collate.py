@@ -35,7 +35,8 @@ class Batch:
 
     Attributes:
         arrays: the model's inputs: `input_ids`, `labels`, `attention_mask` [B, T]; with images
-            `pixel_values` [N, C, H, W]; with anyres [N, tiles, C, H, W] and `image_sizes` [N, 2].
+            `pixel_values` [N, C, H, W]; with anyres [N, tiles, C, H, W] and `image_sizes` [N, 2];
+            for LLaVA-OneVision `batch_num_images`, one for each sample that has images.
         sample_ids: of the B samples.
         dropped: samples that were left out.
         is_last: whether it is the worker's last micro-batch of its step.

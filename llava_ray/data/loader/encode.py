@@ -18,7 +18,8 @@ from llava_ray.errors import SampleError
 from llava_ray.images import decode
 from llava_ray.model.anyres import count_image_tokens
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint
-from llava_ray.model.processor import encode_images
+from llava_ray.model.processor import encode_images, tiles_only_one
+from llava_ray.model.processor_check import check_processor
 from llava_ray.template import IGNORED, IMAGE_PLACEHOLDER, Template
 from llava_ray.template.tokens import EncodedConversation
 from llava_ray.types import Sample
@@ -94,7 +95,7 @@ class Encoder:
                     f"max_length {self.max_length}: raise it, or set over_long=truncate",
                     reason="too_long",
                 )
-            read = _truncate(read, counts, self.max_length, row.sample.sample_id)
+            read, counts = self._truncate(read, row, counts)
         ids, labels, num_images = self._expand(read, counts)
         images = [
             decode(data, limits=limits)
@@ -127,13 +128,30 @@ class Encoder:
         return _measure(self.tokenize(sample), self.count_image_tokens(image_sizes))
 
     def count_image_tokens(self, image_sizes: Sequence[Size]) -> list[int]:
-        """Return the number of tokens of each image."""
+        """Return the number of tokens of each image of a sample."""
         sizes = [(height, width) for width, height in image_sizes]
         if self.counts_as_llava:
             return [count_image_tokens(self.config, size) for size in sizes]
         if not sizes:
             return []
+        if len(sizes) > 1 and tiles_only_one(self.processor):
+            return [self.processor.num_image_tokens + 1] * len(sizes)  # a tile and a newline
         return self.processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens
+
+    def _truncate(
+        self, read: EncodedConversation, row: ShardRow, counts: Sequence[int]
+    ) -> tuple[EncodedConversation, Sequence[int]]:
+        """Return the beginning of a sample that fits, and the numbers of tokens of its images.
+
+        An image that is left alone may take more tokens than it took beside others.
+        """
+        while True:
+            read = _truncate(read, counts, self.max_length, row.sample.sample_id)
+            num_images = read.input_ids.count(IMAGE_PLACEHOLDER)
+            left = self.count_image_tokens(row.image_sizes[:num_images])
+            if left == list(counts[:num_images]):
+                return read, left
+            counts = left
 
     def _expand(
         self, read: EncodedConversation, counts: Sequence[int]
@@ -181,6 +199,7 @@ def make_encoder(
     opened: OpenedCheckpoint, *, max_length: int | None = None, truncates: bool = False
 ) -> Encoder:
     """Return the encoder for a checkpoint that is opened already; see `load_encoder`."""
+    check_processor(opened.checkpoint, opened.processor, opened.architecture.config)
     return Encoder(
         processor=opened.processor,
         template=opened.template,

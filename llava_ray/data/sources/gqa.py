@@ -1,14 +1,23 @@
 """GQA (Hudson and Manning 2019): train_balanced_questions.json, images images/{id}.jpg.
 
-The questions about one image become one conversation, as in LLaVA's 665k mix.
+All questions about an image become one conversation, as in LLaVA's 665k mixture.
 """
 
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from llava_ray.data.sources.building import SHORT_ANSWER, RawRow, Row, make_sample, make_turns
+from llava_ray.data.sources.building import (
+    SHORT_ANSWER,
+    RawRow,
+    Row,
+    make_raw_row,
+    make_sample,
+    make_turns,
+    read_text,
+)
 from llava_ray.data.sources.readers import find_one, read_json_dict
+from llava_ray.errors import SampleError
 from llava_ray.storage import Folder
 from llava_ray.types import Sample
 
@@ -21,10 +30,14 @@ def read_gqa(folder: Folder, names: list[str], config: "ConvertConfig") -> Itera
     split = config.split or "train_balanced"
     name = find_one(folder, names, f"{split}_questions.json")
     turns: defaultdict[str, list[tuple[str, str]]] = defaultdict(list)
-    for _, asked in read_json_dict(folder, name):
-        turns[asked["imageId"]].append((asked["question"], asked["answer"]))
-    for image_id, found in turns.items():
-        yield RawRow(f"{name} image {image_id}", {"id": image_id, "turns": found})
+    for key, raw in read_json_dict(folder, name):
+        found = make_raw_row(raw.where, lambda key=key, raw=raw: _read_question(key, raw))
+        if isinstance(found.row, SampleError):
+            yield found
+        else:
+            turns[found.row["image_id"]].append(found.row["turn"])
+    for image_id, asked in turns.items():
+        yield RawRow(f"{name} image {image_id}", {"id": image_id, "turns": asked})
 
 
 def convert_gqa(row: Row) -> Sample:
@@ -32,3 +45,12 @@ def convert_gqa(row: Row) -> Sample:
     (question, answer), *others = row["turns"]
     turns = [(f"{question}\n{SHORT_ANSWER}", answer), *others]
     return make_sample("gqa", row["id"], make_turns(turns), f"{row['id']}.jpg")
+
+
+def _read_question(key: str, raw: RawRow) -> Row:
+    row = raw.get()
+    turn = (
+        read_text(row["question"], f"the question {key}"),
+        read_text(row["answer"], f"the answer to {key}"),
+    )
+    return {"image_id": read_text(row["imageId"], f"the imageId of {key}"), "turn": turn}

@@ -49,8 +49,9 @@ class ExternalEngine:
         self.template = core.template
         self.context_length = config.context_length or core.context_length
         self._kind, self._core = kind, core
+        self._device, self._dtype = launch.device, config.dtype
         self._unsupported = kind.unsupported(config)
-        self._cache_tokens = config.cache_tokens
+        self._cache_tokens = 0 if config.cache_tokens == "auto" else config.cache_tokens
         self._inputs = InputProcessor(
             core, context_length=self.context_length, room=self.context_length
         )
@@ -122,6 +123,10 @@ class ExternalEngine:
             "cache_tokens_used": sum(self._held.values()),
             "cache_tokens_total": self._cache_tokens,
         }
+
+    def describe(self) -> dict[str, str]:
+        """Return how it computes; see `Engine.describe`. The rest is in the engine's own log."""
+        return {"engine": self._kind.label, "device": self._device, "dtype": self._dtype}
 
     async def close(self) -> None:
         """End the engine's process; running requests fail with an EngineError."""

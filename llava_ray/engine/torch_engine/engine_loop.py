@@ -10,8 +10,9 @@ chunks to the event loops that read the streams. It computes steps in one of thr
 - Ahead, on a GPU: the next step is launched while the GPU computes the previous one, so that it
   never waits for Python.
 
-An exception in a step means that the engine is broken: all open streams and all later requests fail
-with an `EngineError`.
+A step that the device has no memory for fails the prompts in it, and the engine goes on; see
+`Scheduler.take_back`. Any other exception in a step means that the engine is broken: all open
+streams and all later requests fail with an `EngineError`.
 """
 
 import asyncio
@@ -24,7 +25,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from llava_ray.engine.torch_engine.execution.model_runner import LaunchedStep, StepRunner
+from llava_ray.engine.torch_engine.execution.model_runner import (
+    LaunchedStep,
+    StepMemoryError,
+    StepRunner,
+)
 from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler, StepPlan
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import EngineError
@@ -165,12 +170,11 @@ class EngineLoop:
                     self._start(plan, self._idle.pop())
                 self._is_blocked = True
             else:  # all other work depends on this step
-                self._finish(plans[0], self._runner.run(plans[0]))
+                self._run_plan(plans[0])
         elif num_busy:
             self._is_blocked = True
         else:
-            plan = self._plan()
-            self._finish(plan, self._runner.run(plan))
+            self._run_plan(self._plan())
 
     def _plan(self, share: int = 1) -> StepPlan:
         plan = self.scheduler.plan(share)
@@ -180,12 +184,35 @@ class EngineLoop:
     def _compute_ahead(self) -> None:
         """Launch the next step, if one can be planned; then read the previous step's tokens."""
         plan = self._plan()
-        if plan.scheduled:
-            self._launched.append((plan, self._runner.launch(plan)))
-            self.scheduler.advance(plan)
-        if len(self._launched) > bool(plan.scheduled):
+        is_launched = bool(plan.scheduled) and self._launch(plan)
+        if len(self._launched) > is_launched:
             before, launched = self._launched.popleft()
             self._take_tokens(before, launched.read())
+
+    def _launch(self, plan: StepPlan) -> bool:
+        """Launch a step; return False if the device has no memory for it."""
+        try:
+            launched = self._runner.launch(plan)
+        except StepMemoryError as error:
+            self._take_back(plan, error)
+            return False
+        self._launched.append((plan, launched))
+        self.scheduler.advance(plan)
+        return True
+
+    def _run_plan(self, plan: StepPlan) -> None:
+        try:
+            tokens = self._runner.run(plan)
+        except StepMemoryError as error:
+            self._take_back(plan, error)
+        else:
+            self._finish(plan, tokens)
+
+    def _take_back(self, plan: StepPlan, error: StepMemoryError) -> None:
+        news = self.scheduler.take_back(plan, error.message)
+        failed = [sequence.request_id for sequence, _ in news]
+        logger.error("%s; failed: %s", error.message, ", ".join(failed) or "none")
+        self._deliver(news)
 
     def _plan_side_by_side(self) -> list[StepPlan]:
         """Return one plan per idle thread, or fewer if there is not enough work.
@@ -242,7 +269,10 @@ class EngineLoop:
                 self._is_closing = True
             case Done(plan, tokens, thread):
                 self._idle.append(thread)
-                self._finish(plan, tokens.result())
+                if isinstance(error := tokens.exception(), StepMemoryError):
+                    self._take_back(plan, error)
+                else:
+                    self._finish(plan, tokens.result())
                 for _, busy in self._pings:
                     busy.discard(thread)
                 self._answer_pings()
@@ -261,6 +291,9 @@ class EngineLoop:
     def _answer(self, ping: Future[None]) -> None:
         try:
             self._runner.check()
+        except StepMemoryError as error:
+            ping.set_exception(error)
+            return
         except Exception as error:
             ping.set_exception(EngineError(f"the engine's check failed: {error}"))
             raise

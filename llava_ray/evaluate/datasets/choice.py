@@ -1,4 +1,4 @@
-"""Questions with options: ScienceQA, MMBench, SEED-Bench, Q-Bench."""
+"""Reads multiple-choice questions: ScienceQA, MMBench, SEED-Bench, Q-Bench."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,11 +10,11 @@ from llava_ray.data.sources.scienceqa import SHORT_FORMAT, convert_scienceqa
 from llava_ray.errors import SampleError
 from llava_ray.evaluate.datasets.files import LETTER, find_file, get_field, read_json
 from llava_ray.evaluate.datasets.open_answer import read_llava
+from llava_ray.evaluate.datasets.prompts import LETTER_CN
 from llava_ray.evaluate.datasets.tsv import read_rows
 from llava_ray.template.tokens import join_text
 from llava_ray.types import Question
 
-LETTER_CN = "\n请直接回答选项字母。"
 _SUBJECTS = {"natural science": "NAT", "social science": "SOC", "language science": "LAN"}
 _TURN = 1_000_000
 """MMBench: the same question with its options turned has an index a multiple of this higher."""
@@ -92,8 +92,12 @@ def read_mmbench_cn(folder: Path) -> list[Question]:
 
 def find_mmbench(folder: Path, language: str) -> Path:
     """Return the TSV of the dev split, "en" or "cn"."""
-    names = {"en": "mmbench_dev_20230712.tsv", "cn": "mmbench_dev_cn_20231003.tsv"}
-    return find_file(folder, names[language])
+    names = {
+        "en": ("mmbench_dev_20230712.tsv", "mmbench_dev_en_20231003.tsv", "MMBench_DEV_EN.tsv"),
+        "cn": ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv"),
+    }
+    places = ("", "../mmbench/", "../mmbench_cn/")  # LLaVA's guide has both in mmbench
+    return find_file(folder, *(f"{place}{name}" for name in names[language] for place in places))
 
 
 def read_mmbench(path: Path, suffix: str) -> list[Question]:
@@ -166,6 +170,7 @@ def read_qbench(folder: Path) -> list[Question]:
                 choices,
                 cluster=row["img_path"],
                 source_id=str(number),
+                other_ids=(row["img_path"],),
             )
         )
     return questions

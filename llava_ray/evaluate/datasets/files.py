@@ -1,4 +1,4 @@
-"""Files of questions and annotations, read with errors that name the file and the row."""
+"""Reads files of questions and annotations; errors name the file and the row."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -15,10 +15,10 @@ LETTER = f"\n{LETTER_ANSWER}"
 
 
 def find_file(folder: Path, *names: str) -> Path:
-    """Return the first of these files that is there.
+    """Return the first of these files that exists.
 
     Raises:
-        ConfigError: none is.
+        ConfigError: none does.
     """
     for name in names:
         if (folder / name).is_file():
@@ -31,16 +31,16 @@ def find_file(folder: Path, *names: str) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        ConfigError: it is not JSON, or not there.
+        ConfigError: the file does not exist or is not JSON.
     """
     return readers.read_json(open_folder(str(path.parent)), path.name)
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file with one on each line; empty lines are left out.
+    """Return the objects of a JSON Lines file; empty lines are skipped.
 
     Raises:
         SampleError: a line is not a JSON object.
@@ -54,10 +54,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 
 
 def get_field(row: Any, name: Any, where: str) -> Any:
-    """Return a field of a row, or what a table of annotations has under a name.
+    """Return a field of a row, or an entry of a table of annotations.
 
     Raises:
-        SampleError: there is none.
+        SampleError: it does not exist.
     """
     try:
         return row[name]
@@ -65,8 +65,27 @@ def get_field(row: Any, name: Any, where: str) -> Any:
         raise SampleError(f"{where} has no {name!r}: is it a file of this task?") from None
 
 
+def get_text(row: Any, name: str, where: str, *, default: str | None = None) -> str:
+    """Return a field of a row as text; numbers are converted.
+
+    Args:
+        default: returned if the field is absent or null; None: the field is required.
+
+    Raises:
+        SampleError: the field is required and absent, or is neither a text nor a number.
+    """
+    value = row.get(name) if isinstance(row, dict) else get_field(row, name, where)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        get_field(row, name, where)  # raises if it is absent
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise SampleError(f"{where}: {name!r} is {str(value)[:80]!r}, and a text is needed")
+    return str(value)
+
+
 def number_repeats(ids: Iterable[object]) -> Iterator[str]:
-    """Yield the ids as text, the second of the same name as "name#2"."""
+    """Yield the ids as text; the second occurrence of an id becomes "id#2"."""
     seen: Counter[str] = Counter()
     for each in map(str, ids):
         seen[each] += 1

@@ -1,4 +1,4 @@
-"""A question's images -> the bytes of their files, read where the model runs."""
+"""Reads the images of a question, in the process that runs the model."""
 
 import hashlib
 from functools import lru_cache
@@ -28,25 +28,44 @@ def load_image(image: str) -> bytes:
         if path.endswith(".tsv"):
             return tsv.read_image(Path(path), int(place))
         return Path(image).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError, IndexError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(
-            f"the image {image} cannot be read ({error.strerror or error}): put the "
-            "benchmark's images there, on every machine that a model runs on"
+            f"the image {image} cannot be read ({reason}): put the benchmark's images there, on "
+            "every machine that a model runs on"
         ) from error
 
 
-@lru_cache(maxsize=100_000)
 def hash_image(image: str) -> str:
-    """Return the SHA-256 of an encoded image; that of a file is kept."""
+    """Return the SHA-256 of an encoded image; it is kept until the image's file changes.
+
+    Raises:
+        ImageError: there is no such image.
+    """
+    return _hash(image, _get_version(image))
+
+
+@lru_cache(maxsize=100_000)
+def _hash(image: str, version: tuple[int, int]) -> str:
     return hashlib.sha256(load_image(image)).hexdigest()
 
 
+def _get_version(image: str) -> tuple[int, int]:
+    """Return the size and time of the file that holds an image; zeros if it is not a local one."""
+    path, _, _ = image.rpartition("#")
+    try:
+        found = Path(path if path.endswith((".parquet", ".tsv")) else image).stat()
+    except (OSError, ValueError):  # reading it says what is wrong
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
 def _read_row(path: str, row: int) -> list[bytes]:
-    sample = _open_shard(path).read(row).sample
+    sample = _open_shard(path, _get_version(f"{path}#")).read(row).sample
     return [image for image in sample.images if isinstance(image, bytes)]
 
 
 @lru_cache(maxsize=8)
-def _open_shard(path: str) -> ShardReader:
+def _open_shard(path: str, version: tuple[int, int]) -> ShardReader:
     folder, _, name = path.rpartition("/")
     return ShardReader(open_folder(folder or "."), name)

@@ -1,4 +1,4 @@
-"""Questions that a judge grades (LLaVA-Bench, MM-Vet), and captions (COCO)."""
+"""Reads questions that a judge grades (LLaVA-Bench, MM-Vet), and captions (COCO)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -30,11 +30,16 @@ def read_llava_bench(folder: Path) -> list[Question]:
 
 
 def read_mmvet(folder: Path) -> list[Question]:
-    """LLaVA's file, ground truth and capabilities from mm-vet.json."""
-    path = find_file(folder, "mm-vet.json")
+    """LLaVA's file, ground truth and capabilities from mm-vet.json.
+
+    LLaVA's questions are in `mm-vet`; its guide has the benchmark unpacked into `mmvet`.
+    """
+    places = ("", "mm-vet/", "../mmvet/", "../mmvet/mm-vet/", "../mm-vet/")
+    path = find_file(folder, *(f"{place}mm-vet.json" for place in places))
+    asked = find_file(folder, *(f"{place}llava-mm-vet.jsonl" for place in places))
     notes = read_json(path)
     questions = []
-    for question in read_llava(find_file(folder, "llava-mm-vet.jsonl"), folder / "images"):
+    for question in read_llava(asked, path.parent / "images"):
         note = get_field(notes, f"v1_{question.source_id}", path.name)
         needed = sorted(set(get_field(note, "capability", question.source_id)))
         groups = (*needed, f"together/{'+'.join(needed)}")

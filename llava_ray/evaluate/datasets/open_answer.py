@@ -1,4 +1,4 @@
-"""Questions with a word or a phrase for an answer: VQAv2, GQA, VizWiz, TextVQA."""
+"""Reads questions whose answer is a word or a phrase: VQAv2, GQA, VizWiz, TextVQA."""
 
 import re
 from dataclasses import replace
@@ -10,6 +10,7 @@ from llava_ray.evaluate.datasets.files import (
     SHORT,
     find_file,
     get_field,
+    get_text,
     number_repeats,
     read_json,
     read_jsonl,
@@ -93,7 +94,11 @@ def read_vizwiz_val(folder: Path) -> list[Question]:
 
 
 def read_textvqa(folder: Path) -> list[Question]:
-    """LLaVA's file with OCR tokens, answers from TextVQA_0.5.1_val.json by image and question."""
+    """LLaVA's file with OCR tokens, answers from TextVQA_0.5.1_val.json by image and question.
+
+    LLaVA's ids are those of the images, of which many have several questions; predictions may
+    give TextVQA's own ids instead.
+    """
     path = find_file(folder, "TextVQA_0.5.1_val.json")
     listed = get_field(read_json(path), "data", path.name)
     notes = {(note["image_id"], note["question"].lower()): note for note in listed}
@@ -103,7 +108,9 @@ def read_textvqa(folder: Path) -> list[Question]:
     ):
         asked = extract_textvqa_question(question.text)
         note = get_field(notes, (question.source_id, asked), path.name)
-        questions.append(_answer(question, tuple(note["answers"]), cluster=question.source_id))
+        answered = _answer(question, tuple(note["answers"]), cluster=question.source_id)
+        own_id = get_text(note, "question_id", path.name, default="")
+        questions.append(replace(answered, other_ids=(own_id,) if own_id else ()))
     return questions
 
 
@@ -128,18 +135,20 @@ def read_llava(path: Path, images: Path) -> list[Question]:
     """LLaVA's question file: `question_id`, `text`, and mostly `image` and `category`."""
     rows = read_jsonl(path)
     ids = number_repeats(
-        get_field(row, "question_id", f"{path}, row {i}") for i, row in enumerate(rows, start=1)
+        get_text(row, "question_id", f"{path}, row {i}") for i, row in enumerate(rows, start=1)
     )
     return [
         Question(
             question_id,
-            get_field(row, "text", f"{path}, question {question_id}"),
-            (str(images / row["image"]),) if row.get("image") else (),
-            groups=(row["category"],) if row.get("category") else (),
-            cluster=row.get("image") or "",
+            get_text(row, "text", f"{path}, question {question_id}"),
+            (str(images / image),) if image else (),
+            groups=(category,) if category else (),
+            cluster=image,
             source_id=str(row["question_id"]),
         )
         for question_id, row in zip(ids, rows, strict=True)
+        for image in [get_text(row, "image", question_id, default="")]
+        for category in [get_text(row, "category", question_id, default="")]
     ]
 
 

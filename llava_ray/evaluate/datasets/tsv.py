@@ -1,7 +1,7 @@
-"""Tables with an image in each row (MMBench's TSV): read row by row, images found again later.
+"""Reads tables with an image in each row (MMBench's TSV), row by row.
 
-Such a file holds hundreds of megabytes of base64. A question carries where its row begins, and the
-process that runs the model reads the image from there.
+Such a file holds hundreds of megabytes of base64. A question stores the byte at which its row
+begins, and the process that runs the model reads the image from there.
 """
 
 import base64
@@ -18,7 +18,7 @@ TableRow = dict[str, str]
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, TableRow]]:
-    """Yield the rows, each with the place of its first byte in the file.
+    """Yield each row with the byte offset at which it begins.
 
     Raises:
         ConfigError: a row has more or fewer columns than the first line.
@@ -56,7 +56,7 @@ def read_image(path: Path, place: int) -> bytes:
 
 
 def _split(file: IO[bytes]) -> Iterator[list[str]]:
-    """Yield the cells of a row; no more lines are read than it has (quoted cells may hold some)."""
+    """Yield the cells of each row, and read no line beyond it; quoted cells may span lines."""
     csv.field_size_limit(min(sys.maxsize, 1 << 30))
     lines = (line.decode("utf-8") for line in iter(file.readline, b""))
     return csv.reader(lines, delimiter="\t")

@@ -12,14 +12,17 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
 from llava_ray.evaluate.datasets.images import load_image
+from llava_ray.evaluate.output_files import to_utf8
 from llava_ray.evaluate.predict.ask import ask, ask_with_retries
 from llava_ray.evaluate.predict.cache_key import describe_settings, make_cache_key
 from llava_ray.evaluate.predict.connect import connect
 from llava_ray.evaluate.predict.crashes import MAX_CRASHES, CrashCounter
+from llava_ray.model.fingerprint import PREFIX
 from llava_ray.types import (
     ChatRequest,
     ImagePart,
@@ -105,22 +108,32 @@ class Predictor:
 
     async def _ask(self, question: Question) -> Prediction:
         try:
-            return await ask_with_retries(lambda: self._ask_once(question))
+            prediction, fingerprint = await ask_with_retries(lambda: self._ask_once(question))
+            if self._digest.startswith(PREFIX) and fingerprint != self._digest:
+                raise EngineError(
+                    f"the model that answered ({fingerprint or 'without a fingerprint'}) is not "
+                    f"the one that the run began with ({self._digest}): the server was updated "
+                    "meanwhile; run the same command again"
+                )
+            return prediction
         except (RequestError, SampleError) as error:
             return self._fail(question, "refused", error)
         except LlavaRayError as error:
             return self._fail(question, "failed", error)
 
-    async def _ask_once(self, question: Question) -> Prediction:
+    async def _ask_once(self, question: Question) -> tuple[Prediction, str]:
+        """Return the prediction, and the fingerprint of the model that made it."""
+        if to_utf8(question.text) != question.text:
+            raise SampleError("the question has lone surrogates, which are no characters")
         images = [await asyncio.to_thread(load_image, each) for each in question.images]
         shas = tuple(hashlib.sha256(data).hexdigest() for data in images)
         parts = (*(ImagePart(data) for data in images), TextPart(question.text))
         request = ChatRequest(
-            f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
+            _make_request_id(question), self._model, (Message("user", parts),), self._sampling
         )
         assert self._answer is not None
         response = await ask(self._answer, request)
-        return Prediction(
+        prediction = Prediction(
             question.question_id,
             "answered",
             response.text.strip(),
@@ -134,12 +147,19 @@ class Predictor:
             cache_key=make_cache_key(self._digest, question, shas, self._settings),
             model_digest=self._digest,
         )
+        return prediction, response.last.fingerprint
 
     def _fail(
         self, question: Question, status: PredictionStatus, error: LlavaRayError
     ) -> Prediction:
         reason = f"{type(error).__name__}: {error.message}"
         return Prediction(question.question_id, status, reason=reason, model_digest=self._digest)
+
+
+def _make_request_id(question: Question) -> str:
+    """Return a unique id in ASCII, as HTTP headers need, that begins like the question's."""
+    name = question.question_id.encode(errors="surrogatepass")
+    return f"eval-{quote(name[:40])}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 async def _make_semaphore(number: int) -> asyncio.Semaphore:

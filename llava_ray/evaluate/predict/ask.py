@@ -1,10 +1,11 @@
-"""Sends one request to an engine, a server or the live application; collects the whole answer."""
+"""Sends one request to an engine, a server or a live application, and collects the answer."""
 
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
 
 from llava_ray.errors import LlavaRayError, RequestError, SampleError
 from llava_ray.types import ChatRequest, Chunk
@@ -17,13 +18,13 @@ T = TypeVar("T")
 
 
 class Completion(NamedTuple):
-    """The whole answer to one request.
+    """The complete answer to one request.
 
     Attributes:
-        text: all of it.
-        last: its last chunk, which holds the finish reason and the token counts.
-        latency_s: from the question to its end.
-        confidence: geometric mean of its tokens' probabilities; None without logprobs.
+        text: the whole text.
+        last: the last chunk, with the finish reason, token counts and fingerprint.
+        latency_s: seconds from sending the request to the end of the answer.
+        confidence: geometric mean of the tokens' probabilities; None without logprobs.
     """
 
     text: str
@@ -32,11 +33,21 @@ class Completion(NamedTuple):
     confidence: float | None
 
 
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also in a notebook, whose own event loop runs already."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1, thread_name_prefix="evaluate") as pool:
+        return pool.submit(asyncio.run, work).result()
+
+
 async def ask(answer: Answerer, request: ChatRequest) -> Completion:
-    """Ask once.
+    """Send a request once.
 
     Raises:
-        LlavaRayError: the error of the engine or server.
+        LlavaRayError: the engine or server failed.
     """
     started, last, pieces, logprobs = time.perf_counter(), None, [], []
     async for last in answer(request):
@@ -52,7 +63,7 @@ async def ask_with_retries(once: Callable[[], Awaitable[T]]) -> T:
 
     Raises:
         RequestError, SampleError: raised at once, because a retry would not help.
-        LlavaRayError: that of the last attempt.
+        LlavaRayError: the last attempt failed.
     """
     for attempt in range(NUM_ATTEMPTS - 1):
         try:

@@ -7,38 +7,35 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from llava_ray.config import EvaluateConfig
-from llava_ray.storage import hash_file
+from llava_ray.evaluate.predict.connect import fetch_fingerprint
+from llava_ray.model.checkpoint.locate import find_folder
+from llava_ray.model.fingerprint import PREFIX, digest_folder
 from llava_ray.types import Question, Sampling
 
 
 def digest_model(config: EvaluateConfig, model: str) -> str:
     """Return the digest of the model that answers.
 
-    For a folder it covers the content of every file. Of a server only the address and the model's
-    name are known: a change of its weights is not noticed.
+    For a folder it covers the content of every file. A live model of this program tells its
+    fingerprint, which does too. Of another server only the address and the model's name are known:
+    what it serves may change unnoticed, see `is_known_by_weights`.
 
     Raises:
         ConfigError: there is no such model.
     """
     if config.endpoint or config.app:
         address = f"{config.endpoint or config.app} {model}"
-        return hashlib.sha256(address.encode()).hexdigest()
+        return fetch_fingerprint(config, model) or hashlib.sha256(address.encode()).hexdigest()
     if config.engine == "echo":
         return hashlib.sha256(b"echo").hexdigest()
-    from llava_ray.model.checkpoint.locate import find_folder
-
     return digest_folder(find_folder(config.model))
 
 
-def digest_folder(folder: Path) -> str:
-    """Return the SHA-256 of the names and contents of the files in a folder."""
-    whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        whole.update(f"{path.relative_to(folder).as_posix()} {hash_file(path)}\n".encode())
-    return whole.hexdigest()
+def is_known_by_weights(config: EvaluateConfig, digest: str) -> bool:
+    """Return whether other weights would have another digest."""
+    return not (config.endpoint or config.app) or digest.startswith(PREFIX)
 
 
 def describe_settings(config: EvaluateConfig, sampling: Sampling) -> str:

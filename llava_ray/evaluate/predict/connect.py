@@ -4,17 +4,20 @@ import asyncio
 from collections.abc import AsyncGenerator
 from typing import Any
 
+from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, LimitsConfig
-from llava_ray.errors import EngineError, LlavaRayError
-from llava_ray.evaluate.predict.ask import Answerer
-from llava_ray.types import ChatRequest, Chunk
+from llava_ray.errors import EngineError, LlavaRayError, RequestError
+from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries, run_async
+from llava_ray.model.fingerprint import PREFIX
+from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
+
+OWNER = "llava-ray"
+"""What `owned_by` of `/v1/models` says for the models of this program."""
 
 
 async def connect(config: EvaluateConfig, model: str) -> Answerer:
     """Load the engine, or prepare to ask the server or the application."""
     if config.endpoint:
-        from llava_ray.client import Client
-
         return Client(config.endpoint).stream
     if config.app:
         from ray import serve
@@ -42,3 +45,32 @@ async def _ask_app(handle: Any, request: ChatRequest) -> AsyncGenerator[Chunk]:
         if isinstance(cause, LlavaRayError):
             raise cause from error
         raise EngineError(f"the replica broke: {type(cause).__name__}: {cause}") from error
+
+
+def fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
+    """Return the fingerprint of a live model, which it puts into the answer to a short question.
+
+    Returns:
+        "" if it is not served by this program, or tells none.
+    """
+    if config.app:
+        from llava_ray.data.start_ray import start_ray
+
+        start_ray()
+    return run_async(_fetch_fingerprint(config, model))
+
+
+async def _fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
+    if config.endpoint:
+        async with Client(config.endpoint) as client:
+            owners = {each["id"]: each.get("owned_by") for each in await client.describe_models()}
+        if owners.get(model) != OWNER:
+            return ""
+    question = Message("user", (TextPart("Hello"),))
+    request = ChatRequest("eval-hello", model, (question,), Sampling(max_tokens=1, temperature=0))
+    answer = await connect(config, model)
+    try:
+        fingerprint = (await ask_with_retries(lambda: ask(answer, request))).last.fingerprint
+    except RequestError:  # it takes no such question; it may take the benchmark's
+        return ""
+    return fingerprint if fingerprint.startswith(PREFIX) else ""

@@ -1,4 +1,4 @@
-"""Logs on disk: a record a line, appended while a run goes on, read back when it goes on again.
+"""Reads and appends to logs with one JSON record on each line, from which a run resumes.
 
 A line that a killed process left half written is skipped.
 """
@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from llava_ray.evaluate.output_files import dump_json
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -16,8 +18,8 @@ Record = TypeVar("Record", bound="DataclassInstance")
 
 
 def append_log(path: Path, records: Iterable["DataclassInstance"]) -> None:
-    """Add lines to a log, at once and whole."""
-    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    """Append records to a log in a single write."""
+    lines = [dump_json(asdict(record)) + "\n" for record in records]
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, 2)

@@ -1,7 +1,7 @@
-"""Two runs of the same tasks, sample by sample: what differs, how surely, and which ones flipped.
+"""Compares two runs of the same tasks, sample by sample.
 
-Both models answered the same questions, so that what makes a question hard is the same for both;
-the standard error of the difference is that of the pairs, and smaller than the two apart suggest.
+Both models answered the same questions, so their scores are correlated. The standard error of the
+difference is therefore computed over pairs, and is smaller than the two separate ones suggest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llava_ray.errors import ConfigError
-from llava_ray.evaluate.results.results import name_cluster
+from llava_ray.evaluate.results.results import list_groups, name_cluster
 from llava_ray.evaluate.results.samples import SampleRecord, find_samples, read_samples, to_scored
 from llava_ray.evaluate.scoring.metrics import Scored
 from llava_ray.evaluate.scoring.statistics import Estimate, estimate
@@ -18,7 +18,7 @@ from llava_ray.evaluate.tasks import find_tasks
 
 
 class Pair(NamedTuple):
-    """The same question, answered by both."""
+    """A question that both runs answered."""
 
     before: Scored
     after: Scored
@@ -26,11 +26,11 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of two runs over the questions that both answered.
+    """One metric of two runs, over the questions that both answered.
 
     Attributes:
-        before: in the first run.
-        after: in the second.
+        before: its value in the first run.
+        after: its value in the second run.
         change: after minus before, with its standard error.
     """
 
@@ -41,14 +41,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A task of two runs.
+    """A task in two runs.
 
     Attributes:
         task: its name.
-        numbers: each number of the task; the headline first.
-        num_both: questions that both answered; only these are compared.
-        num_one: questions that one run has no scored response to.
-        flipped: pairs of different scores, the largest change first.
+        numbers: the task's metrics by name, the headline first.
+        num_both: number of questions that both runs have a score for; only these are compared.
+        num_one: number of the other questions.
+        flipped: pairs whose scores differ, the largest change first.
     """
 
     task: str
@@ -103,7 +103,12 @@ def _compare(
 
         first = task.summarize([pair.before for pair in pairs])
         second = task.summarize([pair.after for pair in pairs])
-        changes = estimate(pairs, subtract, cluster_of=lambda pair: name_cluster(pair.before))
+        changes = estimate(
+            pairs,
+            subtract,
+            cluster_of=lambda pair: name_cluster(pair.before),
+            groups_of=lambda pair: list_groups(pair.before),
+        )
         numbers = {n: Difference(first[n], second[n], change) for n, change in changes.items()}
     flipped = sorted((p for p in pairs if _change(p)), key=lambda p: -abs(_change(p)))
     return Comparison(name, numbers, len(pairs), len(ids) - len(pairs), flipped)

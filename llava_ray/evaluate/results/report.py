@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that opens offline, with the samples that matter and images.
+"""Writes the report of a run: one HTML file that opens offline, with samples and their images.
 
-results.json and samples_{task}.jsonl -> report.html: a table of tasks, their numbers, the worst
-samples (those of which the model was surest come first) and those of which it was least sure.
+results.json and samples_{task}.jsonl -> report.html: a table of tasks, their metrics, the worst
+samples (most confident first), and the samples with the lowest confidence.
 """
 
 import html
@@ -14,6 +14,7 @@ from llava_ray import images
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import ImageError
 from llava_ray.evaluate.datasets.images import load_image
+from llava_ray.evaluate.output_files import make_visible, write_text
 from llava_ray.evaluate.results.samples import (
     SampleRecord,
     find_samples,
@@ -54,13 +55,16 @@ def write_report(output: Path) -> Path:
     ]
     title = f"Evaluation of {results['about'].get('name', 'a model')}"
     page = (
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>"
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p><small>{html.escape(about)}</small>"
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{_escape(title)}</title>"
+        f"<style>{_STYLE}</style><h1>{_escape(title)}</h1><p><small>{_escape(about)}</small>"
         f"</p>{_write_overview(results['tasks'])}{''.join(sections)}</html>\n"
     )
-    path = output / "report.html"
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_text(output / "report.html", page)
+
+
+def _escape(text: object) -> str:
+    """Return a text as HTML that shows all of it and does nothing else."""
+    return html.escape(make_visible(str(text)))
 
 
 def _write_overview(tasks: dict[str, Any]) -> str:
@@ -69,10 +73,12 @@ def _write_overview(tasks: dict[str, Any]) -> str:
         headline = task["headline"]
         number = _number(headline) if headline else ("", "")
         shown = headline["name"] if headline else "no headline: too few responses were scored"
-        link = f"<a href='#{html.escape(name)}'>{html.escape(name)}</a>"
+        unread = f"{task['num_unread']:,}" if task.get("num_unread") else ""
+        link = f"<a href='#{_escape(name)}'>{_escape(name)}</a>"
         counts = f"{task['num_scored']:,} of {task['num_questions']:,}", f"{task['coverage']:.2%}"
-        rows.append([link, html.escape(shown), *number, *counts])
-    return _write_table(["task", "number", "value", "± standard error", "scored", "coverage"], rows)
+        rows.append([link, _escape(shown), *number, *counts, unread])
+    titles = ["task", "number", "value", "± standard error", "scored", "coverage", "not readable"]
+    return _write_table(titles, rows)
 
 
 def _write_task(name: str, task: dict[str, Any], samples: Sequence[SampleRecord]) -> str:
@@ -83,12 +89,12 @@ def _write_task(name: str, task: dict[str, Any], samples: Sequence[SampleRecord]
         (s for s in samples if s.get("confidence") is not None), key=lambda s: s["confidence"]
     )
     metrics = task.get("metrics", {})
-    rows = [[html.escape(n), *_number(number)] for n, number in metrics.items()]
+    rows = [[_escape(n), *_number(each), f"{each['num_rows']:,}"] for n, each in metrics.items()]
     statuses = ", ".join(f"{num:,} {status}" for status, num in task.get("statuses", {}).items())
-    reasons = [[f"{num:,}", html.escape(reason)] for reason, num in task.get("reasons", {}).items()]
+    reasons = [[f"{num:,}", _escape(reason)] for reason, num in task.get("reasons", {}).items()]
     return (
-        f"<section id='{html.escape(name)}'><h2>{html.escape(name)}</h2><p>{statuses}</p>"
-        + _write_table(["number", "value", "± standard error"], rows)
+        f"<section id='{_escape(name)}'><h2>{_escape(name)}</h2><p>{statuses}</p>"
+        + _write_table(["number", "value", "± standard error", "rows"], rows)
         + (_write_table(["rows", "not scored, because"], reasons) if reasons else "")
         + _write_samples("Worst", worst[:NUM_SHOWN])
         + _write_samples("Least certain", unsure[:NUM_SHOWN])
@@ -123,9 +129,9 @@ def _write_sample(sample: SampleRecord) -> str:
         facts.append(f"confidence {sample['confidence']:.2f}")
     about = " · ".join([*facts, sample["why"]] if sample["why"] else facts)
     return (
-        f"<article>{figures}<pre>{html.escape(sample['prompt'])}</pre>"
-        f"<pre class='response'>{html.escape(sample['response'])}</pre>"
-        f"<small>{html.escape(about)}</small></article>"
+        f"<article>{figures}<pre>{_escape(sample['prompt'])}</pre>"
+        f"<pre class='response'>{_escape(sample['response'])}</pre>"
+        f"<small>{_escape(about)}</small></article>"
     )
 
 
@@ -133,7 +139,7 @@ def _write_image(reference: str) -> str:
     try:
         image = images.decode(load_image(reference), limits=_LIMITS)
     except ImageError as error:
-        return f"<p class='absent'>{html.escape(error.message)}</p>"
+        return f"<p class='absent'>{_escape(error.message)}</p>"
     image.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     small = BytesIO()
     image.save(small, "JPEG", quality=80)

@@ -1,4 +1,4 @@
-"""samples_{task}.jsonl read back: what a run left behind -> scored rows, to report and compare."""
+"""Reads samples_{task}.jsonl and results.json of a finished run, to report and compare."""
 
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ PREFIX = "samples_"
 
 
 def find_samples(folder: Path) -> dict[str, Path]:
-    """Return the samples of each task below a folder of results.
+    """Return the file of samples of each task in a folder of results.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the folder has none.
     """
     files = {
         path.stem.removeprefix(PREFIX): path for path in sorted(folder.glob(f"{PREFIX}*.jsonl"))
@@ -32,13 +32,13 @@ def read_samples(path: Path) -> list[SampleRecord]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """Return results.json of a run; without tasks if there is none."""
+    """Return results.json of a run; an empty one if it does not exist."""
     path = folder / "results.json"
     return read_json(path) if path.is_file() else {"about": {}, "tasks": {}}
 
 
 def to_scored(sample: SampleRecord) -> Scored | None:
-    """Return a sample as a scored row; None if it was not answered and judged."""
+    """Return a sample as a scored row; None if it has no score."""
     if sample["status"] != "answered" or sample["score"] is None:
         return None
     question = Question(
@@ -49,7 +49,13 @@ def to_scored(sample: SampleRecord) -> Scored | None:
         groups=tuple(sample["groups"]),
         cluster=sample["cluster"],
     )
-    score = Score(sample["score"], sample["parsed"], sample["why"], tuple(sample["figures"]))
+    score = Score(
+        sample["score"],
+        sample["parsed"],
+        sample["why"],
+        tuple(sample["figures"]),
+        is_unread=sample.get("is_unread", False),
+    )
     return Scored(question, sample["response"], score)
 
 

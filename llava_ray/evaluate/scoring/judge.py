@@ -8,12 +8,18 @@ The setting `judge_wording` replaces it (LLaVA's rule.json for `llava_in_the_wil
 """
 
 import json
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llava_ray.errors import ConfigError
 from llava_ray.types import Question, Sampling, Score
+
+MAX_POINTS = 10
+_NUMBER = re.compile(r"-?(\d+(\.\d*)?|\.\d+)", re.ASCII)
 
 RULE = """You see what a user asked about a picture, the picture described in sentences, and the \
 answers of two assistants. Judge how helpful, relevant, accurate and detailed each answer is.
@@ -94,19 +100,23 @@ def write_review(question: Question, text: str, wording: str) -> str:
 
 def score_review(verdict: str) -> Score:
     """Two numbers on the first line: the points of the reference and of the model."""
-    pieces = verdict.split("\n")[0].replace(",", " ").split(" ")
-    try:
-        reference, model = (float(piece) for piece in pieces)
-    except ValueError:
+    points = verdict.split("\n")[0].replace(",", " ").split(" ")
+    if len(points) != 2 or None in map(read_number, points):
         return _unreadable(verdict, "two numbers on the first line")
-    return score_points((reference, model))
+    return score_points(points)
 
 
-def score_points(points: Sequence[float]) -> Score:
-    """The score for a pair of points; LLaVA marks a review that failed with negative ones."""
-    if len(points) != 2 or min(points) < 0:
-        return _unreadable(str(list(points)), "pair of points")
-    reference, model = map(float, points)
+def score_points(points: Any) -> Score:
+    """Score a pair of points from 0 to 10, the reference's and the model's.
+
+    LLaVA marks a review that failed with negative ones.
+    """
+    pair = [read_number(each) for each in points] if isinstance(points, list | tuple) else []
+    if len(pair) != 2 or any(each is None or not 0 <= each <= MAX_POINTS for each in pair):
+        return _unreadable(str(points), f"pair of points from 0 to {MAX_POINTS}")
+    reference, model = pair
+    assert reference is not None
+    assert model is not None
     why = f"reference {reference:g}, model {model:g}"
     return Score(model / 10, f"{model:g}", why, (reference, model))
 
@@ -121,18 +131,33 @@ def write_grading(question: Question, text: str, wording: str) -> str:
 
 def score_grading(verdict: str) -> Score:
     """The first word is a number from 0 to 1."""
-    try:
-        return score_grades([float(verdict.split()[0])])
-    except (ValueError, IndexError):
+    words = verdict.split()
+    if not words or read_number(words[0]) is None:
         return _unreadable(verdict, "number from 0 to 1")
+    return score_grades(words[:1])
 
 
-def score_grades(grades: Sequence[float]) -> Score:
-    """The score for one or several grades of one response."""
-    if not grades or not all(0 <= grade <= 1 for grade in grades):
-        return _unreadable(str(list(grades)), "grades from 0 to 1")
-    value = sum(grades) / len(grades)
-    return Score(value, f"{value:g}", f"graded {', '.join(f'{grade:g}' for grade in grades)}")
+def score_grades(grades: Any) -> Score:
+    """Score a response by one grade from 0 to 1, or by the mean of several."""
+    given = grades if isinstance(grades, list | tuple) else [grades]
+    numbers = [number for each in given if (number := read_number(each)) is not None]
+    if not numbers or len(numbers) < len(given) or not all(0 <= each <= 1 for each in numbers):
+        return _unreadable(str(grades), "grades from 0 to 1")
+    value = sum(numbers) / len(numbers)
+    return Score(value, f"{value:g}", f"graded {', '.join(f'{each:g}' for each in numbers)}")
+
+
+def read_number(value: Any) -> float | None:
+    """Return a number, or one written in digits; None for anything else, nan and inf included."""
+    if isinstance(value, str) and not _NUMBER.fullmatch(value.strip()):
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer too large for a float
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _unreadable(verdict: str, expected: str) -> Score:

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llava_ray.client import Client
-from llava_ray.config import EvaluateConfig
+from llava_ray.config import TasksConfig
 from llava_ray.errors import LlavaRayError
-from llava_ray.evaluate.predict.ask import ask, ask_with_retries
+from llava_ray.evaluate.output_files import to_utf8
+from llava_ray.evaluate.predict.ask import ask, ask_with_retries, run_async
 from llava_ray.evaluate.predict.log import append_log, read_log
 from llava_ray.evaluate.scoring.judge import Judge
 from llava_ray.types import ChatRequest, Message, Prediction, Question, Score, TextPart
@@ -46,7 +47,7 @@ def grade_predictions(
     judge: Judge,
     questions: Sequence[Question],
     predictions: Mapping[str, Prediction],
-    config: EvaluateConfig,
+    config: TasksConfig,
     log: Path,
     *,
     on_verdict: Callable[[int, int], None] = lambda done, of: None,
@@ -74,7 +75,7 @@ def grade_predictions(
         on_verdict(len(verdicts), len(drafts))
 
     missing = [draft for draft in drafts if draft.question_id not in verdicts]
-    asyncio.run(_ask_judge(judge, missing, config, keep))
+    run_async(_ask_judge(judge, missing, config, keep))
     return {name: _score(judge, verdict) for name, verdict in verdicts.items()}
 
 
@@ -89,7 +90,7 @@ def _find_answered(
 
 
 def _draft(
-    judge: Judge, question: Question, text: str, wording: str, config: EvaluateConfig
+    judge: Judge, question: Question, text: str, wording: str, config: TasksConfig
 ) -> Verdict:
     """A verdict that is still to be given."""
     prompt = judge.write(question, text, wording)
@@ -101,7 +102,7 @@ def _draft(
 async def _ask_judge(
     judge: Judge,
     drafts: Sequence[Verdict],
-    config: EvaluateConfig,
+    config: TasksConfig,
     keep: Callable[[Verdict], None],
 ) -> None:
     assert config.judge_endpoint is not None
@@ -113,7 +114,7 @@ async def _ask_judge(
             request = ChatRequest(
                 "",
                 config.judge_model,
-                (Message("user", (TextPart(draft.prompt),)),),
+                (Message("user", (TextPart(to_utf8(draft.prompt)),)),),
                 judge.sampling,
             )
             async with free:

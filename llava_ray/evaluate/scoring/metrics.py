@@ -1,8 +1,8 @@
-"""Summaries: the scored rows of a task -> its numbers, named; the first one is the headline.
+"""Computes a task's metrics from its scored rows; the first metric is the headline.
 
-Names have `/` between a group and a measure ("adversarial/f1"). Shares are in percent, as the
-papers print them. Summaries are pure functions; `statistics` calls them again and again to find
-out how sure their numbers are.
+The metric of a group is named "GROUP/METRIC" ("adversarial/f1"). Shares are in percent, as in the
+papers. Summaries are pure functions; `statistics` calls them repeatedly to estimate standard
+errors.
 """
 
 from collections import Counter, defaultdict
@@ -21,7 +21,7 @@ MME_COGNITION = (
 
 
 class Scored(NamedTuple):
-    """A row that was answered and judged: `score.value` is a number."""
+    """A question with its response and a score whose `value` is a number."""
 
     question: Question
     text: str
@@ -32,15 +32,22 @@ Summary = Callable[[Sequence[Scored]], dict[str, float]]
 
 
 def summarize_accuracy(rows: Sequence[Scored]) -> dict[str, float]:
-    """The mean, over all rows and over each group."""
-    numbers = {"accuracy": _mean([_value(row) for row in rows])}
-    for group, members in split_by_group(rows).items():
-        numbers[f"{group}/accuracy"] = _mean([_value(row) for row in members])
+    """The mean score, over all rows and over each group."""
+    total, sums, counts = 0.0, defaultdict[str, float](float), Counter[str]()
+    for question, _, score in rows:
+        value = score.value or 0.0
+        total += value
+        for group in question.groups:
+            sums[group] += value
+            counts[group] += 1
+    numbers = {"accuracy": 100 * (total / len(rows)) if rows else 0.0}
+    for group in sorted(sums):
+        numbers[f"{group}/accuracy"] = 100 * (sums[group] / counts[group])
     return numbers
 
 
 def summarize_circular(rows: Sequence[Scored]) -> dict[str, float]:
-    """MMBench's: a question counts as right if it was right in every order of its options."""
+    """MMBench's accuracy: a question is right if it was right in every order of its options."""
     whole = [_join_cluster(members) for members in split_by_cluster(rows).values()]
     return summarize_accuracy(whole) | {"one_pass/accuracy": _mean([_value(row) for row in rows])}
 
@@ -58,8 +65,8 @@ def summarize_pope(rows: Sequence[Scored]) -> dict[str, float]:
 def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
     """Sums of 100 (acc + acc+) over the subtasks of perception (of 2,000) and cognition (of 800).
 
-    acc+ is the share of images with both questions right, of those with two answers. A sum is
-    there if all its subtasks are.
+    acc+ is the share of images with both questions right, of those with two answers; a subtask
+    without any has no score. A sum is there if all its subtasks are.
     """
     subtasks: dict[str, float] = {}
     details: dict[str, float] = {}
@@ -68,8 +75,10 @@ def summarize_mme(rows: Sequence[Scored]) -> dict[str, float]:
         clusters = split_by_cluster(members).values()
         pairs = [_join_cluster(pair) for pair in clusters if len(pair) == 2]
         acc, acc_plus = _mean(right), _mean([_value(pair) for pair in pairs])
-        subtasks[group] = acc + acc_plus
-        details |= {f"{group}/acc": acc, f"{group}/acc_plus": acc_plus}
+        details[f"{group}/acc"] = acc
+        if pairs:
+            details[f"{group}/acc_plus"] = acc_plus
+            subtasks[group] = acc + acc_plus
     wholes = {"perception": MME_PERCEPTION, "cognition": MME_COGNITION}
     numbers = {
         whole: sum(subtasks[name] for name in names)
@@ -98,7 +107,7 @@ def summarize_reviews(rows: Sequence[Scored]) -> dict[str, float]:
 
 
 def split_by_group(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Rows by each group that they belong to, groups sorted."""
+    """Return the rows of each group, sorted by the group's name."""
     groups: dict[str, list[Scored]] = defaultdict(list)
     for row in rows:
         for group in row.question.groups:
@@ -107,7 +116,7 @@ def split_by_group(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 
 def split_by_cluster(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
-    """Rows by what they share; a row without a cluster is one of its own."""
+    """Return the rows of each cluster; a row without one is a cluster by itself."""
     clusters: dict[str, list[Scored]] = defaultdict(list)
     for row in rows:
         clusters[row.question.cluster or f"\0{row.question.question_id}"].append(row)
@@ -115,7 +124,7 @@ def split_by_cluster(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 
 def _join_cluster(members: Sequence[Scored]) -> Scored:
-    """One row that is right if all are."""
+    """Return one row with the lowest score of all."""
     worst = min(members, key=_value)
     return members[0]._replace(score=worst.score)
 

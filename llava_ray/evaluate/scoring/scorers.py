@@ -1,7 +1,7 @@
-"""Scorers: pure functions of a question and a response, to the letter of each benchmark's own.
+"""Scores single responses exactly as each benchmark's own scorer does.
 
-A scorer sees one row and gives it a `Score`; what becomes of the rows together (accuracy, F1, ...)
-is in `metrics`. Responses that a judge grades are scored in `judge`, captions in `captions`.
+A scorer is a pure function of a question and a response. `metrics` combines the scores of all rows
+(accuracy, F1, ...); `judge` scores responses that a model grades, `captions` scores captions.
 """
 
 import re
@@ -9,6 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from llava_ray.data.sources.building import LETTERS
+from llava_ray.evaluate.scoring.option_letter import read_option
+from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text
 from llava_ray.evaluate.scoring.vqa_normalize import (
     normalize_answer,
     normalize_words,
@@ -20,27 +22,28 @@ UNPARSED = "FAILED"
 
 
 def score_gqa(question: Question, text: str) -> Score:
-    """Equal to the answer, once periods at its end are gone and it is in lower case (GQA)."""
+    """Equal to the answer, in lower case and without periods at the end (GQA)."""
     answer = text.rstrip(".").lower()
     return _compare(answer in question.answers, answer, question)
 
 
 def score_exact(question: Question, text: str) -> Score:
-    """Equal to one of the answers, whatever the case and without a period at the end."""
-    answer = text.rstrip(".").lower()
-    rights = {right.rstrip(".").lower() for right in question.answers}
+    """Equal to one of the answers, whatever the case, the spaces and a period at the end."""
+    answer = normalize_text(text)
+    rights = {normalize_text(right) for right in question.answers}
     return _compare(answer in rights, answer, question)
 
 
 def score_contains(question: Question, text: str) -> Score:
-    """One of the answers stands in the response as a word or words of its own."""
-    response = _put_words_apart(text)
-    found = [right for right in question.answers if _put_words_apart(right) in response]
+    """One of the answers stands in the response, as words of its own; see `text_match`."""
+    found = [right for right in question.answers if contains_phrase(text, right)]
     return _compare(bool(found), found[0] if found else text, question)
 
 
 def score_letter(question: Question, text: str) -> Score:
     """The response is the right letter and nothing else (SEED-Bench)."""
+    if text not in LETTERS[: len(question.choices) or None] or len(text) != 1:
+        return _unread("not the letter of an option alone")
     return _compare(text in question.answers, text, question)
 
 
@@ -48,15 +51,15 @@ def score_scienceqa(question: Question, text: str) -> Score:
     """A letter from A to E, `A. ...`, or one `The answer is A.` in the response (ScienceQA)."""
     letter = _parse_scienceqa(text)
     if letter not in LETTERS[: len(question.choices)]:
-        return Score(0.0, letter, f"none of the {len(question.choices)} options: {letter}")
+        return _unread(f"none of the {len(question.choices)} options: {letter}")
     return _compare(letter in question.answers, letter, question)
 
 
 def score_choice(question: Question, text: str) -> Score:
-    """As ScienceQA; also `(A)`, `A)`, `A: ...` and an option's own text (MMBench, Q-Bench)."""
-    letter = _parse_choice(text.strip(), question.choices)
-    if letter == UNPARSED:
-        return Score(0.0, letter, "no option can be read out of the response")
+    """The right option, stated in any way that `option_letter` reads (MMBench, Q-Bench, own)."""
+    letter = read_option(text, question.choices)
+    if letter is None:
+        return _unread("no option, or more than one, can be read out of the response")
     return _compare(letter in question.answers, letter, question)
 
 
@@ -81,7 +84,7 @@ def score_textvqa(question: Question, text: str) -> Score:
 
 
 def score_pope(question: Question, text: str) -> Score:
-    """No if the first sentence has the word No, no or not, else yes (POPE)."""
+    """No if the first sentence contains the word No, no or not, else yes (POPE)."""
     words = text.split(".")[0].replace(",", "").split(" ")
     answer = "no" if {"No", "not", "no"} & set(words) else "yes"
     return _compare(answer in question.answers, answer, question)
@@ -91,12 +94,19 @@ def score_mme(question: Question, text: str) -> Score:
     """Yes or no within the first four characters; anything else is wrong (MME)."""
     start = text.lower()[:4]
     answer = "yes" if "yes" in start else "no" if "no" in start else "other"
+    if answer == "other":
+        return _unread("neither yes nor no in the first four characters", answer)
     return _compare(answer in question.answers, answer, question)
 
 
 def _compare(is_right: bool, answer: str, question: Question) -> Score:
     shown = question.answers[0] if len(question.answers) == 1 else list(question.answers)
     return Score(float(is_right), answer, "right" if is_right else f"right is {shown!r}")
+
+
+def _unread(why: str, parsed: str = UNPARSED) -> Score:
+    """A response out of which no answer can be read counts as wrong, and is counted by itself."""
+    return Score(0.0, parsed, why, is_unread=True)
 
 
 def _parse_scienceqa(text: str) -> str:
@@ -107,36 +117,6 @@ def _parse_scienceqa(text: str) -> str:
         return text[0]
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else UNPARSED
-
-
-def _parse_choice(text: str, choices: Sequence[str]) -> str:
-    letters = LETTERS[: len(choices)]
-    is_article = re.match(r"A\s+\w", text)  # as in "A man walks"
-    match = re.match(rf"\(?([{letters}])(?:[).:,\s]|$)", text)
-    if match and not is_article:
-        return match[1]
-    found = re.findall(rf"[Tt]he (?:correct )?(?:answer|option) is:? \(?([{letters}])\b", text)
-    if len(set(found)) == 1:
-        return found[0]
-    response = text.lower().rstrip(".")
-    equal = [
-        letters[i] for i, choice in enumerate(choices) if choice.lower().rstrip(".") == response
-    ]
-    named = [letters[i] for i, choice in enumerate(choices) if _is_named(choice, response)]
-    return next((found[0] for found in (equal, named) if len(found) == 1), UNPARSED)
-
-
-def _is_named(choice: str, response: str) -> bool:
-    """Does an option stand in a response? Only languages with spaces have words to look for."""
-    words = _put_words_apart(choice)
-    if words.isascii():
-        return bool(words.strip()) and words in _put_words_apart(response)
-    return choice.lower() in response
-
-
-def _put_words_apart(text: str) -> str:
-    words = re.findall(r"[^\W_]+", text.lower())
-    return f" {' '.join(words)} "
 
 
 def _put_in_one_line(text: str) -> str:

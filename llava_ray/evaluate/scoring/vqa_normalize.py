@@ -1,4 +1,4 @@
-"""Free answers brought into one form before they are compared, as EvalAI's servers do it.
+"""Normalizes free answers before they are compared, as EvalAI's servers do.
 
 The rules are those of the VQA challenge in the form of M4C, which LLaVA uses for VQAv2, VizWiz and
 TextVQA; published numbers depend on every one of them, the odd ones included.

@@ -335,8 +335,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         return config
     known = ", ".join(dict.fromkeys([*HF_TYPES, *TEXT_TYPES]))
     raise ConfigError(
-        f"model {str(folder)!r} has model_type {kind!r}, which is not a LLaVA that can be loaded "
-        f"({known}): give the folder of a LLaVA, or build one from this with `llava-ray build`"
+        f"model {str(folder)!r} has model_type {kind!r} and architectures "
+        f"{config.get('architectures')}, which is not a LLaVA that can be loaded ({known}): give "
+        "the folder of a LLaVA, or build one from this with `llava-ray build`"
     )
 
 

@@ -36,6 +36,12 @@ LLAVA_CLASSES = {
 LLaVA's code treats "llava" and "llava_llama" alike; SGLang knows only the first.
 """
 
+_CLASS = re.compile(r"Llava([A-Z]\w*)ForCausalLM")
+_LANGUAGE_MODELS = {
+    "llama": "llama", "mistral": "mistral", "mpt": "mpt", "qwen": "qwen2", "gemma": "gemma",
+}  # fmt: skip
+"""The language model's type, by its name in a class of LLaVA's code."""
+
 RESERVED = re.compile(
     r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|llava_ray_.*"
     r"|version|_name_or_path"
@@ -56,12 +62,17 @@ def is_llava_config(config: Mapping[str, Any]) -> bool:
 def read_text_type(config: Mapping[str, Any]) -> str | None:
     """Return the language model's type from a config.json of LLaVA's format, or None if unknown.
 
-    LLaVA's first checkpoints (v0) have "llama" as their own `model_type`.
+    `architectures` tells before `model_type`: LLaVA's first checkpoints (v0) and those of
+    LLaVA-NeXT's trainer have the language model's own `model_type`, and published ones were edited
+    to "llava" whatever their language model is.
     """
-    kind = config.get("model_type")
-    if kind == "llama" and "mm_vision_tower" in config:
-        return "llama"
-    return TEXT_TYPES.get(str(kind))
+    for name in config.get("architectures") or ():
+        if match := _CLASS.fullmatch(str(name)):
+            return _LANGUAGE_MODELS.get(match[1].lower())
+    kind = str(config.get("model_type"))
+    if kind in LLAVA_CLASSES and "mm_vision_tower" in config:
+        return kind
+    return TEXT_TYPES.get(kind)
 
 
 def read_aspect(config: Mapping[str, Any]) -> str:

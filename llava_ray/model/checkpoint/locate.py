@@ -69,9 +69,19 @@ def _fetch(name: str) -> Path:
 
 
 def read_processor_settings(folder: Path) -> dict[str, Any]:
-    """Return the settings of a folder's processor: patch size, image token, chat template."""
-    file = folder / "processor_config.json"
-    settings = read_json(file) if file.is_file() else {}
+    """Return the settings of a folder's processor: patch size, image token, chat template.
+
+    Fields that are null are left out: they say nothing. The template is that of
+    chat_template.jinja, of processor_config.json or, in older folders, of chat_template.json.
+
+    Raises:
+        ConfigError: a file is not JSON.
+    """
+    settings = {}
+    for name in ("chat_template.json", "processor_config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name)
+            settings |= {field: value for field, value in found.items() if value is not None}
     template = folder / "chat_template.jinja"
     if template.is_file():
         settings["chat_template"] = template.read_text()

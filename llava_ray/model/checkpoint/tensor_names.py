@@ -91,10 +91,9 @@ def detect_format(names: Iterable[str]) -> CheckpointFormat:
 
 
 def to_memory(name: str, file_format: CheckpointFormat) -> str | None:
-    """Return the name in memory of a stored tensor, or None if the model does not use it.
+    """Return the name in memory of a stored tensor, or None for a buffer that is recomputed.
 
-    Unused are buffers that are recomputed and, in LLaVA's format, tensors that belong to none of
-    language model, vision tower and projector.
+    What belongs to none of language model, vision tower and projector keeps its name.
     """
     if _RECOMPUTED.fullmatch(name):
         return None
@@ -104,7 +103,7 @@ def to_memory(name: str, file_format: CheckpointFormat) -> str | None:
     for pattern, target in _READ_LLAVA if file_format == "llava" else _READ_HF:
         if match := re.fullmatch(pattern, name):
             return match.expand(target)
-    return None
+    return name
 
 
 def tower_to_memory(name: str) -> str | None:

@@ -27,6 +27,7 @@ Role = Literal["weights", "tower", "frozen_tower", "delta"]
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 _BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16, "I64": 64, "I32": 32, "U8": 8, "I8": 8}
+_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "BOOL": 8, "I16": 16}
 _TORCH_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _LAST_NORM = re.compile(r"(^|\.)(model|transformer)\.norm(_f)?\.weight$")
 _DELTA_NORM = 0.1
@@ -119,6 +120,8 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
 
 def open_weights(weights: Sequence[WeightFiles]) -> dict[str, StoredTensor]:
     """Return the tensors of all files under their names in memory; later files override earlier.
+
+    A tensor that belongs to no part of a LLaVA keeps its name, so that `check_weights` finds it.
 
     Raises:
         ConfigError: a file is damaged, or a delta does not fit its base.

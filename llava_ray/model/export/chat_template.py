@@ -11,6 +11,9 @@ from typing import Any
 from llava_ray.model.choose_template import guess_template
 from llava_ray.template import find_template
 
+_FOR_NEW = "vicuna_v1"
+"""The template of a new LLaVA whose language model has never learned one: any will do."""
+
 _TAKE_IMAGES = (
     "{%- set texts = namespace(all=[]) -%}"
     "{%- for message in messages -%}"
@@ -44,7 +47,8 @@ def choose_chat(tokenizer: Any, text_model_type: str, name: str | None) -> tuple
     """
     if name is None and isinstance(tokenizer.chat_template, str):
         return add_beginning(_TAKE_IMAGES + tokenizer.chat_template, tokenizer), None
-    named = find_template(name or guess_template({"text_model_type": text_model_type}, tokenizer))
+    suited = guess_template({"text_model_type": text_model_type}, tokenizer)
+    named = find_template(name or suited or _FOR_NEW)
     known = named.end != "</s>" or tokenizer.eos_token == "</s>"
     if name is not None or known or not tokenizer.eos_token:
         return add_beginning(named.source, tokenizer), named.name

@@ -49,6 +49,7 @@ def export_model(
     to: Form | None = None,
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
+    template: str | None = None,
     dtype: str | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
     tower_name: str | None = None,
@@ -57,7 +58,7 @@ def export_model(
     """Write a checkpoint in another form; return its folder.
 
     Args:
-        path, base, vision_tower: as in `load_model`.
+        path, base, vision_tower, template: as in `load_model`.
         out: the folder to write.
         to: see above; by default the checkpoint's own format, so that it is rewritten with
             everything merged, in shards and under current names.
@@ -73,7 +74,7 @@ def export_model(
             written; nothing is left in `out` then.
         MissingPackageError: an adapter needs peft.
     """
-    opened = open_checkpoint(path, base=base, vision_tower=vision_tower)
+    opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     checkpoint = opened.checkpoint
     form = to or ("hf" if checkpoint.format == "hf" else "original")
     _check_form(checkpoint, form, tower_name)

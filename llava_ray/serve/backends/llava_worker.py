@@ -42,6 +42,9 @@ class LlavaWorkerBackend(Backend):
     async def find_context_length(self) -> int | None:
         return None
 
+    async def describe_engine(self) -> dict[str, str]:
+        return {}
+
     def _cannot(self, what: str) -> UnsupportedError:
         return UnsupportedError(
             f"{self.name!r} is served by one of LLaVA's own workers, which cannot {what}: "

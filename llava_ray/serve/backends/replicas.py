@@ -34,11 +34,13 @@ class ReplicaHealth:
         pending_since: start times of the requests without a first chunk, the oldest first.
         last_chunk_at: when the last chunk arrived.
         context_length: None until a replica has reported it.
+        engine: how its engine computes; empty until a replica has reported it.
     """
 
     pending_since: list[float] = field(default_factory=list)
     last_chunk_at: float = float("-inf")
     context_length: int | None = None
+    engine: dict[str, str] = field(default_factory=dict)
 
 
 class Backend:
@@ -152,6 +154,18 @@ class Backend:
             except (RayError, RayServeException):
                 pass  # the model is listed without it; /readyz says what is wrong
         return self._health.context_length
+
+    async def describe_engine(self) -> dict[str, str]:
+        """Return how a replica's engine computes; empty if none reports it."""
+        if not self._health.engine:
+            response = self._handle.describe.remote()
+            try:
+                self._health.engine = await asyncio.wait_for(response, _CONTEXT_LENGTH_TIMEOUT_S)
+            except TimeoutError:
+                response.cancel()
+            except (RayError, RayServeException):
+                pass  # the readiness says what is wrong
+        return self._health.engine
 
     async def _ask(self, response: Any) -> Any:
         try:

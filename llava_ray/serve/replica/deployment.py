@@ -11,6 +11,7 @@ from contextlib import aclosing
 from llava_ray.config import LimitsConfig, ModelConfig
 from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.errors import EngineError
+from llava_ray.model.fingerprint import make_fingerprint
 from llava_ray.serve import log
 from llava_ray.serve.backends.stream_transport import StreamAddress, StreamSenders
 from llava_ray.serve.deadline import Deadline
@@ -49,6 +50,9 @@ class Replica:
         started = time.monotonic()
         self._metrics = ReplicaMetrics()
         self._engine = load_engine(model, note_images=self._metrics.note_images)
+        self._fingerprints = {
+            adapter: make_fingerprint(model, adapter) for adapter in ("", *model.adapters)
+        }
         self._limits = limits
         self._messages_per_s = model.messages_per_s
         self._senders = StreamSenders()
@@ -58,7 +62,12 @@ class Replica:
         self._decoders = ThreadPoolExecutor(DECODES_AT_ONCE, thread_name_prefix="decode")
         hello = Message("user", (TextPart("Hello"),))
         self._engine.template.render([hello])  # compiles it before the first request
-        log.logger.info(f"{model.name!r} is ready after {time.monotonic() - started:.1f} s")
+        described = self._engine.describe()
+        self._metrics.note_engine(described)
+        log.logger.info(
+            f"{model.name!r} is ready after {time.monotonic() - started:.1f} s: "
+            + ", ".join(f"{name} {value}" for name, value in described.items())
+        )
 
     async def chat(
         self, request: Request, address: StreamAddress | None = None
@@ -97,13 +106,17 @@ class Replica:
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         return await self._engine.detokenize(token_ids)
 
+    async def describe(self) -> dict[str, str]:
+        return self._engine.describe()
+
     async def get_context_length(self) -> int:
         return self._engine.context_length
 
     async def _send(
         self, answer: AsyncGenerator[Chunk], request: Request | CompletionRequest
     ) -> AsyncGenerator[Chunk]:
-        """Yield the coalesced chunks of an answer and record metrics."""
+        """Yield the coalesced chunks of an answer, with the fingerprint; record metrics."""
+        fingerprint = self._fingerprints.get(request.adapter, "")
         deadline = Deadline()
         self._deadlines.add(deadline)
         try:
@@ -111,7 +124,7 @@ class Replica:
                 async with aclosing(self._coalesce(answer, request.num_answers)) as joined:
                     async for chunk in deadline.watch(joined):
                         tracker.note_chunk(chunk)
-                        yield chunk
+                        yield chunk._replace(fingerprint=fingerprint)
         finally:
             self._deadlines.discard(deadline)
 

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -25,6 +26,9 @@ _STATS = {
     "cache_tokens_used": "Tokens in the key-value cache.",
     "cache_tokens_total": "Capacity of the key-value cache in tokens.",
 }
+
+
+_ENGINE_TAGS: Any = ("engine", "device", "dtype", "attention", "graphs", "cache", "batch")
 
 
 class RequestTracker:
@@ -96,6 +100,11 @@ class ReplicaMetrics:
             "Tokens by kind: text, image and cached prompt tokens, and generated tokens.",
             tag_keys=("kind",),
         )
+        self._engine = Gauge(
+            "llava_ray_replica_engine",
+            "Always 1; its tags say how the replica's engine computes.",
+            tag_keys=_ENGINE_TAGS,
+        )
         self._stats = {
             name: Gauge(f"llava_ray_replica_{name}", description)
             for name, description in _STATS.items()
@@ -105,6 +114,11 @@ class ReplicaMetrics:
         """Set the gauges to the engine's current statistics; see `Engine.stats`."""
         for name, gauge in self._stats.items():
             gauge.set(stats[name])
+
+    def note_engine(self, described: dict[str, str]) -> None:
+        """Set the gauge that says how the engine computes; see `Engine.describe`."""
+        tags = {name: described.get(name, "") for name in _ENGINE_TAGS}
+        self._engine.set(1, tags)
 
     def note_decode(self, seconds: float) -> None:
         self._decode.observe(seconds)

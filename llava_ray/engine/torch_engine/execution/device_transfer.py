@@ -71,7 +71,8 @@ class DeviceToHostCopy:
         if tensors[0].is_cuda:
             self._tensors = tuple(each.to("cpu", non_blocking=True) for each in tensors)
             self._arrived = torch.cuda.Event()
-            self._arrived.record()
+            # The copy runs on the tensors' device, which need not be this thread's current one.
+            self._arrived.record(torch.cuda.current_stream(tensors[0].device))
 
     def read(self) -> tuple[torch.Tensor, ...]:
         """Return the copies; waits for them only, not for work that was queued later."""

@@ -112,14 +112,20 @@ def _list_keys(sequence: Sequence) -> list[ImageKey]:
 
 
 def _group(wanted: dict[ImageKey, ImageInputs]) -> list[dict[ImageKey, ImageInputs]]:
-    """Return what goes through the tower together: one adapter's images, if none has tiles."""
+    """Return what goes through the tower together: one adapter's images, if each has one tile."""
     groups: list[dict[ImageKey, ImageInputs]] = []
     for adapter in {key.adapter: None for key in wanted}:
         mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
-        plain = [key for key in mine if mine[key]["pixel_values"].ndim == 4]
+        plain = [key for key, inputs in mine.items() if is_plain(inputs)]
         groups += [{key: mine[key]} for key in mine if key not in plain]
         groups += [
             {key: mine[key] for key in plain[start : start + IMAGES_AT_ONCE]}
             for start in range(0, len(plain), IMAGES_AT_ONCE)
         ]
     return groups
+
+
+def is_plain(inputs: ImageInputs) -> bool:
+    """Return whether an image has one tile, without the layout of those that have more."""
+    is_beside_others = "batch_num_images" in inputs and int(inputs["batch_num_images"][0]) > 1
+    return inputs["pixel_values"].ndim == 4 or is_beside_others

@@ -11,9 +11,14 @@ from itertools import groupby
 from PIL.Image import Image
 
 
-def hash_images(images: Sequence[Image]) -> list[int]:
-    """Return a hash of each image's pixels and size; negative, unlike any token id."""
-    return [_hash(image.tobytes(), repr(image.size).encode()) for image in images]
+def hash_images(images: Sequence[Image], *, layout: str = "") -> list[int]:
+    """Return a hash of each image's pixels and size; negative, unlike any token id.
+
+    Args:
+        images: the images of one prompt.
+        layout: how they are laid out, if the same image has other features in other prompts.
+    """
+    return [_hash(image.tobytes(), f"{image.size}{layout}".encode()) for image in images]
 
 
 def identify_tokens(

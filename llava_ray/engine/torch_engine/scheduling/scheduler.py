@@ -15,7 +15,7 @@ no deadlock: every running sequence finishes, and the head of the queue gets its
 
 import logging
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as Many
 from typing import NamedTuple
 
@@ -173,11 +173,34 @@ class Scheduler:
             if isinstance(item, EngineError) or item.finish_reason is not None:
                 self._end(scheduled.sequence)
             news.append((scheduled.sequence, item))
+        self._release_ended(sequences)
+        return news
+
+    def take_back(self, plan: StepPlan, reason: str) -> list[tuple[Sequence, EngineError]]:
+        """Undo a planned step that the device had no memory for; it is not advanced.
+
+        Its prompts end with an error, as they need most memory; if it has none, the sequence that
+        was admitted last does, so that the next step is smaller. The others are planned again.
+        """
+        sequences = [scheduled.sequence for scheduled in plan.scheduled]
+        self._planned.difference_update(sequences)
+        self._in_flight -= Counter(sequences)
+        alive = [each for each in self.running if each in set(sequences) - self._ended_in_flight]
+        prompts = [each for each in alive if each.num_computed < len(each.prompt_ids)]
+        news: list[tuple[Sequence, EngineError]] = []
+        for sequence in prompts or alive[-1:]:
+            sequence.num_computed = 0  # its keys and values are in doubt: nothing reuses them
+            self._end(sequence)
+            news.append((sequence, EngineError(reason)))
+        self._release_ended(sequences)
+        return news
+
+    def _release_ended(self, sequences: Iterable[Sequence]) -> None:
+        """Free what has ended and is no longer in flight."""
         for sequence in sequences:
             if sequence in self._ended_in_flight and sequence not in self._in_flight:
                 self._ended_in_flight.remove(sequence)
                 self._release(sequence)
-        return news
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._max_batch_size:

@@ -1,0 +1,85 @@
+"""Checks that a checkpoint's processor and its model agree on images, without any weights.
+
+A processor that writes other numbers of image tokens than the tower gives features, or makes images
+of other sizes, fails at the first image, or answers as if there were none. Called by `loading`,
+`doctor` and the encoder of training with the same result.
+"""
+
+from typing import Any
+
+from PIL import Image
+
+from llava_ray.errors import ConfigError
+from llava_ray.model.checkpoint.inspect import Checkpoint
+from llava_ray.model.processor import encode_images
+
+TOWERS = ("clip_vision_model", "siglip_vision_model")
+
+
+def check_processor(checkpoint: Checkpoint, processor: Any, config: Any) -> None:
+    """Check a processor against the model's configuration.
+
+    Args:
+        checkpoint: the inspected checkpoint.
+        processor: transformers' processor.
+        config: transformers' configuration of the model.
+
+    Raises:
+        ConfigError: they do not fit; the message names the field and its right value.
+    """
+    if problem := find_misfit(checkpoint, processor, config):
+        raise ConfigError(problem)
+
+
+def find_misfit(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
+    """Return what does not fit, and how to fix it; "" if everything fits."""
+    vision = config.vision_config
+    where = str(checkpoint.folder / "config.json")
+    if vision.model_type not in TOWERS:
+        return (
+            f"{where}: the vision tower has model_type {vision.model_type!r}; only CLIP and SigLIP "
+            "towers are computed here: serve the checkpoint with engine: vllm"
+        )
+    try:
+        pixels = encode_images(processor, [Image.new("RGB", (8, 8))])["pixel_values"]
+    except Exception as error:  # noqa: BLE001 - whatever its settings make transformers raise
+        return (
+            f"{checkpoint.folder}: the image preprocessing cannot be used "
+            f"({type(error).__name__}: {error}): copy preprocessor_config.json or "
+            "processor_config.json again from where the checkpoint came from"
+        )
+    height, width = pixels.shape[-2:]
+    if {height, width} != {vision.image_size}:
+        return (
+            f"{checkpoint.folder}: images are prepared with {width} x {height} pixels, and the "
+            f"vision tower reads {vision.image_size} x {vision.image_size}: correct size and "
+            "crop_size in the preprocessing, or image_size in config.json"
+        )
+    expected = _count_features(config)
+    found = _count_written(processor, vision.image_size)
+    if found == expected:
+        return ""
+    fields = "num_image_tokens"
+    if not hasattr(processor, fields):
+        fields = "patch_size, num_additional_image_tokens and vision_feature_select_strategy"
+    return (
+        f"{checkpoint.folder}: the processor writes {found} image tokens for a tile, and the "
+        f"vision tower gives {expected} features: correct {fields} in processor_config.json and "
+        "config.json"
+    )
+
+
+def _count_features(config: Any) -> int:
+    """Return how many features the model takes of one tile."""
+    vision = config.vision_config
+    num_patches = (vision.image_size // vision.patch_size) ** 2
+    num_features = num_patches + (vision.model_type == "clip_vision_model")
+    return num_features - (config.vision_feature_select_strategy == "default")
+
+
+def _count_written(processor: Any, image_size: int) -> int:
+    """Return how many image tokens the processor writes for one tile."""
+    if hasattr(processor, "num_image_tokens"):  # LLaVA-OneVision's
+        return processor.num_image_tokens
+    num_tokens = (image_size // processor.patch_size) ** 2 + processor.num_additional_image_tokens
+    return num_tokens - (processor.vision_feature_select_strategy == "default")
