@@ -36,7 +36,7 @@ _NOT_TEXT = re.compile(
 _TOWER_END = r"model\.vision_tower\.(post_layernorm|head)\..+"
 _HARMLESS = {
     _TOWER_END: "LLaVA takes the features of an inner layer of the tower",
-    r"model\.image_newline": "only images in tiles that are joined in rows have newlines",
+    r"model\.image_newline": "only mm_patch_merge_type=spatial_unpad has newlines",
     r"lm_head\.weight": "a model with tied embeddings computes its head from them",
 }
 """Tensors that a model may do without, with the reasons. They may be missing or left over."""
@@ -285,7 +285,7 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
         LlavaOnevisionForConditionalGeneration,
     )
 
-    from llava_ray.model.modeling import Llava, LlavaAnyres
+    from llava_ray.model.modeling import Llava, LlavaAnyres, LlavaNewline
 
     if checkpoint.model_type == "llava_onevision":
         return LlavaOnevisionForConditionalGeneration
@@ -297,6 +297,8 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
     if checkpoint.model_type == "llava_next":
         is_hf = checkpoint.format == "hf"
         return LlavaNextForConditionalGeneration if plain and is_hf else LlavaAnyres
+    if checkpoint.merge_type == "spatial_unpad":
+        return LlavaNewline
     return LlavaForConditionalGeneration if plain else Llava
 
 
