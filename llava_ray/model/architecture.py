@@ -312,6 +312,12 @@ def _projector_remedy(checkpoint: Checkpoint) -> str:
 
 
 def _explain(checkpoint: Checkpoint, error: Exception) -> str:
+    vision = checkpoint.config.get("vision_config") or {}
+    if checkpoint.format == "hf" and (kind := vision.get("model_type", "clip")) not in _TOWERS:
+        return (
+            f"{checkpoint.folder / 'config.json'}: the vision tower has model_type {kind!r}; only "
+            "CLIP and SigLIP towers can be loaded"
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{checkpoint.folder / 'config.json'} does not describe a model that can be built: "

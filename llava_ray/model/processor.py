@@ -101,8 +101,7 @@ def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
             f"the image preprocessing in {str(folder)!r} does not load: {error}"
         ) from error
     settings = read_processor_settings(folder)
-    vision = config.get("vision_config", {})
-    is_siglip = vision.get("model_type", "clip_vision_model").startswith("siglip")
+    vision = model_config.vision_config
     image_token = settings.get("image_token") or IMAGE_TOKEN
     common = {
         "image_processor": image_processor,
@@ -116,18 +115,39 @@ def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
     }
     _check_image_token(checkpoint, tokenizer, image_token)
     if checkpoint.model_type == "llava_onevision":
-        side = vision.get("image_size", 384) // vision.get("patch_size", 14)
+        side = vision.image_size // vision.patch_size
         return _onevision_processor(
             **common,
-            num_image_tokens=settings.get("num_image_tokens") or side**2,
-            vision_aspect_ratio=config.get("vision_aspect_ratio") or "anyres_max_9",
+            num_image_tokens=_read_number(settings, "num_image_tokens", folder, default=side**2),
+            vision_aspect_ratio=model_config.vision_aspect_ratio,
         )
     processor = LlavaProcessor if checkpoint.model_type == "llava" else LlavaNextProcessor
     return processor(
         **common,
-        patch_size=settings.get("patch_size") or vision.get("patch_size", 14),
-        num_additional_image_tokens=settings.get("num_additional_image_tokens", int(not is_siglip)),
+        patch_size=_read_number(settings, "patch_size", folder, default=vision.patch_size),
+        num_additional_image_tokens=_read_number(
+            settings,
+            "num_additional_image_tokens",
+            folder,
+            default=int(vision.model_type == "clip_vision_model"),
+            least=0,
+        ),
     )
+
+
+def _read_number(
+    settings: dict[str, Any], name: str, folder: Path, *, default: int, least: int = 1
+) -> int:
+    """Return a number of processor_config.json; what is missing or null has the tower's value."""
+    found = settings.get(name)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ConfigError(
+            f"{folder / 'processor_config.json'}: {name}={found!r} is not a number of at least "
+            f"{least}: remove it, and the vision tower's {default} is used"
+        )
+    return found
 
 
 def _onevision_processor(**settings: Any) -> Any:
@@ -258,8 +278,13 @@ def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str)
     """Without an image token the tokenizer would split it, and the model would see no image."""
     config = checkpoint.config
     expected = config.get("image_token_index", config.get("image_token_id"))
-    found = tokenizer.convert_tokens_to_ids(image_token)
     where = str(checkpoint.tokenizer_folder)
+    if not isinstance(image_token, str):
+        raise ConfigError(
+            f"{checkpoint.folder / 'processor_config.json'}: image_token={image_token!r} is not "
+            f"text: remove it, and {IMAGE_TOKEN!r} is used"
+        )
+    found = tokenizer.convert_tokens_to_ids(image_token)
     if found is None or found == tokenizer.unk_token_id:
         raise ConfigError(
             f"the tokenizer in {where!r} lacks the image token {image_token!r}, which config.json "
