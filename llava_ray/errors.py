@@ -6,11 +6,12 @@
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            an image that cannot be used
     │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
-    │   │   │   ├── LinkError         an address from which no image is fetched
+    │   │   │   ├── ImageUrlError         an address from which no image is fetched
     │   │   │   └── FetchError        an address that gave no usable image; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
     │   │   ├── RequestTooLargeError  a body over the limit; 413
+    │   │   ├── EncodingError         a body compressed in a way that is not read here; 415
     │   │   └── RefusedError          a question that the moderation service objects to
     │   ├── SampleError               a sample that cannot be trained on, named by its id
     │   ├── ModelNotFoundError        no such model here; 404
@@ -83,7 +84,7 @@ class ImageTooLargeError(ImageError):
     """An image with more bytes or pixels than the limits allow."""
 
 
-class LinkError(ImageError):
+class ImageUrlError(ImageError):
     """The address of an image from which this server fetches none."""
 
     code = "image_url_refused"
@@ -113,6 +114,13 @@ class RequestTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class EncodingError(RequestError):
+    """The body of a request is compressed in a way that this server does not read."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class RefusedError(RequestError):

@@ -68,6 +68,8 @@ class Sampling:
         num_logprobs: return each token's logprob and those of this many likeliest tokens;
             None: no logprobs.
         json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
+        may_cut: a `max_tokens` that is more than the context leaves is cut to that; otherwise it
+            is an error.
     """
 
     max_tokens: int | None = None
@@ -86,6 +88,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
     json_schema: str | None = None
+    may_cut: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -98,6 +101,8 @@ class ChatRequest:
     """A conversation that a user wants continued, checked and free of wire format.
 
     Attributes:
+        messages: system (optional), then user and assistant in turn. A last turn of the user is
+            answered, one of the assistant is continued.
         num_answers: how many different answers are wanted.
         adapter: which of the model's adapters answers; empty: the model itself.
     """
