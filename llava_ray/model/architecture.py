@@ -259,7 +259,7 @@ def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) 
             f"{file}: the vision tower has model_type {found.get('model_type')!r}; only CLIP and "
             "SigLIP towers can be loaded"
         )
-    fields = {**found.get("vision_config", found), "model_type": kind}
+    fields = {**(found.get("vision_config") or found), "model_type": kind}
     fields = {n: v for n, v in fields.items() if n not in ("torch_dtype", "dtype", "architectures")}
     config: Any = CONFIG_MAPPING[kind](**fields)
     layers = {

@@ -201,6 +201,9 @@ def read_preprocessing(
         tower: the tower's folder.
         pad: add borders to make an image square.
         pinpoints: the sizes for anyres.
+
+    Raises:
+        ConfigError: transformers does not accept its settings.
     """
     from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
@@ -213,22 +216,26 @@ def read_preprocessing(
             settings[name] = {"shortest_edge": side} if is_edge else {"height": side, "width": side}
     if _is_siglip(tower):
         settings = {"do_center_crop": False, **settings}
-    if pinpoints:
-        settings.setdefault(
-            "crop_size", settings.get("size")
-        )  # transformers' name for the size of a tile
-        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
-    return LlavaImageProcessorPil(**settings, do_pad=pad)
+    try:
+        if pinpoints:
+            # transformers' name for the size of a tile
+            settings.setdefault("crop_size", settings.get("size"))
+            return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
+        return LlavaImageProcessorPil(**settings, do_pad=pad)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{tower / 'preprocessor_config.json'} does not describe image preprocessing: {error}; "
+            "copy it again from where the vision tower came from"
+        ) from error
 
 
 def _is_siglip(tower: Path) -> bool:
-    found = read_json(tower / "preprocessor_config.json")
-    return "siglip" in str(found.get("image_processor_type", "")).lower()
+    return str(read_json(tower / "config.json").get("model_type")).startswith("siglip")
 
 
 def _read_patch_size(tower: Path) -> int:
     config = read_json(tower / "config.json")
-    return config.get("vision_config", config).get("patch_size", 14)
+    return (config.get("vision_config") or config).get("patch_size", 14)
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:

@@ -89,6 +89,12 @@ def _find_bad_field(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
             f"image_grid_pinpoints={pinpoints}, and the image preprocessing lays out tiles by "
             f"{prepared}: they belong to different checkpoints; copy both files again"
         )
+    side = config.vision_config.image_size
+    if odd := [size for size in _as_lists(pinpoints) if size[0] % side or size[1] % side]:
+        return (
+            f"image_grid_pinpoints has the size {odd[0]}, which is not made of tiles of {side} x "
+            f"{side} pixels, as the vision tower reads them: use multiples of {side}"
+        )
     if checkpoint.model_type == "llava_onevision":
         aspect = config.vision_aspect_ratio
         if not re.fullmatch(r"anyres_max_[1-9]\d*", aspect):

@@ -16,7 +16,7 @@ from llava_ray.model.loading import load_without_weights
 from llava_ray.types import ImagePart, Message, TextPart
 from tests.support.hf_checkpoints import write_published
 from tests.support.llava_checkpoints import Original
-from tests.support.reference_logits import load
+from tests.support.reference_logits import assert_same_logits, load
 
 IMAGE = ImagePart(b"")
 TEXT_ONLY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -243,6 +243,51 @@ def test_fields_that_are_null_or_missing_have_the_towers_values(kind: str, tmp_p
         found = load(folder).processor
         for name in names:
             assert getattr(found, name, None) == getattr(expected, name, None), name
+
+
+TOWER_MISFITS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "tiles of another size": (
+        lambda folder, _: change(
+            folder / "config.json", image_aspect_ratio="anyres", image_grid_pinpoints=[[30, 50]]
+        ),
+        "use multiples of 28",
+    ),
+    "a layer that the tower lacks": (
+        lambda folder, _: change(folder / "config.json", mm_vision_select_layer=99),
+        "layer 99",
+    ),
+    "a size that is none": (
+        lambda _, tower: change(tower / "preprocessor_config.json", size=28.5),
+        "does not describe image preprocessing",
+    ),
+    "no size": (
+        lambda _, tower: change(tower / "preprocessor_config.json", size=None, crop_size=None),
+        "the image preprocessing cannot be used",
+    ),
+    "no patch size": (lambda _, tower: remove(tower / "config.json", "patch_size"), "patch_size"),
+    "a tower of another family": (
+        lambda _, tower: change(tower / "config.json", model_type="dinov2"),
+        "the vision tower has model_type 'dinov2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWER_MISFITS)
+def test_a_tower_that_does_not_fit_llavas_format_is_refused(name: str, tmp_path: Path) -> None:
+    folder = Original().write(tmp_path / "model")
+    spoil, message = TOWER_MISFITS[name]
+    spoil(folder, tmp_path / "the-tower")
+    assert message in refuse(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_towers_configuration_tells_its_kind(kind: str, tmp_path: Path) -> None:
+    original = Original(tower=kind)
+    folder = original.write(tmp_path / "model")
+    other = "CLIPImageProcessor" if kind == "siglip" else "SiglipImageProcessor"
+    for said in (other, None):
+        change(tmp_path / "the-tower" / "preprocessor_config.json", image_processor_type=said)
+        assert_same_logits(load(folder), original)
 
 
 def test_images_of_another_size_than_the_tower_reads_are_refused(tmp_path: Path) -> None:
