@@ -36,7 +36,7 @@ _NOT_TEXT = re.compile(
 _TOWER_END = r"model\.vision_tower\.(post_layernorm|head)\..+"
 _HARMLESS = {
     _TOWER_END: "LLaVA takes the features of an inner layer of the tower",
-    r"model\.image_newline": "only images in tiles that are joined in rows have newlines",
+    r"model\.image_newline": "only mm_patch_merge_type=spatial_unpad has newlines",
     r"lm_head\.weight": "a model with tied embeddings computes its head from them",
 }
 """Tensors that a model may do without, with the reasons. They may be missing or left over."""
@@ -259,7 +259,7 @@ def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) 
             f"{file}: the vision tower has model_type {found.get('model_type')!r}; only CLIP and "
             "SigLIP towers can be loaded"
         )
-    fields = {**found.get("vision_config", found), "model_type": kind}
+    fields = {**(found.get("vision_config") or found), "model_type": kind}
     fields = {n: v for n, v in fields.items() if n not in ("torch_dtype", "dtype", "architectures")}
     config: Any = CONFIG_MAPPING[kind](**fields)
     layers = {
@@ -293,7 +293,7 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
         LlavaOnevisionForConditionalGeneration,
     )
 
-    from llava_ray.model.modeling import Llava, LlavaAnyres
+    from llava_ray.model.modeling import Llava, LlavaAnyres, LlavaNewline
 
     if checkpoint.model_type == "llava_onevision":
         return LlavaOnevisionForConditionalGeneration
@@ -305,6 +305,8 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
     if checkpoint.model_type == "llava_next":
         is_hf = checkpoint.format == "hf"
         return LlavaNextForConditionalGeneration if plain and is_hf else LlavaAnyres
+    if checkpoint.merge_type == "spatial_unpad":
+        return LlavaNewline
     return LlavaForConditionalGeneration if plain else Llava
 
 
@@ -318,6 +320,12 @@ def _projector_remedy(checkpoint: Checkpoint) -> str:
 
 
 def _explain(checkpoint: Checkpoint, error: Exception) -> str:
+    vision = checkpoint.config.get("vision_config") or {}
+    if checkpoint.format == "hf" and (kind := vision.get("model_type", "clip")) not in _TOWERS:
+        return (
+            f"{checkpoint.folder / 'config.json'}: the vision tower has model_type {kind!r}; only "
+            "CLIP and SigLIP towers can be loaded"
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{checkpoint.folder / 'config.json'} does not describe a model that can be built: "

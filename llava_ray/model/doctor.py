@@ -112,6 +112,8 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
         facts["vision tower"] += f", found in {checkpoint.tower_folder}"
     if checkpoint.aspect_mode == "anyres":
         facts["images"] += f", tiles joined {checkpoint.merge_type}"
+    elif checkpoint.merge_type == "spatial_unpad":
+        facts["images"] += ", each followed by a newline"
     if checkpoint.uses_start_end:
         facts["images"] += ", between <im_start> and <im_end>"
     return facts
