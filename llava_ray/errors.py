@@ -6,7 +6,7 @@
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            an image that cannot be used
     │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
-    │   │   │   ├── LinkError         an address from which no image is fetched
+    │   │   │   ├── ImageUrlError         an address from which no image is fetched
     │   │   │   └── FetchError        an address that gave no usable image; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
@@ -84,7 +84,7 @@ class ImageTooLargeError(ImageError):
     """An image with more bytes or pixels than the limits allow."""
 
 
-class LinkError(ImageError):
+class ImageUrlError(ImageError):
     """The address of an image from which this server fetches none."""
 
     code = "image_url_refused"

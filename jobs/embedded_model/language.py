@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
 )
 
 
-class EncodedConversation(NamedTuple):
+class EncodedTurns(NamedTuple):
     """A conversation as token ids and labels, and the images that its image tokens stand for."""
 
     ids: list[int]
@@ -135,7 +135,7 @@ class ConversationEncoder:
         *,
         is_strict: bool = False,
         has_gaps: bool = False,
-    ) -> EncodedConversation:
+    ) -> EncodedTurns:
         """Ids and labels of a conversation.
 
         Unless `is_strict`, some conversations come with a system message or without <s>. With
@@ -145,7 +145,7 @@ class ConversationEncoder:
         start = BOS if is_strict or rng.random() < 0.85 else ""
         system = f"{talk.system_prompt(rng)} " if not is_strict and rng.random() < 0.04 else ""
         has_gaps = has_gaps and rng.random() < 0.3
-        encoded = EncodedConversation([], [], [], [], [], [turn.kind for turn in turns], [], [])
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [])
         self._add(encoded, f"{start}{system}")
         scene = None
         for index, turn in enumerate(turns):
@@ -162,7 +162,7 @@ class ConversationEncoder:
         self._skipped = 0
         return encoded
 
-    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedConversation:
+    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedTurns:
         """Questions about one image as if each were the first: none sees another.
 
         What was said before tells much of what is in an image, and a model that may read it
@@ -170,9 +170,7 @@ class ConversationEncoder:
         """
         scene = turns[0].image
         assert scene, "turns apart are about one image"
-        encoded = EncodedConversation(
-            [], [], [], [], [], [turn.kind for turn in turns], [], [scene]
-        )
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
         self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
         shared = len(encoded.ids)
         for index, turn in enumerate(turns):
@@ -185,7 +183,7 @@ class ConversationEncoder:
 
     def _add(
         self,
-        encoded: EncodedConversation,
+        encoded: EncodedTurns,
         text: str,
         *,
         turn: int = -1,
@@ -209,7 +207,7 @@ class ConversationEncoder:
             encoded.references.append((ends[token], (*reference.aspects, *reference.orders)))
 
 
-def collate(batch: Sequence[EncodedConversation], pad: int) -> ConversationBatch:
+def collate(batch: Sequence[EncodedTurns], pad: int) -> ConversationBatch:
     """Pad conversations on the right to the longest, and that to a step."""
     longest = max(len(one.ids) for one in batch)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP

@@ -151,16 +151,17 @@ class ModelConfig(Section):
         description="Maximum length of prompt plus answer, in tokens. Default: the model's own "
         "context length.",
     )
-    max_batch_size: int = Field(
-        default=32,
-        ge=1,
-        le=1024,
-        description="Maximum number of sequences in a batch of the engine.",
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        default="auto",
+        description="Maximum number of sequences in a batch of the engine. auto: on a GPU one for "
+        "each 256 tokens of the cache, at most 256; 32 on a CPU; with vllm and sglang their own "
+        "default.",
     )
-    cache_tokens: int = Field(
-        default=16384,
-        ge=64,
-        description="Size of the key-value cache in tokens, shared by all running requests.",
+    cache_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        default="auto",
+        description="Size of the key-value cache in tokens, shared by all running requests. auto: "
+        "on a GPU what fits in 90 % of its memory, beside the weights and a step of the largest "
+        "size, which is run to measure it; 16384 on a CPU; with vllm and sglang their own default.",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -238,6 +239,12 @@ class ModelConfig(Section):
             quantization=self.quantization,
             engine_options=self.engine_options,
         )
+
+    @property
+    def gpu_share(self) -> float:
+        """Part of a GPU that belongs to one replica."""
+        is_part = self.num_gpus != "auto" and 0 < self.num_gpus < 1
+        return float(self.num_gpus) if is_part else 1.0
 
     @model_validator(mode="after")
     def _fill_name(self) -> "ModelConfig":

@@ -142,7 +142,14 @@ def check_weights(
         )
     for name in sorted(needed & set(stored)):
         expected, found = architecture.shapes[name], stored[name].shape
-        if expected != found:
+        if 0 in found:
+            problems.append(
+                f"{stored[name].file}: {name} has no values, shape {list(found)}: it was saved "
+                "under ZeRO 3 without gathering the weights; save it again with "
+                "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
+                "DeepSpeed's zero_to_fp32.py"
+            )
+        elif expected != found:
             problems.append(
                 f"{stored[name].file}: {name} has shape {list(found)}, and "
                 f"{checkpoint.folder / 'config.json'} needs {list(expected)}: they belong to "
@@ -216,6 +223,7 @@ def _convert_llava_config(
         layer = min(layer + missing_layers, -1)
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
     has_cls = vision_config.model_type == "clip_vision_model"
+    is_tied = "lm_head.weight" not in stored and text_config.tie_word_embeddings
     common = {
         "text_config": text_config,
         "vision_config": vision_config,
@@ -224,11 +232,11 @@ def _convert_llava_config(
         + int(keeps_cls and has_cls),
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": "full" if keeps_cls or not has_cls else "default",
-        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "tie_word_embeddings": is_tied,
         "mm_projector_type": checkpoint.projector,
         "mm_patch_merge_type": checkpoint.merge_type,
     }
-    text_config.tie_word_embeddings = common["tie_word_embeddings"]
+    text_config.tie_word_embeddings = is_tied
     if checkpoint.aspect_mode != "anyres":
         return LlavaConfig(**common)
     pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)

@@ -182,13 +182,13 @@ def test_a_replica_that_lacks_an_adapter_says_so_and_does_not_answer_as_its_mode
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "no plain LoRA"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "changes lm_head, which is the same for all"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "not a plain LoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "changes lm_head, which all requests"),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
             "changes model.language_model.embed_tokens.weight",
         ),
-        ({"target_modules": ["embed_tokens"]}, "no plain LoRA"),
+        ({"target_modules": ["embed_tokens"]}, "not a plain LoRA"),
     ],
 )
 def test_an_adapter_that_cannot_be_beside_others_is_refused(settings, reason, tmp_path) -> None:

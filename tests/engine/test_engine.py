@@ -98,7 +98,7 @@ def test_steps_of_a_fixed_number_of_tokens_give_the_answers_of_generate(generate
 
     async def main():
         core = load_model(tiny_model(), dtype="float32", device="cpu")
-        runner = ModelRunner(core, cache_tokens=16384, graph_batch_size=7)
+        runner = ModelRunner(core, cache_tokens=16384, max_batch_size=7, uses_graphs=True)
         engine = TorchEngine(core, runner=runner, max_batch_size=7)
         answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
         await engine.check()

@@ -22,7 +22,7 @@ import httpx
 
 import llava_ray
 from llava_ray.config import FetchConfig, LimitsConfig
-from llava_ray.errors import FetchError, LinkError
+from llava_ray.errors import FetchError, ImageUrlError
 from llava_ray.serve.fetch.ip_policy import Address, parse_address, read_address
 from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_url, is_allowed
 from llava_ray.types import ChatRequest, ImagePart
@@ -72,7 +72,7 @@ class Fetcher:
         """Return the request with the bytes of all images filled in; each URL is fetched once.
 
         Raises:
-            LinkError: a URL, or one that it redirects to, is not allowed.
+            ImageUrlError: a URL, or one that it redirects to, is not allowed.
             FetchError: a URL returned no image, one that is too large, or none in time.
         """
         links = {part.url: part for part in _parts(request) if part.url and not part.data}
@@ -100,7 +100,7 @@ class Fetcher:
         except TimeoutError:
             problem = f"took longer than the {self._config.timeout_s:g} s allowed"
         except _NotAllowedError:
-            raise LinkError(
+            raise ImageUrlError(
                 f"no image is fetched from {link.host}: its IP address is not on "
                 "the public internet; send the image as a data URL",
                 param=part.param,
