@@ -19,7 +19,7 @@ from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
 from llava_ray.errors import ConfigError
 from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import log
-from llava_ray.serve.address import check_port, describe_address
+from llava_ray.serve.address import check_port, describe_address, find_open_door
 from llava_ray.serve.gateway.deployment import Gateway
 from llava_ray.serve.llava.worker_registry import WorkerRegistry
 from llava_ray.serve.replica.deployment import Replica
@@ -71,6 +71,9 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
         ConfigError: the port is taken, or Serve runs on this Ray cluster at another address.
     """
     check_port(host, port)
+    log.set_up()
+    if warning := find_open_door(host, has_keys=bool(config.api_keys)):
+        log.logger.warning(warning)
     address = describe_address(host, port, has_page=config.page)
     application = _bind_app(config, address)
     _start_serve(host, port)

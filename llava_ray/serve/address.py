@@ -48,6 +48,17 @@ def _explain(host: str, port: int, error: OSError) -> str:
     )
 
 
+def find_open_door(host: str, *, has_keys: bool) -> str:
+    """Return a warning if other machines may use a server without an API key; else ""."""
+    is_local = host == "localhost" or host.startswith("127.") or host == "::1"
+    if is_local or has_keys:
+        return ""
+    return (
+        f"--host {host} lets other machines in, and everyone who reaches this one may use the "
+        "models: set api_keys, and see the page on security in the documentation"
+    )
+
+
 def describe_address(host: str, port: int, *, has_page: bool) -> str:
     """Return a sentence that says where the API is, and the page if there is one."""
     name = _ANYWHERE.get(host, host)

@@ -9,7 +9,7 @@ import pytest
 
 from llava_ray.config import ModelConfig, ServeConfig
 from llava_ray.errors import ConfigError
-from llava_ray.serve.address import check_port, describe_address
+from llava_ray.serve.address import check_port, describe_address, find_open_door
 
 
 @pytest.fixture(params=["127.0.0.1", "0.0.0.0"])
@@ -69,6 +69,14 @@ def test_the_command_says_so_before_ray_starts(taken: int) -> None:
 )
 def test_the_address_is_told_in_a_sentence(host: str, port: int, has_page: bool, told: str) -> None:
     assert describe_address(host, port, has_page=has_page) == told
+
+
+def test_an_open_door_is_told() -> None:
+    for host in ("0.0.0.0", "::", "10.0.0.7"):
+        assert "set api_keys" in find_open_door(host, has_keys=False)
+        assert not find_open_door(host, has_keys=True)
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.1.1"):
+        assert not find_open_door(host, has_keys=False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from openai.types import completion_create_params
 from openai.types.chat import completion_create_params as chat_create_params
 
@@ -21,8 +23,11 @@ from llava_ray.serve.openai.fields import (
     write_ignored,
 )
 from llava_ray.serve.openai.protocol import ChatBody, CompletionBody, SamplingBody
+from llava_ray.serve.openai.turns import arrange_turns, is_blank
 from llava_ray.template import OwnTemplate, find_template
-from llava_ray.types import ChatRequest
+from llava_ray.template.check import find_problem
+from llava_ray.template.tokens import count_images, join_text
+from llava_ray.types import ChatRequest, ImagePart, Message, TextPart
 from tests.support.client_requests import REQUESTS, ClientRequest
 from tests.support.local_gateway import PATH, run_nearby
 from tests.support.openai_bodies import HELLO, LIMITS
@@ -117,6 +122,31 @@ def test_every_field_of_openais_client_is_in_the_table_or_used(
     sent = get_type_hints(params.CompletionCreateParamsStreaming, vars(params))
     assert len(sent) > 15
     assert sent.keys() <= {*kind.model_fields, *rules}
+
+
+PARTS = st.one_of(
+    st.sampled_from(["", " ", "a", "bc"]).map(TextPart), st.just(ImagePart(b"x", "somewhere"))
+)
+MESSAGES = st.builds(
+    Message,
+    st.sampled_from(["system", "user", "assistant"]),
+    st.lists(PARTS, max_size=3).map(tuple),
+)
+
+
+@given(st.lists(MESSAGES, min_size=1, max_size=7))
+@settings(max_examples=500, deadline=None)
+def test_messages_in_any_order_become_turns_that_every_template_takes_whole(
+    messages: list[Message],
+) -> None:
+    turns = arrange_turns(messages)
+    assert find_problem(turns) is None or not turns
+    said = "".join(join_text(message).replace(" ", "") for message in messages)
+    told = "".join(join_text(turn).replace(" ", "").replace("\n", "") for turn in turns)
+    assert sorted(told) == sorted(said)
+    assert count_images(turns) == count_images(messages)
+    assert all(turn.role == "user" or not count_images([turn]) for turn in turns)
+    assert turns[-1].role == "user" or not is_blank(turns[-1].parts)
 
 
 def test_unknown_fields_are_named_in_a_header_or_refused_by_one_setting() -> None:

@@ -16,12 +16,11 @@ from llava_ray.serve.openai.messages import read_messages
 from llava_ray.serve.openai.protocol import (
     ChatBody,
     check_options,
-    read_num_answers,
-    read_sampling,
     wants_continuous_usage,
     wants_usage,
 )
 from llava_ray.serve.openai.response_format import read_format
+from llava_ray.serve.openai.sampling import read_num_answers, read_sampling
 from llava_ray.serve.openai.streaming import ChatFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import load_json
 from llava_ray.types import ChatRequest, Message

@@ -20,11 +20,10 @@ from llava_ray.serve.openai.protocol import (
     TokenizeBody,
     check_body,
     check_options,
-    read_num_answers,
-    read_sampling,
     wants_continuous_usage,
     wants_usage,
 )
+from llava_ray.serve.openai.sampling import read_num_answers, read_sampling
 from llava_ray.serve.openai.streaming import CompletionFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,

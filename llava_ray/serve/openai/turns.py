@@ -31,10 +31,10 @@ def arrange_turns(messages: Sequence[Message]) -> tuple[Message, ...]:
     ]
     if turns[0].role == "assistant":
         turns.insert(0, Message("user", ()))
-    if len(turns) > 1 and turns[-1].role == "assistant" and is_blank(turns[-1].parts):
-        turns.pop()
-    moved = _move_images(_join([*system, *turns]))
-    return tuple(turn for turn in moved if turn.role != "system" or turn.parts)
+    arranged = list(_move_images(_join([*system, *turns])))
+    if arranged[-1].role == "assistant" and is_blank(arranged[-1].parts):
+        arranged.pop()
+    return tuple(turn for turn in arranged if turn.role != "system" or turn.parts)
 
 
 def is_blank(parts: Iterable[Part]) -> bool:
