@@ -17,7 +17,7 @@ from llava_ray.errors import AuthError, RateLimitError
 from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
-from llava_ray.types import Usage
+from llava_ray.serve.usage import Usage
 from tests.support.local_gateway import KEYS, PATH, Nearby, body, run_nearby
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}

@@ -86,5 +86,5 @@ def test_visitors_at_the_same_moment_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="give feedback_dir a folder"):
+    with pytest.raises(ConfigError, match="set feedback_dir to a folder"):
         FeedbackLog(tmp_path / "file")
