@@ -1,4 +1,4 @@
-"""The door: keys, budgets, fairness, deadlines and retries, through a real gateway."""
+"""Authentication and limits: keys, budgets, fairness, deadlines, retries; through a gateway."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -359,7 +359,7 @@ def test_an_engine_that_says_nothing_is_an_engine_error(troubled: str) -> None:
 
 
 def test_a_full_model_says_so_at_once_and_when_to_come_back(troubled: str) -> None:
-    async def crowd() -> list[httpx.Response]:
+    async def send_many() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=troubled, timeout=PATIENCE_S) as client:
             body = say("linger", "slow", stream=True)
             async with AsyncExitStack() as stack, asyncio.timeout(PATIENCE_S):
@@ -376,7 +376,7 @@ def test_a_full_model_says_so_at_once_and_when_to_come_back(troubled: str) -> No
                     request.cancel()
             return [*(task.result() for task in done), ready]
 
-    *replies, ready = asyncio.run(crowd())
+    *replies, ready = asyncio.run(send_many())
     for reply in replies:
         assert reply.status_code == 503
         assert int(reply.headers["Retry-After"]) >= 1

@@ -1,4 +1,4 @@
-"""The log of conversations and votes: what it holds can be trained on."""
+"""The log of conversations and votes is valid training data."""
 
 import io
 import json
