@@ -24,7 +24,7 @@ LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 
 
 def keys(**limits: Any) -> dict[str, Any]:
-    """The configuration with the keys, of which alice's has these limits and carol is admin."""
+    """Return settings with keys: alice's has these limits, carol's is an admin key."""
     made = [
         KeyConfig(name=name, sha256=hash_key(key), is_admin=name == "carol")
         for name, key in KEYS.items()

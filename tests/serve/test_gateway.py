@@ -192,9 +192,9 @@ TROUBLE = LimitsConfig(max_body_bytes=10_000)
 
 @pytest.fixture(scope="module")
 def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a second application, whose models do what the user's words ask for.
+    """Address of a second application, whose models behave as the question says.
 
-    `slow` has one replica, which takes eight requests at once; `frail` has two that may die.
+    `slow` has one replica, which takes eight requests at once; `frail` has two, which tests kill.
     """
     from ray import serve
 
@@ -426,7 +426,7 @@ def test_readiness_says_which_model_is_missing() -> None:
 
 def test_a_model_that_does_not_wake_says_since_when() -> None:
     class Sleeper:
-        """A handle that waits for a replica which nobody has room for."""
+        """A handle that waits for a replica for which no node has room."""
 
         chat = property(lambda self: self)
 

@@ -1,6 +1,6 @@
-"""kill -9 of a replica, a gateway and the page while clients stream: who notices, what comes next.
+"""kill -9 of a replica, a gateway and the page while clients stream: who sees it, what comes back.
 
-Two gateways, two replicas of a model whose answers last until they are told to end, and the page.
+Two gateways, the page, and two replicas of a model whose answers last until a test ends them.
 """
 
 import asyncio
@@ -99,12 +99,12 @@ def deployed(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @dataclass
 class Client:
-    """One who listens to an answer until it ends, however that is.
+    """A client that reads one answer until it ends.
 
     Attributes:
-        replica: the process that answers.
-        outcome: how it ended: "end", the code of an error, or the name of an exception.
-        ended_at: when, by `time.monotonic`.
+        replica: id of the process that answers.
+        outcome: how the answer ended: "end", the code of an error, or the name of an exception.
+        ended_at: when it ended, by `time.monotonic`.
     """
 
     listen: Callable[["Client"], str]

@@ -1,4 +1,4 @@
-"""What every kernel for attention of single tokens has to give: torch's own attention."""
+"""The reference for kernels that compute attention of single tokens: torch's own attention."""
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ def check_attention(
     device: str = "cpu",
     tolerance: float = 1e-5,
 ) -> None:
-    """Compare what it gives for three sequences of a step of five tokens."""
+    """Compare a kernel with torch on three sequences of a step with five tokens."""
     torch.manual_seed(0)
     slices = [(40, 16), (0, 40), (60, 8)]  # of the cache: first slot and length
     lengths = [16, 33, 1]

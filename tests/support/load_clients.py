@@ -1,4 +1,4 @@
-"""Clients that stream answers all the time, and an account of how each of their requests ended."""
+"""Clients that stream answers continuously, and a record of how each of their requests ended."""
 
 import asyncio
 import json
@@ -19,10 +19,9 @@ class Ask:
     """One request of a client.
 
     Attributes:
-        end: "done" (all of the answer came), "error" (an error that says what to do came in the
-            stream), "refused" (it came in place of the answer), "cut" (the answer broke off
-            without a word).
-        status: of the answer; 0 if there was none.
+        end: "done" (the answer is complete), "error" (the stream ended with an error event),
+            "refused" (the response is an error), "cut" (the connection broke).
+        status: HTTP status of the response; 0 if there was none.
     """
 
     started_at: float
