@@ -197,7 +197,7 @@ def _describe_rule(rule: Rule) -> str:
 
 
 def _here(section: type[BaseModel]) -> Callable[[str], str]:
-    """Return what links to another section, from the page on which `section` stands."""
+    """Return a function that links to other sections from the page that contains `section`."""
     files = {each.__name__: page.file for page in PAGES for each in page.sections}
 
     def link(name: str) -> str:
@@ -209,7 +209,7 @@ def _here(section: type[BaseModel]) -> Callable[[str], str]:
 
 
 def _describe_type(schema: dict[str, Any], link: Callable[[str], str]) -> str:
-    """Describe a type as its JSON schema has it, bounds included."""
+    """Describe a type from its JSON schema, including bounds."""
     if "$ref" in schema:
         return link(schema["$ref"].rpartition("/")[2])
     if "anyOf" in schema:
@@ -274,7 +274,7 @@ def _write_commands() -> str:
 
 
 def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield a command and those below it with the words that call them."""
+    """Yield a command and its subcommands, each with the words that call it."""
     yield words, command
     for name, below in getattr(command, "commands", {}).items():
         if not below.hidden:

@@ -31,7 +31,7 @@ def show(url: Any, **fields: Any) -> dict[str, Any]:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small file that says it is a large image."""
+    """Return a small file whose header declares a large image."""
     pieces = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
         (b"IDAT", zlib.compress(bytes(1000))),
@@ -240,7 +240,7 @@ def test_after_all_of_them_the_same_replica_answers(served: str) -> None:
 
 
 def find_pids(model: str) -> list[int]:
-    """The processes of a model's replicas, as Serve's controller knows them."""
+    """Return the process ids of a model's replicas, from Serve's controller."""
     from ray.serve.context import _get_global_client
 
     details = _get_global_client().get_serve_details()

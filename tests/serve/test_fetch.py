@@ -1,4 +1,4 @@
-"""Images from the web: what is fetched, and the ways to another place that are all refused."""
+"""Images from the web: what is fetched, and how every way to another address is refused."""
 
 import asyncio
 import ssl
@@ -128,7 +128,7 @@ def test_nothing_is_fetched_unless_the_configuration_names_hosts() -> None:
 
 
 class NameServer:
-    """Gives the next answer of its list for a name; the last one stays."""
+    """Returns the next answer of its list for a name, and the last one from then on."""
 
     def __init__(self, **answers: list[list[str]]) -> None:
         self.answers = answers
@@ -141,7 +141,7 @@ class NameServer:
 
 
 class World:
-    """One who fetches, the bad web, and its name server."""
+    """A fetcher, the misbehaving web servers, and their name server."""
 
     def __init__(self, web: BadWeb, fetch: dict[str, Any], limits: dict[str, Any]) -> None:
         self.web = web

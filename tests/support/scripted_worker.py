@@ -1,6 +1,6 @@
-"""An engine in a process of its own, for tests: it says a prompt's tokens back, one at a time.
+"""The worker program of a scripted engine: it repeats a prompt's tokens, one at a time.
 
-Of images it says their sizes and the colour of their first pixel, as token ids. Seeds of
+For images it returns their sizes and the colour of their first pixel, as token ids. The seeds in
 `MISCHIEF` make it misbehave.
 """
 

@@ -75,7 +75,7 @@ def modules() -> list[Path]:
 
 @cache
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    """Return the dotted names that a file imports anywhere; `from a import b` gives `a.b`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -140,7 +140,7 @@ ABSENT = {
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """Of what is to be absent, what importing each part loads, in a process of its own."""
+    """For each part, the packages that should be absent but are loaded by importing it."""
 
     def find_loaded(module: str) -> list[str]:
         code = f"import sys, {module}; print(*sorted({ABSENT[module]!r} & set(sys.modules)))"

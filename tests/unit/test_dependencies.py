@@ -28,7 +28,7 @@ def read_pins(path: str) -> dict[str, str]:
 
 
 def list_requirements(*extras: str) -> Iterator[Requirement]:
-    """The requirements of the package with some extras, and of the extras that those name."""
+    """Yield the requirements of the package with some extras, including nested extras."""
     for line in [*PROJECT["dependencies"], *(line for name in extras for line in EXTRAS[name])]:
         requirement = Requirement(line)
         if requirement.name == "llava-ray":
@@ -112,7 +112,7 @@ def test_extras_of_missing_packages_hold_them_directly_or_through_another() -> N
 
 
 def test_the_command_line_of_a_plain_install_says_what_to_install(tmp_path: Path) -> None:
-    """Nothing that an extra adds can be imported here, and help and client work all the same."""
+    """Without any package that an extra adds, the help and the client still work."""
     hidden = [name for packages in PACKAGES.values() for name in packages]
     hide = f"""
 import sys

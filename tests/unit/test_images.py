@@ -1,4 +1,4 @@
-"""`images`: every kind of image that strangers send, and every way in which it can be wrong."""
+"""`images`: every kind of image that clients send, and every way in which one can be invalid."""
 
 import base64
 import io
@@ -42,7 +42,7 @@ def refusal(data: bytes, **limits: int) -> str:
 
 
 def header_png(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size, with no pixels behind it."""
+    """Return a PNG with a header that declares a size, and no pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         body = name + data

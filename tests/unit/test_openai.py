@@ -29,6 +29,7 @@ from llava_ray.serve.openai.streaming import (
     ResponseMeta,
     build_completion,
 )
+from llava_ray.serve.usage import count_usage
 from llava_ray.types import (
     ChatRequest,
     Chunk,
@@ -37,7 +38,6 @@ from llava_ray.types import (
     Sampling,
     TextPart,
     TokenLogprob,
-    count_usage,
 )
 from tests.support.openai_bodies import HELLO, IMAGE, LIMITS, PNG, URL, body
 

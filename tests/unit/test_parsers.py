@@ -1,4 +1,4 @@
-"""Whatever a stranger sends: each parser at the door takes it, or refuses it with an error of ours.
+"""Every parser of untrusted input either accepts it or raises one of our errors.
 
 The parsers of the OpenAI API are in `test_openapi.py`.
 """

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from llava_ray.serve.openai.errors import describe_usage
-from llava_ray.types import Chunk, FinishReason, TokenLogprob, count_usage
+from llava_ray.serve.usage import count_usage
+from llava_ray.types import Chunk, FinishReason, TokenLogprob
 
 _LOWEST = -9999.0  # JSON has no infinity
 
