@@ -4,6 +4,7 @@ Whoever starts replicas, workers or actors asks `choose_num_gpus`; whoever picks
 `find_assigned_gpus`. Ray is imported when it is asked, never to find out that it is not in use.
 """
 
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -51,49 +52,50 @@ def count_gpus() -> float:
     import ray
 
     if ray.is_initialized():
-        return _count_cluster_gpus()
+        return count_resource("GPU")
     try:
-        ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+        ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
     except ConnectionError:
         return _count_local_gpus()
     try:
-        return _count_cluster_gpus()
+        return count_resource("GPU")
     finally:
         ray.shutdown()
 
 
-def count_gpus_of_types(config: Mapping[str, Any]) -> float:
-    """Return the most GPUs that an autoscaler's configuration allows."""
-    most = config.get("max_workers", sys.maxsize)
-    numbers = []
-    for node_type in config.get("available_node_types", {}).values():
-        gpus = float(node_type.get("resources", {}).get("GPU", 0))
-        numbers.append(gpus * min(node_type.get("max_workers", most), most))
-    return sum(numbers)
-
-
-def _count_cluster_gpus() -> float:
+def count_resource(name: str) -> float:
+    """Return how much of "CPU" or "GPU" the cluster has, or has with all that it may start."""
     import ray
 
-    if present := ray.cluster_resources().get("GPU", 0.0):
-        return present
+    present = ray.cluster_resources().get(name, 0.0)
     here = ray.get_runtime_context()
     port = here.gcs_address.rpartition(":")[2]
     heads = [node["NodeID"] for node in ray.nodes() if _HEAD in node["Resources"]]
     if here.get_node_id() in heads:
-        return _count_autoscaler_gpus(port)
-    count = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(_count_autoscaler_gpus)
-    return ray.get(count.remote(port))
+        return max(present, _count_autoscaled(name, port))
+    count = ray.remote(num_cpus=0, resources={_HEAD: 0.001})(_count_autoscaled)
+    return max(present, ray.get(count.remote(name, port)))
 
 
-def _count_autoscaler_gpus(port: str) -> float:
-    """Return the most GPUs that the autoscaler may start; to be called on the head.
+def sum_node_types(config: Mapping[str, Any], name: str) -> float:
+    """Return the most of a resource that an autoscaler's configuration allows."""
+    most = config.get("max_workers", sys.maxsize)
+    numbers = []
+    for node_type in config.get("available_node_types", {}).values():
+        amount = float(node_type.get("resources", {}).get(name, 0))
+        numbers.append(amount * min(node_type.get("max_workers", most), most))
+    return sum(numbers)
+
+
+def _count_autoscaled(name: str, port: str) -> float:
+    """Return the most of a resource that the autoscaler may start; to be called on the head.
 
     Args:
+        name: of the resource.
         port: of the cluster's GCS; several clusters may have their heads on one machine.
     """
     config = _read_autoscaler_config(port)
-    return count_gpus_of_types(config) if config else 0.0
+    return sum_node_types(config, name) if config else 0.0
 
 
 def _read_autoscaler_config(port: str) -> Mapping[str, Any] | None:

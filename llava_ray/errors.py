@@ -11,6 +11,7 @@
     │   │   ├── ContextLengthError    more tokens than the model's context holds
     │   │   ├── UnsupportedError      a known field with a value that is not supported here
     │   │   ├── RequestTooLargeError  a body over the limit; 413
+    │   │   ├── EncodingError         a body compressed in a way that is not read here; 415
     │   │   └── RefusedError          a question that the moderation service objects to
     │   ├── SampleError               a sample that cannot be used for training; names its id
     │   ├── ModelNotFoundError        no such model here; 404
@@ -113,6 +114,13 @@ class RequestTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class EncodingError(RequestError):
+    """The body of a request is compressed in a way that this server does not read."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class RefusedError(RequestError):

@@ -35,6 +35,9 @@ from llava_ray.llava_input import (
 )
 from llava_ray.types import ChatRequest, Chunk
 
+_USUAL_BATCH = 64
+"""Of an engine that chooses its own batch size: for how many questions images are read ahead."""
+
 Result = TypeVar("Result")
 
 
@@ -253,7 +256,8 @@ class LLaVA:
         note_done: Callable[[], None],
     ) -> list[str | LlavaRayError]:
         # No more images are in memory than keep the engine busy.
-        gate = asyncio.Semaphore(2 * self.config.max_batch_size)
+        size = self.config.max_batch_size
+        gate = asyncio.Semaphore(2 * (_USUAL_BATCH if size == "auto" else size))
 
         async def answer(number: int, question: Mapping[str, Any]) -> str | LlavaRayError:
             async with gate:

@@ -67,6 +67,8 @@ class Sampling:
         num_logprobs: return the logprob of each token and of this many likeliest tokens;
             None: no logprobs.
         json_schema: the answer is JSON that conforms to this JSON schema (as text); None: any text.
+        may_cut: a `max_tokens` that is more than the context leaves is reduced to that; otherwise
+            it is an error.
     """
 
     max_tokens: int | None = None
@@ -85,6 +87,7 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
     json_schema: str | None = None
+    may_cut: bool = False
 
     @property
     def is_greedy(self) -> bool:
@@ -97,6 +100,8 @@ class ChatRequest:
     """A conversation to continue, validated and independent of any wire format.
 
     Attributes:
+        messages: system (optional), then user and assistant in turn. A last turn of the user is
+            answered, one of the assistant is continued.
         num_answers: how many answers to sample.
         adapter: the LoRA adapter that answers; empty: the model itself.
     """

@@ -20,22 +20,28 @@ NUM_PATCHES = (scenes.GRID * symbols.PATCHES_PER_CELL) ** 2
 VOCABULARY = 1024
 CONTEXT = 2048
 IGNORED = -100
+TALK_BEFORE_IMAGE = 0.2  # fraction of conversations
 LENGTH_STEP = 64  # batches are padded to multiples of it: each new length prepares new kernels
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}{{ '<image>\n' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}"
+    "{% set role, content = message['role'], message['content'] %}"
+    "{% set is_whole = loop.last or role != 'user' or loop.nextitem['role'] != 'user' %}"
+    "{% if role == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% elif role == 'user' and (loop.first or loop.previtem['role'] != 'user') %}{{ 'USER: ' }}"
+    "{% endif %}"
+    "{% if content is string %}{{ content }}{% set texts = [content] %}{% else %}"
+    "{% for part in content if part['type'] in ('image', 'image_url') %}{{ '<image>\n' }}"
+    "{% endfor %}"
+    "{% set texts = content | selectattr('type', 'equalto', 'text') | list %}"
+    "{% for part in texts %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if role == 'assistant' %}{{ eos_token }}{% elif texts or is_whole %}{{ ' ' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+"""Images come first in their message, as in LLaVA, wherever they stand in it: the model reads them
+before it reads a question. Messages of one user that follow one another are one turn."""
 
 
 class EncodedTurns(NamedTuple):
@@ -171,7 +177,12 @@ class ConversationEncoder:
         scene = turns[0].image
         assert scene, "turns apart are about one image"
         encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
-        self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
+        start = BOS if self._rng.random() < 0.85 else ""
+        before = ""
+        if self._rng.random() < TALK_BEFORE_IMAGE:
+            question, answer = talk.small_talk(self._rng)
+            before = f"USER: {question} ASSISTANT: {answer}{EOS}"
+        self._add(encoded, f"{start}{before}USER: {IMAGE}\n")
         shared = len(encoded.ids)
         for index, turn in enumerate(turns):
             self._skipped = shared - len(encoded.ids)

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jobs.embedded_model import language, references, symbols
 from jobs.embedded_model.pace import Pace, Stage, autocast, resume
-from llava_ray.demo import questions, scenes
+from llava_ray.demo import questions, scenes, talk
 
 BATCH = 8
 RATE = 1e-3
@@ -29,6 +29,7 @@ FOUND_AFTER = 3  # layers, of six
 COMPARED_AFTER = 5
 PHRASE_SHARE = 0.5  # of the phrases' loss beside the answers'
 EMPTY_SHARE = 0.03  # of images
+PLAIN_SHARE = 0.35
 WORD_SPREAD = 0.12  # of the embeddings at first: words start out far apart and stay so
 
 
@@ -170,6 +171,9 @@ def make_batches(
                 weights=weights,
                 follow_ups=not is_apart,
             )
+            if shown and not is_apart and rng.random() < language.TALK_BEFORE_IMAGE:
+                said, answer = talk.small_talk(rng)
+                turns.insert(0, questions.SceneTurn("talk", said, answer, None))
             batch.append(
                 encoder.encode_apart(turns)
                 if is_apart
@@ -181,6 +185,8 @@ def make_batches(
 def _make_scene(rng: random.Random, max_items: int) -> scenes.Scene:
     if rng.random() < EMPTY_SHARE:
         return scenes.make_empty_scene(rng)
+    if rng.random() < PLAIN_SHARE:
+        return scenes.make_plain_scene(rng)
     return scenes.make_scene(rng, num_items=rng.randint(1, max_items))
 
 

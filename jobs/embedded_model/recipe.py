@@ -43,10 +43,10 @@ def train(
     are free. Their checkpoints are written to `work_dir`; existing ones are continued.
 
     Args:
-        start: folder of a model that this function wrote: only the last stage is run, on its
-            weights. By default all stages run.
+        start: folder of a model that this function wrote: its tower is trained further, then
+            projector and language model together. By default all stages run.
     """
-    stages = ("joint",) if start else STAGES
+    stages = ("tower", "joint") if start else STAGES
     share = budget_minutes / sum(MINUTES[stage] for stage in stages)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(work_dir or scratch)
@@ -62,6 +62,8 @@ def train(
                 partners.run_together(function, path, pace, *args, partners=threads, **options)
 
         run("tower", tower.train_tower)
+        if start:
+            take_tower(work)
         run("reader", reader.train_reader, tokenizer)
         neighbours = {"tower": work / "tower.pt", "reader": work / "reader.pt"}
         run("align", joined.align_projector, tokenizer, **neighbours)
@@ -93,10 +95,21 @@ def unpack(model_dir: Path, work_dir: Path) -> None:
             "`python -m jobs.embedded_model train` wrote, or train from scratch"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.chat_template = language.CHAT_TEMPLATE
+    tokenizer.model_max_length = language.CONTEXT
     tokenizer.save_pretrained(work_dir / "tokenizer")
     model = joined.Joined(tokenizer)
     llava = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
     model.take_over(llava, torch.load(parent / folder.TEACHERS))
+    save(model, work_dir / "joint.pt")
+    save(model.labeller, work_dir / "tower.pt")
+
+
+def take_tower(work_dir: Path) -> None:
+    """Put the tower that was trained on into what the last stage goes on with."""
+    model = joined.Joined(load_tokenizer(work_dir / "tokenizer"))
+    resume(model, work_dir / "joint.pt")
+    resume(model.labeller, work_dir / "tower.pt")
     save(model, work_dir / "joint.pt")
 
 

@@ -19,7 +19,8 @@ from llava_ray.demo import scenes
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
 RATE = 1e-3
-DISGUISED = 0.35  # fraction of shapes with a colour or an outline without a name
+DISGUISED = 0.35  # fraction of shapes in crowded images whose colour or outline has no name
+PLAIN = 0.5  # fraction of images with a few plain shapes of any size
 
 
 def build_tower() -> CLIPVisionModel:
@@ -61,14 +62,22 @@ class Labeller(nn.Module):
 def make_images(
     rng: random.Random, size: int, *, disguised: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return crowded images and their labels: pixels [B, 3, H, W], values [B, P, F]."""
-    counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
+    """Return crowded and plain images with a label for every patch.
+
+    Returns:
+        Pixels [B, 3, H, W] and values [B, P, F].
+    """
     batch = [
-        scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
-        for count in counts
+        scenes.make_plain_scene(rng) if rng.random() < PLAIN else _make_crowd(rng, disguised)
+        for _ in range(size)
     ]
-    batch = [scenes.disguise(rng, scene, disguised) for scene in batch]
     return symbols.pixels(batch), symbols.spell_patches(batch)
+
+
+def _make_crowd(rng: random.Random, disguised: float) -> scenes.Scene:
+    count = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10))[0]
+    scene = scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
+    return scenes.disguise(rng, scene, disguised)
 
 
 def train_tower(checkpoint: Path, pace: Pace) -> None:

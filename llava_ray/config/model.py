@@ -97,8 +97,8 @@ class ModelConfig(Section):
     )
     name: str = Field(
         default="",
-        description="Name of the model in the API and on the page. Default: the last part of the "
-        "path.",
+        description="Name of the model in the API and on the page. Default: the name of its "
+        "folder; of a training run's export, the name of the run.",
     )
     adapters: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")], str] = Field(
         default_factory=dict,
@@ -151,16 +151,17 @@ class ModelConfig(Section):
         description="Maximum length of prompt plus answer, in tokens. Default: the model's own "
         "context length.",
     )
-    max_batch_size: int = Field(
-        default=32,
-        ge=1,
-        le=1024,
-        description="Maximum number of sequences in a batch of the engine.",
+    max_batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = Field(
+        default="auto",
+        description="Maximum number of sequences in a batch of the engine. auto: on a GPU one for "
+        "each 256 tokens of the cache, at most 256; 32 on a CPU; with vllm and sglang their own "
+        "default.",
     )
-    cache_tokens: int = Field(
-        default=16384,
-        ge=64,
-        description="Size of the key-value cache in tokens, shared by all running requests.",
+    cache_tokens: Annotated[int, Field(ge=64)] | Literal["auto"] = Field(
+        default="auto",
+        description="Size of the key-value cache in tokens, shared by all running requests. auto: "
+        "on a GPU what fits in 90 % of its memory, beside the weights and a step of the largest "
+        "size, which is run to measure it; 16384 on a CPU; with vllm and sglang their own default.",
     )
     prefix_cache: bool = Field(
         default=True,
@@ -239,6 +240,12 @@ class ModelConfig(Section):
             engine_options=self.engine_options,
         )
 
+    @property
+    def gpu_share(self) -> float:
+        """Part of a GPU that belongs to one replica."""
+        is_part = self.num_gpus != "auto" and 0 < self.num_gpus < 1
+        return float(self.num_gpus) if is_part else 1.0
+
     @model_validator(mode="after")
     def _fill_name(self) -> "ModelConfig":
         if not self.name:
@@ -253,7 +260,11 @@ class ModelConfig(Section):
 
 
 def _last_part(path: str) -> str:
-    return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path
+    """Return the name of a folder; the export of a training run has the name of the run."""
+    folder = PurePosixPath(path.split("://")[-1].rstrip("/"))
+    if folder.name == "export" and folder.parent.name:
+        folder = folder.parent
+    return folder.name or path
 
 
 def count_threads(config: ModelConfig) -> int:

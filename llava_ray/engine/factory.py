@@ -51,8 +51,11 @@ def load_engine(
 
             return EchoEngine(delay_s=config.echo_delay_s, template=config.template)
         case "torch":
-            # OpenMP reads this variable when torch is imported; Ray has set it to num_cpus.
+            # OpenMP and torch read these when torch is imported; Ray has set the first to num_cpus.
             os.environ["OMP_NUM_THREADS"] = str(count_threads(config))
+            # So that memory freed while weights are joined goes to the cache; see `fused_decoder`.
+            if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
             from llava_ray.engine.torch_engine.engine import TorchEngine
 
             return TorchEngine.load(config, note_images=note_images, loading=loading)

@@ -8,6 +8,7 @@ counted through NVML, the driver's management library.
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import torch
@@ -89,6 +90,21 @@ def _start_gpu(device: torch.device) -> None:
             f"{_version(OLDEST_CAPABILITY)} (Turing, such as T4) or newer: use another GPU, or set "
             "device=cpu and num_gpus=0"
         )
+
+
+def read_capability() -> tuple[int, int] | None:
+    """Return the compute capability of the first visible GPU, without starting CUDA here.
+
+    None: NVIDIA's tool is not there, or says nothing.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader", f"--id={visible}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        major, minor = done.stdout.split()[0].split(".")
+        return int(major), int(minor)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return None
 
 
 def describe_device(device: torch.device) -> str:

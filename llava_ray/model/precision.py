@@ -2,14 +2,14 @@
 
 import torch
 
-_AMPERE = (8, 0)
+FIRST_BFLOAT16 = (8, 0)
 """Compute capability of the first GPUs that multiply bfloat16 matrices in hardware."""
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
     """Return whether a device multiplies bfloat16 matrices in hardware."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_capability(device) >= _AMPERE
+        return torch.cuda.get_device_capability(device) >= FIRST_BFLOAT16
     if torch.device(device).type != "cpu":
         return True
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not _emulates_bfloat16()

@@ -16,9 +16,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.validation_config import ValidationConfig
 
-from llava_ray.cluster import count_gpus
+from llava_ray.cluster import count_gpus, count_resource
 from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import open_datasets
+from llava_ray.data.loader.dataset import make_order, open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint
 from llava_ray.storage import is_address
@@ -26,11 +26,15 @@ from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.log import print_line
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
 from llava_ray.train.run_folder import export_run, is_started, open_run_folder, write_settings
+from llava_ray.train.sample_survey import survey_samples
 from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
 EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]
 """Evaluates a checkpoint, given its path or address; returns a value per task."""
+
+_JOB_COPY = "/runtime_resources/working_dir_files/"
+"""In the path of the copies that Ray makes of a job's working directory."""
 
 _LOOK_AGAIN_S = 20
 """Seconds to wait for workers to start before Ray Train checks again for lost machines."""
@@ -68,6 +72,7 @@ def launch(
     folder = check_run(config, opened, resume=resume)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
+    check_cpus(config, count_resource("CPU"))
     with open_run_folder(folder) as home:
         write_settings(home, config)
     best = fit(make_trainer(config, evaluate_checkpoint), config)
@@ -141,13 +146,17 @@ def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = F
     """Check that a run can start, and return its folder.
 
     Raises:
-        ConfigError: The data or the model is missing, they do not fit together, or the folder
-            belongs to another run.
+        ConfigError: The data or the model is missing, they do not fit together, no sample can be
+            used, or the folder belongs to another run.
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
         open_datasets([dataset])
     build_meta_model(config, opened)
-    load_run_encoder(config, opened)
+    encoder = load_run_encoder(config, opened)
+    datasets = open_datasets(config.data.datasets)
+    survey = survey_samples(config, datasets, make_order(config.data, datasets), encoder)
+    if survey.left_out:
+        print_line(survey.describe())
     folder = f"{config.output_dir}/{config.name}"
     is_there = is_started(folder)
     if is_there and not resume:
@@ -163,8 +172,40 @@ def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = F
     return folder
 
 
+def check_cpus(config: TrainConfig, num_cpus: float) -> None:
+    """Check that workers and their readers have CPUs; otherwise they would wait without end.
+
+    Args:
+        config: Settings of the run.
+        num_cpus: The CPUs that the cluster has or can start.
+
+    Raises:
+        ConfigError: They need more.
+    """
+    workers = config.min_workers or config.num_workers
+    readers = config.data.num_readers * config.data.reader_cpus
+    needed = workers * (config.cpus_per_worker + readers)
+    if needed > num_cpus:
+        raise ConfigError(
+            f"{workers} workers need {needed:g} CPUs ({config.cpus_per_worker:g} each, and "
+            f"{readers:g} for its {config.data.num_readers} readers), and the cluster has or can "
+            f"start {num_cpus:g}: lower data.num_readers, data.reader_cpus or cpus_per_worker"
+        )
+
+
 def resolve_paths(config: TrainConfig) -> TrainConfig:
-    """Return the settings with absolute paths, as workers have another working directory."""
+    """Return the settings with absolute paths, as workers have another working directory.
+
+    Raises:
+        ConfigError: The run's folder would be in a job's copy of its working directory.
+    """
+    place = Path(config.output_dir).expanduser()
+    if not is_address(config.output_dir) and _JOB_COPY in str(place.resolve()):
+        raise ConfigError(
+            f"output_dir={config.output_dir!r} is relative to this job's working directory, a copy "
+            "that Ray removes: give an absolute path that all machines see, or an address such as "
+            "s3://..."
+        )
     settings = config.model_dump()
     names = ("model", "base", "vision_tower", "pretrain_mm_mlp_adapter", "deepspeed")
     for name in names:

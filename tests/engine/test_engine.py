@@ -98,7 +98,7 @@ def test_steps_of_a_fixed_number_of_tokens_give_the_answers_of_generate(generate
 
     async def main():
         core = load_model(tiny_model(), dtype="float32", device="cpu")
-        runner = ModelRunner(core, cache_tokens=16384, graph_batch_size=7)
+        runner = ModelRunner(core, cache_tokens=16384, max_batch_size=7, uses_graphs=True)
         engine = TorchEngine(core, runner=runner, max_batch_size=7)
         answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
         await engine.check()
@@ -600,6 +600,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes():
         with pytest.raises(ContextLengthError, match="ask for at most 510") as too_much:
             await answer(engine, prompt("ab", max_tokens=600))
         assert too_much.value.param == "max_tokens"
+        cut = (await read(engine, prompt("ab", max_tokens=600, ignore_eos=True, may_cut=True)))[-1]
+        assert (cut.num_tokens, cut.finish_reason) == (510, "length")
         with pytest.raises(RequestError, match="names 1 images and 0 came"):
             await answer(engine, prompt("<image>"))
         assert await answer(engine, prompt())

@@ -31,7 +31,7 @@ from tests.support.tiny_checkpoint import make_image, tiny_model
 def load_ahead(*, graphs: bool = False, **options) -> TorchEngine:
     core = load_model(tiny_model(), dtype="float32", device="cpu")
     size = options.setdefault("max_batch_size", 9)
-    runner = ModelRunner(core, cache_tokens=16384, graph_batch_size=size if graphs else None)
+    runner = ModelRunner(core, cache_tokens=16384, max_batch_size=size, uses_graphs=graphs)
     return TorchEngine(core, runner=runner, runs_ahead=True, **options)
 
 

@@ -422,7 +422,7 @@ def test_the_length_of_answers_can_be_limited() -> None:
             assert there.talker.last_request is not None
             assert there.talker.last_request.sampling.max_tokens == expected
 
-    play(scene, limits=LimitsConfig(max_tokens=100))
+    play(scene, limits=LimitsConfig(max_tokens=100, excess_max_tokens="refuse"))
 
 
 def test_bodies_that_are_no_requests_are_counted_as_errors() -> None:

@@ -303,7 +303,9 @@ def test_a_bad_web_server_is_named_and_what_it_did(path: str, words: str) -> Non
     run(play, {"timeout_s": timeout_s}, max_image_bytes=100_000)
 
 
-@pytest.mark.parametrize("media_type", ["image/webp", "application/octet-stream", ""])
+@pytest.mark.parametrize(
+    "media_type", ["image/webp", "image/mpo", "None", "binary/octet-stream", ""]
+)
 def test_a_media_type_that_may_be_an_image_is_taken(media_type: str) -> None:
     assert run(lambda there: there.get(f"/type/{media_type}")) == [png()]
 

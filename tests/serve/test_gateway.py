@@ -129,7 +129,8 @@ def test_bad_requests_have_a_status_and_a_remedy_and_harm_nobody(
 def test_health_and_unknown_routes(served: str) -> None:
     assert httpx.get(f"{served}/healthz", timeout=PATIENCE_S).json() == {"status": "alive"}
     ready = wait_until_ready(served)
-    assert ready == {"status": "ready", "models": {"echo": "ready", "other": "ready"}}
+    assert ready["status"] == "ready"
+    assert ready["models"] == {"echo": "ready", "other": "ready"}
     for method, path, status, words in (
         ("GET", "/v1/nothing", 404, "POST /v1/chat/completions"),
         ("GET", PATH, 405, "use POST"),

@@ -32,7 +32,7 @@ PARSERS = {
     "ChatBody": lambda body: parse_chat(body, limits=LIMITS, request_id="x"),
     "CompletionBody": lambda body: parse_completion(body, limits=LIMITS, request_id="x"),
     "TokenizeBody": lambda body: parse_tokenize(body, limits=LIMITS),
-    "DetokenizeBody": parse_detokenize,
+    "DetokenizeBody": lambda body: parse_detokenize(body, limits=LIMITS),
 }
 LEAVES = st.one_of(
     st.none(),

@@ -71,7 +71,8 @@ def test_no_request_breaks_the_server_and_answers_are_as_described(
 def mend(body: dict[str, Any]) -> dict[str, Any]:
     """Return nearly the same body, with consistent fields."""
     body = {**mend_value(body), "model": body.get("model") or "echo"}
-    for name in ("best_of", "response_format", "suffix"):
+    unfit = ("best_of", "response_format", "suffix", "add_generation_prompt")
+    for name in (*unfit, "continue_final_message"):
         body.pop(name, None)
     for name in ("prompt", "tokens"):
         if isinstance(body.get(name), list):
@@ -89,9 +90,7 @@ def mend(body: dict[str, Any]) -> dict[str, Any]:
     if messages := body.get("messages"):
         body.pop("prompt", None)
         body.pop("add_special_tokens", None)
-        told = [message for message in messages if message["role"] in ("system", "developer")]
-        said = [message for message in messages if message not in told]
-        body["messages"] = [*told, *said, {"role": "user", "content": "Hello"}][-16:]
+        body["messages"] = [*messages, {"role": "user", "content": "Hello"}][-16:]
     elif not body.get("prompt") and "tokens" not in body:
         body["prompt"] = "Hello"
     return body
@@ -109,7 +108,7 @@ def mend_value(value: Any) -> Any:
     match value:
         case float() if value.is_integer():
             return int(value)  # 1.0 is whole in JSON schema, and not here
-        case {"type": "image_url"}:
+        case {"image_url": _} | {"type": "image_url" | "input_image"}:
             return {"type": "image_url", "image_url": {"url": IMAGE}}
         case dict():
             return {name: mend_value(item) for name, item in value.items()}

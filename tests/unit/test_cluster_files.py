@@ -65,3 +65,37 @@ def test_a_job_uploads_far_less_than_the_dashboard_takes(tmp_path: Path) -> None
     package = tmp_path / "working_dir.zip"
     create_package(str(ROOT), package, include_gitignore=True, include_parent_dir=False)
     assert package.stat().st_size < LARGEST_UPLOAD_BYTES / 2
+
+
+def test_the_image_has_the_compiler_that_triton_needs_and_does_not_run_as_root() -> None:
+    lines = (ROOT / "jobs" / "Dockerfile").read_text().splitlines()
+    assert any(line.startswith("RUN") and " gcc libc6-dev " in line for line in lines)
+    assert [line for line in lines if line.startswith("USER")][-1] == "USER ray"
+
+
+def test_the_image_of_google_s_machines_has_a_driver_for_the_cuda_that_is_installed() -> None:
+    requirements = (CONFIGS / "requirements.txt").read_text()
+    cuda = re.search(r"^cuda-toolkit\S*==(\d+)\.", requirements, re.MULTILINE)
+    assert cuda
+    needed = {"12": 525, "13": 580}[cuda[1]]
+    images = re.findall(r"nvidia-(\d+)$", (CONFIGS / "cluster_gcp.yaml").read_text(), re.MULTILINE)
+    assert images
+    assert all(int(driver) >= needed for driver in images)
+
+
+def test_every_machine_of_aws_may_read_and_write_the_bucket_of_the_recipes() -> None:
+    types = read(ROOT / "cluster.yaml")["available_node_types"].values()
+    profiles = [each["node_config"]["IamInstanceProfile"]["Arn"] for each in types]
+    assert len(profiles) == 3
+    assert set(profiles) == {"arn:aws:iam::123456789012:instance-profile/llava-ray"}
+
+
+def test_every_worker_of_google_may_too() -> None:
+    types = read(CONFIGS / "cluster_gcp.yaml")["available_node_types"]
+    workers = [each["node_config"] for name, each in types.items() if name != "head"]
+    assert all(each["serviceAccounts"][0]["email"].startswith("llava-ray@") for each in workers)
+
+
+@pytest.mark.parametrize(("path", "package"), [(CLOUDS[0], "s3fs"), (CLOUDS[1], "gcsfs")])
+def test_every_machine_has_what_reads_the_cloud_s_addresses(path: Path, package: str) -> None:
+    assert any(command.endswith(f" {package}") for command in read(path)["setup_commands"])

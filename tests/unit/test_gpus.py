@@ -96,8 +96,8 @@ def test_an_evaluation_that_asks_a_server_needs_no_gpu():
 def test_an_autoscaler_that_starts_from_no_machine_brings_gpus():
     for file, most in (("cluster.yaml", 20), ("jobs/configs/cluster_gcp.yaml", 12)):
         config = yaml.safe_load((ROOT / file).read_text())
-        assert cluster.count_gpus_of_types(config) == most
-    assert cluster.count_gpus_of_types({"available_node_types": {}}) == 0
+        assert cluster.sum_node_types(config, "GPU") == most
+    assert cluster.sum_node_types({"available_node_types": {}}, "GPU") == 0
 
 
 def pretend_ray_process(monkeypatch, assigned: list[str] | None) -> None:

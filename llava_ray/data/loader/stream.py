@@ -8,6 +8,7 @@ ready or in preparation. An actor that dies is restarted and repeats its task. T
 the stream is garbage-collected.
 """
 
+import logging
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,11 @@ from llava_ray.data.loader.encode import EncodedSample, load_encoder
 from llava_ray.data.loader.order import Position, SampleOrder
 from llava_ray.data.start_ray import start_ray
 from llava_ray.errors import ConfigError, ImageError, LlavaRayError, SampleError
+
+logger = logging.getLogger(__name__)
+
+_PATIENCE_S = 60
+"""Seconds without a batch after which the log says what the readers may be waiting for."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,16 @@ def _read_ahead(
 
 
 def _receive(batch: Any) -> Batch:
+    waited_s = 0
+    while not ray.wait([batch], timeout=_PATIENCE_S)[0]:
+        waited_s += _PATIENCE_S
+        free = ray.available_resources().get("CPU", 0)
+        logger.warning(
+            "no batch for %d s: the readers wait for CPUs (%g are free; data.num_readers and "
+            "data.reader_cpus say how many they need) or for slow storage",
+            waited_s,
+            free,
+        )
     try:
         return ray.get(batch)
     except RayTaskError as error:

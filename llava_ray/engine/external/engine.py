@@ -51,7 +51,7 @@ class ExternalEngine:
         self._kind, self._core = kind, core
         self._device, self._dtype = launch.device, config.dtype
         self._unsupported = kind.unsupported(config)
-        self._cache_tokens = config.cache_tokens
+        self._cache_tokens = 0 if config.cache_tokens == "auto" else config.cache_tokens
         self._inputs = InputProcessor(
             core, context_length=self.context_length, room=self.context_length
         )

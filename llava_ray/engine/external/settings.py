@@ -18,8 +18,9 @@ from llava_ray.config import PYTHON_VARIABLES, ModelConfig
 from llava_ray.errors import ConfigError
 from llava_ray.model.checkpoint.inspect import inspect_checkpoint
 from llava_ray.model.checkpoint.weights import find_weights, open_file
-from llava_ray.model.devices import computes_on_gpu
+from llava_ray.model.devices import computes_on_gpu, read_capability
 from llava_ray.model.export.export import export_model
+from llava_ray.model.precision import FIRST_BFLOAT16, choose_dtype
 from llava_ray.storage import find_cache
 
 WORKERS = Path(__file__).parent / "worker"
@@ -28,6 +29,9 @@ OWN_OPTIONS = ("python", "start_timeout_s", "environment")
 
 START_TIMEOUT_S = 900.0
 MAX_IMAGES = 16
+CPU_REQUESTS, CPU_TOKENS = 32, 16384
+"""What an engine on a CPU computes at once unless it is set: its own defaults are for GPUs."""
+
 _TOWER = "vision_tower.vision_model."  # as on the hub; newer transformers save another name
 
 
@@ -88,6 +92,19 @@ def build_launch(config: ModelConfig, kind: ExternalEngineKind) -> EngineLaunch:
         timeout_s,
         "cuda" if on_gpu else "cpu",
     )
+
+
+def choose_dtype_name(config: ModelConfig, *, on_gpu: bool) -> str:
+    """Return the precision in which the torch engine would compute: engines must agree.
+
+    Left to "auto", vLLM and SGLang take that of the files, which is float16 for most LLaVAs.
+    """
+    if config.dtype != "auto":
+        return config.dtype
+    if on_gpu:
+        capability = read_capability()
+        return "bfloat16" if capability is None or capability >= FIRST_BFLOAT16 else "float16"
+    return str(choose_dtype("cpu")).removeprefix("torch.")
 
 
 def find_python(kind: ExternalEngineKind, given: str | None) -> str:

@@ -7,24 +7,38 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.settings import ExternalEngineKind
+from llava_ray.engine.external.settings import (
+    CPU_REQUESTS,
+    CPU_TOKENS,
+    ExternalEngineKind,
+    choose_dtype_name,
+)
+
+_STATIC_FRACTION = 0.85
+"""Part of a GPU's memory for weights and cache, as SGLang takes where it has a whole one."""
 
 
 def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    arguments = {
+    arguments: dict[str, Any] = {
         "model_path": str(folder),
-        "dtype": config.dtype,
+        "dtype": choose_dtype_name(config, on_gpu=on_gpu),
         "context_length": config.context_length,
-        "max_running_requests": config.max_batch_size,
-        "max_total_tokens": config.cache_tokens,
         "disable_radix_cache": not config.prefix_cache,
-        "model_impl": "transformers",
         "skip_server_warmup": True,
         "log_level": "warning",
     }
+    if config.max_batch_size != "auto":
+        arguments["max_running_requests"] = config.max_batch_size
+    if config.cache_tokens != "auto":
+        arguments["max_total_tokens"] = config.cache_tokens
     if on_gpu:
+        if config.gpu_share < 1:
+            arguments["mem_fraction_static"] = round(_STATIC_FRACTION * config.gpu_share, 3)
         return arguments
     return arguments | {
+        "max_running_requests": arguments.get("max_running_requests", CPU_REQUESTS),
+        "max_total_tokens": arguments.get("max_total_tokens", CPU_TOKENS),
+        "model_impl": "transformers",
         "device": "cpu",
         "attention_backend": "torch_native",
         "disable_cuda_graph": True,

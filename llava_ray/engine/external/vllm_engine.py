@@ -8,18 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.config import ModelConfig
-from llava_ray.engine.external.settings import MAX_IMAGES, ExternalEngineKind
+from llava_ray.engine.external.settings import (
+    CPU_REQUESTS,
+    MAX_IMAGES,
+    ExternalEngineKind,
+    choose_dtype_name,
+)
+
+_UTILIZATION = 0.9
+"""vLLM's default: the part of a GPU's memory that it takes."""
 
 
 def _describe_arguments(config: ModelConfig, folder: Path, on_gpu: bool) -> dict[str, Any]:
-    return {
+    arguments = {
         "model": str(folder),
-        "dtype": config.dtype,
+        "dtype": choose_dtype_name(config, on_gpu=on_gpu),
         "max_model_len": config.context_length,
-        "max_num_seqs": config.max_batch_size,
         "enable_prefix_caching": config.prefix_cache,
         "limit_mm_per_prompt": {"image": MAX_IMAGES},
     }
+    if config.max_batch_size != "auto":
+        arguments["max_num_seqs"] = config.max_batch_size
+    elif not on_gpu:
+        arguments["max_num_seqs"] = CPU_REQUESTS
+    if config.gpu_share < 1:
+        arguments["gpu_memory_utilization"] = round(_UTILIZATION * config.gpu_share, 3)
+    return arguments
 
 
 def _describe_environment(config: ModelConfig, on_gpu: bool) -> dict[str, str]:

@@ -26,7 +26,15 @@ from llava_ray.engine.torch_engine.engine_loop import (
     OutputQueue,
     Ping,
 )
-from llava_ray.engine.torch_engine.execution.model_runner import ModelRunner, StepRunner
+from llava_ray.engine.torch_engine.execution.memory_plan import (
+    CPU_BATCH_SIZE,
+    CPU_CACHE_TOKENS,
+)
+from llava_ray.engine.torch_engine.execution.model_runner import (
+    ModelRunner,
+    StepLimits,
+    StepRunner,
+)
 from llava_ray.engine.torch_engine.execution.multi_lora import LoraAdapters, load_lora_adapters
 from llava_ray.engine.torch_engine.execution.threads import (
     run_in_temporary_thread,
@@ -34,7 +42,7 @@ from llava_ray.engine.torch_engine.execution.threads import (
     use_threads,
 )
 from llava_ray.engine.torch_engine.scheduling.content_hash import hash_images, identify_tokens
-from llava_ray.engine.torch_engine.scheduling.scheduler import Scheduler
+from llava_ray.engine.torch_engine.scheduling.scheduler import GRANULE, Scheduler
 from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 from llava_ray.errors import ConfigError, EngineError
 from llava_ray.model.devices import describe_shortage, select_device
@@ -54,13 +62,14 @@ class TorchEngine:
         adapters: the LoRA adapters that were loaded into `core`, if any.
         runner: computes the steps; by default a `ModelRunner` for `core`.
         context_length: longest prompt plus answer, in tokens; by default the model's own.
-        cache_tokens: size of the key-value cache, over all requests.
+        cache_tokens: size of the key-value cache, over all requests; None: see `memory_plan`.
         cache_dtype: precision of that cache; by default that of the weights.
         quantization: see `ModelRunner`.
-        max_batch_size: most requests that are computed at once.
+        max_batch_size: most requests that are computed at once; None: see `memory_plan`.
         prefill_tokens: most prompt tokens per step.
         prefix_cache: reuse the keys and values of shared prompt prefixes.
         image_cache_mb: memory for encoded images, in MiB.
+        gpu_share: part of the GPU's memory that this engine may take.
         patience_s: a step that takes longer than this many seconds counts as stuck.
         runs_ahead: launch each step before the tokens of the previous one are read; by default on
             GPUs, which compute while Python plans.
@@ -74,13 +83,14 @@ class TorchEngine:
         adapters: LoraAdapters | None = None,
         runner: StepRunner | None = None,
         context_length: int | None = None,
-        cache_tokens: int = 16384,
+        cache_tokens: int | None = None,
         cache_dtype: torch.dtype | None = None,
         quantization: str = "none",
-        max_batch_size: int = 32,
+        max_batch_size: int | None = None,
         prefill_tokens: int | None = None,
         prefix_cache: bool = True,
         image_cache_mb: int = 256,
+        gpu_share: float = 1.0,
         patience_s: float = 60.0,
         runs_ahead: bool | None = None,
         note_images: NoteImages = ignore_images,
@@ -90,17 +100,33 @@ class TorchEngine:
         adapters = adapters or LoraAdapters()
         is_ahead = on_gpu if runs_ahead is None else runs_ahead
         can_split = num_threads == 2 and not (is_ahead or adapters.names or runner)
-        scheduler = Scheduler(
-            cache_tokens=cache_tokens,
-            max_batch_size=max_batch_size,
-            prefill_tokens=prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU),
-            image_cost=_weigh_images(core),
-            prefix_cache=prefix_cache,
-        )
+        prefill_tokens = prefill_tokens or (PREFILL_TOKENS_GPU if on_gpu else PREFILL_TOKENS_CPU)
+        image_cost = _weigh_images(core)
         self.template = core.template
         self.context_length = min(context_length or core.context_length, core.context_length)
+        if runner is None:
+            runner = _build_runner(
+                core,
+                cache_tokens=cache_tokens and -(-cache_tokens // GRANULE) * GRANULE,
+                cache_dtype=cache_dtype,
+                quantization=quantization,
+                adapters=adapters,
+                image_cache_mb=image_cache_mb,
+                max_batch_size=max_batch_size,
+                uses_graphs=on_gpu,
+                limits=StepLimits(prefill_tokens, self.context_length, gpu_share),
+                note_images=note_images,
+            )
+            cache_tokens, max_batch_size = runner.cache_tokens, runner.max_batch_size
+        scheduler = Scheduler(
+            cache_tokens=cache_tokens or CPU_CACHE_TOKENS,
+            max_batch_size=max_batch_size or CPU_BATCH_SIZE,
+            prefill_tokens=prefill_tokens,
+            image_cost=image_cost,
+            prefix_cache=prefix_cache,
+        )
+        self.max_batch_size = max_batch_size or CPU_BATCH_SIZE
         self._core = core
-        self._max_batch_size = max_batch_size
         self._cache_tokens = scheduler.kv_allocator.num_tokens
         self._inputs = InputProcessor(
             core,
@@ -109,16 +135,7 @@ class TorchEngine:
         )
         self._patience_s = patience_s
         self._adapters = adapters
-        self._runner = runner or _build_runner(
-            core,
-            cache_tokens=self._cache_tokens,
-            cache_dtype=cache_dtype,
-            quantization=quantization,
-            adapters=adapters,
-            image_cache_mb=image_cache_mb,
-            graph_batch_size=max_batch_size if on_gpu else None,
-            note_images=note_images,
-        )
+        self._runner = runner
         self._encoder = start_single_threaded_executor("encode")
         names = ("step-0", "step-1") if can_split else ()
         self._threads = [start_single_threaded_executor(name) for name in names]
@@ -170,10 +187,11 @@ class TorchEngine:
             core,
             adapters=load_lora_adapters(core.model, config.adapters),
             context_length=config.context_length,
-            cache_tokens=config.cache_tokens,
+            cache_tokens=None if config.cache_tokens == "auto" else config.cache_tokens,
             cache_dtype=dtype,
             quantization=config.quantization,
-            max_batch_size=config.max_batch_size,
+            max_batch_size=None if config.max_batch_size == "auto" else config.max_batch_size,
+            gpu_share=config.gpu_share,
             prefix_cache=config.prefix_cache,
             image_cache_mb=config.image_cache_mb,
             note_images=note_images,
@@ -242,7 +260,7 @@ class TorchEngine:
             "engine": "torch",
             **computing,
             "cache": f"{self._cache_tokens} tokens",
-            "batch": f"{self._max_batch_size} sequences",
+            "batch": f"{self.max_batch_size} sequences",
         }
 
     async def close(self) -> None:
@@ -282,7 +300,7 @@ class TorchEngine:
         )
 
 
-def _build_runner(core: LoadedModel, *, cache_tokens: int, **options: Any) -> ModelRunner:
+def _build_runner(core: LoadedModel, *, cache_tokens: int | None, **options: Any) -> ModelRunner:
     try:
         return run_in_temporary_thread(
             lambda: ModelRunner(core, cache_tokens=cache_tokens, **options)
@@ -290,8 +308,8 @@ def _build_runner(core: LoadedModel, *, cache_tokens: int, **options: Any) -> Mo
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"the weights of {str(core.checkpoint.folder)!r} are on the GPU, and there is no "
-            f"memory for the rest: {describe_shortage(error)}; lower cache_tokens ({cache_tokens}) "
-            "or max_batch_size, or take a larger GPU"
+            f"memory for the rest: {describe_shortage(error)}; lower cache_tokens "
+            f"({cache_tokens or 'auto'}) or max_batch_size, or take a larger GPU"
         ) from error
 
 

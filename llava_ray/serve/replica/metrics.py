@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from ray.serve.metrics import Counter, Gauge, Histogram
 
@@ -28,7 +29,7 @@ _STATS = {
 }
 
 
-_ENGINE_TAGS = ("engine", "device", "dtype", "attention", "graphs", "cache", "batch")
+_ENGINE_TAGS: Any = ("engine", "device", "dtype", "attention", "graphs", "cache", "batch")
 
 
 class RequestTracker:

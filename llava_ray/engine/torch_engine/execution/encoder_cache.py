@@ -116,7 +116,7 @@ def _group(wanted: dict[ImageKey, ImageInputs]) -> list[dict[ImageKey, ImageInpu
     groups: list[dict[ImageKey, ImageInputs]] = []
     for adapter in {key.adapter: None for key in wanted}:
         mine = {key: inputs for key, inputs in wanted.items() if key.adapter == adapter}
-        plain = [key for key, inputs in mine.items() if _is_plain(inputs)]
+        plain = [key for key, inputs in mine.items() if is_plain(inputs)]
         groups += [{key: mine[key]} for key in mine if key not in plain]
         groups += [
             {key: mine[key] for key in plain[start : start + IMAGES_AT_ONCE]}
@@ -125,7 +125,7 @@ def _group(wanted: dict[ImageKey, ImageInputs]) -> list[dict[ImageKey, ImageInpu
     return groups
 
 
-def _is_plain(inputs: ImageInputs) -> bool:
+def is_plain(inputs: ImageInputs) -> bool:
     """Return whether an image has one tile, without the layout of those that have more."""
     is_beside_others = "batch_num_images" in inputs and int(inputs["batch_num_images"][0]) > 1
     return inputs["pixel_values"].ndim == 4 or is_beside_others

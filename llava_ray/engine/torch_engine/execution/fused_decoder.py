@@ -46,9 +46,11 @@ def can_fuse(language_model: Any) -> bool:
 
 
 def fuse(language_model: Any) -> None:
-    """Join the weights of projections with the same input, in place.
+    """Join the weights of products that have the same input; the model itself computes no more.
 
-    The model's own `forward` no longer works after this.
+    One layer at a time: at most one layer's weights are in memory twice. On a GPU the freed ones
+    lie between others. torch's allocator gives such memory back only from expandable segments,
+    which `engine.factory` turns on; without them a 7B model leaves several GB of holes.
     """
     for layer in language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp

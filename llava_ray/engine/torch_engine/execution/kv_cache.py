@@ -6,10 +6,12 @@ E head size.
 
 import contextlib
 import importlib.util
+import logging
 import math
 import mmap
 import os
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,11 +19,37 @@ from llava_ray.engine.torch_engine.execution import cpu_attention
 from llava_ray.engine.torch_engine.execution.cpu_layers import store_rows
 from llava_ray.engine.torch_engine.scheduling.kv_allocator import KVSlice
 
+logger = logging.getLogger(__name__)
+
 _PREFAULTED_BYTES = 1 << 30
 """Bytes of the cache on a CPU that are pre-faulted; sequences get the lowest free slots first."""
 
 _POPULATE_WRITE = 23
 """Linux's MADV_POPULATE_WRITE, which Python's mmap does not name."""
+
+
+class KVShape(NamedTuple):
+    """What one token takes in the cache: layers, heads and their size."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+
+    @classmethod
+    def of(cls, text_config: Any) -> "KVShape":
+        """Return that of a language model of transformers."""
+        heads = text_config.num_attention_heads
+        return cls(
+            num_layers=text_config.num_hidden_layers,
+            num_heads=heads,
+            num_kv_heads=getattr(text_config, "num_key_value_heads", None) or heads,
+            head_size=getattr(text_config, "head_dim", None) or text_config.hidden_size // heads,
+        )
+
+    def count_token_bytes(self, dtype: torch.dtype) -> int:
+        """Return the bytes of one token's keys and values, over all layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_size * dtype.itemsize
 
 
 class KVCache:
@@ -34,7 +62,7 @@ class KVCache:
     Attributes:
         attend_decode: attention of all sequences with one new token each in one call, wherever
             their keys are; see `cpu_attention.attend_decode`. None: not available here.
-        attention: what computes it, for people.
+        attention: what computes it, or why not the kernels, for people.
     """
 
     def __init__(
@@ -56,9 +84,9 @@ class KVCache:
         ready = _PREFAULTED_BYTES // (2 * num_layers)
         self.keys = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
         self.values = [_zeros(shape, self.dtype, device, ready) for _ in range(num_layers)]
-        self.attend_decode = _choose_attention(self.keys[0], num_heads, num_kv_heads)
-        kernels = "Triton" if device.type == "cuda" else "own kernels"
-        self.attention = kernels if self.attend_decode else "torch"
+        self.attend_decode, self.attention = _choose_attention(
+            self.keys[0], num_heads, num_kv_heads
+        )
 
     def store(
         self, layer: int, rows: torch.Tensor, key_TKE: torch.Tensor, value_TKE: torch.Tensor
@@ -85,17 +113,20 @@ class KVCache:
 
 def _choose_attention(
     pool: torch.Tensor, num_heads: int, num_kv_heads: int
-) -> Callable[..., None] | None:
+) -> tuple[Callable[..., None] | None, str]:
     if pool.device.type == "cpu":
-        return cpu_attention.attend_decode
-    if pool.device.type == "cuda" and importlib.util.find_spec("triton"):
-        from llava_ray.engine.torch_engine.execution import triton_attention
+        return cpu_attention.attend_decode, "own kernels"
+    if pool.device.type != "cuda" or not importlib.util.find_spec("triton"):
+        return None, "torch (Triton is not installed)"
+    from llava_ray.engine.torch_engine.execution import triton_attention
 
-        if triton_attention.is_right(
-            pool, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=pool.shape[1]
-        ):
-            return triton_attention.attend_decode
-    return None
+    fault = triton_attention.find_fault(
+        pool, num_heads=num_heads, num_kv_heads=num_kv_heads, head_size=pool.shape[1]
+    )
+    if fault is None:
+        return triton_attention.attend_decode, "Triton"
+    logger.warning("attention is computed by torch, without CUDA graphs: %s", fault)
+    return None, f"torch ({fault})"
 
 
 def _zeros(

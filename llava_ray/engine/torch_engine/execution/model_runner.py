@@ -7,7 +7,7 @@ Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,9 +18,24 @@ from llava_ray.engine.torch_engine.execution.attention import ATTENTION_NAME, St
 from llava_ray.engine.torch_engine.execution.attention_metadata import AttentionMetadata
 from llava_ray.engine.torch_engine.execution.cuda_graphs import DecodeGraphs, list_batch_sizes
 from llava_ray.engine.torch_engine.execution.device_transfer import Stopwatch, send
-from llava_ray.engine.torch_engine.execution.encoder_cache import EncoderCache
+from llava_ray.engine.torch_engine.execution.encoder_cache import (
+    IMAGES_AT_ONCE,
+    EncoderCache,
+    is_plain,
+)
 from llava_ray.engine.torch_engine.execution.fused_decoder import FusedDecoder, can_fuse, fuse
-from llava_ray.engine.torch_engine.execution.kv_cache import KVCache
+from llava_ray.engine.torch_engine.execution.kv_cache import KVCache, KVShape
+from llava_ray.engine.torch_engine.execution.memory_plan import (
+    CPU_BATCH_SIZE,
+    CPU_CACHE_TOKENS,
+    MOST_SEQUENCES,
+    can_measure,
+    check_cache_tokens,
+    choose_batch_size,
+    choose_cache_tokens,
+    measure_step,
+    read_memory,
+)
 from llava_ray.engine.torch_engine.execution.multi_lora import LoraAdapters
 from llava_ray.engine.torch_engine.execution.packed_linear import (
     pack_linears,
@@ -38,12 +53,32 @@ from llava_ray.types import Sampling
 
 logger = logging.getLogger(__name__)
 
+_LARGEST_SIDE = 4096
+"""Pixels: an image that is cut into as many tiles as a model takes."""
+
 _NUM_SCRATCH = 3
 """Number of slots at the end of the cache that no request uses, for `check` and warm-up."""
 
 
 class StepMemoryError(EngineError):
     """The device had no memory for a step; none of its tokens counts as computed."""
+
+
+class StepLimits(NamedTuple):
+    """What bounds the memory of a step, and of the cache.
+
+    Attributes:
+        prefill_tokens: most tokens of prompts.
+        context_length: longest prompt plus answer.
+        gpu_share: part of the GPU that belongs to this process.
+    """
+
+    prefill_tokens: int = 4096
+    context_length: int = 4096
+    gpu_share: float = 1.0
+
+
+_LIMITS = StepLimits()
 
 
 class LaunchedStep(Protocol):
@@ -106,16 +141,19 @@ class ModelRunner:
 
     Args:
         core: the loaded model.
-        cache_tokens: size of the key-value cache.
-        cache_dtype: dtype of keys and values; by default that of the weights.
-        quantization: "int8": the language model computes its matmuls in 8 bits; "none": it does
-            not.
+        cache_tokens: size of the key-value cache; None: on a GPU as much as fits, see
+            `memory_plan`, on a CPU a fixed size.
+        cache_dtype: its precision; by default that of the weights.
+        quantization: "int8": the language model's products in 8 bits; "none": as they are.
         adapters: LoRA adapters that requests may choose, if any.
         image_cache_mb: memory for image features, in MiB; 0: no cache.
-        graph_batch_size: largest batch that is decoded with CUDA graphs; None: no graphs.
+        max_batch_size: most sequences of a step; None: chosen for the size of the cache.
+        uses_graphs: decode with CUDA graphs where they can be recorded.
+        limits: of a step, for the size of the cache.
         note_images: called after each step that read images.
 
     Attributes:
+        cache_tokens, max_batch_size: as given or chosen.
         without_graphs: why decoding goes without CUDA graphs; empty: it uses them.
 
     Raises:
@@ -127,12 +165,14 @@ class ModelRunner:
         self,
         core: LoadedModel,
         *,
-        cache_tokens: int,
+        cache_tokens: int | None = CPU_CACHE_TOKENS,
         cache_dtype: torch.dtype | None = None,
         quantization: str = "none",
         adapters: LoraAdapters | None = None,
         image_cache_mb: int = 256,
-        graph_batch_size: int | None = None,
+        max_batch_size: int | None = None,
+        uses_graphs: bool = False,
+        limits: StepLimits = _LIMITS,
         note_images: NoteImages = ignore_images,
     ) -> None:
         from transformers import AttentionInterface
@@ -152,24 +192,18 @@ class ModelRunner:
         AttentionInterface.register(ATTENTION_NAME, attend)
         language_model.set_attn_implementation(ATTENTION_NAME)
         self.device: torch.device = core.model.device
+        if self.device.type == "cuda" and limits.gpu_share < 1:
+            torch.cuda.set_per_process_memory_fraction(limits.gpu_share, self.device)
         self._core = core
         self._adapters = adapters or LoraAdapters()
         self._note_images = note_images
-        self._encoder_cache = EncoderCache(self._encode_images, max_bytes=image_cache_mb << 20)
+        self._image_cache_bytes = image_cache_mb << 20
+        self._encoder_cache = EncoderCache(self._encode_images, max_bytes=self._image_cache_bytes)
         self._model = core.model.model
         self._language_model = language_model
         self._embed = core.model.get_input_embeddings()
-        heads = config.num_attention_heads
-        self._cache = KVCache(
-            num_tokens=cache_tokens + _NUM_SCRATCH,
-            num_layers=config.num_hidden_layers,
-            num_heads=heads,
-            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_size=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            dtype=cache_dtype or core.model.dtype,
-            device=self.device,
-        )
-        self._scratch = KVSlice(cache_tokens, _NUM_SCRATCH)
+        self._kv_shape = KVShape.of(config)
+        self._kv_dtype: torch.dtype = cache_dtype or core.model.dtype
         skip_unused_vision_layers(self._model)
         is_fused = not self._adapters.names and can_fuse(language_model)
         if is_fused:
@@ -182,14 +216,75 @@ class ModelRunner:
         self._compute_layers = (
             FusedDecoder(language_model) if is_fused else self._call_language_model
         )
-        self.without_graphs = ""
-        self._graphs = self._find_graphs(graph_batch_size)
+        self._graphs: DecodeGraphs | None = None
         self._latest: SampledTokens | None = None
+        if cache_tokens is None:
+            cache_tokens = self._choose_cache_tokens(max_batch_size or MOST_SEQUENCES, limits)
+        elif can_measure(self.device):
+            check_cache_tokens(
+                read_memory(self.device),
+                num_tokens=cache_tokens,
+                token_bytes=self._kv_shape.count_token_bytes(self._kv_dtype),
+            )
+        self.cache_tokens = cache_tokens
+        self.max_batch_size = max_batch_size or self._choose_batch_size(cache_tokens)
+        self._make_cache(cache_tokens)
+        self.without_graphs = ""
+        self._graphs = self._find_graphs(self.max_batch_size if uses_graphs else None)
         self.run(self._plan_scratch(2, 1))  # compiles the kernels now rather than during a request
         self.run(self._plan_scratch(1))
-        if graph_batch_size and not self._graphs:
-            for size in list_batch_sizes(graph_batch_size):
+        if uses_graphs and not self._graphs:
+            for size in list_batch_sizes(self.max_batch_size):
                 self.run(self._plan_batch(size))
+
+    def _make_cache(self, num_tokens: int) -> None:
+        self._cache = KVCache(
+            num_tokens=num_tokens + _NUM_SCRATCH,
+            **self._kv_shape._asdict(),
+            dtype=self._kv_dtype,
+            device=self.device,
+        )
+        self._scratch = KVSlice(num_tokens, _NUM_SCRATCH)
+
+    def _choose_batch_size(self, cache_tokens: int) -> int:
+        return choose_batch_size(cache_tokens) if can_measure(self.device) else CPU_BATCH_SIZE
+
+    def _choose_cache_tokens(self, batch_size: int, limits: StepLimits) -> int:
+        if not can_measure(self.device):
+            return CPU_CACHE_TOKENS
+        step_bytes, memory = measure_step(
+            self.device, lambda: self._run_largest_step(batch_size, limits.prefill_tokens)
+        )
+        return choose_cache_tokens(
+            memory,
+            step_bytes=step_bytes + self._image_cache_bytes,
+            token_bytes=self._kv_shape.count_token_bytes(self._kv_dtype),
+            share=limits.gpu_share,
+            most=batch_size * limits.context_length,
+        )
+
+    def _run_largest_step(self, batch_size: int, num_tokens: int) -> None:
+        """Compute as many images, prompt tokens and sampled rows as a step may have.
+
+        The cache is one of this step only.
+        """
+        num_tokens = max(num_tokens, batch_size)
+        self._make_cache(num_tokens)
+        self._encode_largest_images()
+        lengths = [num_tokens - batch_size + 1, *[1] * (batch_size - 1)]
+        plan = self._plan_dummies(KVSlice(0, num_tokens), lengths, Sampling(top_p=0.9))
+        self.run(plan)
+        del self._cache
+
+    def _encode_largest_images(self) -> None:
+        from PIL import Image
+
+        image = Image.new("RGB", (_LARGEST_SIDE, _LARGEST_SIDE))
+        encoded = self._core.encode(self._core.processor.image_token, [image])
+        one = {k: v for k, v in encoded.items() if k not in ("input_ids", "attention_mask")}
+        num_images = IMAGES_AT_ONCE if is_plain(one) else 1
+        with torch.inference_mode():
+            self._encode_images("", {k: torch.cat([v] * num_images) for k, v in one.items()})
 
     def _find_graphs(self, max_batch_size: int | None) -> DecodeGraphs | None:
         if not max_batch_size:
@@ -276,10 +371,15 @@ class ModelRunner:
 
     def _plan_scratch(self, *lengths: int) -> StepPlan:
         """Return a step over dummy sequences of these lengths, in the scratch slots."""
-        scheduled, start = [], self._scratch.start
+        return self._plan_dummies(self._scratch, lengths, Sampling(temperature=0))
+
+    @staticmethod
+    def _plan_dummies(slots: KVSlice, lengths: Iterable[int], sampling: Sampling) -> StepPlan:
+        """Return a step over dummy sequences, whose slots lie side by side."""
+        scheduled, start = [], slots.start
         for length in lengths:
             text = Detokenizer(lambda ids: "")
-            sequence = Sequence("check", [0] * length, 0, Sampling(temperature=0), 1, text)
+            sequence = Sequence("check", [0] * length, 0, sampling, 1, text)
             sequence.kv_slice = KVSlice(start, length)
             scheduled.append(ScheduledSequence.of(sequence, length))
             start += length

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 
 from llava_ray.errors import ConfigError, ModelNotFoundError
+from llava_ray.model.adapter_files import find_alphas, open_adapter, refuse_base
 from llava_ray.model.checkpoint.locate import find_folder
 from llava_ray.model.checkpoint.weights import StoredTensor, WeightFiles, open_weights
 from llava_ray.model.export.projector import PREFIX as PROJECTOR
-from llava_ray.model.lora import find_alphas, read_adapter, read_settings, refuse_base, sort_tensors
+from llava_ray.model.lora import list_shapes
 
 _REMEDY = "merge it with `llava-ray export`, and serve the result as a model of its own"
 
@@ -148,8 +149,9 @@ def load_lora_adapters(model: Any, folders: Mapping[str, str]) -> LoraAdapters:
 
 
 def _read(model: Any, folder: Path) -> _Adapter:
-    settings = read_settings(folder)
-    lora, whole = sort_tensors(model, folder, read_adapter(folder), settings)
+    settings, lora, whole = open_adapter(
+        folder, list_shapes(model), is_tied=model.config.get_text_config().tie_word_embeddings
+    )
     extra = folder / "non_lora_trainables.bin"
     if extra.is_file():
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}

@@ -10,7 +10,6 @@ Shapes: T tokens of a step, B sequences, N slots of the cache, H query heads, K 
 query heads for each kv head, E head size, P parts, S tokens read at once.
 """
 
-import logging
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -21,8 +20,6 @@ import triton  # pyright: ignore[reportMissingImports] - only where there is a G
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMetadata, KVRows
-
-logger = logging.getLogger(__name__)
 
 
 def _compile(kernel: Callable[..., None]) -> Any:
@@ -79,8 +76,12 @@ def attend_decode(
         )  # fmt: skip
 
 
-def is_right(like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size: int) -> bool:
-    """Whether `attend_decode` agrees with torch's own operation on random numbers here.
+def find_fault(
+    like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size: int
+) -> str | None:
+    """Return why `attend_decode` does not work on this machine; None: it does.
+
+    It is compared with torch's own operation on random numbers.
 
     Args:
         like: a tensor of the pools' dtype and device.
@@ -99,9 +100,8 @@ def is_right(like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size
         )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001 - a compiler may raise anything
-        logger.warning("Triton's attention fails here, so torch's is used: %s", error)
-        return False
+    except Exception as error:  # noqa: BLE001 - a compiler raises what it likes
+        return f"Triton fails: {error}"
     for token, start, size, length in numbers.T.tolist():
         mine = slice(start * num_kv_heads, (start + size) * num_kv_heads)
         key_KSE, value_KSE = (
@@ -116,9 +116,8 @@ def is_right(like: torch.Tensor, *, num_heads: int, num_kv_heads: int, head_size
             enable_gqa=True,
         )[0, :, 0]
         if not torch.allclose(output_THE[token].float(), expected_HE, rtol=2e-2, atol=2e-2):
-            logger.warning("Triton's attention is wrong on this machine, so torch's is used")
-            return False
-    return True
+            return "Triton's result is wrong on this machine"
+    return None
 
 
 def _count_parts(programs: int, processors: int) -> int:
