@@ -43,6 +43,7 @@ def describe_engine(
         "bf16.enabled",
     ):
         _agree(resolved, name, known[name], config.deepspeed)
+    _partition_bf16(resolved, is_bf16=is_bf16)
     # AdamW is torch's, which DeepSpeed has no need to know; off GPUs it has no kernel of its own.
     return {
         "zero_allow_untested_optimizer": True,
@@ -50,6 +51,16 @@ def describe_engine(
         "steps_per_print": 10**9,
         **resolved,
     }
+
+
+def _partition_bf16(resolved: dict[str, Any], *, is_bf16: bool) -> None:
+    """Use ZeRO 1 for ZeRO 0 in bfloat16.
+
+    DeepSpeed's optimizer for the latter takes a step without gradients before the first, and its
+    checkpoints cannot be restored by another number of workers.
+    """
+    if is_bf16 and read_stage(resolved) == 0:
+        resolved.setdefault("zero_optimization", {})["stage"] = 1
 
 
 def read_stage(engine_config: dict[str, Any]) -> int:

@@ -94,17 +94,26 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
     if universal:
         described["checkpoint"] = {"load_universal": True}
     param_groups = summarize_param_groups(model, config)
-    optimizer = torch.optim.AdamW(
-        make_optimizer_groups(model, config),
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        fused=None if is_gpu else True,  # on CPUs, torch otherwise updates weights one by one
-    )
+    optimizer = make_optimizer(model, config)
     blank = encode_blank_image(core)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=described)
     if not is_gpu:
         keep_freed_memory()
     return TrainState(core, engine, blank, param_groups, read_stage(described), device)
+
+
+def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
+    """Return the run's optimizer, in torch's fused version.
+
+    Otherwise torch updates weights one by one on a CPU, where offloading has them on GPU machines
+    too, and needs one more copy of a partition on a GPU.
+    """
+    return torch.optim.AdamW(
+        make_optimizer_groups(model, config),
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=True,
+    )
 
 
 def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:

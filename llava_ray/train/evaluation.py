@@ -76,7 +76,13 @@ def _answer(state: TrainState, sample: Batch) -> GeneratedAnswer:
         placed["pixel_values"] = placed["pixel_values"].to(state.core.model.dtype)
     model = state.core.model
     output = model.generate(
-        **placed, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, use_cache=True
+        **placed,
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        # Under ZeRO 3 every token gathers weights from all workers: one whose answer ended earlier,
+        # by a rounding, would leave the others waiting.
+        synced_gpus=state.stage == 3,
     )
     return GeneratedAnswer(
         sample.sample_ids[0],
