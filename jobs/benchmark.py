@@ -1,7 +1,7 @@
-"""Speed, measured: `python jobs/benchmark.py serve` prints what docs/benchmarks.md holds.
+"""Benchmarks: `python jobs/benchmark.py serve` prints the figures of docs/benchmarks.md.
 
-Each command measures this project and its point of comparison in one run on one machine, and
-prints a table and one JSON line.
+Each command measures this project and what it is compared with in one run on one machine, and
+prints a table and one line of JSON.
 """
 
 import statistics
@@ -24,18 +24,18 @@ cli = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
 
 @dataclass(frozen=True)
 class LoadFigures:
-    """One row of the table of loading; medians over its runs, each in a process of its own."""
+    """One row of the table of loading: medians over several runs, each in its own process."""
 
     system: str
     weights_mb: float
-    load_s: float  # model, tokenizer and image preprocessing, packages imported before
-    peak_mb: float  # what the process grew by while loading
+    load_s: float  # model, tokenizer and image processor; imports are not included
+    peak_mb: float  # growth of the process while loading
     peak_to_weights: float
 
 
 @cli.callback()
 def commands() -> None:
-    """Speed, measured."""
+    """Measure speed."""
 
 
 LOADERS = {
@@ -59,13 +59,13 @@ def read_kb(name):
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 path, tiny, dtype = sys.argv[1:]
 load(tiny, dtype)
-open("/proc/self/clear_refs", "w").write("5")  # the peak so far is forgotten
+open("/proc/self/clear_refs", "w").write("5")  # resets the peak
 before, start = read_kb("VmRSS"), time.perf_counter()
 model = load(path, dtype)
 seconds = time.perf_counter() - start
 print(seconds, (read_kb("VmHWM") - before) * 1024)
 """
-"""Linux only. `resource.getrusage` would not do: its peak includes that of the parent process."""
+"""Linux only. The peak of `resource.getrusage` would include that of the parent process."""
 
 
 @cli.command("load")
@@ -74,12 +74,12 @@ def benchmark_load(
         str, typer.Option(help="'103m' (random weights of that size) or the folder of a model.")
     ] = "103m",
     dtype: Annotated[str, typer.Option(help="Precision in memory.")] = "bfloat16",
-    runs: Annotated[int, typer.Option(help="Loads by each system, in turns.")] = 5,
+    runs: Annotated[int, typer.Option(help="Loads by each system; systems alternate.")] = 5,
 ) -> None:
-    """load_model beside transformers' `from_pretrained` of the same folder: time and peak memory.
+    """Compare load_model with transformers' `from_pretrained`: time and peak memory.
 
-    Each load is in a process of its own that has loaded a tiny model before, so that neither
-    importing packages nor the system's first look at the file counts.
+    Each load is in its own process, which has loaded a tiny model before, so that the time of
+    importing packages is not included.
     """
     import torch
 
@@ -99,7 +99,7 @@ def benchmark_load(
                     [*code, path, tiny, dtype], capture_output=True, text=True, check=True
                 )
                 seconds, grown = done.stdout.split()
-                if run:  # the first is to bring the file into the system's cache
+                if run:  # the first one only brings the file into the system's cache
                     results[name].append((float(seconds), float(grown)))
         rows = [
             LoadFigures(

@@ -1,8 +1,8 @@
-"""Speed of data, measured: what `python jobs/benchmark.py data` runs.
+"""The benchmark of data, run by `python jobs/benchmark.py data`.
 
-Conversion, and the training stream beside a torch DataLoader that encodes the same images from
-the same files with as many processes; how long a stream takes to its first batch, at the beginning
-and deep in an epoch; memory while 2,000 and 50,000 rows are converted.
+It measures conversion (time, and memory for 2,000 and 50,000 rows); the training stream, compared
+with a torch DataLoader that encodes the same images from the same files with as many processes; and
+the time to a stream's first batch at the beginning of an epoch and late in one.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ from PIL import Image
 
 BATCH_SIZE = 16
 WARM_BATCHES = 8
-"""Left out of the throughput: until then the queues are not full."""
+"""Left out of the throughput, because the queues are filling."""
 
 
 @dataclass(frozen=True)
 class StreamFigures:
-    """One row of the table of streams: samples a second once the queues are full."""
+    """One row of the table of streams: samples per second once the queues are full."""
 
     system: str
     processes: int
@@ -43,7 +43,7 @@ class ConvertFigures:
     rows: int
     samples_per_s: float
     seconds: float
-    peak_mb: float  # of all processes together, what they share counted once
+    peak_mb: float  # of all processes together; shared memory is counted once
 
 
 def benchmark_data(
@@ -91,11 +91,11 @@ def benchmark_data(
             {**fields, "datasets": [{"path": str(place / "large-shards")}]}
         )
         _compare_starts(deep, EncoderSpec(model), rounds)
-        stop_ray()  # its readers end before their files do
+        stop_ray()  # ends its readers before their files are deleted
 
 
 def _write_rows(folder: Path, num_rows: int, *, size: tuple[int, int], num_files: int) -> Path:
-    """Write JPEGs and as many rows of LLaVA's JSON as asked for, each about one of them."""
+    """Write JPEGs, and `num_rows` rows in LLaVA's JSON format, each about one of them."""
     folder.mkdir()
     for number in range(num_files):
         rng = random.Random(number)
@@ -140,7 +140,7 @@ def _measure_conversion(raw: Path, out: Path, num_rows: int) -> ConvertFigures:
 
 
 def _stream(config: Any, spec: Any) -> Iterable[int]:
-    """Yield how many samples each batch of the training stream has, as tensors."""
+    """Yield the number of samples of each batch of the training stream, converted to tensors."""
     from llava_ray.data.loader.stream import stream_batches
 
     for batch in stream_batches(config, spec):
@@ -148,7 +148,7 @@ def _stream(config: Any, spec: Any) -> Iterable[int]:
 
 
 class RawImages:
-    """A torch dataset over LLaVA's JSON and its images, encoded as the stream does it."""
+    """A torch dataset over LLaVA's JSON and its images, with the stream's encoding."""
 
     def __init__(self, raw: Path, model: str) -> None:
         self._raw, self._model = raw, model
@@ -173,7 +173,7 @@ class RawImages:
 
 
 def _load_with_torch(raw: Path, model: str, processes: int) -> Iterable[int]:
-    """Yield how many samples each batch of a DataLoader has."""
+    """Yield the number of samples of each batch of a DataLoader."""
     from torch.utils.data import DataLoader
 
     dataset: Any = RawImages(raw, model)
@@ -216,7 +216,7 @@ def _measure_stream(
 
 
 def _compare_starts(config: Any, spec: Any, rounds: int) -> None:
-    """Print how long the first batch takes at the beginning and at nine tenths of an epoch."""
+    """Print the time to the first batch at the beginning and at nine tenths of an epoch."""
     from llava_ray.data.loader.dataset import make_order, open_datasets
     from llava_ray.data.loader.stream import stream_batches
 

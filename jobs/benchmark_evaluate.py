@@ -1,7 +1,7 @@
-"""Speed of evaluation, measured: what `python jobs/benchmark.py evaluate` runs.
+"""The benchmark of evaluation, run by `python jobs/benchmark.py evaluate`.
 
-The evaluation job beside a loop that asks one question at a time with `generate`, as LLaVA's
-scripts do, on the same model and questions; and memory while 1,000 and 20,000 rows are asked.
+It compares the evaluation job with a loop that answers one question at a time with `generate`, as
+LLaVA's scripts do, on the same model and questions; and measures memory for 1,000 and 20,000 rows.
 """
 
 import json
@@ -33,7 +33,7 @@ class MemoryFigures:
 
     rows: int
     seconds: float
-    peak_mb: float  # of all processes together, what they share counted once
+    peak_mb: float  # of all processes together; shared memory is counted once
 
 
 def benchmark_evaluate(
@@ -42,7 +42,7 @@ def benchmark_evaluate(
     rows: Annotated[int, typer.Option(help="Rows of the large run for memory.")] = 20_000,
     concurrency: Annotated[int, typer.Option(help="Questions asked at once.")] = 32,
 ) -> None:
-    """The evaluation job beside a loop of `generate`, and memory as rows grow."""
+    """Compare the evaluation job with a loop of `generate`; measure memory as rows grow."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # read when Ray is imported
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -54,13 +54,13 @@ def benchmark_evaluate(
         num_same = sum(a == b for a, b in zip(*responses.values(), strict=True))
         same = f"{num_same} of {one.samples}"
         print_table([one, RunFigures(**{**vars(job), "same_responses": same})])
-        print(f"{job.samples_per_s / one.samples_per_s:.1f} times as many samples a second")
+        print(f"{job.samples_per_s / one.samples_per_s:.1f} times as many samples per second")
         print_table([_measure_memory(place, number) for number in (rows // 20, rows)])
         stop_ray()
 
 
 def _write_questions(folder: Path, num_scenes: int) -> Path:
-    """Write questions with short answers about scenes that the embedded model knows."""
+    """Write questions with short answers about scenes of the embedded model."""
     from llava_ray.demo import scenes
     from llava_ray.demo.evaluate import LATER_TURNS, make_cases
 
@@ -113,15 +113,15 @@ def _ask_one_at_a_time(model: str, folder: Path) -> tuple[RunFigures, list[str]]
 def _run_job(
     model: str, folder: Path, output: Path, concurrency: int
 ) -> tuple[RunFigures, list[str]]:
-    """Run the job over all questions, after one over a single batch of them.
+    """Run the job over a single batch of questions, then over all of them.
 
-    What the second takes longer is what the questions beyond that batch take: both start actors
-    and load the model.
+    Both start actors and load the model, so the difference of their times is the time of the
+    additional questions.
     """
     one_s, first = _time_job(model, folder, output / "one", concurrency, limit=concurrency)
     all_s, responses = _time_job(model, folder, output / "all", concurrency, limit=None)
     if len(responses) == len(first):
-        raise SystemExit("all questions were one batch, which gives no rate: raise --scenes")
+        raise SystemExit("all questions fit into one batch, so no rate is known: raise --scenes")
     rate = (len(responses) - len(first)) / (all_s - one_s)
     return RunFigures("llava_ray", len(responses), round(rate, 1), round(all_s, 1), ""), responses
 
@@ -129,7 +129,7 @@ def _run_job(
 def _time_job(
     model: str, folder: Path, output: Path, concurrency: int, *, limit: int | None
 ) -> tuple[float, list[str]]:
-    """Return the seconds that a job took, and its responses."""
+    """Return a job's duration in seconds, and its responses."""
     from llava_ray.config import EvaluateConfig
     from llava_ray.evaluate import run
 
@@ -149,7 +149,7 @@ def _time_job(
 
 
 def _measure_memory(place: Path, num_rows: int) -> MemoryFigures:
-    """Ask the engine that says back what it hears, with an image in each question."""
+    """Measure memory with the echo engine and an image in each question."""
     from llava_ray.config import EvaluateConfig
     from llava_ray.evaluate import run
 

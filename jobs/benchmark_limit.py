@@ -1,4 +1,4 @@
-"""What a machine could serve at most, by the rates at which it multiplies and reads."""
+"""The upper limit of a machine's serving speed, from its FLOP/s and memory bandwidth."""
 
 import statistics
 import time
@@ -10,11 +10,11 @@ from benchmark_systems import render
 
 
 class Rates(NamedTuple):
-    """What the machine does a second.
+    """The machine's speed.
 
     Attributes:
-        flop_per_s: in a large product of the model.
-        byte_per_s: read from memory.
+        flop_per_s: in a large matmul of the model.
+        byte_per_s: bytes read from memory per second.
     """
 
     flop_per_s: float
@@ -22,16 +22,15 @@ class Rates(NamedTuple):
 
 
 def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[ServingFigures]:
-    """Return what the machine could do if it only multiplied matrices and read memory.
+    """Return what the machine could serve if it only multiplied matrices and read memory.
 
-    Of each request every weight of tower, projector and language model is multiplied once a token
-    (one for a product and one for a sum), attention included. In each step of all clients the
-    weights are read once, in 16 bits, and the keys and values of each, in the precision of the
-    cache.
+    Each token takes two operations for each weight of tower, projector and language model, and
+    those of attention. Each step reads the weights once, in 16 bits, and the keys and values of
+    each client's sequence, in the precision of the cache.
 
     Args:
-        measured: before, between and after the systems that it is compared with; their mean counts,
-            as the machine's speed changes while they run.
+        measured: rates measured before, between and after the compared systems. Their mean is used,
+            because the machine's speed changes in the meantime.
     """
     from llava_ray.model.loading import load_model
 
@@ -75,7 +74,7 @@ def compute_limit(name: str, load: Load, measured: Sequence[Rates]) -> list[Serv
 
 
 def measure_rates(load: Load) -> Rates:
-    """Measure the products of a language model's largest layer, and reading of 400 MB."""
+    """Measure the matmuls of the language model's largest layer, and reading 400 MB."""
     import torch
 
     from llava_ray.engine.torch_engine.execution.packed_linear import pack_linears
@@ -101,7 +100,7 @@ def measure_rates(load: Load) -> Rates:
 
 
 def time_median(run: Callable[[], Any], *, for_s: float = 2) -> float:
-    """Return the median time of as many calls as there is time for."""
+    """Return the median time of the calls that fit into `for_s` seconds."""
     run()  # warms up
     end, times_s = time.perf_counter() + for_s, []
     while (start := time.perf_counter()) < end:

@@ -1,4 +1,4 @@
-"""What serving is measured with: images and questions, clients that ask them, what they see."""
+"""The load of the serving benchmark: images and questions, clients, and what they measure."""
 
 import asyncio
 import random
@@ -14,16 +14,16 @@ WORDS = "what which how many is are the a of in on left right red blue cat dog n
 
 @dataclass(frozen=True)
 class Load:
-    """What every system is asked.
+    """The load for every system.
 
     Attributes:
-        model: its folder.
-        clients: how many ask at once, in turns.
-        requests_each: of each client.
-        max_tokens: of each answer, which is exactly so long.
+        model: folder of the model.
+        clients: numbers of simultaneous clients, measured one after the other.
+        requests_each: number of requests of each client.
+        max_tokens: exact length of each answer.
         image_size: side of the images, in pixels.
-        dtype: precision of every system; empty: what this application chooses on this machine.
-        quantization: of the application and its engine.
+        dtype: dtype of every system; empty: the application's default on this machine.
+        quantization: quantization of the application and its engine.
     """
 
     model: str
@@ -35,7 +35,7 @@ class Load:
     quantization: str = "none"
 
     def name_dtype(self) -> str:
-        """Return the precision that all compute in."""
+        """Return the dtype that all systems compute in."""
         import torch
 
         from llava_ray.model.precision import choose_dtype
@@ -57,7 +57,7 @@ class BenchmarkQuestion:
 
 @dataclass(frozen=True)
 class Timing:
-    """What one client saw of one answer, in seconds since it asked."""
+    """One answer as its client saw it; in seconds since it sent the request."""
 
     token_times_s: list[float]
     num_tokens: int
@@ -75,15 +75,15 @@ class ServingFigures:
     tokens_per_s: float
     ttft_p50_s: float = 0.0
     ttft_p95_s: float = 0.0
-    itl_p50_ms: float = 0.0  # between two arrivals of text
+    itl_p50_ms: float = 0.0  # between two chunks of text
     itl_p95_ms: float = 0.0
-    tpot_p50_ms: float = 0.0  # a token, once the first has come
+    tpot_p50_ms: float = 0.0  # per token after the first
     latency_p50_s: float = 0.0
-    peak_mb: float = 0.0  # of all its processes, what they share counted once
+    peak_mb: float = 0.0  # of all its processes; shared memory is counted once
 
 
 Ask = Callable[[BenchmarkQuestion], AsyncIterator[int]]
-"""Asks a question; yields the number of tokens so far, each time that some arrive."""
+"""Sends a question; yields the number of tokens so far, whenever some arrive."""
 
 
 def make_question(seed: int, *, size: int) -> BenchmarkQuestion:

@@ -1,4 +1,4 @@
-"""How figures are taken and shown: a process of its own, Ray, memory, a table."""
+"""Shared by the benchmarks: separate processes, Ray, memory, tables."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from multiprocessing import get_context
 from typing import Any
 
 MEMORY_PERIOD_S = 5.0
-"""Seconds between two looks at the memory: each takes time from what is measured."""
+"""Seconds between two measurements of memory; each takes time from what is measured."""
 
 
 def alone(function: Callable[..., Any], *args: Any) -> Any:
@@ -28,9 +28,9 @@ class Clock:
     """Times the steps of a process that takes turns with others.
 
     Attributes:
-        mine, next: semaphores; whose turn it is.
-        times_s: of the steps that are over.
-        begun_s: when this step began.
+        mine, next: semaphores of this process and of the one whose turn is next.
+        times_s: durations of the finished steps.
+        begun_s: when the current step began.
     """
 
     mine: Any
@@ -39,7 +39,7 @@ class Clock:
     begun_s: float | None = None
 
     def tick(self) -> None:
-        """Say that a step begins, and that the one before it is over; wait for its turn."""
+        """End the current step, wait for this process's turn, and begin the next step."""
         if self.begun_s is not None:
             self.times_s.append(time.perf_counter() - self.begun_s)
             self.next.release()
@@ -48,16 +48,16 @@ class Clock:
 
 
 def take_turns(functions: Sequence[Callable[..., None]], *args: Any) -> list[list[float]]:
-    """Call functions in a process each, which compute one step each in turns.
+    """Call functions in separate processes that take turns, one step at a time.
 
-    So all of them meet whatever else the machine does meanwhile.
+    All of them are thus affected alike by whatever else the machine does.
 
     Args:
-        functions: take `args` and a `Clock`, which each of them ticks equally often.
-        args: of all functions.
+        functions: each takes `args` and a `Clock`; all tick it equally often.
+        args: arguments of all functions.
 
     Returns:
-        Times of each one's steps but the last.
+        For each function the durations of its steps, without the last.
     """
     context = get_context("spawn")
     with ProcessPoolExecutor(len(functions), context) as pool, context.Manager() as manager:
@@ -66,7 +66,7 @@ def take_turns(functions: Sequence[Callable[..., None]], *args: Any) -> list[lis
         pairs = zip(functions, clocks, strict=True)
         futures = [pool.submit(_call_timed, function, *args, clock) for function, clock in pairs]
         turns[0].release()
-        wait(futures, return_when=FIRST_EXCEPTION)  # then none waits for its turn, without manager
+        wait(futures, return_when=FIRST_EXCEPTION)  # after an error no other waits for its turn
     return [future.result() for future in futures]
 
 
@@ -78,7 +78,7 @@ def _call_timed(function: Callable[..., None], *args: Any) -> list[float]:
 
 
 def start_ray(processes: int) -> None:
-    """Start Ray on this machine with so many CPUs."""
+    """Start Ray on this machine with `processes` CPUs."""
     import ray
 
     ray.init(
@@ -98,7 +98,7 @@ def stop_ray() -> None:
 
 @contextmanager
 def watch_memory() -> Iterator[list[float]]:
-    """Give a list whose one entry becomes the most that this process and those below it held."""
+    """Yield a list whose only item becomes the peak memory of this process and its children."""
     import psutil
 
     peak, ended = [0.0], threading.Event()

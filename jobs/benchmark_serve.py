@@ -1,9 +1,10 @@
-"""Speed of serving, measured: what `python jobs/benchmark.py serve` runs.
+"""The benchmark of serving, run by `python jobs/benchmark.py serve`.
 
-The same weights and requests (an image and a few words, greedy, answers of one length) through
-this application, its engine alone, vLLM's own server, `transformers serve`, one static batch, and
-LLaVA's way of a thread and a `generate` a request. Each system runs in a process of its own that
-also makes the load. Beside them stands what the machine could do at most, by its measured rates.
+It sends the same requests (an image and a few words, greedy, answers of equal length) with the same
+weights to this application, its engine alone, vLLM's own server, `transformers serve`, one static
+batch, and LLaVA's worker, which starts a thread and a `generate` for each request. Each system runs
+in its own process, which also makes the load. The machine's limit, computed from its measured
+speed, is reported too.
 """
 
 import asyncio
@@ -28,13 +29,13 @@ SYSTEMS = {
     "vllm": "vLLM's server; LLAVA_RAY_VLLM_PYTHON names its Python",
     "transformers": "`transformers serve`, one request after the other",
     "batch": "transformers' `generate` of all requests in one batch",
-    "generate": "a thread and a `generate` a request, as LLaVA's worker does it",
-    "generate-float16": "the same in LLaVA's own precision",
+    "generate": "a thread and a `generate` for each request, as in LLaVA's worker",
+    "generate-float16": "the same in float16, as LLaVA's worker computes",
 }
-"""What can be measured."""
+"""The systems that can be measured."""
 
-NUM_PICTURED_ALIKE = 8
-"""Clients that ask about one image in the last row of this application."""
+NUM_SAME_IMAGE_CLIENTS = 8
+"""Number of clients that ask about one image in the application's last row."""
 
 
 def benchmark_serve(
@@ -52,7 +53,7 @@ def benchmark_serve(
     systems: Annotated[str, typer.Option(help=f"Which of {', '.join(SYSTEMS)}.")] = "",
     plot: Annotated[Path | None, typer.Option(help="PNG of tokens/s by clients.")] = None,
 ) -> None:
-    """This application beside vLLM's server, `generate`, and what the machine could do."""
+    """Compare this application with vLLM's server, `generate`, and the machine's limit."""
     names = [name for name in systems.split(",") if name] or list(SYSTEMS)
     if unknown := set(names) - set(SYSTEMS):
         raise typer.BadParameter(f"there is no system {unknown}: choose among {', '.join(SYSTEMS)}")
@@ -90,7 +91,7 @@ def build_model(folder: str) -> str:
 
 
 def measure_system(name: str, load: Load) -> list[ServingFigures]:
-    """Start a system, ask it, end it; return a row for each number of clients."""
+    """Start a system, send the load, stop it; return a row for each number of clients."""
     if name == "batch":
         return [measure_batch(load, count) for count in load.clients]
     rows = []
@@ -104,16 +105,16 @@ def measure_system(name: str, load: Load) -> list[ServingFigures]:
             print(rows[-1], flush=True)
         if name == "llava_ray":
             alike = make_question(9, size=load.image_size)
-            seeds = range(load.count_requests(NUM_PICTURED_ALIKE))
+            seeds = range(load.count_requests(NUM_SAME_IMAGE_CLIENTS))
             questions = [replace(make_question(9000 + s, size=1), image=alike.image) for s in seeds]
             told = f"{name}, one image"
-            rows.append(runner.run(measure(told, ask, questions, clients=NUM_PICTURED_ALIKE)))
+            rows.append(runner.run(measure(told, ask, questions, clients=NUM_SAME_IMAGE_CLIENTS)))
             print(rows[-1], flush=True)
     return [replace(row, peak_mb=round(peak[0] / 1e6)) for row in rows]
 
 
 def measure_batch(load: Load, clients: int) -> ServingFigures:
-    """One `generate` of as many requests as there are clients: nobody joins, nobody streams."""
+    """Measure one `generate` of a static batch, with one request for each client."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -158,7 +159,7 @@ def measure_batch(load: Load, clients: int) -> ServingFigures:
 
 
 def draw(rows: Sequence[ServingFigures], path: Path) -> None:
-    """Draw tokens/s over clients, a line a system."""
+    """Plot tokens/s over the number of clients, with one line for each system."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")

@@ -1,4 +1,4 @@
-"""The systems whose speed of serving is compared: each is started, asked, and ended again."""
+"""The systems that the serving benchmark compares: how each is started, asked and stopped."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from llava_ray.template import Template
 GREEDY = {"temperature": 0, "ignore_eos": True}
 
 SETTLE_S = 20
-"""What a server still does in the background once it is ready is not measured."""
+"""Wait after a server is ready, so that its remaining start-up work is not measured."""
 
 
 @contextlib.contextmanager
@@ -54,9 +54,9 @@ def open_vllm(load: Load) -> Iterator[Ask]:
 
 @contextlib.contextmanager
 def open_transformers(load: Load) -> Iterator[Ask]:
-    """`transformers serve` with its own settings: one request after the other.
+    """`transformers serve` with its default settings: one request after the other.
 
-    It refuses `ignore_eos`, and takes the shortest answer in fields of its own.
+    It refuses `ignore_eos`; the minimum length of answers goes into fields of its own.
     """
     port = find_port()
     command = ["transformers", "serve", load.model, "--port", str(port)]
@@ -70,7 +70,7 @@ def open_transformers(load: Load) -> Iterator[Ask]:
 
 @contextlib.contextmanager
 def run_server(command: Sequence[str], url: str, environment: dict[str, str]) -> Iterator[None]:
-    """Run a server until the block ends, which begins once the address answers with 200."""
+    """Run a server until the block ends; the block begins once `url` answers with 200."""
     import httpx
 
     with tempfile.TemporaryFile() as log:
@@ -107,10 +107,10 @@ def find_port() -> int:
 def ask_over_http(
     base_url: str, *, max_tokens: int, model: str = "", options: Mapping[str, Any] = GREEDY
 ) -> Ask:
-    """Streamed chat completions, as an OpenAI client makes them.
+    """Stream chat completions as an OpenAI client does.
 
     Args:
-        model: its name there; empty: the first that there is.
+        model: the model's name at the server; empty: the first one that it lists.
         options: further fields of the body.
     """
     import httpx
@@ -153,7 +153,7 @@ def ask_over_http(
 
 @contextlib.contextmanager
 def open_engine(load: Load) -> Iterator[Ask]:
-    """The engine of a replica, without HTTP, gateway and Serve; prompts as the application's."""
+    """The engine of a replica, with the application's prompts but without HTTP and Serve."""
     from llava_ray.config import ModelConfig
     from llava_ray.engine.factory import load_engine
     from llava_ray.types import Prompt, Sampling
@@ -176,7 +176,7 @@ def open_engine(load: Load) -> Iterator[Ask]:
 
 @contextlib.contextmanager
 def open_generate(load: Load, dtype: str = "") -> Iterator[Ask]:
-    """LLaVA's model worker without its HTTP: a thread and a `generate` for each request."""
+    """LLaVA's model worker without HTTP: a thread and a `generate` for each request."""
     yield ask_a_generate_each(
         load.model, dtype=dtype or load.name_dtype(), max_tokens=load.max_tokens
     )
@@ -193,11 +193,10 @@ OPENERS: dict[str, Callable[[Load], contextlib.AbstractContextManager[Ask]]] = {
 
 
 def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int = 5) -> Ask:
-    """Ask as LLaVA's model worker does.
+    """Return an `Ask` that works as LLaVA's model worker does.
 
-    At most `at_once` run together (`--limit-model-concurrency`, 5 in LLaVA); nothing is batched.
-    LLaVA's computes in float16. Called in this process, it saves what HTTP costs, which is to its
-    advantage.
+    At most `at_once` requests run together (`--limit-model-concurrency`, 5 in LLaVA) and none are
+    batched. It is called in this process, so unlike the others it pays nothing for HTTP.
     """
     import torch
     from transformers.generation.streamers import BaseStreamer
@@ -213,7 +212,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
             self.num_calls = 0
 
         def put(self, value: torch.Tensor) -> None:
-            self.num_calls += 1  # the first call brings the prompt
+            self.num_calls += 1  # the first call has the prompt
             self.loop.call_soon_threadsafe(self.queue.put_nowait, self.num_calls - 1)
 
         def end(self) -> None:
@@ -243,7 +242,7 @@ def ask_a_generate_each(path: str, *, dtype: str, max_tokens: int, at_once: int 
 
 
 def render(template: Template, question: BenchmarkQuestion) -> str:
-    """The prompt that the application makes of a question."""
+    """Return the prompt that the application builds from a question."""
     from llava_ray.types import ImagePart, Message, TextPart
 
     return template.render([Message("user", (ImagePart(b""), TextPart(question.text)))])

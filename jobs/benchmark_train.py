@@ -1,10 +1,10 @@
-"""Speed of training, measured: what `python jobs/benchmark.py train` runs.
+"""The benchmark of training, run by `python jobs/benchmark.py train`.
 
-The same model, batches, optimizer and precision in a bare PyTorch loop, in this project's loop
-without ZeRO and with ZeRO 2, and in transformers' Trainer with ZeRO 2: in a process each, which
-take turns step by step, so that a ratio of two is of steps side by side. Then under Ray, with
-batches from shards. A step's time is from its beginning to that of the next, so it holds everything
-that is done between two steps.
+It trains the same model with the same batches, optimizer and precision in a bare PyTorch loop, in
+this project's loop without ZeRO and with ZeRO 2, and in transformers' Trainer with ZeRO 2. Each
+runs in its own process, and they take turns step by step, so that a ratio compares steps that ran
+at nearly the same time. Then this project runs on Ray, with batches from shards. A step's time is
+measured from its beginning to that of the next, so it includes all work between steps.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from benchmark_run import Clock, alone, print_table, take_turns
 from PIL import Image
 
 NUM_WARM = 5
-"""Steps left out at the beginning of each run."""
+"""Number of steps at the beginning of each run that are not counted."""
 SEED = 7
 BARE = "bare PyTorch loop"
 TRAINER = "transformers Trainer, ZeRO 2"
@@ -32,15 +32,15 @@ ON_RAY = "llava_ray on Ray, ZeRO 2"
 
 @dataclass(frozen=True)
 class Work:
-    """What every system does.
+    """The work of every system.
 
     Attributes:
-        model: its folder.
+        model: folder of the model.
         shards: folder of the samples.
-        scratch: for what a run writes.
-        batch_size: samples a step.
-        num_steps: of a run, those to warm up among them.
-        num_threads: of torch.
+        scratch: folder for the outputs of a run.
+        batch_size: samples per step.
+        num_steps: steps of a run, including those for warm-up.
+        num_threads: torch's threads.
     """
 
     model: str
@@ -56,11 +56,11 @@ class StepTimeSummary:
     """One row of the table.
 
     Attributes:
-        system: its name.
-        steps: that were timed.
-        step_p50_ms, step_p95_ms: of a step's time.
-        to_bare_loop, to_trainer: medians of the ratios to that system's step beside it; with the
-            bounds of the median, of 95 % confidence.
+        system: the system's name.
+        steps: number of timed steps.
+        step_p50_ms, step_p95_ms: percentiles of a step's time.
+        to_bare_loop, to_trainer: median ratio to that system's step of the same turn, with its
+            95 % confidence interval.
     """
 
     system: str
@@ -77,7 +77,7 @@ def benchmark_train(
     threads: Annotated[int, typer.Option(help="Threads of torch.")] = 1,
     rounds: Annotated[int, typer.Option(help="Times that each system runs, in turns.")] = 2,
 ) -> None:
-    """Step times of a bare loop, this project, Trainer with DeepSpeed, and Ray's part in them."""
+    """Compare step times of a bare loop, this project, Trainer with DeepSpeed, and Ray."""
     os.environ.update(RAY_AUTH_MODE="disabled", DS_ACCELERATOR="cpu")
     from llava_ray.model.build.random_model import TINY, build_random_model
 
@@ -128,16 +128,16 @@ def describe(name: str, times_s: Mapping[str, Sequence[float]]) -> StepTimeSumma
 
 
 def compare(found_s: Sequence[float], other_s: Sequence[float]) -> str:
-    """Return the median of the ratios of two systems' steps, and its bounds."""
+    """Return the median ratio of two systems' steps, and its confidence interval."""
     ratios = sorted(found / other for found, other in zip(found_s, other_s, strict=True))
     last = len(ratios) - 1
-    away = 0.98 * len(ratios) ** 0.5  # 1.96 standard deviations of the median's place
+    away = 0.98 * len(ratios) ** 0.5  # 1.96 standard deviations of the median's rank
     low, high = ratios[max(0, round(last / 2 - away))], ratios[min(last, round(last / 2 + away))]
     return f"{statistics.median(ratios):.3f} ({low:.2f} to {high:.2f})"
 
 
 def write_shards(folder: Path, target: Path, num_samples: int) -> None:
-    """Write samples of an image, a question and an answer, all of one length."""
+    """Write samples with an image, a question and an answer, all of equal length."""
     import ray
 
     from llava_ray.config import ConvertConfig
@@ -187,7 +187,7 @@ def make_config(work: Work, **settings: Any) -> Any:
 
 
 def read_batches(work: Work) -> list[Any]:
-    """Return a run's batches, all of them ready in memory."""
+    """Return all batches of a run, read into memory."""
     from llava_ray.data.loader.stream import EncoderSpec, stream_batches
 
     config = make_config(work).data.model_copy(update={"num_readers": 0})
@@ -195,7 +195,7 @@ def read_batches(work: Work) -> list[Any]:
 
 
 def begin(work: Work) -> None:
-    """Make this process a training of one worker."""
+    """Initialise this process as a training run with one worker."""
     import torch
     import torch.distributed as dist
 
@@ -206,7 +206,7 @@ def begin(work: Work) -> None:
 
 
 def run_bare_loop(work: Work, clock: Clock) -> None:
-    """Run a loop of PyTorch alone, with the same gradients clipped the same way."""
+    """Run a loop of plain PyTorch, with the same gradient clipping."""
     import torch
 
     from llava_ray.model import load_model
@@ -224,7 +224,7 @@ def run_bare_loop(work: Work, clock: Clock) -> None:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        float(loss.detach())  # as whoever logs it
+        float(loss.detach())  # as the other systems do to log it
 
 
 def run_without_zero(work: Work, clock: Clock) -> None:
@@ -297,7 +297,7 @@ def run_trainer(work: Work, clock: Clock) -> None:
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
             clock.tick()
 
-    # One row stands for a batch that is ready, as in the other systems.
+    # Each row is a whole prepared batch, as in the other systems.
     rows = [batch for batch in batches for _ in range(work.batch_size)]
     Trainer(
         model=model,
@@ -309,7 +309,7 @@ def run_trainer(work: Work, clock: Clock) -> None:
 
 
 def run_on_ray(work: Work) -> list[float]:
-    """Return the times of a run on Ray Train, its batches prepared from shards meanwhile."""
+    """Return the step times of a run on Ray Train, which reads its batches from shards."""
     import ray
 
     from llava_ray.train.launch import launch

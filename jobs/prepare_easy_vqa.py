@@ -1,4 +1,4 @@
-"""easy-VQA as if it were your own data: `python jobs/prepare_easy_vqa.py OUT`.
+"""Writes easy-VQA as an example of your own data: `python jobs/prepare_easy_vqa.py OUT`.
 
 For docs/finetune-your-own-data.md. The package `easy-vqa` (MIT licence, `pip install easy-vqa`) has
 5,000 images of one coloured shape each and 48,248 questions about them. This writes

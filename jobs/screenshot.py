@@ -1,7 +1,7 @@
-"""The README's screenshot: `python jobs/screenshot.py` writes docs/images/page.png.
+"""Makes the README's screenshot: `python jobs/screenshot.py` writes docs/images/page.png.
 
 It opens a running application in headless Chromium, clicks an example (a scene with a question),
-asks a second question, and takes the screenshot once both are answered. Before it:
+asks a second question, and takes the screenshot once both are answered. To start it:
 
     serve run llava_ray.app:deployment
 """
@@ -35,7 +35,7 @@ def main(
         page.set_default_timeout(PATIENCE_MS)
         page.goto(url)
         page.locator("#chat .example").first.wait_for()
-        page.wait_for_timeout(QUIET_MS)  # Gradio loses a click before its handlers are there
+        page.wait_for_timeout(QUIET_MS)  # Gradio ignores clicks before its handlers are attached
         page.locator("#chat .example").nth(EXAMPLE).click()
         _wait_for_answers(page, 1)
         page.locator("#box textarea").fill(QUESTION)
@@ -50,7 +50,7 @@ def main(
 
 
 def _wait_for_answers(page: Page, number: int) -> None:
-    """Wait until so many answers are complete: each ends with its tokens and seconds."""
+    """Wait until `number` answers are complete: each ends with a line of tokens and seconds."""
     page.locator("#chat small.figures").nth(number - 1).wait_for()
     page.locator("#box button[aria-label=Submit]").wait_for()
     page.wait_for_timeout(QUIET_MS)

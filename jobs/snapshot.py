@@ -1,8 +1,8 @@
-"""What a refactor must not change: `python jobs/snapshot.py OUT.json`, before and after; then diff.
+"""Records what a refactoring must not change; run it before and after, and compare the files.
 
-This writes digests of the logits and the greedy ids of the checkpoints in tests/golden, the demo
-model's greedy answers about 20 scenes, the OpenAPI document, and the losses of the first five steps
-of the recipe tiny_pretrain.
+`python jobs/snapshot.py OUT.json` writes digests of the logits and the greedy ids of the
+checkpoints in tests/golden, the demo model's greedy answers about 20 scenes, the OpenAPI document,
+and the losses of the first five steps of the recipe tiny_pretrain.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ def compute_golden(case: str) -> list[dict[str, Any]]:
 
 
 def ask_demo() -> list[list[str]]:
-    """Return the demo model's greedy answers: seed, question, answer."""
+    """Return the demo model's greedy answers as [seed, question, answer]."""
     answers = []
     with LLaVA("demo") as model:
         for seed in range(NUM_SCENES):

@@ -1,13 +1,14 @@
-"""The reference pages in docs/reference: every setting and every command.
+"""The reference pages in docs/reference: every setting, every command, every field of a request.
 
-`python jobs/write_reference.py` writes them from the pydantic sections in `llava_ray.config` and
-from the command tree of `llava_ray.cli`. With `--check` it writes nothing, and fails when a page
-differs from what it would write.
+`python jobs/write_reference.py` writes them from the pydantic sections in `llava_ray.config`, from
+the command tree of `llava_ray.cli` and from the table of fields in `llava_ray.serve.openai`. With
+`--check` it writes nothing, and fails when a page differs from what it would write.
 """
 
 import inspect
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -18,6 +19,14 @@ from typer.main import get_command
 
 from llava_ray import config
 from llava_ray.cli import app as command_line
+from llava_ray.serve.openai.fields import CHAT_RULES, COMPLETION_RULES, TOKENIZE_RULES, Rule
+from llava_ray.serve.openai.protocol import (
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    OpenBody,
+    TokenizeBody,
+)
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
 NOTICE = "<!-- Written by `python jobs/write_reference.py`; edit the code that it reads. -->"
@@ -105,6 +114,7 @@ def write_pages() -> dict[str, str]:
     """Return the text of each reference page, by file name."""
     pages = {page.file: _write_settings(page) for page in PAGES}
     pages["commands.md"] = _write_commands()
+    pages["request-fields.md"] = _write_fields()
     pages["README.md"] = _write_index()
     return pages
 
@@ -118,7 +128,7 @@ def find_stale(pages: dict[str, str]) -> list[str]:
 def _write_index() -> str:
     lines = [NOTICE, "# Reference", ""]
     lines += [f"- [{page.title}]({page.file})" for page in PAGES]
-    lines += ["- [Commands](commands.md)", ""]
+    lines += ["- [Commands](commands.md)", "- [Fields of requests](request-fields.md)", ""]
     return "\n".join(lines)
 
 
@@ -149,8 +159,45 @@ def _write_field(section: type[BaseModel], name: str) -> str:
     return f"| {' | '.join(_escape(cell) for cell in row)} |"
 
 
+BODIES: tuple[tuple[str, str, type[OpenBody], Mapping[str, Rule]], ...] = (
+    ("Chats", "POST /v1/chat/completions", ChatBody, CHAT_RULES),
+    ("Completions", "POST /v1/completions", CompletionBody, COMPLETION_RULES),
+    ("Tokenize", "POST /tokenize", TokenizeBody, TOKENIZE_RULES),
+    ("Detokenize", "POST /detokenize", DetokenizeBody, TOKENIZE_RULES),
+)
+
+
+def _write_fields() -> str:
+    lines = [
+        NOTICE,
+        "# Fields of requests",
+        "",
+        "What happens to each field. Null is accepted everywhere and asks for nothing. A field "
+        "that is not listed is passed over, or refused, as the setting "
+        "[`limits.unknown_fields`](settings-serve.md#limitsconfig) says. The header "
+        "`x-llava-ray-ignored` of a response names the fields that were passed over.",
+        "",
+    ]
+    for title, route, body, rules in BODIES:
+        lines += [f"## {title}", "", f"`{route}`", "", "| field | |", "|---|---|"]
+        lines += [
+            f"| `{name}` | {_escape(field.description or '')} |"
+            for name, field in body.model_fields.items()
+        ]
+        lines += [f"| `{name}` | {_escape(_describe_rule(rule))} |" for name, rule in rules.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _describe_rule(rule: Rule) -> str:
+    if rule.neutral is None:
+        return f"Passed over: {rule.note}."
+    values = ", ".join(f"`{json.dumps(value)}`" for value in rule.neutral)
+    return f"{f'Accepts only {values}. Otherwise' if values else 'Not supported'}: {rule.note}."
+
+
 def _here(section: type[BaseModel]) -> Callable[[str], str]:
-    """Return what links to another section, from the page on which `section` stands."""
+    """Return a function that links to other sections from the page that contains `section`."""
     files = {each.__name__: page.file for page in PAGES for each in page.sections}
 
     def link(name: str) -> str:
@@ -162,7 +209,7 @@ def _here(section: type[BaseModel]) -> Callable[[str], str]:
 
 
 def _describe_type(schema: dict[str, Any], link: Callable[[str], str]) -> str:
-    """Describe a type as its JSON schema has it, bounds included."""
+    """Describe a type from its JSON schema, including bounds."""
     if "$ref" in schema:
         return link(schema["$ref"].rpartition("/")[2])
     if "anyOf" in schema:
@@ -227,7 +274,7 @@ def _write_commands() -> str:
 
 
 def _walk(words: tuple[str, ...], command: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield a command and those below it with the words that call them."""
+    """Yield a command and its subcommands, each with the words that call it."""
     yield words, command
     for name, below in getattr(command, "commands", {}).items():
         if not below.hidden:

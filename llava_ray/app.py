@@ -11,12 +11,15 @@ import ray
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from llava_ray.cluster import choose_num_gpus, count_gpus
 from llava_ray.config import LlavaProtocolConfig, ModelConfig, ServeConfig
+from llava_ray.errors import ConfigError
 from llava_ray.priority import give_way, slow_down_serve
 from llava_ray.serve import log
+from llava_ray.serve.address import check_port, describe_address, find_open_door
 from llava_ray.serve.gateway.deployment import Gateway
 from llava_ray.serve.llava.worker_registry import WorkerRegistry
 from llava_ray.serve.replica.deployment import Replica
@@ -26,16 +29,19 @@ _QUIET = LoggingConfig(enable_access_log=False)
 
 def build_app(config: ServeConfig) -> Application:
     """Build the application; Serve config files and `serve run ... key=value` call this."""
+    address = describe_address("127.0.0.1", 8000, has_page=config.page)
+    return _bind_app(config, f"{address}, unless Serve listens elsewhere")
+
+
+def _bind_app(config: ServeConfig, address: str) -> Application:
+    """Build the application; `address` says where it will be."""
     log.set_up()
     if not ray.is_initialized():
         give_way()  # inherited by the Ray processes started next
         slow_down_serve()
     for model in config.models:
         log.logger.info(f"serving {model.name!r} ({model.path}) with the {model.engine} engine")
-    log.logger.info(
-        f"starting Ray takes about 15 s; then {'the page and ' * config.page}"
-        "the API are at http://localhost:8000, unless another port is set"
-    )
+    log.logger.info(f"starting Ray takes about 15 s; then {address}")
     models = {model.name: _bind_model(model, config) for model in _choose_gpus(config.models)}
     workers = _bind_workers(config.llava_protocol) if config.llava_protocol.workers else None
     gateway = serve.deployment(
@@ -60,19 +66,40 @@ def serve_models(config: ServeConfig, *, host: str = "127.0.0.1", port: int = 80
         config: what is served.
         host: the address to listen on; "0.0.0.0" lets other machines in.
         port: of the API and the page.
+
+    Raises:
+        ConfigError: the port is taken, or Serve runs on this Ray cluster at another address.
     """
-    application = build_app(config)
-    serve.start(http_options={"host": host, "port": port})
+    check_port(host, port)
+    log.set_up()
+    if warning := find_open_door(host, has_keys=bool(config.api_keys)):
+        log.logger.warning(warning)
+    address = describe_address(host, port, has_page=config.page)
+    application = _bind_app(config, address)
+    _start_serve(host, port)
     # Ray's own handler, which `start` installs, aborts the process.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         serve.run(application)
-        log.logger.info(f"ready: http://{host}:{port}; Ctrl-C ends it")
+        log.logger.info(f"ready: {address}; Ctrl-C ends it")
         signal.pause()
     except KeyboardInterrupt:
         serve.shutdown()
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _start_serve(host: str, port: int) -> None:
+    """Start Serve at an address; a Serve that runs already keeps its own, which is an error."""
+    serve.start(http_options={"host": host, "port": port})
+    client = _get_global_client()
+    assert client is not None  # `start` has made it
+    found = client.http_config
+    if (found.host, found.port) != (host, port):
+        raise ConfigError(
+            f"Ray Serve runs on this Ray cluster already, at {found.host}:{found.port}: add "
+            "applications to it with `serve deploy`, or end it with `serve shutdown -y`"
+        )
 
 
 def _choose_gpus(models: Sequence[ModelConfig]) -> list[ModelConfig]:

@@ -2,8 +2,8 @@
 
     ChatRequest -> JSON of the OpenAI API -> HTTP -> server-sent events -> Chunk
 
-It takes and gives the records that an engine takes and gives, so that a caller does not care which
-of the two answers. Any server with the OpenAI API will do; errors become our own classes again.
+It takes and returns the same records as `engine.chat`, so callers can use either. It works with any
+server that has the OpenAI API. Errors of the server are raised as this package's classes.
 """
 
 import json
@@ -31,7 +31,7 @@ from llava_ray.errors import (
 from llava_ray.types import ChatRequest, Chunk, ImagePart, Message, Sampling, TextPart
 
 DEFAULT_URL = "http://localhost:8000"
-LONGEST_SIDE = 1344  # pixels; as LLaVA's page: more is never seen by a model of this family
+LONGEST_SIDE = 1344  # pixels, as in LLaVA's page; no model of this family sees more
 _SEND_AS_IS_BYTES = 4 << 20
 _PHOTOS = LimitsConfig(max_image_bytes=64 << 20, max_image_pixels=120_000_000)
 
@@ -39,11 +39,11 @@ _PHOTOS = LimitsConfig(max_image_bytes=64 << 20, max_image_pixels=120_000_000)
 def shrink_image(data: bytes, *, name: str) -> bytes:
     """Return an encoded image that is small enough to send.
 
-    A file of at most `LONGEST_SIDE` pixels and 4 MiB is returned as it is; anything else is scaled
-    down, its aspect kept, and encoded as JPEG.
+    A file with sides of at most `LONGEST_SIDE` pixels and at most 4 MiB is returned unchanged. Any
+    other image is scaled down, keeping its aspect ratio, and encoded as JPEG.
 
     Raises:
-        ImageError: it is not an image that can be read; the message begins with `name`.
+        ImageError: the data is not an image that can be read; the message begins with `name`.
     """
     try:
         image = images.decode(data, limits=_PHOTOS)
@@ -61,9 +61,9 @@ class Client:
     """Talks to one gateway; an asynchronous context manager.
 
     Args:
-        base_url: where the gateway answers, with its route prefix if it has one.
-        timeout_s: the longest silence in the middle of an answer.
-        api_key: sent with each request; by default that of the environment, `LLAVA_RAY_API_KEY`.
+        base_url: the gateway's address, including its route prefix if it has one.
+        timeout_s: longest wait for the next bytes of a response.
+        api_key: sent with each request; by default the environment variable `LLAVA_RAY_API_KEY`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Client:
             base_url=self.base_url,
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=httpx.Timeout(timeout_s, connect=5),
-            # Creating a TLS context takes longer than a whole request to a server nearby.
+            # Creating a TLS context takes longer than a request to a server on this machine.
             verify=address.scheme == "https",
             trust_env=address.hostname not in ("localhost", "127.0.0.1", "::1"),
         )
@@ -97,7 +97,7 @@ class Client:
         await self._http.aclose()
 
     async def is_up(self) -> bool:
-        """Does a gateway answer there at all?"""
+        """Return whether a gateway answers at the address."""
         try:
             answer = await self._http.get("/healthz", timeout=3)
         except httpx.HTTPError:
@@ -105,11 +105,11 @@ class Client:
         return answer.status_code < 500
 
     async def list_models(self) -> list[str]:
-        """The names of the models served there, sorted; raises as `describe_models` does."""
+        """Return the names of the models served there, sorted; raises as `describe_models` does."""
         return sorted(model["id"] for model in await self.describe_models())
 
     async def describe_models(self) -> list[dict[str, Any]]:
-        """The models served there, as the server describes them: `id`, `owned_by`, ...
+        """Return the models served there, as the server describes them: `id`, `owned_by`, ...
 
         Raises:
             UserError: nothing answers at the address.
@@ -130,15 +130,15 @@ class Client:
             ) from error
 
     async def stream(self, request: ChatRequest) -> AsyncGenerator[Chunk]:
-        """Yield the answer piece by piece; closing the iterator aborts the request at the server.
+        """Yield the answer in chunks; closing the iterator aborts the request at the server.
 
-        Only the last chunk has a `finish_reason` and the numbers of tokens; those of the others
-        are 0. The message of an error ends with the request id under which the server logged it.
+        Only the last chunk has a `finish_reason` and token counts; the others' counts are 0. An
+        error's message ends with the request id under which the server logged it.
 
         Raises:
             UserError: nothing answers at the address.
-            LlavaRayError: the server refused the request or failed in the middle; the class is the
-                one that was raised there.
+            LlavaRayError: the server refused the request or failed during the answer; it has the
+                class that was raised there.
         """
         headers = {"X-Request-Id": request.request_id} if request.request_id else {}
         call = self._http.stream(
@@ -205,7 +205,7 @@ def _body(request: ChatRequest) -> dict[str, Any]:
 
 
 def _sampling(sampling: Sampling) -> dict[str, Any]:
-    """The fields that differ from the defaults, so that a server need not know them all."""
+    """Return the fields that differ from the defaults; a server need not know the others."""
     names = {"temperature", "top_p"}
     names |= {
         name for name, value in asdict(Sampling()).items() if getattr(sampling, name) != value
@@ -235,7 +235,7 @@ def _part(part: TextPart | ImagePart) -> dict[str, Any]:
 
 
 def _error_of(body: bytes, answer: httpx.Response) -> LlavaRayError:
-    """The error that a body tells of, as the class that was raised at the server."""
+    """Return the error that a response describes, in the class that the server raised."""
     try:
         told = json.loads(body)["error"]
         message, code, param = told["message"], told.get("code"), told.get("param")

@@ -1,30 +1,31 @@
 """Everything that this package raises on purpose.
 
     LlavaRayError                     the caller sees its message; 500 unless a class says otherwise
-    ├── UserError                     what a caller can put right; 400
+    ├── UserError                     the caller can fix it; 400
     │   ├── ConfigError               a configuration that cannot be run
     │   ├── RequestError              a field of a request, named by `param`
     │   │   ├── ImageError            an image that cannot be used
     │   │   │   ├── ImageTooLargeError    more bytes or pixels than the limits allow
-    │   │   │   ├── LinkError         an address from which no image is fetched
+    │   │   │   ├── ImageUrlError         an address from which no image is fetched
     │   │   │   └── FetchError        an address that gave no usable image; 422
     │   │   ├── ContextLengthError    more tokens than the model's context holds
-    │   │   ├── UnsupportedError      a known field, with a value that has no effect here yet
+    │   │   ├── UnsupportedError      a known field with a value that is not supported here
     │   │   ├── RequestTooLargeError  a body over the limit; 413
+    │   │   ├── EncodingError         a body compressed in a way that is not read here; 415
     │   │   └── RefusedError          a question that the moderation service objects to
-    │   ├── SampleError               a sample that cannot be trained on, named by its id
+    │   ├── SampleError               a sample that cannot be used for training; names its id
     │   ├── ModelNotFoundError        no such model here; 404
     │   ├── NotAllowedError           the configuration does not allow it; 403
     │   ├── AuthError                 no API key, or one that is not known; 401
-    │   ├── DiskFullError             there is no room for a file that is to be written
+    │   ├── DiskFullError             there is no space for a file
     │   ├── SupersededError           a request with the same Idempotency-Key took its place; 409
     │   └── MissingPackageError       an optional package is not installed
-    ├── OverloadedError               full for the moment, try again; 503
-    │   └── RateLimitError            an API key has used up what it may; 429
-    ├── DeadlineError                 a request took longer than it may; 504
+    ├── OverloadedError               all replicas are busy, try again; 503
+    │   └── RateLimitError            an API key has used up its budget for now; 429
+    ├── DeadlineError                 a request took longer than allowed; 504
     ├── UnreachableError              a server behind this one does not answer; 502
     ├── TrainingError                 a training run that cannot go on as it is
-    │   └── DivergedError             its loss is no number any more; trying again would not help
+    │   └── DivergedError             the loss is not finite; trying again would not help
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -40,7 +41,7 @@ class LlavaRayError(Exception):
         status: the HTTP status with which the gateway answers.
         code: the machine-readable code in the body of that answer.
         param: the field of the request that is at fault, where there is one.
-        retry_after_s: seconds after which another try may succeed, where that is known.
+        retry_after_s: seconds after which a retry may succeed, where that is known.
     """
 
     status: int = 500
@@ -57,7 +58,7 @@ class LlavaRayError(Exception):
 
 
 class UserError(LlavaRayError):
-    """What a caller can put right."""
+    """An error that the caller can fix."""
 
     status = 400
     code = "invalid_request"
@@ -83,21 +84,21 @@ class ImageTooLargeError(ImageError):
     """An image with more bytes or pixels than the limits allow."""
 
 
-class LinkError(ImageError):
-    """The address of an image from which this server fetches none."""
+class ImageUrlError(ImageError):
+    """A URL from which this server fetches no images."""
 
     code = "image_url_refused"
 
 
 class FetchError(ImageError):
-    """The address of an image gave nothing, or nothing that is an image."""
+    """The URL of an image could not be fetched, or what it returned is not an image."""
 
     status = 422
     code = "image_fetch_failed"
 
 
 class ContextLengthError(RequestError):
-    """More tokens than the model's context, or the cache of its engine, can hold."""
+    """More tokens than fit into the model's context or into its engine's cache."""
 
     code = "context_length_exceeded"
 
@@ -115,6 +116,13 @@ class RequestTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class EncodingError(RequestError):
+    """The body of a request is compressed in a way that this server does not read."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+
 class RefusedError(RequestError):
     """The moderation service objects to a question."""
 
@@ -122,10 +130,10 @@ class RefusedError(RequestError):
 
 
 class SampleError(UserError):
-    """A sample that cannot be trained on as it is.
+    """A sample that cannot be used for training.
 
     Attributes:
-        reason: the word under which such samples are counted ("roles", "image_missing").
+        reason: a word by which such samples are counted ("roles", "image_missing").
     """
 
     code = "invalid_sample"
@@ -164,7 +172,7 @@ class SupersededError(UserError):
 
 
 class DiskFullError(UserError):
-    """There is no room for a file that is to be written."""
+    """There is no space for a file that is to be written."""
 
     code = "disk_full"
 
@@ -183,34 +191,34 @@ class OverloadedError(LlavaRayError):
 
 
 class UnreachableError(LlavaRayError):
-    """A server that this one hands the request on to does not answer."""
+    """A server to which this one forwards the request does not answer."""
 
     status = 502
     code = "unreachable"
 
 
 class RateLimitError(OverloadedError):
-    """An API key has used up what it may use for now."""
+    """An API key has used up its budget for now."""
 
     status = 429
     code = "rate_limit_exceeded"
 
 
 class DeadlineError(LlavaRayError):
-    """A request took longer than it may, and was stopped."""
+    """A request took longer than allowed and was stopped."""
 
     status = 504
     code = "deadline_exceeded"
 
 
 class TrainingError(LlavaRayError):
-    """A training run that cannot go on: its loss is no number, or memory ran out."""
+    """A training run that cannot go on: its loss is not finite, or memory ran out."""
 
     code = "training_error"
 
 
 class DivergedError(TrainingError):
-    """A training run whose loss is no number; every worker knows it at the same step."""
+    """A training run whose loss is not finite; every worker raises it at the same step."""
 
 
 class EngineError(LlavaRayError):

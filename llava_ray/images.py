@@ -2,7 +2,9 @@
 
 bytes or data URL (untrusted) -> checked size, format, pixels -> upright RGB image without alpha.
 Of an animation or a multi-page file the first image is used. The EXIF orientation is applied.
-Colour profiles are not: these models were trained on pixel values as stored in the files.
+Colour profiles are not: these models were trained on pixel values as stored in the files. A JPEG of
+more pixels than the limit, as phones take them, is read at a half or a quarter of its size, which
+its format allows without decoding the whole.
 """
 
 import base64
@@ -13,38 +15,48 @@ import struct
 import zlib
 from urllib.parse import unquote_to_bytes, urlsplit
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import FetchError, ImageError, ImageTooLargeError
 from llava_ray.types import ImagePart
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 """Accepted formats, by Pillow's names."""
 
 MAX_ASPECT_RATIO = 200
 """Longest to shortest side. Models scale the shorter side up, so a thin image would become huge."""
 
-_FORMAT_NAMES = "PNG, JPEG, WebP, GIF, BMP or TIFF"
-_MEDIA_TYPES = {f"image/{name.lower()}" for name in FORMATS} | {
-    "image/jpg",
-    "image/pjpeg",
-    "image/x-png",
-    "image/x-ms-bmp",
-    "image/*",
-    "application/octet-stream",
-    "",
-}
+MAX_JPEG_REDUCTION = 8
+"""A JPEG may have this many times the pixels of the limit; it is then read at a reduced size."""
+
+_FORMAT_NAMES = "PNG, JPEG, WebP, AVIF, GIF, BMP or TIFF"
+_BASE64_REMEDY = "encode the bytes of the whole file once, with the standard alphabet"
+_JPEG_START, _JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+_JPEG_RESTARTS = b"\xff\xdd\x00\x04"
+"""In a JPEG whose decoder skips to the next of many marks, nothing shows whether it is complete."""
+_JPEG_FILLERS = tuple(b"\0" + bytes(each) * 64 for each in ((0x55,), (0xAA,), (0x3C, 0xE1, 0x97)))
+"""Image data of no meaning; a JPEG that is complete does not change when it follows. The zero goes
+with a last byte of 0xFF, which would begin a marker."""
+_ENCODED_STARTS = (b"iVBORw0KGgo", b"/9j/", b"UklGR", b"R0lGOD", b"data:", b"b'")
+"""How a file begins that was encoded twice, or written as a Python literal."""
 _OTHER_KINDS = (
     (b"%PDF", 0, "a PDF document"),
     (b"<svg", 0, "an SVG drawing"),
     (b"<?xml", 0, "an XML file (an SVG drawing?)"),
     (b"<!DOC", 0, "an HTML page"),
     (b"<html", 0, "an HTML page"),
-    (b"ftypavif", 4, "an AVIF image"),
+    (b"ftypavi", 4, "an AVIF image that is damaged"),
     (b"ftyphei", 4, "an HEIC image"),
+    (b"ftyphev", 4, "an HEIC image"),
     (b"ftypmif1", 4, "an HEIC image"),
+    (b"ftypmsf1", 4, "an HEIC image"),
     (b"ftyp", 4, "a video"),
+    (b"JXL ", 4, "a JPEG XL image"),
+    (b"\xff\x0a", 0, "a JPEG XL image"),
+    (b"jP  ", 4, "a JPEG 2000 image"),
+    (b"\x00\x00\x01\x00", 0, "an icon (ICO)"),
+    (b"8BPS", 0, "a Photoshop file"),
 )
 # What Pillow's readers are known to raise for damaged files. `Warning` is included because Pillow
 # only warns about some damage, and a process may have turned warnings into errors.
@@ -93,10 +105,7 @@ def decode(
 def _decode(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
     _check_bytes(len(data), limits, param)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image.width, image.height, limits, param)
-        image.load()
-        return _convert_to_rgb(_turn_upright(image))
+        return _convert_to_rgb(_turn_upright(_read(data, limits, param)))
     except UnidentifiedImageError:
         raise ImageError(_explain_unknown(data), param=param) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -115,29 +124,64 @@ def _decode(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image
         ) from error
 
 
+def _read(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
+    """Return the decoded image; a JPEG without its end mark is read if nothing else is missing."""
+    image = _open(data, limits, param)
+    try:
+        image.load()
+    except OSError:
+        if not data.startswith(_JPEG_START) or _JPEG_RESTARTS in data:
+            raise
+        ended = _open(data + _JPEG_END, limits, param)
+        pixels = ended.tobytes()
+        for filler in _JPEG_FILLERS:
+            filled = _open(data + filler + _JPEG_END, limits, param)
+            if filled.tobytes() != pixels:  # the decoder still wanted image data
+                raise
+        return ended
+    return image
+
+
+def _open(data: bytes, limits: LimitsConfig, param: str | None) -> Image.Image:
+    """Return an image that is not decoded yet, of a size within the limits."""
+    if not data.startswith(_JPEG_START):
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image.width, image.height, limits, param)
+        return image
+    # Not `Image.open`, whose own limit of pixels does not know of reduced sizes.
+    image = JpegImagePlugin.jpeg_factory(io.BytesIO(data))
+    factor = 1
+    if image.width * image.height <= MAX_JPEG_REDUCTION * limits.max_image_pixels:
+        while (image.width // factor) * (image.height // factor) > limits.max_image_pixels:
+            factor *= 2
+    if factor > 1:
+        image.draft(None, (image.width // factor, image.height // factor))
+    _check_size(image.width, image.height, limits, param)
+    return image
+
+
 def decode_data_url(url: str, *, limits: LimitsConfig, param: str) -> bytes:
     """Return the bytes in a `data:image/...;base64,` URL (RFC 2397); the image is not opened.
 
-    White space, missing padding, the URL-safe alphabet and percent escapes are tolerated.
+    The media type is only a hint, which is not read: the bytes tell what they are. A prefix that
+    stands there twice, white space, missing padding, the URL-safe alphabet and percent escapes are
+    tolerated.
 
     Raises:
         ImageError: another kind of URL, not base64, empty, or over the limit of bytes.
     """
-    header, comma, payload = url.strip().partition(",")
-    scheme = header.partition(":")[0].lower()
-    if scheme != "data" or not header[4:5] == ":":
+    payload = url.strip()
+    if not _is_data_url(payload):
         raise ImageError(_explain_scheme(url), param=param)
-    media_type, *parameters = [piece.strip().lower() for piece in header[5:].split(";")]
-    if not comma or "base64" not in parameters:
-        raise ImageError(
-            "the data URL is not base64: write data:image/png;base64,<the file in base64>",
-            param=param,
-        )
-    if media_type not in _MEDIA_TYPES:
-        raise ImageError(
-            f"the data URL says {media_type[:60]!r}: send an image as {_FORMAT_NAMES}",
-            param=param,
-        )
+    while _is_data_url(payload):
+        header, comma, payload = payload.partition(",")
+        _, *parameters = [piece.strip().lower() for piece in header[5:].split(";")]
+        if not comma or "base64" not in parameters:
+            raise ImageError(
+                "the data URL is not base64: write data:image/png;base64,<the file in base64>",
+                param=param,
+            )
+        payload = payload.lstrip()
     return decode_base64(payload, limits=limits, param=param)
 
 
@@ -152,6 +196,10 @@ def decode_base64(payload: str, *, limits: LimitsConfig, param: str) -> bytes:
     data = _decode_base64(payload, param)
     _check_bytes(len(data), limits, param)
     return data
+
+
+def _is_data_url(text: str) -> bool:
+    return text[:5].lower() == "data:"
 
 
 def to_data_url(image: Image.Image | bytes) -> str:
@@ -220,11 +268,11 @@ def _decode_base64(payload: str, param: str) -> bytes:
             raw = raw.translate(bytes.maketrans(b"-_", b"+/"), b" \t\r\n\f\v=")
         return binascii.a2b_base64(raw + b"=" * (-len(raw) % 4), strict_mode=True)
     except ValueError as error:
-        raise ImageError(
-            f"the base64 of the image is broken ({_first_line(error)}): encode the whole file "
-            "once, with the standard alphabet",
-            param=param,
-        ) from None
+        raise ImageError(_explain_base64(_first_line(error)), param=param) from None
+
+
+def _explain_base64(reason: str) -> str:
+    return f"the base64 of the image is broken ({reason}): {_BASE64_REMEDY}"
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
@@ -259,6 +307,8 @@ def _stretch(image: Image.Image) -> Image.Image:
 
 
 def _explain_unknown(data: bytes) -> str:
+    if data.startswith(_ENCODED_STARTS):
+        return _explain_base64("it was encoded twice")
     head = data[:64].lstrip()
     for mark, start, name in _OTHER_KINDS:
         if head[start:].lower().startswith(mark.lower()):

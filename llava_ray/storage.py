@@ -1,4 +1,4 @@
-"""The one door to fsspec: folders on this machine's disk or at any address that fsspec knows.
+"""All access to fsspec: folders on this machine's disk or at any address that fsspec supports.
 
 open_folder   a `Folder` to read and write files in, wherever it is (raw data, shards, runs)
 fetch_folder  a copy of a remote folder in the local cache (checkpoints)
@@ -21,7 +21,7 @@ from typing import IO, Any
 from llava_ray.errors import ConfigError, DiskFullError, MissingPackageError, SampleError
 
 _VERSION_KEYS = ("ETag", "etag", "md5Hash", "LastModified", "mtime", "updated", "created")
-"""Keys of a listing that change when the file does, under the names of various file systems."""
+"""Keys of a listing whose values change with the file; each file system has some of them."""
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -33,9 +33,8 @@ class Folder:
         files: fsspec's file system.
         root: the folder's path in that file system.
         address: the path or address that the caller gave.
-        confines: folders and files, without links, in which a file must be to be read; it must be
-            a regular file too. So no link, pipe or device among somebody else's data is followed.
-            Empty: anything is read.
+        confines: resolved paths of folders and files. Only regular files inside them can be read,
+            so that no link, pipe or device in somebody else's data is followed. Empty: no limit.
     """
 
     files: Any
@@ -63,9 +62,9 @@ class Folder:
         return self.files.cat_file(self.path(name), end=limit)
 
     def describe_version(self, name: str) -> str | None:
-        """Return what changes when a file does: its size, times, checksum; None if it is missing.
+        """Return a text that changes with a file: size, times, checksum; None if it is missing.
 
-        On this machine's disk it changes also if the same bytes are written again.
+        On this machine's disk it also changes when the same bytes are written again.
         """
         try:
             if self.is_local:
@@ -81,7 +80,7 @@ class Folder:
         return self.files.exists(self.path(name))
 
     def list(self, *endings: str) -> list[str]:
-        """Return the sorted names of all files below that have one of the endings.
+        """Return the sorted names of all files in and below the folder with one of the endings.
 
         Hidden files are left out.
         """
@@ -96,14 +95,14 @@ class Folder:
 
     @contextmanager
     def write_beside(self, name: str, *, num_bytes: int = 0) -> Iterator[Path]:
-        """Give the path of a scratch file, which becomes `name` if the block ends without error.
+        """Yield the path of a scratch file, which becomes `name` if the block ends without error.
 
         Args:
-            name: of the file.
-            num_bytes: about how many bytes it takes, for the message if there is no room for it.
+            name: the file's name.
+            num_bytes: its approximate size, for the error message.
 
         Raises:
-            DiskFullError: there is no room for it.
+            DiskFullError: there is no space for it.
         """
         if self.is_local:
             scratch = Path(self.path(posixpath.join(posixpath.dirname(name), _new_name())))
@@ -114,7 +113,7 @@ class Folder:
             yield scratch
             if self.is_local:
                 os.replace(scratch, self.path(name))
-            else:  # object stores show a file only once all of it is there
+            else:  # object stores show a file only once it is complete
                 self.files.put_file(str(scratch), self.path(name))
         except OSError as error:
             if error.errno not in _DISK_FULL:
@@ -172,7 +171,7 @@ class Folder:
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Return whether a path is that of a folder or of something in it; both are absolute."""
+    """Return whether a path is a folder itself or inside it; both are absolute."""
     return path == folder or path.startswith(folder.rstrip("/") + "/")
 
 
@@ -184,10 +183,10 @@ def is_address(path: str) -> bool:
 def open_folder(address: str) -> Folder:
     """Return the folder at a path or address ("s3://bucket/data"), which need not exist yet.
 
-    Credentials come from where the package of that cloud looks for them.
+    Credentials are found by the package for that kind of address, as usual for it.
 
     Raises:
-        ConfigError: fsspec does not know this kind of address.
+        ConfigError: fsspec does not support this kind of address.
         MissingPackageError: the package for this kind of address is not installed.
     """
     import fsspec
@@ -202,7 +201,7 @@ def open_folder(address: str) -> Folder:
 
 
 def find_input(address: str) -> tuple[Folder, list[str]]:
-    """Return a folder of raw data, and the name of the file if `address` is one file's (else []).
+    """Return a folder of raw data, and a list with the file's name if `address` is a file's.
 
     The folder is confined; see `Folder`.
 
@@ -216,7 +215,7 @@ def find_input(address: str) -> tuple[Folder, list[str]]:
         around = Folder(folder.files, parent, shown).confine()
         if not around.is_local:
             return around, [name]
-        named = os.path.realpath(folder.root)  # may be a link, which the user chose
+        named = os.path.realpath(folder.root)  # the user may name a link
         return replace(around, confines=(*around.confines, named)), [name]
     if not folder.files.isdir(folder.root):
         raise ConfigError(f"there is nothing at {address!r}: give the folder of the raw data")
@@ -224,7 +223,7 @@ def find_input(address: str) -> tuple[Folder, list[str]]:
 
 
 def check_name(name: str) -> str:
-    """Return an image's name in its folder without `./` and doubled slashes.
+    """Return an image's path in its folder, without `./` and repeated slashes.
 
     Raises:
         SampleError: the name points outside the folder.
@@ -248,10 +247,10 @@ def hash_file(path: Path) -> str:
 
 
 def fetch_folder(address: str) -> Path:
-    """Return a local copy of the folder at an address; it is copied once and kept in the cache.
+    """Return a local copy of the folder at an address, from the cache if it is there.
 
-    The copy is made anew when a file's size, time or checksum has changed. Only the files directly
-    in the folder are copied.
+    It is copied again when the size, time or checksum of a file has changed. Subfolders are not
+    copied.
 
     Raises:
         ConfigError: there is no such folder, or it cannot be read.
@@ -275,7 +274,7 @@ def fetch_folder(address: str) -> Path:
             remote.files.get_file(entry["name"], str(scratch / name))
         os.replace(scratch, folder)
     except OSError as error:
-        if not folder.is_dir():  # otherwise another process was faster, and its copy will do
+        if not folder.is_dir():  # otherwise another process has copied it in the meantime
             raise ConfigError(
                 f"{address!r} could not be copied to {folder}: {error}; check the connection and "
                 "the free disk space"

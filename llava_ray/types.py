@@ -4,7 +4,6 @@ request (user) -> prompt (rendered) -> sequence (scheduled) -> chunk (streamed);
 batch (tensors). They are plain, frozen and picklable, and know neither HTTP nor tensors.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -17,7 +16,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class TextPart:
-    """A piece of text in a message."""
+    """Text in a message."""
 
     text: str
 
@@ -28,8 +27,8 @@ class ImagePart:
 
     Attributes:
         data: the file's bytes; empty until the gateway has fetched them from `url`.
-        param: where in the request it stood, for error messages ("messages[0].content[1]").
-        url: where it comes from; empty for an image that came with the request.
+        param: its path in the request, for error messages ("messages[0].content[1]").
+        url: the URL to fetch it from; empty for an image that came with the request.
     """
 
     data: bytes
@@ -50,24 +49,26 @@ class Sampling:
     """How the next token is chosen and when generation ends.
 
     Attributes:
-        max_tokens: at most this many new tokens; None: as many as the context still holds.
+        max_tokens: at most this many new tokens; None: as many as still fit into the context.
         temperature: 0 is greedy.
         top_p: nucleus sampling (Holtzman et al. 2019), 0 < top_p <= 1.
         stop: generation ends before the first of these texts; they are not part of the answer.
         seed: makes sampling repeatable.
-        ignore_eos: go on after the end-of-sequence token (for load tests).
-        top_k: draw from this many of the likeliest tokens only; 0: all.
-        min_p: tokens below this share of the likeliest one's probability are not drawn.
-        presence_penalty: taken off the logit of each token that the answer holds already.
-        frequency_penalty: the same, times how often the answer holds it.
+        ignore_eos: continue after the end-of-sequence token (for load tests).
+        top_k: sample only from this many of the likeliest tokens; 0: all.
+        min_p: never sample tokens below this fraction of the likeliest token's probability.
+        presence_penalty: subtracted from the logit of each token that the answer contains already.
+        frequency_penalty: likewise, multiplied by how often the answer contains the token.
         repetition_penalty: logits of tokens in prompt or answer are divided by it if positive,
             else multiplied (Keskar et al. 2019); 1 changes nothing.
-        logit_bias: (token id, what is added to its logit), each id once.
-        min_tokens: the answer cannot end by itself before it has this many tokens.
-        stop_token_ids: generation ends at any of these too, also with `ignore_eos`.
-        num_logprobs: return each token's logprob and those of this many likeliest tokens;
+        logit_bias: pairs (token id, number added to its logit), each id once.
+        min_tokens: no end token is chosen before the answer has this many tokens.
+        stop_token_ids: generation also ends at any of these, even with `ignore_eos`.
+        num_logprobs: return the logprob of each token and of this many likeliest tokens;
             None: no logprobs.
         json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
+        may_cut: a `max_tokens` that is more than the context leaves is cut to that; otherwise it
+            is an error.
     """
 
     max_tokens: int | None = None
@@ -86,18 +87,21 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     num_logprobs: int | None = None
     json_schema: str | None = None
+    may_cut: bool = False
 
     @property
     def is_greedy(self) -> bool:
-        """Whether decoding is greedy: dividing logits by a smaller temperature could overflow."""
+        """Whether the likeliest token is chosen; dividing by a tiny temperature could overflow."""
         return self.temperature < 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """A conversation that a user wants continued, checked and free of wire format.
+    """A conversation to continue, validated and independent of any wire format.
 
     Attributes:
+        messages: system (optional), then user and assistant in turn. A last turn of the user is
+            answered, one of the assistant is continued.
         num_answers: how many different answers are wanted.
         adapter: which of the model's adapters answers; empty: the model itself.
     """
@@ -112,13 +116,13 @@ class ChatRequest:
 
 @dataclass(frozen=True, slots=True)
 class PromptRequest:
-    """A prompt that its sender has rendered already and wants continued as it is.
+    """A prompt to continue that its sender has rendered already.
 
     Attributes:
         prompt: the whole text, with one `<image>` for each image, in order.
         images: the encoded images.
-        num_answers: how many different answers are wanted.
-        adapter: as of `ChatRequest`.
+        num_answers: how many answers to sample.
+        adapter: see `ChatRequest`.
     """
 
     request_id: str
@@ -135,14 +139,14 @@ Request = ChatRequest | PromptRequest
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """Texts that a user wants continued as they are, without a template.
+    """Prompts to continue without a template.
 
     Attributes:
-        prompts: each a text, or token ids.
-        answers_each: how many different answers each prompt gets; they are numbered prompt by
-            prompt.
+        prompts: each is a text or token ids.
+        answers_each: how many answers to sample for each prompt; they are numbered consecutively,
+            prompt by prompt.
         echo: each answer begins with its prompt.
-        adapter: as of `ChatRequest`.
+        adapter: see `ChatRequest`.
     """
 
     request_id: str
@@ -160,12 +164,12 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class TokenizeRequest:
-    """A conversation or a text of which a user wants to know the tokens.
+    """A conversation or a text to tokenize.
 
     Attributes:
         source: a conversation, which is rendered with the model's template, or a text.
-        add_special_tokens: what the tokenizer puts before a text is among them.
-        add_generation_prompt: a conversation ends with the beginning of the answer.
+        add_special_tokens: include the special tokens that the tokenizer adds to a text.
+        add_generation_prompt: end a conversation with the beginning of the answer.
     """
 
     source: ChatRequest | str
@@ -177,9 +181,9 @@ class Tokens(NamedTuple):
     """The tokens of a prompt.
 
     Attributes:
-        ids: an image is as many image tokens as it has features.
-        texts: how the tokenizer writes each.
-        context_length: longest prompt plus answer of the model.
+        ids: the token ids, with one image token for each feature of an image.
+        texts: the text of each token.
+        context_length: the model's maximum of prompt and answer together, in tokens.
     """
 
     ids: list[int]
@@ -197,8 +201,8 @@ class Prompt:
         images: the decoded images, RGB.
         sampling: how to continue it.
         token_ids: the prompt's tokens, in place of text and images.
-        add_special_tokens: the tokenizer may put a beginning of sequence before the text.
-        adapter: which of the model's adapters continues it; empty: the model itself.
+        add_special_tokens: let the tokenizer put its beginning-of-sequence token before the text.
+        adapter: the LoRA adapter that continues it; empty: the model itself.
     """
 
     request_id: str
@@ -211,12 +215,12 @@ class Prompt:
 
 
 class TokenLogprob(NamedTuple):
-    """How likely a token of an answer was to the model itself, before penalties and temperature.
+    """The probability of an answer's token, before penalties and temperature.
 
     Attributes:
-        data: the token's bytes; they may be a part of a character.
-        logprob: natural logarithm of its probability.
-        top: the likeliest tokens in its place, with their logprobs, best first.
+        data: the token's bytes, which may be part of a character.
+        logprob: natural logarithm of the token's probability.
+        top: the likeliest tokens at this position as (bytes, logprob), best first.
     """
 
     data: bytes
@@ -225,19 +229,19 @@ class TokenLogprob(NamedTuple):
 
 
 IMAGE = ImagePart(b"", param="images")
-"""Stands in the messages of a `Sample` for the next of its images."""
+"""Stands for the next of a `Sample`'s images in its messages."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A conversation to learn from: what a row of any data set becomes.
+    """A conversation to train on; every kind of data set is converted to it.
 
     Attributes:
-        sample_id: names it within its data set, in every run.
+        sample_id: unique within its data set and the same in every run.
         messages: the conversation, with `IMAGE` for each image.
-        images: the images, in order: encoded files as they came or, before these are read, their
-            names in the folder of images.
-        source: the kind of data that it came from ("llava", "scienceqa").
+        images: the images, in order: unchanged encoded files or, before these are read, file names
+            relative to the folder of images.
+        source: the kind of data set ("llava", "scienceqa").
     """
 
     sample_id: str
@@ -247,19 +251,19 @@ class Sample:
 
 
 class Chunk(NamedTuple):
-    """A piece of an answer, streamed as soon as it is known.
+    """A part of an answer, streamed as soon as it is known.
 
     Attributes:
-        text: what this piece adds to the answer; may be empty. The texts joined are the answer.
+        text: the text that this chunk adds; may be empty. The joined texts are the answer.
         finish_reason: None until the last chunk: "stop" (end of sequence or a stop text) or
             "length" (`max_tokens` or the end of the context).
-        num_tokens: tokens generated so far, this chunk's included.
-        num_prompt_tokens: tokens of the prompt, image tokens included.
-        num_image_tokens: tokens of the prompt that stand for images.
-        answer: which of the answers to a request this is a piece of, from 0.
-        logprobs: of the tokens that begin in this piece, where they were asked for.
-        num_cached_tokens: tokens of the prompt that did not have to be computed, because the
-            engine had computed the same beginning before.
+        num_tokens: tokens generated so far, including this chunk's.
+        num_prompt_tokens: tokens of the prompt, including image tokens.
+        num_image_tokens: image tokens of the prompt.
+        answer: index of the answer, from 0, where a request has several.
+        logprobs: of the tokens that begin in this chunk, if they were asked for.
+        num_cached_tokens: tokens of the prompt whose keys and values the engine found in its
+            prefix cache.
         fingerprint: which weights and settings answered (see `model.fingerprint`); "" if that is
             not known.
     """
@@ -275,23 +279,23 @@ class Chunk(NamedTuple):
     fingerprint: str = ""
 
     def join(self, later: "Chunk") -> "Chunk":
-        """Return this piece and the next one of the same answer as one."""
+        """Return this chunk and the next one of the same answer as one chunk."""
         return later._replace(text=self.text + later.text, logprobs=self.logprobs + later.logprobs)
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row of a benchmark: what a model is asked, and what its response is measured by.
+    """One row of a benchmark: the question for the model, and the references for scoring.
 
     Attributes:
-        question_id: names it within its task, in every run.
+        question_id: unique within its task and the same in every run.
         text: the whole question, as the model reads it after the images.
-        images: where the images are (see `evaluate.images`).
-        answers: what is right: one text, ten annotators' answers, five captions, ...
-        choices: the options' texts, where there are options; the first is A.
-        groups: what the score is broken down by ("split/adversarial", "grade/1-6").
-        cluster: rows that share it are not independent (two questions about one image).
-        context: what only a judge reads: the image, described in words.
+        images: paths or addresses of the images (see `evaluate.datasets.images`).
+        answers: the right answers: one text, ten annotators' answers, five captions, ...
+        choices: the texts of the options, if there are options; the first is A.
+        groups: groups for which scores are reported too ("split/adversarial", "grade/1-6").
+        cluster: rows of the same cluster are not independent (two questions about one image).
+        context: a description of the image, for a judge only.
         source_id: its id in the benchmark's files, which need not be unique.
         other_ids: further ids by which files of predictions may name it.
     """
@@ -313,25 +317,25 @@ PredictionStatus = Literal["answered", "refused", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What became of a question that a model was asked.
+    """A model's response to a question, or why there is none.
 
     Attributes:
-        question_id: of the question.
-        status: "refused": it cannot be asked as it is (no such image, too long); "failed": it
-            could be, but the model or the way to it broke.
-        text: the response, if it was answered.
-        reason: why not, otherwise.
+        question_id: see `Question`.
+        status: "refused": the question cannot be asked (its image is missing, it is too long);
+            "failed": the model or the connection to it broke.
+        text: the response, if `status` is "answered".
+        reason: why there is no response, otherwise.
         finish_reason: see `Chunk`.
-        latency_s: from the question to the end of the response.
-        num_tokens: of the response.
-        num_prompt_tokens: of the prompt, image tokens included.
-        num_image_tokens: of the prompt's images.
-        confidence: geometric mean of the probabilities that the model gave its own tokens; None
-            where it was not told.
-        image_sha256: of each image's file.
+        latency_s: seconds from the question to the end of the response.
+        num_tokens: tokens of the response.
+        num_prompt_tokens: tokens of the prompt, including image tokens.
+        num_image_tokens: image tokens of the prompt.
+        confidence: geometric mean of the probabilities that the model gave its own tokens; None if
+            it returned none.
+        image_sha256: digest of each image's file.
         cache_key: digest of model, question, images and settings; "" if it came from elsewhere.
-        model_digest: of the model's files; of a server its fingerprint, or where it tells none the
-            digest of its address.
+        model_digest: digest of the model's files; for a server its fingerprint or, if it has none,
+            the digest of its address.
     """
 
     question_id: str
@@ -350,14 +354,14 @@ class Prediction:
 
 
 class Score(NamedTuple):
-    """A scorer's judgment of one response.
+    """The score of one response.
 
     Attributes:
-        value: 0 to 1 (a judge's is on the judge's scale); None: it could not be judged.
-        parsed: the answer that was read out of the response.
-        why: how the value came about, in a few words.
-        figures: further numbers that the task's summary is made of.
-        is_unread: no answer could be read out of the response, which counts as a wrong one.
+        value: from 0 to 1 (a judge's score is on the judge's scale); None: it could not be scored.
+        parsed: the answer that was extracted from the response.
+        why: an explanation of the value, in a few words.
+        figures: further numbers from which the task's metrics are computed.
+        is_unread: no answer could be extracted; the response counts as wrong.
     """
 
     value: float | None
@@ -365,32 +369,3 @@ class Score(NamedTuple):
     why: str = ""
     figures: tuple[float, ...] = ()
     is_unread: bool = False
-
-
-class Usage(NamedTuple):
-    """Tokens of one request, over all its prompts and answers; each prompt counts once."""
-
-    num_prompt_tokens: int = 0
-    num_image_tokens: int = 0
-    num_tokens: int = 0
-    num_cached_tokens: int = 0
-
-
-def count_usage(latest: Iterable[Chunk], *, answers_each: int = 1) -> Usage:
-    """Return the sums over the latest chunk of each answer.
-
-    Args:
-        latest: one chunk for each answer that has begun.
-        answers_each: answers to each prompt; their numbers are neighbours.
-    """
-    prompts: dict[int, Chunk] = {}
-    num_tokens = 0
-    for chunk in latest:
-        num_tokens += chunk.num_tokens
-        prompts[chunk.answer // answers_each] = chunk
-    return Usage(
-        sum(chunk.num_prompt_tokens for chunk in prompts.values()),
-        sum(chunk.num_image_tokens for chunk in prompts.values()),
-        num_tokens,
-        sum(chunk.num_cached_tokens for chunk in prompts.values()),
-    )

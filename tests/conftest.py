@@ -59,7 +59,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @cache
 def has_ray_marker(file: Path) -> bool:
-    """Whether a file of tests has the marker `ray`, on a test or in its `pytestmark`."""
+    """Whether a test file uses the marker `ray`, on a test or in its `pytestmark`."""
     return any(
         isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.ray"
         for node in ast.walk(ast.parse(file.read_text()))
@@ -80,7 +80,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _certificates_are_read_once() -> Iterator[None]:
-    """Load TLS certificates once: httpx loads them for every client, in 40 ms each time."""
+    """Load TLS certificates once: httpx loads them for every client, which is slow."""
     from httpx._transports import default
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,7 +90,7 @@ def _certificates_are_read_once() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """One Ray cluster for the session, with two CPUs however many the machine has."""
+    """One Ray cluster for the session, with two CPUs on every machine."""
     import ray
 
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -1,8 +1,8 @@
 """The recipe of the embedded model: `python -m jobs.embedded_model train | raw`.
 
 train  the four stages that made the weights in llava_ray/demo/model, on a CPU
-raw    raw data and the parts of a LLaVA, from which the recipes tiny_pretrain and
-       tiny_finetune train one in minutes
+raw    raw data, a language model and a vision tower, from which the recipes tiny_pretrain
+       and tiny_finetune train a LLaVA
 """
 
 import sys
@@ -21,16 +21,17 @@ app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=F
 def train(
     output_dir: Annotated[Path, typer.Argument(help="Folder to write the weights to.")],
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, help="About how long; by default as it was shipped.")
+        float | None,
+        typer.Option(min=0.1, help="Approximate training time; by default the recipe's."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed, the same scenes.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU cores to use.")] = 2,
     start: Annotated[
         Path | None,
-        typer.Option(help="Train the model of this folder on; 'demo' is the embedded one."),
+        typer.Option(help="Continue with this model's weights; 'demo' is the embedded model."),
     ] = None,
 ) -> None:
-    """Train the embedded model on the CPU, from nothing or further."""
+    """Train the embedded model on the CPU, from scratch or from given weights."""
     from jobs.embedded_model import recipe
     from llava_ray.demo import MODEL_DIR
 
@@ -52,7 +53,7 @@ def raw(
     """Write raw data and the parts of a LLaVA, for the recipes tiny_pretrain and tiny_finetune."""
     from jobs.embedded_model.raw import write_raw
 
-    with notes.status(f"painting {scenes:,} scenes"):
+    with notes.status(f"drawing {scenes:,} scenes"):
         write_raw(output_dir, num_scenes=scenes, seed=seed)
     out.print(str(output_dir), markup=False)
 

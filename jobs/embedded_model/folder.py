@@ -1,7 +1,7 @@
 """Writes a trained model as a folder of transformers' LLaVA format.
 
-Tensors keep the names of LLaVA's published checkpoints, which every engine reads and which
-transformers itself no longer writes.
+Tensors have the names of the LLaVA checkpoints on the hub, which every engine reads and which
+newer versions of transformers no longer write.
 """
 
 import json
@@ -57,7 +57,7 @@ _PROCESSOR = {
 
 
 TEACHERS = "teachers.pt"
-"""What a model was taught with, kept beside it so that training can go on from the folder."""
+"""The file of the auxiliary heads, kept beside a model so that its training can be continued."""
 
 
 def write_folder(
@@ -66,9 +66,9 @@ def write_folder(
     tokenizer: PreTrainedTokenizerFast,
     teachers: Mapping[str, torch.Tensor],
 ) -> None:
-    """Write weights (bfloat16), configuration, tokenizer, processor, teachers; other files stay.
+    """Write weights (bfloat16), configuration, tokenizer, processor and auxiliary heads.
 
-    Every file is replaced in one step, so a reader never meets half of one.
+    Each file is replaced atomically; other files in the folder are left unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -96,7 +96,7 @@ def _write_weights(folder: Path, model: LlavaForConditionalGeneration) -> None:
 
 
 def _write_config(folder: Path, model: LlavaForConditionalGeneration) -> None:
-    """The configuration, with head and embeddings apart: both are in the file."""
+    """Write the configuration, with untied embeddings: the file has both matrices."""
     config = model.config.to_dict()
     config["architectures"] = ["LlavaForConditionalGeneration"]
     config["dtype"] = config["text_config"]["dtype"] = config["vision_config"]["dtype"] = "bfloat16"

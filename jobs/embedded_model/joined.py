@@ -1,7 +1,7 @@
-"""Stages three and four: a projector from the tower to the language model, then all together.
+"""Stages three and four: the projector alone, then projector and language model together.
 
-First the projector alone learns to say of real images what the symbols said, both of its
-neighbours at rest. Then everything learns from answers, the tower slowly.
+In stage three the projector learns to map the tower's features of drawn images to the vectors of
+their symbols; tower and language model are frozen. Stage four trains on answers.
 
 Shapes: B conversations, T tokens, N images, P patches an image, D hidden.
 """
@@ -31,13 +31,13 @@ JOINT_RATE = 5e-4
 JOINT_WEIGHTS = questions.WEIGHTS | {
     "number": 8.0, "counting": 5.0, "colour": 3.0, "description": 1.0, "talk": 1.0
 }  # fmt: skip
-"""What comes last is asked more often."""
-SYMBOL_SHARE = 0.5  # of the symbols' loss beside the answers'
+"""Weights of the kinds of questions; those that are learned last are asked more often."""
+SYMBOL_SHARE = 0.5  # weight of the symbols' loss relative to that of the answers
 _TEACHERS = ("labeller.heads.", "reader.finder.", "reader.speller.extra.")
 
 
 def build_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-    """The whole model, untrained."""
+    """Return the whole model, untrained."""
     text_config = build_language_model(tokenizer).config
     config = LlavaConfig(
         vision_config=build_tower().config,
@@ -53,7 +53,7 @@ def build_llava(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenera
 
 
 class Joined(nn.Module):
-    """The whole model on its way: tower, projector and language model, and their teachers."""
+    """The whole model during training: tower, projector, language model and auxiliary heads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -62,19 +62,19 @@ class Joined(nn.Module):
         self.reader = QuestionReader(tokenizer)
 
     def losses(self, batch: language.ConversationBatch) -> Losses:
-        """The losses of a batch."""
+        """Return the losses of a batch."""
         return self.reader.losses(batch, self.see(symbols.pixels(batch.images)))
 
     def see(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What images [N, 3, H, W] are to the language model, [N, P, D]; the tower is at rest."""
+        """Return the projected features of images [N, 3, H, W], [N, P, D]; the tower is frozen."""
         with torch.no_grad():
             seen = read_tower(self.labeller.tower, pixels)
         return self.projector(seen)
 
     def symbol_loss(self, features: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """How far features [N, P, D] are from the symbols' vectors: 1 is no better than a guess.
+        """Return the distance of features [N, P, D] from the symbols' vectors; 1: as the mean.
 
-        Where a value has no name, the features are free in all that its field can say.
+        Where a value has no name, the directions in which its field's values differ do not count.
         """
         with torch.no_grad():
             target = self.reader.speller(values.clamp(min=0)).float()
@@ -87,7 +87,7 @@ class Joined(nn.Module):
         return missed.square().mean() / target.var()
 
     def to_llava(self, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
-        """The same weights as transformers' model."""
+        """Return transformers' model with the same weights."""
         llava = build_llava(tokenizer)
         llava.model.vision_tower.load_state_dict(self.labeller.tower.state_dict())
         llava.model.multi_modal_projector.load_state_dict(self.projector.state_dict())
@@ -96,13 +96,13 @@ class Joined(nn.Module):
         return llava
 
     def teachers(self) -> dict[str, torch.Tensor]:
-        """What was learned beside the LLaVA and is no part of it."""
+        """Return the weights of the auxiliary heads, which are not part of the LLaVA."""
         return {n: tensor for n, tensor in self.state_dict().items() if n.startswith(_TEACHERS)}
 
     def take_over(
         self, llava: LlavaForConditionalGeneration, teachers: Mapping[str, torch.Tensor]
     ) -> None:
-        """Become what `to_llava` and `teachers` came from."""
+        """Load weights that `to_llava` and `teachers` returned."""
         self.labeller.tower.load_state_dict(llava.model.vision_tower.state_dict())
         self.projector.load_state_dict(llava.model.multi_modal_projector.state_dict())
         self.reader.model.model.load_state_dict(llava.model.language_model.state_dict())
@@ -118,7 +118,7 @@ def align_projector(
     tower: Path,
     reader: Path,
 ) -> None:
-    """Train a projector between two checkpoints to say of crowded images what symbols said."""
+    """Train a projector between two checkpoints on crowded images and their symbols."""
     rng = pace.begin("align")
     model = Joined(tokenizer)
     resume(model.labeller, tower)
@@ -133,7 +133,7 @@ def align_projector(
 
 
 def train_joined(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Train on all of `checkpoint` but its tower, and save it there."""
+    """Continue training everything in `checkpoint` but its tower, and save it there."""
     rng = pace.begin("joint")
     model = Joined(tokenizer)
     resume(model, checkpoint)

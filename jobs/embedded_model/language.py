@@ -20,53 +20,59 @@ NUM_PATCHES = (scenes.GRID * symbols.PATCHES_PER_CELL) ** 2
 VOCABULARY = 1024
 CONTEXT = 2048
 IGNORED = -100
+TALK_BEFORE_IMAGE = 0.2  # of conversations
 LENGTH_STEP = 64  # of batches, in tokens: kernels are prepared anew for every new length
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ 'USER: ' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}{{ '<image>\n' }}"
-    "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ ' ' }}{% endif %}"
+    "{% set role, content = message['role'], message['content'] %}"
+    "{% set is_whole = loop.last or role != 'user' or loop.nextitem['role'] != 'user' %}"
+    "{% if role == 'assistant' %}{{ 'ASSISTANT: ' }}"
+    "{% elif role == 'user' and (loop.first or loop.previtem['role'] != 'user') %}{{ 'USER: ' }}"
+    "{% endif %}"
+    "{% if content is string %}{{ content }}{% set texts = [content] %}{% else %}"
+    "{% for part in content if part['type'] in ('image', 'image_url') %}{{ '<image>\n' }}"
+    "{% endfor %}"
+    "{% set texts = content | selectattr('type', 'equalto', 'text') | list %}"
+    "{% for part in texts %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{% if role == 'assistant' %}{{ eos_token }}{% elif texts or is_whole %}{{ ' ' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
+"""Images come first in their message, as in LLaVA, wherever they stand in it: the model reads them
+before it reads a question. Messages of one user that follow one another are one turn."""
 
 
-class EncodedConversation(NamedTuple):
-    """A conversation as token ids and labels, and the images that its image tokens stand for."""
+class EncodedTurns(NamedTuple):
+    """A conversation of several turns as token ids and labels, and its images."""
 
     ids: list[int]
     labels: list[int]
     positions: list[int]
-    turns: list[int]  # which turn's answer a token belongs to, or -1
-    blocks: list[int]  # 0 what every turn sees, n what only turn n sees
+    turns: list[int]  # index of the turn whose answer the token belongs to, or -1
+    blocks: list[int]  # 0: every turn sees the token; n: only turn n does
     kinds: list[str]  # of the turns
-    references: list[tuple[int, tuple[int, ...]]]  # token, and what a phrase that ends there means
+    references: list[tuple[int, tuple[int, ...]]]  # last token of a phrase, and its meaning
     images: list[scenes.Scene]
 
 
 class ConversationBatch(NamedTuple):
-    """`images[n]` fills the n-th run of P image tokens, counted along rows, then columns."""
+    """A batch; `images[n]` belongs to the n-th run of P image tokens, in row-major order."""
 
     ids: torch.Tensor  # [B, T]
-    labels: torch.Tensor  # [B, T], IGNORED but for answers
+    labels: torch.Tensor  # [B, T], IGNORED except for answers
     positions: torch.Tensor  # [B, T]
-    turns: torch.Tensor  # [B, T], counted through the batch
+    turns: torch.Tensor  # [B, T], numbered through the whole batch
     blocks: torch.Tensor  # [B, T]; a token sees block 0 and its own
     kinds: list[str]
-    references: torch.Tensor  # [R, 2], row and token of the end of every phrase
-    aspects: torch.Tensor  # [R, A], what it means: ASPECTS, then ORDERS
+    references: torch.Tensor  # [R, 2], row and last token of every phrase
+    aspects: torch.Tensor  # [R, A], its meaning: ASPECTS, then ORDERS
     images: list[scenes.Scene]
 
 
 def train_tokenizer(seed: int = 0, *, num_conversations: int = 6000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the scenes' language, every digit a token; any text encodes."""
+    """Train a byte-level BPE on the scenes' language; each digit is a token of its own."""
     rng = random.Random(seed)
     tokenizer = Tokenizer(models.BPE(unk_token=UNK))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -104,17 +110,17 @@ def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
 
 
 def _corpus(rng: random.Random, num_conversations: int) -> Iterator[str]:
-    """Everyday conversations, and every word that an image is spelled with many times over."""
+    """Yield conversations, and many repetitions of every word that symbols are made of."""
     for _ in range(num_conversations):
         turns = questions.make_conversation(rng, [scenes.make_scene(rng)], num_turns=8)
         yield from (f"USER: {turn.question} ASSISTANT: {turn.answer}" for turn in turns)
-        yield turns[0].question  # as it follows an image: on a line of its own
+        yield turns[0].question  # on a line of its own, as after an image
     for word in (word for phrase in symbol_phrases() for word in phrase.split()):
         yield f" {word}" * 500
 
 
 def symbol_phrases() -> list[str]:
-    """Every word or two that an image is spelled with, digits apart."""
+    """Return every word or pair of words that symbols are made of, except digits."""
     fields = [
         value for name in ("category", "name", "colour", "size") for value in symbols.FIELDS[name]
     ]
@@ -122,7 +128,7 @@ def symbol_phrases() -> list[str]:
 
 
 class ConversationEncoder:
-    """Turns conversations into token ids exactly as the chat template writes them."""
+    """Turns conversations into exactly the token ids that the chat template gives."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> None:
         self._tokenizer, self._rng = tokenizer, rng
@@ -135,17 +141,17 @@ class ConversationEncoder:
         *,
         is_strict: bool = False,
         has_gaps: bool = False,
-    ) -> EncodedConversation:
-        """Ids and labels of a conversation.
+    ) -> EncodedTurns:
+        """Return the ids and labels of a conversation.
 
-        Unless `is_strict`, some conversations come with a system message or without <s>. With
-        `has_gaps`, some have gaps in their positions, which stand for turns left out.
+        Unless `is_strict`, some conversations get a system message or no <s>. With `has_gaps`, some
+        have gaps in their positions, as if turns were left out.
         """
         rng = random.Random(0) if is_strict else self._rng
         start = BOS if is_strict or rng.random() < 0.85 else ""
         system = f"{talk.system_prompt(rng)} " if not is_strict and rng.random() < 0.04 else ""
         has_gaps = has_gaps and rng.random() < 0.3
-        encoded = EncodedConversation([], [], [], [], [], [turn.kind for turn in turns], [], [])
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [])
         self._add(encoded, f"{start}{system}")
         scene = None
         for index, turn in enumerate(turns):
@@ -162,18 +168,21 @@ class ConversationEncoder:
         self._skipped = 0
         return encoded
 
-    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedConversation:
-        """Questions about one image as if each were the first: none sees another.
+    def encode_apart(self, turns: Sequence[questions.SceneTurn]) -> EncodedTurns:
+        """Encode questions about one image whose turns cannot attend to one another.
 
-        What was said before tells much of what is in an image, and a model that may read it
-        there learns to look at the image only slowly.
+        Earlier turns say much about an image, and a model that can read it there is slow to learn
+        to look at the image itself.
         """
         scene = turns[0].image
         assert scene, "turns apart are about one image"
-        encoded = EncodedConversation(
-            [], [], [], [], [], [turn.kind for turn in turns], [], [scene]
-        )
-        self._add(encoded, f"{BOS if self._rng.random() < 0.85 else ''}USER: {IMAGE}\n")
+        encoded = EncodedTurns([], [], [], [], [], [turn.kind for turn in turns], [], [scene])
+        start = BOS if self._rng.random() < 0.85 else ""
+        before = ""
+        if self._rng.random() < TALK_BEFORE_IMAGE:
+            question, answer = talk.small_talk(self._rng)
+            before = f"USER: {question} ASSISTANT: {answer}{EOS}"
+        self._add(encoded, f"{start}{before}USER: {IMAGE}\n")
         shared = len(encoded.ids)
         for index, turn in enumerate(turns):
             self._skipped = shared - len(encoded.ids)
@@ -185,14 +194,14 @@ class ConversationEncoder:
 
     def _add(
         self,
-        encoded: EncodedConversation,
+        encoded: EncodedTurns,
         text: str,
         *,
         turn: int = -1,
         scene: scenes.Scene | None = None,
         block: int = 0,
     ) -> None:
-        """Add a piece of text: the answer of a turn, or what comes before one."""
+        """Add text: a turn's answer, or what precedes an answer."""
         tokens = self._tokenizer(text, add_special_tokens=False)
         ends = []
         for token in tokens["input_ids"]:
@@ -209,8 +218,8 @@ class ConversationEncoder:
             encoded.references.append((ends[token], (*reference.aspects, *reference.orders)))
 
 
-def collate(batch: Sequence[EncodedConversation], pad: int) -> ConversationBatch:
-    """Pad conversations on the right to the longest, and that to a step."""
+def collate(batch: Sequence[EncodedTurns], pad: int) -> ConversationBatch:
+    """Pad conversations on the right, to the next multiple of `LENGTH_STEP` tokens."""
     longest = max(len(one.ids) for one in batch)
     length = -(-longest // LENGTH_STEP) * LENGTH_STEP
 

@@ -1,7 +1,7 @@
-"""Muon for the CPU: torch's, in whatever precision is fast, its work split among partners.
+"""Muon for CPUs: computes in a fast precision and divides the work between partners.
 
-`torch.optim.Muon` computes in bfloat16, which a CPU may not have in hardware, and repeats the same
-work in every process.
+`torch.optim.Muon` computes in bfloat16, for which a CPU may have no instructions, and repeats the
+same work in every process.
 """
 
 from collections import defaultdict
@@ -20,9 +20,9 @@ ITERATIONS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose steps are made orthogonal (Jordan et al., 2024), as large as AdamW's are.
+    """Momentum with orthogonalized updates (Jordan et al., 2024), scaled like AdamW's.
 
-    Takes matrices only. The size of a step is that of `match_rms_adamw` (Liu et al., 2025).
+    It takes matrices only. Updates are scaled as `match_rms_adamw` does (Liu et al., 2025).
     """
 
     def __init__(self, params: Any, *, lr: float = 1e-3, weight_decay: float = 0.1) -> None:
@@ -30,7 +30,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Move every matrix; its gradient must be the same in all partners."""
+        """Update every matrix; its gradient must be the same in all partners."""
         assert closure is None
         for group in self.param_groups:
             matrices = [matrix for matrix in group["params"] if matrix.grad is not None]
@@ -40,7 +40,7 @@ class Muon(torch.optim.Optimizer):
                 matrix.add_(update, alpha=-group["lr"] * reach)
 
     def _updates(self, matrices: list[nn.Parameter]) -> Iterator[torch.Tensor]:
-        """What each matrix moves along: every partner computes some, all get all."""
+        """Yield the update of each matrix; each partner computes some, and all receive all."""
         ahead = [self._look_ahead(matrix) for matrix in matrices]
         mine = range(partners.rank(), len(matrices), partners.count())
         updates = [torch.zeros_like(matrix) for matrix in matrices]
@@ -51,7 +51,7 @@ class Muon(torch.optim.Optimizer):
         yield from partners.add_up(updates)
 
     def _look_ahead(self, matrix: nn.Parameter) -> torch.Tensor:
-        """Nesterov's momentum."""
+        """Return the gradient with Nesterov momentum."""
         assert matrix.grad is not None
         state = self.state[matrix]
         momentum = state.setdefault("momentum", torch.zeros_like(matrix))
@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _alike(tensors: list[torch.Tensor], indices: Iterable[int]) -> list[list[int]]:
-    """Indices of tensors of one shape, together."""
+    """Group the indices of tensors by shape."""
     groups = defaultdict(list)
     for index in indices:
         groups[tensors[index].shape].append(index)
@@ -68,7 +68,7 @@ def _alike(tensors: list[torch.Tensor], indices: Iterable[int]) -> list[list[int
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of matrices [N, R, C] near to 1, by Newton and Schulz's steps."""
+    """Bring the singular values of matrices [N, R, C] close to 1, by Newton-Schulz iteration."""
     is_tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.to(choose_dtype("cpu"))
     x = x.mT.contiguous() if is_tall else x

@@ -1,4 +1,4 @@
-"""The pace of training: a stage's clock, learning rate, steps, log and checkpoints."""
+"""A training stage: its time, learning rate, steps, log and checkpoints."""
 
 import math
 import os
@@ -17,19 +17,19 @@ from jobs.embedded_model.muon import Muon
 from llava_ray.model.precision import has_fast_bfloat16
 
 SAVE_EVERY_MINUTES = 2.0
-WARM_UP = 0.02  # of a stage
-LAST_RATE = 0.02  # of the highest
-MATRIX_RATE = 2.0  # of Muon, in rates of AdamW
+WARM_UP = 0.02  # fraction of a stage
+LAST_RATE = 0.02  # fraction of the peak learning rate
+MATRIX_RATE = 2.0  # Muon's learning rate, relative to AdamW's
 
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a stage trains, and what it starts from.
+    """How long a stage trains, and its seed.
 
     Attributes:
         minutes: CPU time per thread.
-        seed: of the first weights, which partners share, and of what is drawn, which they do not.
-        threads: of this process.
+        seed: seed of the initial weights, which partners share, and of the samples, which differ.
+        threads: number of threads of this process.
     """
 
     minutes: float
@@ -38,23 +38,22 @@ class Pace:
     log_every_s: float = 30
 
     def begin(self, name: str) -> random.Random:
-        """Make ready to build a stage's model; return the generator of what it is shown."""
+        """Seed torch for building a stage's model; return the generator of its samples."""
         torch.set_num_threads(self.threads)
         torch.manual_seed(self.seed)
         return random.Random(f"{name} {self.seed} {partners.rank()}")
 
 
 def autocast() -> torch.autocast:
-    """Matrix products in bfloat16 where the CPU has instructions for it, else as they are."""
+    """Return a context with matmuls in bfloat16 if the CPU has instructions for it."""
     return torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bfloat16())
 
 
 class Stage:
-    """One stage of training: so many minutes of steps on one model, saved now and then.
+    """One stage of training: a number of minutes on one model, with regular checkpoints.
 
-    Muon moves the matrices inside transformer blocks, AdamW everything else. Minutes are CPU time
-    per thread, so a process that is stopped for a while, or shares its core, does no fewer steps
-    for it.
+    Muon updates the matrices inside transformer blocks, AdamW everything else. Minutes are CPU time
+    per thread, so a process that is stopped for a while, or shares its core, makes as many steps.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class Stage:
         weight_decay: float = 0.02,
         shares: Mapping[Any, float] | None = None,
     ) -> None:
-        """`shares` names the parts that learn and their share of `rate`; without it, all do."""
+        """`shares`: the trained parts and their fraction of `rate`; by default all parts."""
         parts = (shares or {model: 1.0}).items()
         self._parameters = [parameter for part, _ in parts for parameter in part.parameters()]
         self._optimizers = _build_optimizers(parts, weight_decay)
@@ -87,7 +86,7 @@ class Stage:
         return (time.process_time() - self._start) / 60 / self._pace.threads
 
     def step(self, loss: torch.Tensor, **report: float) -> None:
-        """One step against the gradient of `loss`; `report` goes to the log."""
+        """Make one optimizer step on `loss`; the numbers in `report` are logged."""
         loss.backward()
         spent = self._minutes_spent
         self.progress = partners.average_gradients(self._parameters, spent / self._pace.minutes)
@@ -132,26 +131,26 @@ def _build_optimizers(
 
 
 def rate_at(progress: float, peak: float) -> float:
-    """A learning rate that climbs to `peak` and sinks along half a cosine, nearly to nothing."""
+    """Return the learning rate: linear warm-up to `peak`, then cosine decay to `LAST_RATE`."""
     falling = LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
     return peak * min(progress / WARM_UP + 0.01, falling)
 
 
 def save(model: nn.Module, checkpoint: Path) -> None:
-    """Save weights such that a reader never sees half a file."""
+    """Save weights atomically."""
     half = checkpoint.with_suffix(".half")
     torch.save(model.state_dict(), half)
     os.replace(half, checkpoint)
 
 
 def resume(model: nn.Module, checkpoint: Path) -> None:
-    """Load weights where there are some."""
+    """Load weights, if there is a checkpoint."""
     if checkpoint.exists():
         model.load_state_dict(torch.load(checkpoint))
 
 
 class _Log:
-    """Prints running means of what is reported, every `every_s` seconds."""
+    """Prints the means of the reported numbers every `every_s` seconds."""
 
     def __init__(self, every_s: float) -> None:
         self._every_s, self._printed = every_s, time.monotonic()

@@ -1,6 +1,6 @@
-"""Processes that train one model together, each on a core of its own.
+"""Data-parallel processes, called partners, with one core each.
 
-On small matrices two processes of one thread do more than one process of two threads.
+On small matrices two processes with one thread each are faster than one process with two.
 """
 
 import tempfile
@@ -36,17 +36,17 @@ def _join(
 
 
 def rank() -> int:
-    """Which partner this process is; 0 alone."""
+    """Return the index of this process; 0 without partners."""
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def count() -> int:
-    """How many partners there are; 1 alone."""
+    """Return the number of processes; 1 without partners."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def add_up(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """The sums of what every partner has."""
+    """Return the sums of the tensors over all partners."""
     if not distributed.is_initialized():
         return tensors
     flat = torch.cat([tensor.flatten() for tensor in tensors])
@@ -56,7 +56,7 @@ def add_up(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 
 def average_gradients(parameters: Sequence[nn.Parameter], progress: float) -> float:
-    """Average the gradients of all partners in place, and how far each thinks it has come."""
+    """Average gradients over all partners, in place; return their average progress."""
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     total, *summed = add_up([torch.tensor([progress]), *gradients])
     for parameter, gradient in zip(parameters, summed, strict=True):

@@ -1,13 +1,12 @@
-"""What a training run begins with, made of the embedded model: raw data, a tower, a language model.
+"""Writes the inputs of a tiny training run: raw data, a language model and a vision tower.
 
-For `python -m jobs.embedded_model raw` and the recipes tiny_*: the whole way of a LLaVA
-(build, convert, pre-training, fine-tuning, evaluation) in minutes.
+`python -m jobs.embedded_model raw` calls this. With the recipes tiny_* one can build, convert,
+pretrain, fine-tune and evaluate a LLaVA on a CPU.
 
-    images/             painted scenes
+    images/             drawn scenes
     captions.json       a description of each, in LLaVA's format: for pre-training
     conversations.json  questions and answers about each, likewise: for fine-tuning
-    llm/                the embedded language model by itself, which has never seen through a new
-                        projector
+    llm/                the embedded language model by itself
     tower/              its vision tower
 """
 
@@ -24,9 +23,9 @@ _WEIGHTS = {kind: weight for kind, weight in questions.WEIGHTS.items() if kind !
 
 
 def write_raw(folder: Path, *, num_scenes: int, seed: int = 0) -> None:
-    """Write the folder, the same for the same seed.
+    """Write the folder; its content depends only on the arguments.
 
-    Scenes are training scenes: those of `evaluate` are never among them.
+    The scenes are training scenes, which `llava-ray demo evaluate` never uses.
     """
     images = folder / "images"
     images.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,9 @@
-"""Stage two: the language model by itself, taught to read images that are spelled in symbols.
+"""Stage two: the language model by itself, trained on images made of symbols.
 
-In place of image features every patch gets the sum of the word embeddings that a perfect tower
-would say of it ("animal", "dog", "large", "top", "left"), which is where LLaVA's projector leads:
-into the space of word embeddings. Nothing is painted and no tower runs, so the model sees enough
-examples to learn to look things up, count and compare, which it does not learn from blurred
-features.
+In place of image features, every patch gets the sum of the word embeddings of its properties
+("animal", "dog", "large", "top", "left"), as from a perfect tower and projector. No image is drawn
+and no tower runs, so the model sees enough examples to learn to look up, count and compare, which
+it does not learn from an untrained projector's features.
 
 Shapes: B conversations, T tokens, P patches an image, F fields, D hidden, V vocabulary.
 """
@@ -22,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from jobs.embedded_model import language, references, symbols
 from jobs.embedded_model.pace import Pace, Stage, autocast, resume
-from llava_ray.demo import questions, scenes
+from llava_ray.demo import questions, scenes, talk
 
 BATCH = 8
 RATE = 1e-3
@@ -30,6 +29,7 @@ FOUND_AFTER = 3  # layers, of six
 COMPARED_AFTER = 5
 PHRASE_SHARE = 0.5  # of the phrases' loss beside the answers'
 EMPTY_SHARE = 0.03  # of images
+PLAIN_SHARE = 0.35
 WORD_SPREAD = 0.12  # of the embeddings at first: words start out far apart and stay so
 
 
@@ -55,10 +55,10 @@ def build_language_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM
 
 
 def _start_alike(attention: Any, mlp: Any) -> None:
-    """Let half of a layer's heads look for what is like the token that looks.
+    """Initialise half of a layer's heads to attend to tokens that are like their own.
 
-    Queries and keys that start equal match a word with the patches that say it (mimetic
-    initialization, Trockman and Kolter, 2023), which a small model takes long to find by itself.
+    With equal queries and keys a word attends to patches of the same word (mimetic initialization,
+    Trockman and Kolter, 2023). A small model is slow to learn this by itself.
     """
     width, inner = mlp.gate_proj.in_features, mlp.gate_proj.out_features
     for linear in (
@@ -76,7 +76,7 @@ def _start_alike(attention: Any, mlp: Any) -> None:
 
 
 class Speller(nn.Module):
-    """Symbols as vectors: the embeddings of their words, and what is learned beside them."""
+    """Embeds symbols: the sum of their words' embeddings and learned vectors."""
 
     _words_of: torch.Tensor
     _tens_of: torch.Tensor
@@ -84,7 +84,7 @@ class Speller(nn.Module):
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, words: nn.Embedding) -> None:
         super().__init__()
-        self._words = [words]  # the language model's own, not registered twice
+        self._words = [words]  # in a list, since the language model registers it already
         fields = symbols.FIELDS | {"row": scenes.ROWS, "column": scenes.COLUMNS}
         phrases = [(name, value) for name, values in fields.items() for value in values]
         words_of = torch.zeros(len(phrases), len(tokenizer))
@@ -101,41 +101,41 @@ class Speller(nn.Module):
         self.register_buffer("_starts", torch.tensor([0, *widths[:-1]]).cumsum(0))
 
     def forward(self, values_BPF: torch.Tensor) -> torch.Tensor:
-        """Vectors of patches, [B, P, D]."""
+        """Return the vectors of patches, [B, P, D]."""
         places = _places().expand(len(values_BPF), -1, -1)
         indices = torch.cat([values_BPF, places], -1) + self._starts
         return F.embedding(indices, self._vectors()).sum(-2)
 
     def span(self, field: int) -> torch.Tensor:
-        """All directions in which values of a field differ: orthonormal columns, [D, values]."""
+        """Return an orthonormal basis of the directions in which a field's values differ."""
         start = int(self._starts[field])
         vectors = self._vectors()[start : start + symbols.WIDTHS[field]]
         return torch.linalg.qr((vectors - vectors.mean(0)).T).Q
 
     def _vectors(self) -> torch.Tensor:
         words = self._words[0].weight
-        tens = words.roll(1, dims=-1)  # the same digits in another place are other vectors
+        tens = words.roll(1, dims=-1)  # a digit's vector differs by its position in the number
         return self._words_of @ words + self._tens_of @ tens + self.extra.weight
 
 
 def _places() -> torch.Tensor:
-    """The row and the column, in cells, of every patch, [P, 2]."""
+    """Return the row and the column, in cells, of every patch, [P, 2]."""
     side = scenes.GRID * symbols.PATCHES_PER_CELL
     patch = torch.arange(side**2)
     return torch.stack([patch // side, patch % side], -1) // symbols.PATCHES_PER_CELL
 
 
 class Course(NamedTuple):
-    """What conversations are made of at some point of training."""
+    """The composition of conversations at some point of training."""
 
     max_items: int
-    images: tuple[float, float, float]  # odds of none, one, two in a conversation
-    apart: float  # odds that an image's turns do not see one another
-    has_gaps: bool  # between turns, for the distances of long conversations
+    images: tuple[float, float, float]  # odds of zero, one and two images in a conversation
+    apart: float  # probability that an image's turns do not attend to one another
+    has_gaps: bool  # gaps in positions between turns, as in long conversations
 
 
 def course(progress: float) -> Course:
-    """Few items and one image at first."""
+    """Return the composition: few items and one image at first."""
     if progress < 0.1:
         return Course(2, (0.03, 0.97, 0), apart=0.9, has_gaps=False)
     if progress < 0.2:
@@ -153,7 +153,7 @@ def make_batches(
     weights: dict[str, float] | None = None,
     is_easy_first: bool = True,
 ) -> Iterator[language.ConversationBatch]:
-    """Conversations of about the same length while the stage lasts, the harder ones later."""
+    """Yield batches of conversations of similar length during the stage, harder ones later."""
     encoder = language.ConversationEncoder(tokenizer, rng)
     pad = language.token_id(tokenizer, language.PAD)
     while not stage.is_over:
@@ -171,6 +171,9 @@ def make_batches(
                 weights=weights,
                 follow_ups=not is_apart,
             )
+            if shown and not is_apart and rng.random() < language.TALK_BEFORE_IMAGE:
+                said, answer = talk.small_talk(rng)
+                turns.insert(0, questions.SceneTurn("talk", said, answer, None))
             batch.append(
                 encoder.encode_apart(turns)
                 if is_apart
@@ -182,13 +185,15 @@ def make_batches(
 def _make_scene(rng: random.Random, max_items: int) -> scenes.Scene:
     if rng.random() < EMPTY_SHARE:
         return scenes.make_empty_scene(rng)
+    if rng.random() < PLAIN_SHARE:
+        return scenes.make_plain_scene(rng)
     return scenes.make_scene(rng, num_items=rng.randint(1, max_items))
 
 
 def _mask(blocks_BT: torch.Tensor) -> torch.Tensor:
-    """What may be seen: [B, 1, T, T], or ones [B, T] where it is all that went before.
+    """Return the attention mask: [B, 1, T, T], or ones [B, T] for plain causal attention.
 
-    Never None: transformers would take gaps in the positions for packed sequences.
+    It is never None: transformers would then take gaps in the positions for packed sequences.
     """
     if not blocks_BT.any():
         return torch.ones_like(blocks_BT)
@@ -197,9 +202,9 @@ def _mask(blocks_BT: torch.Tensor) -> torch.Tensor:
 
 
 class Finder(nn.Module):
-    """Says what phrases refer to and, some layers later, how two of them compare.
+    """Auxiliary heads that predict what phrases refer to and, some layers later, how two compare.
 
-    Thrown away after training.
+    They are not part of the trained model.
     """
 
     def __init__(self, width: int) -> None:
@@ -210,7 +215,7 @@ class Finder(nn.Module):
     def loss(
         self, hidden: tuple[torch.Tensor, ...], batch: language.ConversationBatch
     ) -> torch.Tensor:
-        """The sum of what is lost on every aspect; `hidden` [B, T, D] of every layer."""
+        """Return the sum of the losses of all aspects; `hidden`: [B, T, D] for every layer."""
         rows, tokens = batch.references.unbind(-1)
         aspects = self.heads(hidden[FOUND_AFTER][rows, tokens]).float()
         orders = self.orders(hidden[COMPARED_AFTER][rows, tokens]).float()
@@ -227,7 +232,7 @@ class Finder(nn.Module):
 
 
 class Losses(NamedTuple):
-    """Of a batch: the answers' loss, the phrases' loss, the share of exact answers by kind."""
+    """A batch's loss of answers, loss of phrases, and share of exact answers by kind."""
 
     answer: torch.Tensor
     phrase: torch.Tensor
@@ -235,7 +240,7 @@ class Losses(NamedTuple):
 
 
 class QuestionReader(nn.Module):
-    """A language model and what it is taught with: a speller and a finder."""
+    """A language model with the modules of its training: a speller and a finder."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         super().__init__()
@@ -245,10 +250,10 @@ class QuestionReader(nn.Module):
         self._image_token = language.token_id(tokenizer, language.IMAGE)
 
     def losses(self, batch: language.ConversationBatch, features: torch.Tensor) -> Losses:
-        """Losses of a batch, `features` [N, P, D] in place of its image tokens.
+        """Return the losses of a batch, with `features` [N, P, D] in place of its image tokens.
 
-        A token of a long answer weighs less, so that descriptions do not drown the one word that
-        answers most questions.
+        A token of a long answer has a smaller weight, so that descriptions do not outweigh the
+        single words that answer most questions.
         """
         embeddings = self.model.get_input_embeddings()(batch.ids)
         is_image = (batch.ids == self._image_token).unsqueeze(-1)
@@ -278,7 +283,7 @@ class QuestionReader(nn.Module):
 
 
 def train_reader(checkpoint: Path, pace: Pace, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Train on from `checkpoint` where there is one, and save it there."""
+    """Train, continuing from `checkpoint` if it exists, and save there."""
     rng = pace.begin("reader")
     reader = QuestionReader(tokenizer)
     resume(reader, checkpoint)

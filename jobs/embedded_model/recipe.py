@@ -1,10 +1,10 @@
-"""The recipe of the embedded model, in LLaVA's order, from nothing to a folder of weights.
+"""The recipe of the embedded model: four stages, from random weights to a model folder.
 
-1. The tower by itself: what is in every patch of painted scenes (the part that CLIP plays).
-2. The language model by itself: conversations about images spelled in symbols (the part that
-   Vicuna plays; a language model that can look things up).
-3. The projector: tower and language model at rest.
-4. Projector and language model together on painted images.
+1. The vision tower by itself, in place of CLIP's training: what is in every patch of drawn scenes.
+2. The language model by itself, in place of Vicuna's training: conversations about images that are
+   given as symbols.
+3. The projector, with tower and language model frozen.
+4. Projector and language model together, on drawn images.
 """
 
 import shutil
@@ -22,7 +22,7 @@ from llava_ray.demo import MODEL_DIR
 from llava_ray.errors import ConfigError
 
 MINUTES = {"tower": 16.0, "reader": 41.0, "align": 3.0, "joint": 81.0}
-"""How long each stage of the shipped model was trained, on two cores."""
+"""Default duration of each stage: minutes of CPU time on each of two cores."""
 
 BUDGET_MINUTES = sum(MINUTES.values())
 STAGES = tuple(MINUTES)
@@ -39,14 +39,14 @@ def train(
 ) -> Path:
     """Train the model on the CPU and write it to `output_dir`.
 
-    Stages stop by the CPU time that they had: all four take `budget_minutes` if `threads` cores
-    are free. Their checkpoints go to `work_dir`, and one that is there is trained on.
+    Each stage stops after its share of CPU time; all four take `budget_minutes` if `threads` cores
+    are free. Their checkpoints are written to `work_dir`; existing ones are continued.
 
     Args:
-        start: the folder of a model that this has written, which is trained on, with the last
-            stage alone; by default all begins from nothing.
+        start: the folder of a model that this has written, which is trained on: its tower, then
+            projector and language model together; by default all begins from nothing.
     """
-    stages = ("joint",) if start else STAGES
+    stages = ("tower", "joint") if start else STAGES
     share = budget_minutes / sum(MINUTES[stage] for stage in stages)
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(work_dir or scratch)
@@ -62,6 +62,8 @@ def train(
                 partners.run_together(function, path, pace, *args, partners=threads, **options)
 
         run("tower", tower.train_tower)
+        if start:
+            take_tower(work)
         run("reader", reader.train_reader, tokenizer)
         neighbours = {"tower": work / "tower.pt", "reader": work / "reader.pt"}
         run("align", joined.align_projector, tokenizer, **neighbours)
@@ -73,35 +75,46 @@ def train(
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of earlier stages, or a new one, which is kept for later ones."""
+    """Return the tokenizer of earlier stages, or train one and save it for later stages."""
     if not path.exists():
         language.train_tokenizer().save_pretrained(path)
     return PreTrainedTokenizerFast.from_pretrained(path)
 
 
 def unpack(model_dir: Path, work_dir: Path) -> None:
-    """Lay a finished model out as what the last stage goes on with.
+    """Write a finished model's parts as the checkpoints from which the last stage continues.
 
     Raises:
         ConfigError: it is not a model that `train` has written.
     """
-    # Those of the shipped weights stay in the repository: serving does not need them.
+    # The shipped model's heads are in the repository only: serving does not need them.
     parent = Path(__file__).parent if model_dir == MODEL_DIR else model_dir
     if not (parent / folder.TEACHERS).is_file():
         raise ConfigError(
             f"{str(model_dir)!r} has no {folder.TEACHERS}: give the folder of a model that "
-            "`python -m jobs.embedded_model train` wrote, or train from nothing"
+            "`python -m jobs.embedded_model train` wrote, or train from scratch"
         )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir)
+    tokenizer.chat_template = language.CHAT_TEMPLATE
+    tokenizer.model_max_length = language.CONTEXT
     tokenizer.save_pretrained(work_dir / "tokenizer")
     model = joined.Joined(tokenizer)
     llava = LlavaForConditionalGeneration.from_pretrained(model_dir, dtype=torch.float32)
     model.take_over(llava, torch.load(parent / folder.TEACHERS))
     save(model, work_dir / "joint.pt")
+    save(model.labeller, work_dir / "tower.pt")
+
+
+def take_tower(work_dir: Path) -> None:
+    """Put the tower that was trained on into what the last stage goes on with."""
+    model = joined.Joined(load_tokenizer(work_dir / "tokenizer"))
+    resume(model, work_dir / "joint.pt")
+    resume(model.labeller, work_dir / "tower.pt")
+    save(model, work_dir / "joint.pt")
 
 
 def write_model(checkpoint: Path, output_dir: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the folder of a joint checkpoint."""
+    """Write the model folder of a checkpoint of the last stage."""
     model = joined.Joined(tokenizer)
     resume(model, checkpoint)
     folder.write_folder(output_dir, model.to_llava(tokenizer), tokenizer, model.teachers())

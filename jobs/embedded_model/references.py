@@ -1,9 +1,9 @@
 """What the phrases of a question refer to: "the red circle", "dogs", "in the top left".
 
-While it learns, the language model has to say at the end of every such phrase how many items are
-meant, and of a single one where it is and all that the tower says of it; and somewhat later how
-it stands to the one that the phrase before it meant. Looking up and comparing come early that way,
-and most answers are a short step from there. Only training reads this.
+During training, auxiliary heads predict at the end of every such phrase how many items it refers to
+and, for a single item, its position and properties; some layers later also how it compares with the
+item of the previous phrase. The model thus learns early to look up and compare, from which most
+answers follow. Only training uses this.
 """
 
 import re
@@ -42,15 +42,15 @@ _COLUMNS = {"center": "middle", "centre": "middle"}
 
 
 class Reference(NamedTuple):
-    """Where in a text a phrase ends, and what it means; what is unknown is IGNORED."""
+    """The end of a phrase in a text, and its meaning; unknown values are IGNORED."""
 
-    end: int  # characters
+    end: int  # index of a character
     aspects: tuple[int, ...]
-    orders: tuple[int, ...]  # of the item before, seen from this one
+    orders: tuple[int, ...]  # how the previous phrase's item compares with this one
 
 
 def find_references(text: str, scene: scenes.Scene) -> list[Reference]:
-    """Every phrase of a text with what it means in a scene."""
+    """Return every phrase of a text with its meaning in a scene."""
     found, before = [], []
     for match in _PHRASE.finditer(text):
         items = _meant(match, scene)

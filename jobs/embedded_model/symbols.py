@@ -1,7 +1,8 @@
-"""An image in symbols: what a perfect eye would say of every cell.
+"""Scenes as symbols: the true properties of every cell.
 
-The tower is taught to say it of every patch, and the language model is taught to read it before
-the two ever meet. Shapes: B scenes, F fields, P patches; a field's value is an index, 0 'nothing'.
+The tower is trained to predict them for every patch, and the language model is trained to read
+them, before the two are connected. Shapes: B scenes, F fields, P patches; a field's value is an
+index, and 0 means 'nothing'.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from llava_ray.demo import scenes
 
 PATCHES_PER_CELL = 2  # along one side
-IGNORED = -100  # in place of what has no name
+IGNORED = -100  # the value of properties without a name
 DIGITS = tuple("0123456789")
 FIELDS: dict[str, tuple[str, ...]] = {
     "category": ("", "shape", *scenes.CATEGORIES, "number"),
@@ -27,7 +28,7 @@ _INDEX = [{value: index for index, value in enumerate(values)} for values in FIE
 
 
 def spell(scene: scenes.Scene) -> np.ndarray:
-    """The values of all cells of a scene, int64 [9, F]."""
+    """Return the values of all cells of a scene, int64 [9, F]."""
     cells = np.zeros((scenes.GRID**2, len(FIELDS)), np.int64)
     for item in scene.items:
         is_number = item.kind == "number"
@@ -47,7 +48,7 @@ def spell(scene: scenes.Scene) -> np.ndarray:
 
 
 def spell_patches(batch: Sequence[scenes.Scene]) -> torch.Tensor:
-    """The values of all patches of several scenes, int64 [B, P, F]."""
+    """Return the values of all patches of several scenes, int64 [B, P, F]."""
     cells = torch.from_numpy(np.stack([spell(scene) for scene in batch]))
     grid = cells.unflatten(1, (scenes.GRID, scenes.GRID))
     for side in (1, 2):
@@ -56,6 +57,6 @@ def spell_patches(batch: Sequence[scenes.Scene]) -> torch.Tensor:
 
 
 def pixels(batch: Sequence[scenes.Scene]) -> torch.Tensor:
-    """Paint scenes as the image processor hands them to the tower, float [B, 3, H, W], -1 to 1."""
+    """Draw scenes as the image processor gives them to the tower, float [B, 3, H, W], -1 to 1."""
     images = np.stack([np.asarray(scenes.draw(scene)) for scene in batch])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)

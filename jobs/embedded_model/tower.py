@@ -1,7 +1,7 @@
-"""Stage one: the vision tower by itself, taught to say of every patch what is there.
+"""Stage one: the vision tower by itself, trained to predict what is in every patch.
 
-It plays the part that CLIP's own training plays for LLaVA. Linear heads read the layer that the
-projector will read, and are thrown away.
+This replaces CLIP's training. The predictions are made by linear heads on the layer that the
+projector will read; the heads are not part of the model.
 """
 
 import random
@@ -19,11 +19,12 @@ from llava_ray.demo import scenes
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
 RATE = 1e-3
-DISGUISED = 0.35  # of the shapes it is shown
+DISGUISED = 0.35  # of the shapes in crowded images
+PLAIN = 0.5  # of the images: a few plain shapes of any size
 
 
 def build_tower() -> CLIPVisionModel:
-    """A CLIP tower whose last layer, as in LLaVA, is never read."""
+    """Return a CLIP tower; as in LLaVA, its last layer is not used."""
     config = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -37,7 +38,7 @@ def build_tower() -> CLIPVisionModel:
 
 
 def read_tower(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
-    """Features of every patch, [B, P, D]: `hidden_states[-2]` less the class token."""
+    """Return features of all patches, [B, P, D]: `hidden_states[-2]` without the class token."""
     body = getattr(tower, "vision_model", tower)
     hidden = body.pre_layrnorm(body.embeddings(pixels))
     for layer in body.encoder.layers[:-1]:
@@ -46,7 +47,7 @@ def read_tower(tower: CLIPVisionModel, pixels: torch.Tensor) -> torch.Tensor:
 
 
 class Labeller(nn.Module):
-    """A tower with a linear head for every field."""
+    """A tower with a linear head for each field."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,25 +55,33 @@ class Labeller(nn.Module):
         self.heads = nn.Linear(self.tower.config.hidden_size, sum(symbols.WIDTHS))
 
     def forward(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """Logits of every field, each [B, P, values]."""
+        """Return the logits of every field, each [B, P, values]."""
         return list(self.heads(read_tower(self.tower, pixels)).float().split(symbols.WIDTHS, -1))
 
 
 def make_images(
     rng: random.Random, size: int, *, disguised: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crowded images, for a label from every cell: (pixels [B, 3, H, W], values [B, P, F])."""
-    counts = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10), k=size)
+    """Crowded images, for a label from every cell, and plain ones.
+
+    Returns:
+        Pixels [B, 3, H, W] and values [B, P, F].
+    """
     batch = [
-        scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
-        for count in counts
+        scenes.make_plain_scene(rng) if rng.random() < PLAIN else _make_crowd(rng, disguised)
+        for _ in range(size)
     ]
-    batch = [scenes.disguise(rng, scene, disguised) for scene in batch]
     return symbols.pixels(batch), symbols.spell_patches(batch)
 
 
+def _make_crowd(rng: random.Random, disguised: float) -> scenes.Scene:
+    count = rng.choices((0, 1, 3, 5, 7, 9), weights=(1, 1, 1, 2, 2, 10))[0]
+    scene = scenes.make_scene(rng, num_items=count) if count else scenes.make_empty_scene(rng)
+    return scenes.disguise(rng, scene, disguised)
+
+
 def train_tower(checkpoint: Path, pace: Pace) -> None:
-    """Train on from `checkpoint` where there is one, and save it there."""
+    """Train, continuing from `checkpoint` if it exists, and save there."""
     rng = pace.begin("tower")
     model = Labeller()
     resume(model, checkpoint)
@@ -95,7 +104,7 @@ def _label_loss(logits: list[torch.Tensor], values: torch.Tensor) -> torch.Tenso
 
 
 def _error_rates(logits: list[torch.Tensor], values: torch.Tensor) -> dict[str, float]:
-    """The share of wrong labels of every field, among patches that show something."""
+    """Return each field's share of wrong predictions, over patches that are not empty."""
     is_item = values[..., 0] > 0
     return {
         name: (field.argmax(-1) != values[..., index])[is_item & (values[..., index] >= 0)]

@@ -40,6 +40,12 @@ def evaluate(
     ] = None,
     scenes: Annotated[int, typer.Option(min=1, help="Number of held-out scenes.")] = 1000,
     seed: Annotated[int, typer.Option(help="The same seed draws the same scenes.")] = 0,
+    drawn: Annotated[
+        bool, typer.Option(help="Ask about plain shapes that Pillow's own calls draw.")
+    ] = False,
+    order: Annotated[
+        bool, typer.Option(help="Show the scores with the image before, in and after the text.")
+    ] = False,
     write: Annotated[Path | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
     """Print how well the embedded model answers, with the image and without it."""
@@ -51,6 +57,11 @@ def evaluate(
 
     from llava_ray.demo import evaluate as scoring
 
-    scores = scoring.evaluate(folder, num_scenes=scenes, seed=seed)
+    if order:
+        if write is not None:
+            raise UserError("--write has no scores to write with --order: leave one of them out")
+        scoring.evaluate_orders(folder, num_scenes=scenes, seed=seed, is_drawn=drawn)
+        return
+    scores = scoring.evaluate(folder, num_scenes=scenes, seed=seed, is_drawn=drawn)
     if write is not None:
         scores.write(write)

@@ -9,7 +9,7 @@ from llava_ray.config import DtypeName, EngineName, QuantizationName, ServeConfi
 from llava_ray.config.files import build_config
 from llava_ray.errors import ConfigError
 
-IN_SHORT = ("model", "engine", "dtype", "quantization", "num_gpus")
+IN_SHORT = ("model", "name", "engine", "dtype", "quantization", "num_gpus")
 """Settings that describe one model; `models` describes several at length."""
 
 ServeCommand = make_command_class(ServeConfig)
@@ -24,6 +24,10 @@ def serve(
             help="Folder or hub name of the weights (default: the embedded model), or a YAML file "
             "of settings; then settings.",
         ),
+    ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Name of the model in the API and on the page."),
     ] = None,
     engine: Annotated[EngineName | None, typer.Option(help="What computes.")] = None,
     dtype: Annotated[DtypeName | None, typer.Option(help="Precision of the weights.")] = None,
@@ -56,6 +60,7 @@ def serve(
         given = read_words(words)._replace(file=config)
     flags = {
         "model": given.name,
+        "name": name,
         "engine": engine,
         "dtype": dtype,
         "quantization": quantization,

@@ -1,7 +1,7 @@
 """Limits on requests and samples, and the policy for fetching images from URLs."""
 
 from ipaddress import IPv4Network, IPv6Network
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -48,7 +48,7 @@ class FetchConfig(Section):
 
 
 class LimitsConfig(Section):
-    """Limits on one request; the gateway refuses what exceeds them before a model sees it."""
+    """Limits on one request, and what happens to what exceeds them."""
 
     max_body_bytes: int = Field(
         default=32 << 20, ge=1024, description="Maximum size of an HTTP request body, in bytes."
@@ -78,6 +78,17 @@ class LimitsConfig(Section):
         ge=1,
         description="Maximum number of tokens in one answer. Default: what the model's context "
         "leaves.",
+    )
+    excess_max_tokens: Literal["cut", "refuse"] = Field(
+        default="cut",
+        description="What happens to a request whose max_tokens is more than this limit, or more "
+        "than the context leaves. cut: the answer ends there, with finish_reason length. refuse: "
+        "status 400.",
+    )
+    unknown_fields: Literal["ignore", "refuse"] = Field(
+        default="ignore",
+        description="What happens to a field of a request that this server does not know. ignore: "
+        "it has no effect, and the header x-llava-ray-ignored names it. refuse: status 400.",
     )
     max_in_flight: int = Field(
         default=1000,

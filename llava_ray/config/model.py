@@ -97,8 +97,8 @@ class ModelConfig(Section):
     )
     name: str = Field(
         default="",
-        description="Name of the model in the API and on the page. Default: the last part of the "
-        "path.",
+        description="Name of the model in the API and on the page. Default: the name of its "
+        "folder; of a training run's export, the name of the run.",
     )
     adapters: dict[Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.-]+$")], str] = Field(
         default_factory=dict,
@@ -260,7 +260,11 @@ class ModelConfig(Section):
 
 
 def _last_part(path: str) -> str:
-    return PurePosixPath(path.split("://")[-1].rstrip("/")).name or path
+    """Return the name of a folder; the export of a training run has the name of the run."""
+    folder = PurePosixPath(path.split("://")[-1].rstrip("/"))
+    if folder.name == "export" and folder.parent.name:
+        folder = folder.parent
+    return folder.name or path
 
 
 def count_threads(config: ModelConfig) -> int:

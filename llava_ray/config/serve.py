@@ -69,8 +69,8 @@ _OTHER_VARIABLES = {CLIENT_KEY_VARIABLE, *PYTHON_VARIABLES.values()}
 class ServeConfig(BaseSettings):
     """The application: `serve run llava_ray.app:build_app model=... engine=...`.
 
-    `model`, `engine`, `dtype`, `quantization` and `num_gpus` are a shorthand for one model;
-    `models` describes one or more models in full.
+    description="Models that are served side by side. Replaces model, name, engine, dtype, "
+    "quantization and num_gpus.",
     """
 
     model_config = SettingsConfigDict(
@@ -84,6 +84,11 @@ class ServeConfig(BaseSettings):
         default=DEMO_MODEL,
         min_length=1,
         description="Folder, hub name or address of the weights. 'demo' is the embedded model.",
+    )
+    name: str = Field(
+        default="",
+        description="Name of the model in the API and on the page. Default: the name of its "
+        "folder; of a training run's export, the name of the run.",
     )
     engine: EngineName = Field(
         default="torch",
@@ -107,7 +112,7 @@ class ServeConfig(BaseSettings):
     )
     models: list[ModelConfig] = Field(
         default_factory=list,
-        description="Models that are served side by side. Replaces model, engine, dtype, "
+        description="Models that are served side by side. Replaces model, name, engine, dtype, "
         "quantization and num_gpus.",
     )
     num_gateways: int = Field(
@@ -184,6 +189,7 @@ class ServeConfig(BaseSettings):
             self.models = [
                 ModelConfig(
                     path=self.model,
+                    name=self.name,
                     engine=self.engine,
                     dtype=self.dtype,
                     quantization=self.quantization,

@@ -42,6 +42,12 @@ def check_messages(sample: Sample, *, max_chars: int, max_images: int) -> None:
     """
     if problem := find_problem(sample.messages):
         raise SampleError(problem, reason="roles")
+    for image in sample.images:
+        if not isinstance(image, str | bytes):
+            raise SampleError(
+                f"an image is {type(image).__name__}, neither the name of a file nor bytes",
+                reason="bad_row",
+            )
     texts = [sample.sample_id, *(join_text(message) for message in sample.messages)]
     for text in texts:
         _check_text(text)

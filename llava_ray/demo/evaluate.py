@@ -12,13 +12,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from llava_ray.demo import questions, scenes, talk
+from llava_ray.demo import hand_drawn, questions, scenes, talk
 from llava_ray.model.precision import choose_dtype
 
 KINDS = tuple(questions.QUESTIONS)
@@ -29,6 +29,10 @@ TARGETS = {
 GREY = 128
 LATER_TURNS = "later turns"  # any kind, at the end of a conversation
 MAX_NEW_TOKENS = 96
+
+Order = Literal["image first", "text first", "image between", "image alone", "later turn"]
+"""Where the image of a question stands: before its text, behind it, in the middle of it, in a
+message of its own before it, or in the second turn of a conversation."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Case:
     answer: str
     is_unseen: bool  # the scene holds a combination kept out of training
     history: tuple[tuple[str, str], ...] = ()
+    image: Image.Image | None = None  # in place of the painted scene
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,23 @@ def make_cases(num_scenes: int, *, seed: int = 0) -> list[Case]:
     return cases
 
 
+def make_drawn_cases(num_images: int, *, seed: int = 0) -> list[Case]:
+    """Questions about images that share no code with those of training."""
+    cases = []
+    for index in range(num_images):
+        rng = random.Random(f"drawn {seed} {index}")
+        scene, image = hand_drawn.make_drawing(rng)
+        is_unseen = any(
+            scenes.is_held_out(item.kind, item.name, item.colour, item.cell) for item in scene.items
+        )
+        asker = questions.Asker(scene, rng, spare_held_out=False)
+        for kind in hand_drawn.KINDS:
+            if question := questions.ask(kind, asker, tries=30):
+                text, answer = talk.vary(rng, question.text), question.answer
+                cases.append(Case(kind, question.sort, scene, text, answer, is_unseen, image=image))
+    return cases
+
+
 class SceneModel:
     """A model that answers batches of cases, greedily."""
 
@@ -119,10 +141,16 @@ class SceneModel:
         ).eval()
 
     @torch.inference_mode()
-    def answer(self, cases: Sequence[Case], *, is_blind: bool = False) -> list[str]:
-        images = [_grey() if is_blind else scenes.draw(case.scene) for case in cases]
+    def answer(
+        self,
+        cases: Sequence[Case],
+        *,
+        is_blind: bool = False,
+        order: Order = "image first",
+    ) -> list[str]:
+        images = [_grey() if is_blind else case.image or scenes.draw(case.scene) for case in cases]
         prompts = [
-            self._processor.apply_chat_template(_messages(case), add_generation_prompt=True)
+            self._processor.apply_chat_template(_messages(case, order), add_generation_prompt=True)
             for case in cases
         ]
         inputs = self._processor(
@@ -164,13 +192,27 @@ def _grey() -> Image.Image:
     return Image.new("RGB", (scenes.PIXELS, scenes.PIXELS), (GREY, GREY, GREY))
 
 
-def _messages(case: Case) -> list[dict]:
-    """Return the conversation up to the question, with the image in the first message."""
+def _messages(case: Case, order: Order) -> list[dict]:
+    """The conversation up to the question, the image with its first message."""
     texts = [text for turn in case.history for text in turn] + [case.question]
     messages = [
         _message(("user", "assistant")[index % 2], text) for index, text in enumerate(texts)
     ]
-    messages[0]["content"].insert(0, {"type": "image"})
+    image, content = {"type": "image"}, messages[0]["content"]
+    match order:
+        case "image first":
+            content.insert(0, image)
+        case "text first":
+            content.append(image)
+        case "image between":
+            start, space, end = case.question.partition(" ")
+            halves = ({"type": "text", "text": start + space}, {"type": "text", "text": end})
+            content[:] = [halves[0], image, halves[1]]
+        case "image alone":
+            messages.insert(0, {"role": "user", "content": [image]})
+        case "later turn":
+            content.insert(0, image)
+            messages[:0] = [_message("user", "Hello"), _message("assistant", talk.HELLO)]
     return messages
 
 
@@ -179,33 +221,79 @@ def evaluate(
     *,
     num_scenes: int = 1000,
     seed: int = 0,
-    batch_size: int = 64,
+    is_drawn: bool = False,
     threads: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Scores:
-    """Score the model in a folder on held-out scenes, with images and blind; report a table."""
+    """Score a model folder on held-out scenes, with their images and blind, and print a table.
+
+    Args:
+        model_dir: the folder of the weights.
+        num_scenes: how many images.
+        seed: the same seed, the same images and questions.
+        is_drawn: ask about hand-drawn images instead of scenes.
+        threads: of torch; default: as it is.
+        report: takes the table.
+    """
     if threads:
         torch.set_num_threads(threads)
     start = time.monotonic()
-    cases = make_cases(num_scenes, seed=seed)
+    make = make_drawn_cases if is_drawn else make_cases
+    cases = make(num_scenes, seed=seed)
     model = SceneModel(model_dir)
-    cases.sort(key=lambda case: (case.kind == LATER_TURNS, KINDS.index(case.kind)
-               if case.kind in KINDS else 0, len(case.history)))  # fmt: skip
-    batches = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
     seen, blind = [], []
-    for batch in batches:
+    for batch in _make_batches(cases):
         seen += model.answer(batch)
         blind += model.answer(batch, is_blind=True)
     kinds = {
         kind: _score(kind, [triple for triple in zip(cases, seen, blind, strict=True)
                             if triple[0].kind == kind])
-        for kind in (*KINDS, LATER_TURNS)
+        for kind in (*KINDS, LATER_TURNS) if any(case.kind == kind for case in cases)
     }  # fmt: skip
     scores = Scores(
         num_scenes, seed, round(time.monotonic() - start, 1), kinds, _mistakes(cases, seen)
     )
     report(scores.table())
     return scores
+
+
+def evaluate_orders(
+    model_dir: Path | str,
+    *,
+    num_scenes: int = 1000,
+    seed: int = 0,
+    is_drawn: bool = False,
+    report: Callable[[str], None] = print,
+) -> dict[Order, float]:
+    """Ask the same first questions with the image in each place, and print a table by kind.
+
+    Returns:
+        The share of exact answers for each place, over all kinds.
+    """
+    make = make_drawn_cases if is_drawn else make_cases
+    cases = [case for case in make(num_scenes, seed=seed) if not case.history]
+    model = SceneModel(model_dir)
+    orders: tuple[Order, ...] = get_args(Order)
+    right: dict[str, dict[Order, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for batch in _make_batches(cases):
+        for order in orders:
+            for case, answer in zip(batch, model.answer(batch, order=order), strict=True):
+                right[case.kind][order].append(answer == case.answer)
+    lines = [f"| kind of question | {' | '.join(orders)} |", "|---" + "|---:" * len(orders) + "|"]
+    for kind, marks in right.items():
+        shares = [f"{100 * sum(marks[order]) / len(marks[order]):.1f} %" for order in orders]
+        lines.append(f"| {kind} | {' | '.join(shares)} |")
+    report("\n".join(lines))
+    return {
+        order: sum(sum(marks[order]) for marks in right.values()) / len(cases) for order in orders
+    }
+
+
+def _make_batches(cases: list[Case], size: int = 64) -> list[list[Case]]:
+    """Batches of cases of one kind and about the same length; sorts `cases` in place."""
+    cases.sort(key=lambda case: (case.kind == LATER_TURNS, KINDS.index(case.kind)
+               if case.kind in KINDS else 0, len(case.history)))  # fmt: skip
+    return [cases[start : start + size] for start in range(0, len(cases), size)]
 
 
 def _score(kind: str, triples: Sequence[tuple[Case, str, str]]) -> KindScore:

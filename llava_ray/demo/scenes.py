@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 from typing import Literal
 
 from PIL import Image, ImageDraw
@@ -36,6 +36,22 @@ CATEGORIES = tuple(sprites.EMOJI)
 THINGS = tuple(sprites.THINGS)
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "middle", "right")
+OTHER_INKS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "red": ((255, 0, 0), (220, 20, 60), (200, 0, 0)),
+    "orange": ((255, 165, 0), (255, 140, 0)),
+    "yellow": ((255, 255, 0), (255, 215, 0)),
+    "green": ((0, 128, 0), (0, 255, 0), (0, 200, 0), (34, 139, 34)),
+    "blue": ((0, 0, 255), (30, 64, 175), (65, 105, 225)),
+    "purple": ((128, 0, 128), (148, 0, 211)),
+    "pink": ((255, 192, 203), (255, 105, 180)),
+    "black": ((0, 0, 0),),
+}
+"""What other hands mean by the same words: CSS's colours and their neighbours."""
+MIN_CONTRAST = 110
+"""Between a plain shape and its ground, as a distance of red, green and blue."""
+SMALLEST, LARGEST = 7, 115
+"""Plain shapes, in pixels: 5 and 80 % of the image's width."""
+NUM_VARIANTS = 400
 ODD_SHAPES = {
     "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65), (0.65, 1),
               (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
@@ -70,6 +86,7 @@ class Item:
     ink: tuple[int, int, int] = (0, 0, 0)  # what a shape or a number is painted with
     face: int = 0  # a number's typeface
     outline: str = ""  # of a shape whose name does not say it
+    variant: int = 0  # of a shape's outline: 0 as in most scenes, others as other hands draw it
 
     @property
     def row(self) -> int:
@@ -133,6 +150,71 @@ def make_scene(
     first = _light(rng)
     light = (first, _light(rng) if is_graded else first)
     return Scene(tuple(like), light, rng.randrange(0, 360, 15))
+
+
+def make_plain_scene(rng: random.Random) -> Scene:
+    """A random scene of one to four shapes as anybody draws them, without held-out combinations.
+
+    They are of 5 to 80 % of the image's width, anywhere, on a ground of any colour that differs
+    from theirs.
+    """
+    first, second = _ground(rng)
+    items: list[Item] = []
+    for _ in range(rng.choices((1, 2, 3, 4), weights=(4, 3, 2, 1))[0]):
+        for _ in range(20):
+            item = _make_plain_item(rng, alone=not items)
+            if _has_room(item, items) and all(
+                math.dist(item.ink, ground) > MIN_CONTRAST for ground in (first, second)
+            ):
+                items.append(item)
+                break
+    if not items:
+        return make_plain_scene(rng)
+    items.sort(key=lambda item: item.cell)
+    return Scene(tuple(items), (first, second), rng.randrange(0, 360, 15))
+
+
+def _make_plain_item(rng: random.Random, *, alone: bool) -> Item:
+    largest = LARGEST if alone else LARGEST * 3 // 5
+    is_even = rng.random() < 0.5  # else each doubling of the size is as likely
+    log_size = rng.uniform(math.log(SMALLEST), math.log(largest))
+    pixels = rng.randint(12, largest) if is_even else round(math.exp(log_size))
+    size: Size = "small" if pixels <= 27 else "medium" if pixels <= 37 else "large"
+    half = (pixels + 1) // 2
+    x, y = (rng.randint(half, PIXELS - half) for _ in range(2))
+    while True:
+        name, colour = rng.choice(SHAPES), rng.choice(tuple(COLOURS))
+        if not is_held_out("shape", name, colour, 0):
+            break
+    ink = _varied(rng, rng.choice((COLOURS[colour], *OTHER_INKS[colour])), 10)
+    cell = y // CELL * GRID + x // CELL
+    variant = rng.randrange(1, NUM_VARIANTS) if rng.random() < 0.8 else 0
+    return Item("shape", name, size, cell, x, y, pixels, colour, ink, variant=variant)
+
+
+def _has_room(item: Item, others: Sequence[Item]) -> bool:
+    """Whether an item has a cell of its own, clearly, and overlaps no other."""
+    if any(abs(place % CELL - CELL / 2) > CELL / 2 - 3 for place in (item.x, item.y)):
+        return False
+    return all(
+        item.cell != other.cell
+        and max(abs(item.x - other.x), abs(item.y - other.y)) > (item.pixels + other.pixels) / 2 + 2
+        for other in others
+    )
+
+
+def _ground(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """The two ends of a background: white, light, dark or of any colour; mostly plain."""
+    share = rng.random()
+    if share < 0.35:
+        return (255, 255, 255), (255, 255, 255)
+    if share < 0.5:
+        first = _light(rng)
+    elif share < 0.65:
+        first = (rng.randrange(50), rng.randrange(50), rng.randrange(50))
+    else:
+        first = _any_colour(rng)
+    return first, first if rng.random() < 0.8 else _varied(rng, first, 40)
 
 
 def make_empty_scene(rng: random.Random) -> Scene:
@@ -218,7 +300,7 @@ def draw(scene: Scene, *, scale: int = 1) -> Image.Image:
         pixels = item.pixels * scale
         match item.kind:
             case "shape":
-                stamp: Image.Image = _shape_mask(item.outline or item.name, pixels)
+                stamp: Image.Image = _shape_mask(item.outline or item.name, pixels, item.variant)
             case "thing":
                 stamp = sprites.thing(item.name, pixels)
             case "number":
@@ -243,10 +325,12 @@ def _ramp(slope: int, pixels: int) -> Image.Image:
     return ramp.resize((pixels, pixels), Image.Resampling.BILINEAR, box=(37, 37, 219, 219))
 
 
-@cache
-def _shape_mask(name: str, pixels: int) -> Image.Image:
-    """Return the mask (mode L) of a shape that fills a square of side `pixels`."""
+@lru_cache(4096)
+def _shape_mask(name: str, pixels: int, variant: int = 0) -> Image.Image:
+    """The mask (mode L) of a shape that fills a square of `pixels`, its edges smooth."""
     side = pixels * _SUPERSAMPLING
+    if variant:
+        return _draw_variant(name, side, variant).resize((pixels, pixels), Image.Resampling.BOX)
     mask = Image.new("L", (side, side))
     pen = ImageDraw.Draw(mask)
     if name == "circle":
@@ -254,6 +338,48 @@ def _shape_mask(name: str, pixels: int) -> Image.Image:
     else:
         pen.polygon([(x * (side - 1), y * (side - 1)) for x, y in _outline(name)], fill=255)
     return mask.resize((pixels, pixels), Image.Resampling.BOX)
+
+
+def _draw_variant(name: str, side: int, variant: int) -> Image.Image:
+    """A shape as another hand draws it: other proportions, a little turned."""
+    rng = random.Random(f"{name} {variant}")
+    mask = Image.new("L", (side, side))
+    pen = ImageDraw.Draw(mask)
+    last = side - 1
+    angle = rng.uniform(-12, 12) if rng.random() < 0.3 else 0.0
+    match name:
+        case "circle":
+            inset = rng.choice((0, 0, 0, rng.uniform(0, 0.06))) * side
+            pen.ellipse((0, inset, last, last - inset), fill=255)
+            return mask
+        case "square":
+            corners = [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (0.0, 1.0)]
+        case "triangle":
+            top, apex = rng.uniform(0, 0.15), rng.choice((0.5, 0.5, 0.5, rng.uniform(0.2, 0.8)))
+            corners = [(apex, top), (1.0, 1.0), (0.0, 1.0)]
+        case "diamond":
+            half = rng.uniform(0.32, 0.5)
+            corners = [(0.5, 0.0), (0.5 + half, 0.5), (0.5, 1.0), (0.5 - half, 0.5)]
+        case "star":
+            inner = rng.uniform(0.17, 0.26)
+            corners = [
+                (0.5 + r * math.cos(turn), 0.52 + r * math.sin(turn))
+                for step in range(10)
+                for r, turn in [((inner if step % 2 else 0.51), math.pi * (step / 5 - 0.5))]
+            ]
+        case "heart" if rng.random() < 0.5:
+            joint = rng.uniform(0.25, 0.33)
+            pen.ellipse((0, 0, 0.52 * last, 2 * joint * last), fill=255)
+            pen.ellipse((0.48 * last, 0, last, 2 * joint * last), fill=255)
+            low = joint * 1.25
+            corners = [(0.03, low), (0.5, joint * 0.9), (0.97, low), (0.5, 1.0)]
+        case _:
+            corners = _outline(name)
+    pen.polygon([(x * last, y * last) for x, y in corners], fill=255)
+    if not angle:
+        return mask
+    turned = mask.rotate(angle, Image.Resampling.BILINEAR, expand=True)
+    return turned.resize((side, side), Image.Resampling.BILINEAR)
 
 
 def _outline(name: str) -> list[tuple[float, float]]:

@@ -46,7 +46,8 @@ async def chat(
     """Yield the chunks of one or more answers; closing the iterator aborts them in the engine.
 
     Models begin an answer with white space because prompts end in "ASSISTANT:"; it is stripped from
-    answers to a conversation. The continuation of a PromptRequest is yielded unchanged.
+    answers to a conversation. What continues a prompt, or a last message of the assistant, is
+    yielded unchanged.
 
     Args:
         engine: computes the answers.
@@ -67,7 +68,7 @@ async def chat(
         executor, partial(render, engine, request, limits, note_decode=note_decode)
     )
     note_render(loop.time() - started)
-    begun = set() if isinstance(request, ChatRequest) else set(range(request.num_answers))
+    begun = set() if _is_question(request) else set(range(request.num_answers))
     prompts = fan_out(prompt, request.num_answers)
     async with aclosing(stream_all(engine, prompts)) as chunks:
         async for chunk in chunks:
@@ -153,6 +154,11 @@ def render(
     if not sampling.ignore_eos and sampling.json_schema is None:
         sampling = replace(sampling, stop=(*sampling.stop, *template.stop))
     return Prompt(request.request_id, text, decoded, sampling, adapter=request.adapter)
+
+
+def _is_question(request: Request) -> bool:
+    """Whether a whole answer is wanted, not the rest of a text."""
+    return isinstance(request, ChatRequest) and request.messages[-1].role == "user"
 
 
 def _decode(part: ImagePart, limits: LimitsConfig, note_decode: Callable[[float], None]) -> Image:

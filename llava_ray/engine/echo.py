@@ -126,6 +126,8 @@ class EchoEngine:
     def _fit(self, prompt: Prompt, num_prompt_tokens: int) -> int:
         room = self.context_length - num_prompt_tokens
         asked = prompt.sampling.max_tokens
+        if room > 0 and asked is not None and prompt.sampling.may_cut:
+            return min(asked, room)
         if room <= 0 or (asked or 0) > room:
             raise ContextLengthError(
                 f"the prompt has {num_prompt_tokens:,} tokens ({len(prompt.images)} for images), "

@@ -129,6 +129,8 @@ class InputProcessor:
                 f"{' or send fewer images' * bool(parts)}",
                 param="messages",
             )
+        if asked is not None and prompt.sampling.may_cut:
+            return min(asked, room - num_tokens)
         if asked is not None and num_tokens + asked > room:
             raise ContextLengthError(
                 f"the prompt has {num_tokens:,} tokens{parts} and max_tokens asks for {asked:,} "

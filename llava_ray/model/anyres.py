@@ -24,7 +24,7 @@ def count_image_tokens(config: Any, image_size: tuple[int, int]) -> int:
     has_cls = config.vision_config.model_type == "clip_vision_model"
     num_patches = side**2 + int(has_cls and config.vision_feature_select_strategy == "full")
     if config.model_type != "llava_next":
-        return num_patches
+        return num_patches + ("unpad" in config.mm_patch_merge_type)  # a newline
     height, width = (
         size // config.vision_config.image_size
         for size in select_best_resolution(image_size, config.image_grid_pinpoints)

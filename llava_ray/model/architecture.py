@@ -36,7 +36,7 @@ _NOT_TEXT = re.compile(
 _TOWER_END = r"model\.vision_tower\.(post_layernorm|head)\..+"
 _HARMLESS = {
     _TOWER_END: "LLaVA takes the features of an inner layer of the tower",
-    r"model\.image_newline": "only images in tiles that are joined in rows have newlines",
+    r"model\.image_newline": "only mm_patch_merge_type=spatial_unpad has newlines",
     r"lm_head\.weight": "a model with tied embeddings computes its head from them",
 }
 """Tensors that a model may do without, with the reasons. They may be missing or left over."""
@@ -142,7 +142,14 @@ def check_weights(
         )
     for name in sorted(needed & set(stored)):
         expected, found = architecture.shapes[name], stored[name].shape
-        if expected != found:
+        if 0 in found:
+            problems.append(
+                f"{stored[name].file}: {name} has no values, shape {list(found)}: it was saved "
+                "under ZeRO 3 without gathering the weights; save it again with "
+                "stage3_gather_16bit_weights_on_model_save, or convert the checkpoint with "
+                "DeepSpeed's zero_to_fp32.py"
+            )
+        elif expected != found:
             problems.append(
                 f"{stored[name].file}: {name} has shape {list(found)}, and "
                 f"{checkpoint.folder / 'config.json'} needs {list(expected)}: they belong to "
@@ -216,6 +223,7 @@ def _convert_llava_config(
         layer = min(layer + missing_layers, -1)
     keeps_cls = checkpoint.config.get("mm_vision_select_feature") == "cls_patch"
     has_cls = vision_config.model_type == "clip_vision_model"
+    is_tied = "lm_head.weight" not in stored and text_config.tie_word_embeddings
     common = {
         "text_config": text_config,
         "vision_config": vision_config,
@@ -224,11 +232,11 @@ def _convert_llava_config(
         + int(keeps_cls and has_cls),
         "vision_feature_layer": layer,
         "vision_feature_select_strategy": "full" if keeps_cls or not has_cls else "default",
-        "tie_word_embeddings": "lm_head.weight" not in stored,
+        "tie_word_embeddings": is_tied,
         "mm_projector_type": checkpoint.projector,
         "mm_patch_merge_type": checkpoint.merge_type,
     }
-    text_config.tie_word_embeddings = common["tie_word_embeddings"]
+    text_config.tie_word_embeddings = is_tied
     if checkpoint.aspect_mode != "anyres":
         return LlavaConfig(**common)
     pinpoints = read_pinpoints(checkpoint.folder, checkpoint.config)
@@ -251,7 +259,7 @@ def _describe_tower(checkpoint: Checkpoint, stored: Mapping[str, StoredTensor]) 
             f"{file}: the vision tower has model_type {found.get('model_type')!r}; only CLIP and "
             "SigLIP towers can be loaded"
         )
-    fields = {**found.get("vision_config", found), "model_type": kind}
+    fields = {**(found.get("vision_config") or found), "model_type": kind}
     fields = {n: v for n, v in fields.items() if n not in ("torch_dtype", "dtype", "architectures")}
     config: Any = CONFIG_MAPPING[kind](**fields)
     layers = {
@@ -285,7 +293,7 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
         LlavaOnevisionForConditionalGeneration,
     )
 
-    from llava_ray.model.modeling import Llava, LlavaAnyres
+    from llava_ray.model.modeling import Llava, LlavaAnyres, LlavaNewline
 
     if checkpoint.model_type == "llava_onevision":
         return LlavaOnevisionForConditionalGeneration
@@ -297,6 +305,8 @@ def _choose_class(checkpoint: Checkpoint, config: Any) -> Any:
     if checkpoint.model_type == "llava_next":
         is_hf = checkpoint.format == "hf"
         return LlavaNextForConditionalGeneration if plain and is_hf else LlavaAnyres
+    if checkpoint.merge_type == "spatial_unpad":
+        return LlavaNewline
     return LlavaForConditionalGeneration if plain else Llava
 
 
@@ -310,6 +320,12 @@ def _projector_remedy(checkpoint: Checkpoint) -> str:
 
 
 def _explain(checkpoint: Checkpoint, error: Exception) -> str:
+    vision = checkpoint.config.get("vision_config") or {}
+    if checkpoint.format == "hf" and (kind := vision.get("model_type", "clip")) not in _TOWERS:
+        return (
+            f"{checkpoint.folder / 'config.json'}: the vision tower has model_type {kind!r}; only "
+            "CLIP and SigLIP towers can be loaded"
+        )
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"{checkpoint.folder / 'config.json'} does not describe a model that can be built: "

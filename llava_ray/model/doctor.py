@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llava_ray.errors import ConfigError, UserError
+from llava_ray.model.adapter_files import check_effect, open_adapter
 from llava_ray.model.architecture import Architecture, check_weights, find_unmarked
 from llava_ray.model.checkpoint.inspect import Checkpoint
-from llava_ray.model.checkpoint.locate import find_folder, read_json
+from llava_ray.model.checkpoint.locate import find_folder
 from llava_ray.model.checkpoint.quantized import find_leftover
 from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
@@ -111,6 +112,8 @@ def _describe_files(checkpoint: Checkpoint) -> dict[str, str]:
         facts["vision tower"] += f", found in {checkpoint.tower_folder}"
     if checkpoint.aspect_mode == "anyres":
         facts["images"] += f", tiles joined {checkpoint.merge_type}"
+    elif checkpoint.merge_type == "spatial_unpad":
+        facts["images"] += ", each followed by a newline"
     if checkpoint.uses_start_end:
         facts["images"] += ", between <im_start> and <im_end>"
     return facts
@@ -170,27 +173,13 @@ def _describe_sizes(architecture: Architecture, stored: dict[str, StoredTensor])
 
 
 def _check_adapters(checkpoint: Checkpoint, architecture: Architecture) -> list[str]:
-    if not checkpoint.adapters:
-        return []
-    from llava_ray.model.checkpoint.tensor_names import detect_format
-    from llava_ray.model.lora import find_place, read_adapter
-
     problems = []
     for folder in checkpoint.adapters:
         try:
-            tensors = read_adapter(folder)
-            named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+            is_tied = architecture.config.get_text_config().tie_word_embeddings
+            check_effect(folder, open_adapter(folder, architecture.shapes, is_tied=is_tied))
         except ConfigError as error:
             problems.append(error.message)
-            continue
-        file_format = detect_format(tensors)
-        modules = {name.partition(".lora_")[0] for name in tensors if ".lora_" in name}
-        places = {name: f"{find_place(name, file_format)}.weight" for name in modules}
-        if lost := sorted(n for n, place in places.items() if place not in architecture.shapes):
-            problems.append(
-                f"the adapter in {folder} changes {len(lost)} modules that the base does not have "
-                f"({lost[0]}): it was trained on {named!r}; give that as base"
-            )
     return problems
 
 

@@ -22,18 +22,28 @@ _FILES_AT_ONCE = 4
 def make_fingerprint(config: ModelConfig, adapter: str = "") -> str:
     """Return the fingerprint of a model, or of one of its adapters.
 
-    It covers the content of every file of the weights and the settings that change answers.
+    It covers the content of every file of the weights and the settings that change answers, with
+    the precision that "auto" stands for on this machine.
 
     Raises:
         ConfigError: there is no such model.
     """
-    is_echo = config.engine == "echo"
-    weights = config.path if is_echo else digest_folder(find_folder(config.path))
-    adapted = digest_folder(find_folder(config.adapters[adapter])) if adapter else ""
-    settings = [config.engine, config.dtype, config.quantization, config.template]
+    paths = [config.path, *([config.adapters[adapter]] if adapter else [])]
+    if config.engine != "echo":  # which has no weights
+        paths = [digest_folder(find_folder(path)) for path in paths]
+    settings = [config.engine, _find_precision(config), config.quantization, config.template]
     options = {k: str(v) for k, v in sorted(config.engine_options.items())}
-    content = json.dumps([weights, adapted, *settings, options])
+    content = json.dumps([paths, *settings, options])
     return PREFIX + hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _find_precision(config: ModelConfig) -> str:
+    if config.engine != "torch" or config.dtype != "auto":
+        return config.dtype
+    from llava_ray.model.devices import select_device
+    from llava_ray.model.loading import select_dtype
+
+    return str(select_dtype(config.dtype, select_device(config.device))).removeprefix("torch.")
 
 
 def digest_folder(folder: Path) -> str:

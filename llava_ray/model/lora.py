@@ -1,26 +1,17 @@
 """Applies PEFT adapters to a loaded model, checks that they have an effect, and merges them.
 
-The last step of `load_model` for LoRA checkpoints. LLaVA's own adapters name modules as LLaVA does,
-others as the version of transformers that they were trained with; `tensor_names` translates both.
-
-File formats: peft's adapter_config.json and adapter_model.safetensors (or .bin).
+The last step of `load_model` for LoRA checkpoints: `adapter_files` reads the folder, peft computes.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llava_ray.errors import ConfigError, MissingPackageError
-from llava_ray.model.checkpoint.locate import REMEDY, read_json
-from llava_ray.model.checkpoint.tensor_names import CheckpointFormat, detect_format, to_memory
-from llava_ray.model.checkpoint.weights import StoredTensor, open_file
-
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-_PREFIX = re.compile(r"^(base_model\.model\.|base_model\.)")
-_LORA = re.compile(r"(.+)\.(lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))(?:\.(.+))?")
+from llava_ray.model.adapter_files import Adapter, find_alphas, open_adapter
+from llava_ray.model.checkpoint.weights import StoredTensor
 
 
 def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
@@ -42,16 +33,20 @@ def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
         raise MissingPackageError(
             f"{folder} is an adapter, which needs peft: pip install 'llava-ray[train]'"
         ) from error
-    settings = read_settings(folder)
-    tensors = read_adapter(folder)
-    lora, whole = sort_tensors(model, folder, tensors, settings)
-    targets = sorted({name.rpartition(".lora_")[0] for name in lora})
-    config = LoraConfig(**_translate_settings(settings, lora, targets))
-    before = None if whole else compute_probe(model, targets)
-    for name, tensor in whole.items():
+    adapter = open_adapter(
+        folder, list_shapes(model), is_tied=model.config.get_text_config().tie_word_embeddings
+    )
+    config = LoraConfig(**_translate_settings(adapter))
+    targets = adapter.targets
+    before = None if adapter.whole else compute_probe(model, targets)
+    if adapter.num_rows:
+        model.resize_token_embeddings(adapter.num_rows, mean_resizing=False)
+    for name, tensor in adapter.whole.items():
         _replace(model, name, tensor)
     adapted: Any = PeftModel(model, config)
-    set_peft_model_state_dict(adapted, {f"base_model.model.{n}": t[...] for n, t in lora.items()})
+    set_peft_model_state_dict(
+        adapted, {f"base_model.model.{n}": t[...] for n, t in adapter.lora.items()}
+    )
     adapted.eval()
     if before is not None and torch.equal(before, compute_probe(adapted.base_model.model, targets)):
         raise ConfigError(
@@ -66,35 +61,6 @@ def apply_adapter(model: Any, folder: Path, *, merge: bool = True) -> Any:
         raise ConfigError(
             f"the adapter in {folder} cannot be merged: {error}; its training may have diverged"
         ) from error
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """Return an adapter's configuration.
-
-    Raises:
-        ConfigError: there is none, or it is not a LoRA.
-    """
-    settings = read_json(folder / "adapter_config.json")
-    if settings.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"{folder / 'adapter_config.json'}: peft_type {settings.get('peft_type')!r} adapters "
-            "are not supported: use LoRA (DoRA and rank-stabilised LoRA included)"
-        )
-    return settings
-
-
-def read_adapter(folder: Path) -> dict[str, StoredTensor]:
-    """Return an adapter's tensors by their names in the file, without peft's prefix.
-
-    Raises:
-        ConfigError: there are none, or the file is damaged.
-    """
-    for name in ADAPTER_FILES:
-        if (folder / name).is_file():
-            return {_PREFIX.sub("", n): t for n, t in open_file(folder / name).items()}
-    raise ConfigError(
-        f"{folder} lacks the adapter's weights ({' or '.join(ADAPTER_FILES)}): {REMEDY}"
-    )
 
 
 @torch.inference_mode()
@@ -118,68 +84,24 @@ def compute_probe(model: Any, targets: list[str]) -> torch.Tensor:
     return torch.cat([text.flatten(), model.model.multi_modal_projector(states).flatten()]).float()
 
 
-def find_place(name: str, file_format: CheckpointFormat) -> str | None:
-    """Return the name in memory of a module as an adapter's file names it."""
-    place = to_memory(f"{name}.weight", file_format)
-    return place.removesuffix(".weight") if place else None
+def list_shapes(model: Any) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a model's tensors by their names; those that layers have unquantized."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if hasattr(module, "in_features"):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
 
 
-def sort_tensors(
-    model: Any, folder: Path, tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
-) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """Return an adapter's low-rank tensors and its full-size ones, by their names in memory.
-
-    Raises:
-        ConfigError: the model has no parameter or module for one of them.
-    """
-    file_format = detect_format(tensors)
-    modules = dict(model.named_modules())
-    parameters = {n: tuple(p.shape) for n, p in model.named_parameters()}
-    lora: dict[str, StoredTensor] = {}
-    whole: dict[str, StoredTensor] = {}
-    for name, tensor in tensors.items():
-        match = _LORA.fullmatch(name)
-        if match is None:
-            place = to_memory(
-                re.sub(r"\.(modules_to_save(\.default)?|base_layer)", "", name), file_format
-            )
-            if place is None or parameters.get(place) != tensor.shape:
-                raise refuse_base(folder, name, tensor, settings)
-            whole[place] = tensor
-            continue
-        place = find_place(match[1], file_format)
-        module = modules.get(place or "")
-        if module is None or not _fits(module, match[2], tensor.shape):
-            raise refuse_base(folder, name, tensor, settings)
-        suffix = "" if match[2] != "lora_A" and match[2] != "lora_B" else ".weight"
-        lora[f"{place}.{match[2]}{suffix}"] = tensor
-    if not lora and not whole:
-        raise ConfigError(f"the adapter in {folder} holds no tensors: {REMEDY}")
-    return lora, whole
-
-
-def _fits(module: Any, kind: str, shape: tuple[int, ...]) -> bool:
-    """Return whether a low-rank tensor's shape fits its module."""
-    if kind.startswith("lora_embedding"):
-        size = module.num_embeddings if kind.endswith("A") else module.embedding_dim
-        return shape[1 if kind.endswith("A") else 0] == size
-    if not hasattr(module, "in_features"):
-        return kind == "lora_magnitude_vector" or len(shape) != 2
-    if kind == "lora_A":
-        return shape[1] == module.in_features
-    return shape[0] == module.out_features
-
-
-def _translate_settings(
-    settings: Mapping[str, Any], lora: Mapping[str, StoredTensor], targets: list[str]
-) -> dict[str, Any]:
+def _translate_settings(adapter: Adapter) -> dict[str, Any]:
     """Return LoraConfig's arguments for exactly the modules that have tensors.
 
     Ranks are read from the tensors' shapes.
     """
+    settings, targets = adapter.settings, adapter.targets
     ranks = {
         name.rpartition(".lora_")[0]: tensor.shape[0]
-        for name, tensor in lora.items()
+        for name, tensor in adapter.lora.items()
         if ".lora_A" in name or name.endswith("lora_embedding_A")
     }
     alphas = find_alphas(settings, targets)
@@ -193,39 +115,13 @@ def _translate_settings(
         "use_rslora": bool(settings.get("use_rslora")),
         "use_dora": bool(settings.get("use_dora")),
         "fan_in_fan_out": False,
+        "lora_bias": any(name.endswith(".lora_B.bias") for name in adapter.lora),
         "bias": "none",
         "inference_mode": True,
     }
-
-
-def find_alphas(settings: Mapping[str, Any], targets: list[str]) -> dict[str, float]:
-    """Return the alphas of modules that have one of their own (`alpha_pattern`).
-
-    The patterns match module names, of which only the end is the same in every format.
-    """
-    alphas = {}
-    for target in targets:
-        for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-            end = re.sub(r"^.*?(layers|blocks)\b", r"\1", pattern)
-            if re.fullmatch(rf"(.*\.)?({end})", target):
-                alphas[target] = alpha
-    return alphas
 
 
 @torch.no_grad()
 def _replace(model: Any, name: str, tensor: StoredTensor) -> None:
     parameter = model.get_parameter(name)
     parameter.copy_(tensor[...])
-
-
-def refuse_base(
-    folder: Path, name: str, tensor: StoredTensor, settings: Mapping[str, Any]
-) -> ConfigError:
-    """Return the error for a tensor that does not fit the model."""
-    made_for = settings.get("base_model_name_or_path")
-    hint = f" ({made_for!r}, says its adapter_config.json)" if made_for else ""
-    return ConfigError(
-        f"{tensor.file} changes {name!r} {list(tensor.shape)}, and the base has nothing of that "
-        f"name and shape: the adapter in {folder} was trained on another model; give that{hint} as "
-        "base"
-    )

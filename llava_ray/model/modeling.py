@@ -6,6 +6,7 @@ only the differences are here:
     projectors of one, three or more linear layers, or none
     anyres tiles joined flat, or on a grid with or without the cropping of padding (LLaVA's
     `mm_patch_merge_type`), with LLaVA's own rounding
+    a newline behind each image that has no tiles, as in LLaVA-NeXT's code
     an image token outside the vocabulary, so that checkpoints of LLaVA's format keep their sizes
     language models whose embeddings are named differently (MPT)
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers.models.llava.modeling_llava import LlavaModel, LlavaPreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import (
     LlavaNextModel,
     LlavaNextPreTrainedModel,
@@ -57,6 +59,43 @@ class Llava(LlavaForConditionalGeneration):
     def __init__(self, config: Any) -> None:
         self._tied_weights_keys = _tie(config)
         super().__init__(config)
+        _adapt(self, config)
+
+
+class NewlineModel(LlavaModel):
+    """LLaVA's trunk, with a learned vector behind the patches of each image."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+        """Return transformers' output, whose N features are [P + 1, D].
+
+        Args:
+            pixel_values: [N, C, H, W]; transformers' `generate` looks for an argument of this name.
+            kwargs: those of `LlavaModel`.
+        """
+        output: Any = super().get_image_features(pixel_values, **kwargs)
+        output.pooler_output = [
+            torch.cat([features_PD, self.image_newline[None].to(features_PD)])
+            for features_PD in output.pooler_output
+        ]
+        return output
+
+
+class LlavaNewline(LlavaForConditionalGeneration):
+    """LLaVA with one tile and a newline for each image.
+
+    `config` has `mm_projector_type` in addition to `LlavaConfig`'s fields.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._tied_weights_keys = _tie(config)
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = NewlineModel(config)
+        self.lm_head = _make_head(config)
+        self.post_init()
         _adapt(self, config)
 
 
@@ -105,13 +144,15 @@ class LlavaAnyres(LlavaNextForConditionalGeneration):
         self._tied_weights_keys = _tie(config)
         LlavaNextPreTrainedModel.__init__(self, config)
         self.model = AnyresModel(config)
-        self.lm_head = nn.Linear(
-            config.text_config.hidden_size, config.text_config.vocab_size, bias=False
-        )
+        self.lm_head = _make_head(config)
         if "unpad" not in config.mm_patch_merge_type:
             self.model.image_newline = None  # type: ignore[assignment]
         self.post_init()
         _adapt(self, config)
+
+
+def _make_head(config: Any) -> nn.Linear:
+    return nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
 
 
 def _tie(config: Any) -> dict[str, str]:

@@ -101,8 +101,7 @@ def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
             f"the image preprocessing in {str(folder)!r} does not load: {error}"
         ) from error
     settings = read_processor_settings(folder)
-    vision = config.get("vision_config", {})
-    is_siglip = vision.get("model_type", "clip_vision_model").startswith("siglip")
+    vision = model_config.vision_config
     image_token = settings.get("image_token") or IMAGE_TOKEN
     common = {
         "image_processor": image_processor,
@@ -116,18 +115,39 @@ def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
     }
     _check_image_token(checkpoint, tokenizer, image_token)
     if checkpoint.model_type == "llava_onevision":
-        side = vision.get("image_size", 384) // vision.get("patch_size", 14)
+        side = vision.image_size // vision.patch_size
         return _onevision_processor(
             **common,
-            num_image_tokens=settings.get("num_image_tokens") or side**2,
-            vision_aspect_ratio=config.get("vision_aspect_ratio") or "anyres_max_9",
+            num_image_tokens=_read_number(settings, "num_image_tokens", folder, default=side**2),
+            vision_aspect_ratio=model_config.vision_aspect_ratio,
         )
     processor = LlavaProcessor if checkpoint.model_type == "llava" else LlavaNextProcessor
     return processor(
         **common,
-        patch_size=settings.get("patch_size") or vision.get("patch_size", 14),
-        num_additional_image_tokens=settings.get("num_additional_image_tokens", int(not is_siglip)),
+        patch_size=_read_number(settings, "patch_size", folder, default=vision.patch_size),
+        num_additional_image_tokens=_read_number(
+            settings,
+            "num_additional_image_tokens",
+            folder,
+            default=int(vision.model_type == "clip_vision_model"),
+            least=0,
+        ),
     )
+
+
+def _read_number(
+    settings: dict[str, Any], name: str, folder: Path, *, default: int, least: int = 1
+) -> int:
+    """Return a number of processor_config.json; what is missing or null has the tower's value."""
+    found = settings.get(name)
+    if found is None:
+        return default
+    if isinstance(found, bool) or not isinstance(found, int) or found < least:
+        raise ConfigError(
+            f"{folder / 'processor_config.json'}: {name}={found!r} is not a number of at least "
+            f"{least}: remove it, and the vision tower's {default} is used"
+        )
+    return found
 
 
 def _onevision_processor(**settings: Any) -> Any:
@@ -181,6 +201,9 @@ def read_preprocessing(
         tower: the tower's folder.
         pad: add borders to make an image square.
         pinpoints: the sizes for anyres.
+
+    Raises:
+        ConfigError: transformers does not accept its settings.
     """
     from transformers import LlavaImageProcessorPil, LlavaNextImageProcessorPil
 
@@ -193,22 +216,26 @@ def read_preprocessing(
             settings[name] = {"shortest_edge": side} if is_edge else {"height": side, "width": side}
     if _is_siglip(tower):
         settings = {"do_center_crop": False, **settings}
-    if pinpoints:
-        settings.setdefault(
-            "crop_size", settings.get("size")
-        )  # transformers' name for the size of a tile
-        return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
-    return LlavaImageProcessorPil(**settings, do_pad=pad)
+    try:
+        if pinpoints:
+            # transformers' name for the size of a tile
+            settings.setdefault("crop_size", settings.get("size"))
+            return LlavaNextImageProcessorPil(**settings, image_grid_pinpoints=pinpoints)
+        return LlavaImageProcessorPil(**settings, do_pad=pad)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{tower / 'preprocessor_config.json'} does not describe image preprocessing: {error}; "
+            "copy it again from where the vision tower came from"
+        ) from error
 
 
 def _is_siglip(tower: Path) -> bool:
-    found = read_json(tower / "preprocessor_config.json")
-    return "siglip" in str(found.get("image_processor_type", "")).lower()
+    return str(read_json(tower / "config.json").get("model_type")).startswith("siglip")
 
 
 def _read_patch_size(tower: Path) -> int:
     config = read_json(tower / "config.json")
-    return config.get("vision_config", config).get("patch_size", 14)
+    return (config.get("vision_config") or config).get("patch_size", 14)
 
 
 def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
@@ -258,8 +285,13 @@ def _check_image_token(checkpoint: Checkpoint, tokenizer: Any, image_token: str)
     """Without an image token the tokenizer would split it, and the model would see no image."""
     config = checkpoint.config
     expected = config.get("image_token_index", config.get("image_token_id"))
-    found = tokenizer.convert_tokens_to_ids(image_token)
     where = str(checkpoint.tokenizer_folder)
+    if not isinstance(image_token, str):
+        raise ConfigError(
+            f"{checkpoint.folder / 'processor_config.json'}: image_token={image_token!r} is not "
+            f"text: remove it, and {IMAGE_TOKEN!r} is used"
+        )
+    found = tokenizer.convert_tokens_to_ids(image_token)
     if found is None or found == tokenizer.unk_token_id:
         raise ConfigError(
             f"the tokenizer in {where!r} lacks the image token {image_token!r}, which config.json "

@@ -5,6 +5,7 @@ of other sizes, fails at the first image, or answers as if there were none. Call
 `doctor` and the encoder of training with the same result.
 """
 
+import re
 from typing import Any
 
 from PIL import Image
@@ -40,6 +41,8 @@ def find_misfit(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
             f"{where}: the vision tower has model_type {vision.model_type!r}; only CLIP and SigLIP "
             "towers are computed here: serve the checkpoint with engine: vllm"
         )
+    if problem := _find_bad_field(checkpoint, processor, config):
+        return f"{where}: {problem}"
     try:
         pixels = encode_images(processor, [Image.new("RGB", (8, 8))])["pixel_values"]
     except Exception as error:  # noqa: BLE001 - whatever its settings make transformers raise
@@ -67,6 +70,47 @@ def find_misfit(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
         f"vision tower gives {expected} features: correct {fields} in processor_config.json and "
         "config.json"
     )
+
+
+def _find_bad_field(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
+    """Return which field of config.json the model cannot compute images with; "" if none."""
+    layers, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
+    for layer in [layers] if isinstance(layers, int) else layers:
+        if not -num_layers - 1 <= layer <= num_layers:
+            return (
+                f"the features of layer {layer} of the vision tower are asked for "
+                f"(vision_feature_layer or mm_vision_select_layer), which has {num_layers} layers: "
+                "-2 is LLaVA's"
+            )
+    pinpoints = getattr(config, "image_grid_pinpoints", None)
+    prepared = getattr(processor.image_processor, "image_grid_pinpoints", None)
+    if checkpoint.aspect_mode == "anyres" and _as_lists(pinpoints) != _as_lists(prepared):
+        return (
+            f"image_grid_pinpoints={pinpoints}, and the image preprocessing lays out tiles by "
+            f"{prepared}: they belong to different checkpoints; copy both files again"
+        )
+    side = config.vision_config.image_size
+    if odd := [size for size in _as_lists(pinpoints) if size[0] % side or size[1] % side]:
+        return (
+            f"image_grid_pinpoints has the size {odd[0]}, which is not made of tiles of {side} x "
+            f"{side} pixels, as the vision tower reads them: use multiples of {side}"
+        )
+    if checkpoint.model_type == "llava_onevision":
+        aspect = config.vision_aspect_ratio
+        if not re.fullmatch(r"anyres_max_[1-9]\d*", aspect):
+            return f"vision_aspect_ratio={aspect!r} is not known: write anyres_max_9"
+    has_cls = config.vision_config.model_type == "clip_vision_model"
+    keeps_cls = has_cls and config.vision_feature_select_strategy == "full"
+    if keeps_cls and checkpoint.aspect_mode == "anyres" and checkpoint.merge_type != "flat":
+        return (
+            "vision_feature_select_strategy='full' keeps a class token in each tile, and the tiles "
+            "are joined in rows of patches: write 'default'"
+        )
+    return ""
+
+
+def _as_lists(pinpoints: Any) -> list[list[int]]:
+    return [list(size) for size in pinpoints or ()]
 
 
 def _count_features(config: Any) -> int:

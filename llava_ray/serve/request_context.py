@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from llava_ray.serve import log
 from llava_ray.serve.deadline import Deadline
 from llava_ray.serve.openai.errors import ErrorReply, describe_failure
-from llava_ray.types import Chunk, Usage, count_usage
+from llava_ray.serve.usage import Usage, count_usage
+from llava_ray.types import Chunk
 
 CLIENT_CLOSED_REQUEST = 499
 """nginx's status for a client that disconnected; it only appears in the log and the metrics."""

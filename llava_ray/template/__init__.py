@@ -68,6 +68,11 @@ class Template(Protocol):
     def render(self, messages: "Sequence[Message]", *, add_generation_prompt: bool = True) -> str:
         """Return the prompt text, with one image token for each image, in order.
 
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end with the beginning of the next answer. If the last message is
+                the assistant's, end within it, to be continued.
+
         Raises:
             RequestError: the template does not accept this conversation.
         """

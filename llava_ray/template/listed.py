@@ -59,6 +59,8 @@ class ListedTemplate:
         gap: written after a question ("single", "two"), or after every turn ("chatml").
         example: an exchange at the beginning of each prompt.
         tags: written before and after each image.
+        is_interleaved: images stay where they are in the text of a prompt, as in the training of
+            these models; otherwise they come first, as in llava-hf's templates.
         notation: how the checkpoint writes images and tokenises text.
     """
 
@@ -71,6 +73,7 @@ class ListedTemplate:
     gap: str = ""
     example: tuple[RenderedTurn, ...] = ()
     tags: tuple[str, str] = ("", "")
+    is_interleaved: bool = False
     notation: Notation = field(default_factory=Notation)
 
     @property
@@ -92,8 +95,10 @@ class ListedTemplate:
         """Return the prompt text; see `Template.render`."""
         if problem := find_problem(messages, has_system=self.has_system):
             raise RequestError(problem, param="messages")
-        segments = self.walk(messages, ask=add_generation_prompt)
-        return "".join(segment.text for segment in segments)
+        is_continued = add_generation_prompt and messages[-1].role == "assistant"
+        segments = self.walk(messages, ask=add_generation_prompt and not is_continued)
+        text = "".join(segment.text for segment in segments)
+        return self._open_answer(text) if is_continued else text
 
     def encode(
         self,
@@ -133,7 +138,8 @@ class ListedTemplate:
         if messages[0].role == "system":
             system = self.notation.quote(join_text(messages[0]))
             messages = messages[1:]
-        turns = [RenderedTurn(m.role == "assistant", self._write(m)) for m in messages]
+        keeps_order = for_training or self.is_interleaved
+        turns = [RenderedTurn(m.role == "assistant", self._write(m, keeps_order)) for m in messages]
         if not for_training:
             turns = [*self.example, *self._set_apart(messages[0], turns[0]), *turns[1:]]
         match self.style:
@@ -153,18 +159,25 @@ class ListedTemplate:
             case "plain":
                 return walk_plain(turns, end=self.end)
 
-    def _write(self, message: Message) -> str:
+    def _open_answer(self, text: str) -> str:
+        """Return a conversation that ends with an answer, without what ends the answer."""
+        before = text.removesuffix(self.gap if self.style == "chatml" else "")
+        before = before.removesuffix(self.end)
+        return before.removesuffix(" ") if self.style == "llama_2" else before
+
+    def _write(self, message: Message, keeps_order: bool) -> str:
         """Return a message as text.
 
-        A single image is moved to the front, on a line of its own. Several images stay where they
-        are, with a line break between an image and a word or image that would touch it.
+        Images are moved to the front, each on a line of its own. Several images stay where they
+        are if `keeps_order`, with a line break between an image and a word or image that would
+        touch it.
         """
         num_images = count_images([message])
         text = self.notation.quote(join_text(message))
         if num_images == 0:
             return text
-        if num_images == 1:
-            return f"{self._image}\n{text.strip()}".strip()
+        if num_images == 1 or not keeps_order:
+            return "\n".join([*[self._image] * num_images, text.strip()]).strip()
         written = ""
         for run in split_parts(message):
             text = self._image if run is None else self.notation.quote(run)
@@ -250,7 +263,15 @@ _COUNT = (
     "{{ message['content'] | selectattr('type', 'equalto', 'image') | list | length }}"
     "{% endif %}{% endmacro %}"
 )
-_WRITE = (
+_WRITE_FIRST = (
+    "{% macro write(message) %}{% set number = count(message) | int %}"
+    "{% if number == 0 %}{{ join(message) }}"
+    "{% else %}{{ ((picture + '\\n') * number + join(message) | trim) | trim }}"
+    "{% endif %}{% endmacro %}"
+)
+"""Images come first."""
+
+_WRITE_INTERLEAVED = (
     "{% macro write(message) %}{% set number = count(message) | int %}"
     "{% if number == 0 %}{{ join(message) }}"
     "{% elif number == 1 %}{{ (picture + '\\n' + join(message) | trim) | trim }}"
@@ -276,7 +297,8 @@ _APART = (
 def _write_jinja(template: ListedTemplate) -> str:
     """Return the Jinja source of a template; its text is the same as that of `render`."""
     image = template.tags[0] + template.notation.image + template.tags[1]
-    source = f"{{% set picture = {_quote(image)} %}}{_JOIN}{_COUNT}{_WRITE}"
+    write = _WRITE_INTERLEAVED if template.is_interleaved else _WRITE_FIRST
+    source = f"{{% set picture = {_quote(image)} %}}{_JOIN}{_COUNT}{write}"
     match template.style:
         case "single" | "two":
             return source + _write_named(template)

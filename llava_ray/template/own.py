@@ -64,6 +64,7 @@ class OwnTemplate:
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
         """Return the prompt text; see `Template.render`. Errors quote the template's message."""
+        is_continued = add_generation_prompt and messages[-1].role == "assistant"
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -76,7 +77,8 @@ class OwnTemplate:
             rendered, _ = render_jinja_template(
                 conversations=[conversation],
                 chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
+                add_generation_prompt=add_generation_prompt and not is_continued,
+                continue_final_message=is_continued,
                 **variables,
             )
         except (TemplateError, *_BROKEN) as error:

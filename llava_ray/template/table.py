@@ -83,7 +83,14 @@ _LISTED = (
     ListedTemplate("mistral_instruct", "llama_2"),
     ListedTemplate("mpt", "chatml", _CHATML, end="<|im_end|>"),
     ListedTemplate("chatml_direct", "chatml", "Answer the questions.", end="<|im_end|>"),
-    ListedTemplate("qwen", "chatml", "You are a helpful assistant.", end="<|im_end|>", gap="\n"),
+    ListedTemplate(
+        "qwen",
+        "chatml",
+        "You are a helpful assistant.",
+        end="<|im_end|>",
+        gap="\n",
+        is_interleaved=True,
+    ),
     ListedTemplate("plain", "plain", end="\n"),
 )
 

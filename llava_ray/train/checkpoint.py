@@ -50,7 +50,7 @@ class TrainProgress(BaseModel):
     num_workers: int
     stage: int
     method: str
-    loss: float
+    loss: float | None
 
 
 def save_checkpoint(
@@ -60,7 +60,7 @@ def save_checkpoint(
     *,
     step: int,
     position: Position,
-    loss: float,
+    loss: float | None,
 ) -> None:
     """Write this worker's part of a checkpoint; all workers must call this together.
 

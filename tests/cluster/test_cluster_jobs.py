@@ -1,7 +1,7 @@
-"""Jobs whose cluster loses a machine: they end by themselves, and with the same result.
+"""Jobs whose cluster loses a machine: they complete by themselves, with the same result.
 
-A head that takes no work and two machines with room for one actor or training worker each, so that
-nothing of what is lost fits on what is left. `TEST_CLUSTER=1 pytest -m cluster`.
+The cluster has a head without CPUs for work and two machines with room for one actor or training
+worker each, so that lost work cannot move to the other machine. `TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import json
@@ -50,7 +50,7 @@ def nodes() -> Iterator[RayNodes]:
 
 @pytest.fixture
 def whole(nodes: RayNodes) -> RayNodes:
-    """The cluster with two machines, whatever was lost before."""
+    """The cluster, with two machines again if a test has killed one."""
     while (num_nodes := nodes.count_nodes()) < 3:
         nodes.add_worker(num_cpus=1)
         wait_for(lambda before=num_nodes: nodes.count_nodes() > before, 60)
@@ -58,7 +58,7 @@ def whole(nodes: RayNodes) -> RayNodes:
 
 
 def submit(nodes: RayNodes, script: str, *words: str) -> str:
-    """Run a job to its end; return what it said."""
+    """Run a job until it ends; return its output."""
     command = (sys.executable, str(ROOT / "jobs" / script), *words)
     done = nodes.run_ray("job", "submit", "--address", nodes.dashboard, "--", *command)
     assert done.returncode == 0, done.stdout[-6000:]
@@ -71,7 +71,7 @@ def lose_machine(
     is_time: Callable[[], bool],
     then: Callable[[], Any] = lambda: None,
 ) -> None:
-    """Kill a machine that works for a job, in the middle of it, and wait for the job's end."""
+    """Kill a machine that works for a running job, and wait until the job ends."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(job)
         wait_for(lambda: running.done() or is_time(), 180, lambda: "it is not time yet")
@@ -85,7 +85,7 @@ def lose_machine(
 
 
 def find_worker(node: RayNode) -> psutil.Process | None:
-    """Return a machine's actor of evaluation or its training worker, if it has one."""
+    """Return the process of a machine's evaluation actor or training worker, if it has one."""
     for pid in node.list_alive():
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
@@ -136,7 +136,7 @@ def shards(nodes: RayNodes, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(nodes: RayNodes, shards: Path, output: Path, **settings: Any) -> str:
-    """Run a training on two machines, 18 steps with a checkpoint every third."""
+    """Run 18 steps of training on two machines, with a checkpoint after every third."""
     config = make_config(shards, output, cpus_per_worker=1, num_readers=1, **settings)
     file = output / "run.yaml"
     file.write_text(json.dumps(config.model_dump(mode="json")))
@@ -145,7 +145,7 @@ def train(nodes: RayNodes, shards: Path, output: Path, **settings: Any) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(nodes: RayNodes, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that loses nothing; on one machine, which changes no loss."""
+    """The folder of an undisturbed run, on one machine, which gives the same losses."""
     output = tmp_path_factory.mktemp("undisturbed")
     train(nodes, shards, output, num_workers=1)
     return output / "run"
@@ -183,7 +183,7 @@ def test_a_training_that_was_left_with_one_worker_takes_a_second_when_a_machine_
         return (find_progress(run) or {}).get("num_workers") == num_workers
 
     def come() -> None:
-        """Add a machine; the worker stands still until Ray has it, so that few steps are enough."""
+        """Add a machine; the worker is stopped until Ray knows it, so that few steps are enough."""
         wait_for(lambda: counts(1), 120, lambda: "nothing goes on with one worker")
         (worker,) = filter(None, map(find_worker, whole.nodes[1:]))
         worker.suspend()
@@ -209,7 +209,7 @@ def test_a_training_that_was_left_with_one_worker_takes_a_second_when_a_machine_
 
 
 def find_progress(run: Path) -> dict[str, Any] | None:
-    """Return what the latest checkpoint says that Ray would go on from, if there is one."""
+    """Return the progress stored in the checkpoint from which Ray would resume, if there is one."""
     snapshot = run / "checkpoint_manager_snapshot.json"
     names = re.findall(r"checkpoint-(\d+)", snapshot.read_text()) if snapshot.exists() else []
     with suppress(FileNotFoundError):  # a later one may have taken its place in this moment

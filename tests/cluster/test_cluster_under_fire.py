@@ -1,7 +1,7 @@
-"""What clients see while machines die, models change and too many ask: on a real cluster.
+"""What clients see while machines die, models change and load is too high, on a real cluster.
 
-Three nodes, each of which is a process group of this machine. Every request is accounted for. They
-want the machine for themselves, for some ten minutes: `TEST_CLUSTER=1 pytest -m cluster`.
+The cluster has three nodes, each a process group of this machine. Every request is accounted for.
+The tests need the machine for themselves: `TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from tests.support.load_clients import Ask, Crowd, ask, gather_crowd
+from tests.support.load_clients import Ask, LoadRecord, ask, run_clients
 from tests.support.ray_nodes import ROOT, RayNodes, start_nodes, wait_for
 from tests.support.wait import wait_until_ended
 
@@ -53,7 +53,7 @@ def describe_steady(**model: Any) -> dict[str, Any]:
 
 
 def describe_elastic() -> dict[str, Any]:
-    """Two gateways, a model that sleeps until it is asked, and one that is soon full."""
+    """Two gateways, a model that scales to zero, and one with little capacity."""
     sleeper = {"path": "sleeper", "min_replicas": 0, "max_replicas": 2, **ECHO}
     small = {"path": "small", "max_ongoing_requests": 2, "max_queued_requests": 2, **ECHO}
     scaling = {
@@ -101,9 +101,9 @@ async def until(is_true: Any, timeout_s: float = 120) -> None:
     await asyncio.to_thread(wait_for, is_true, timeout_s)
 
 
-def accounts_for_all(crowd: Crowd) -> bool:
-    return crowd.num_started == len(crowd.asks) and all(
-        ask.end != "done" or ask.num_words == 60 for ask in crowd.asks
+def accounts_for_all(record: LoadRecord) -> bool:
+    return record.num_started == len(record.asks) and all(
+        ask.end != "done" or ask.num_words == 60 for ask in record.asks
     )
 
 
@@ -121,8 +121,8 @@ def test_nothing_answers_without_the_token_but_the_public_port(nodes: RayNodes) 
 
 def test_a_node_that_dies_takes_no_more_than_its_own_streams(nodes: RayNodes) -> None:
     async def scene() -> None:
-        async with gather_crowd(nodes.url, num_clients=16) as crowd:
-            await until(lambda: len(crowd.asks) >= 16)
+        async with run_clients(nodes.url, num_clients=16) as record:
+            await until(lambda: len(record.asks) >= 16)
             before = find_pids(nodes, "steady", "echo")
             victim = find_victim(nodes)
             lost = victim.pids & before
@@ -130,25 +130,25 @@ def test_a_node_that_dies_takes_no_more_than_its_own_streams(nodes: RayNodes) ->
             await asyncio.to_thread(victim.kill)
             await until(lambda: len(find_pids(nodes, "steady", "echo") - lost) == 2)
             back_at = time.monotonic()
-            await until(lambda: len(crowd.since(back_at).asks) >= 16)
+            await until(lambda: len(record.since(back_at).asks) >= 16)
 
-        broken_s = [one.ended_at - killed_at for one in crowd.asks if one.end == "error"]
+        broken_s = [one.ended_at - killed_at for one in record.asks if one.end == "error"]
         print(f"{len(broken_s)} streams ended with an error after {max(broken_s, default=0):.2f} s")
         print(f"both replicas ran again after {back_at - killed_at:.1f} s")
-        assert accounts_for_all(crowd)
-        assert set(crowd.count()) == {"done", "error"}
-        assert crowd.count()["error"] < 16, "streams on the other node broke off too"
-        for one in crowd.asks:
+        assert accounts_for_all(record)
+        assert set(record.count()) == {"done", "error"}
+        assert record.count()["error"] < 16, "streams on the other node broke off too"
+        for one in record.asks:
             if one.end == "error":
                 assert one.started_at < killed_at < one.ended_at < killed_at + 5
                 assert "died and is being replaced: try again" in one.why
-        assert set(crowd.since(back_at).count()) == {"done"}
+        assert set(record.since(back_at).count()) == {"done"}
 
     asyncio.run(scene())
 
 
 def find_victim(nodes: RayNodes) -> Any:
-    """A worker that has a replica of the model and no gateway."""
+    """Return a worker node that runs a replica of the model and no gateway."""
     models = find_pids(nodes, "steady", "echo")
     gateways = find_pids(nodes, "steady", "gateway")
     return next(node for node in nodes.nodes[1:] if node.pids & models and not node.pids & gateways)
@@ -156,12 +156,12 @@ def find_victim(nodes: RayNodes) -> Any:
 
 def test_an_update_under_load_fails_nobody_and_cuts_off_no_long_answer(nodes: RayNodes) -> None:
     async def scene() -> None:
-        patient = Crowd()
+        patient = LoadRecord()
         async with (
             httpx.AsyncClient(base_url=nodes.url, timeout=120, trust_env=False) as client,
-            gather_crowd(nodes.url, num_clients=8) as crowd,
+            run_clients(nodes.url, num_clients=8) as record,
         ):
-            await until(lambda: len(crowd.asks) >= 8)
+            await until(lambda: len(record.asks) >= 8)
             old = find_pids(nodes, "steady", "echo") | find_pids(nodes, "steady", "gateway")
             old_processes = [psutil.Process(pid) for pid in old]
             long = asyncio.create_task(ask(client, patient, model="echo", max_tokens=LONG_WORDS))
@@ -179,8 +179,8 @@ def test_an_update_under_load_fails_nobody_and_cuts_off_no_long_answer(nodes: Ra
         assert one.ended_at - replaced_at > 20, "it was over before Serve would have cut it off"
         await until(lambda: is_running(nodes, "steady"), 10)  # no longer waits for the old
         await asyncio.to_thread(wait_until_ended, old_processes)
-        assert accounts_for_all(crowd)
-        assert set(crowd.count()) == {"done"}
+        assert accounts_for_all(record)
+        assert set(record.count()) == {"done"}
 
     asyncio.run(scene())
 
@@ -189,7 +189,7 @@ def test_a_model_that_does_not_load_leaves_the_old_one_serving(nodes: RayNodes) 
     broken = describe_steady(engine="torch", name="echo", path="/nowhere/llava")
 
     async def scene() -> None:
-        async with gather_crowd(nodes.url, num_clients=4) as crowd:
+        async with run_clients(nodes.url, num_clients=4) as record:
             old = find_pids(nodes, "steady", "echo")
             nodes.deploy(broken, describe_elastic())
             told: list[str] = []
@@ -202,8 +202,8 @@ def test_a_model_that_does_not_load_leaves_the_old_one_serving(nodes: RayNodes) 
             await until(is_told)
             assert "there is no such folder" in told[0]
             assert find_pids(nodes, "steady", "echo") == old
-        assert accounts_for_all(crowd)
-        assert set(crowd.count()) == {"done"}
+        assert accounts_for_all(record)
+        assert set(record.count()) == {"done"}
 
     asyncio.run(scene())
     nodes.deploy(describe_steady(messages_per_s=99), describe_elastic())
@@ -217,12 +217,12 @@ def test_a_model_wakes_grows_shrinks_and_sleeps_without_a_failed_request(nodes: 
     async def scene() -> None:
         assert count() == 0
         url = f"{nodes.url}/elastic"
-        async with gather_crowd(url, num_clients=12, model="sleeper") as crowd:
+        async with run_clients(url, num_clients=12, model="sleeper") as record:
             await until(lambda: count() == 2)
-        async with gather_crowd(url, num_clients=1, model="sleeper", max_tokens=200) as late:
+        async with run_clients(url, num_clients=1, model="sleeper", max_tokens=200) as late:
             await until(lambda: count() == 1)
-        assert set(crowd.count()) == set(late.count()) == {"done"}
-        assert accounts_for_all(crowd)
+        assert set(record.count()) == set(late.count()) == {"done"}
+        assert accounts_for_all(record)
         await until(lambda: count() == 0)
 
     asyncio.run(scene())
@@ -236,7 +236,7 @@ def test_ten_times_too_many_requests_for_a_minute_are_refused_at_once_and_soon_f
     url = f"{nodes.url}/elastic"
 
     async def scene() -> None:
-        crowd = Crowd()
+        record = LoadRecord()
         memory = [measure_memory(nodes)]
         limits = httpx.Limits(max_connections=None)
         async with httpx.AsyncClient(
@@ -244,7 +244,7 @@ def test_ten_times_too_many_requests_for_a_minute_are_refused_at_once_and_soon_f
         ) as client:
 
             def start() -> "asyncio.Task[Ask]":
-                return asyncio.create_task(ask(client, crowd, model="small", max_tokens=num_words))
+                return asyncio.create_task(ask(client, record, model="small", max_tokens=num_words))
 
             calm = await start()
             asked: list[asyncio.Task[Ask]] = []
@@ -261,12 +261,12 @@ def test_ten_times_too_many_requests_for_a_minute_are_refused_at_once_and_soon_f
                 await asyncio.sleep(0.2)
                 late = await start()
             await asyncio.gather(*asked)
-        tell_overload(crowd, memory, late.started_at - over_at)
+        tell_overload(record, memory, late.started_at - over_at)
         assert len(asked) > 9 * capacity_per_s * lasts_s
         assert late.started_at - over_at < 10, "it is still busy ten seconds after"
-        assert crowd.num_started == len(crowd.asks)
-        assert set(crowd.count()) == {"done", "refused"}
-        for one in crowd.asks:
+        assert record.num_started == len(record.asks)
+        assert set(record.count()) == {"done", "refused"}
+        for one in record.asks:
             if one.end == "refused":
                 assert one.status in (429, 503)
                 assert float(one.retry_after or 0) > 0
@@ -274,7 +274,7 @@ def test_ten_times_too_many_requests_for_a_minute_are_refused_at_once_and_soon_f
                 assert one.seconds < 1
             else:
                 assert one.num_words == num_words
-        assert crowd.count()["done"] > capacity_per_s * lasts_s / 4, "overload costs throughput"
+        assert record.count()["done"] > capacity_per_s * lasts_s / 4, "overload costs throughput"
         early, final = memory[3], memory[-1]
         for pid, size in early.items():
             assert final[pid] < 1.05 * size, f"process {pid} grew from {size} to {final[pid]} bytes"
@@ -296,13 +296,13 @@ def is_proxy(pid: int) -> bool:
     return False
 
 
-def tell_overload(crowd: Crowd, memory: list[dict[int, int]], recovered_s: float) -> None:
-    """Print what README has of it."""
-    waits = sorted(one.seconds for one in crowd.asks if one.end == "refused")
-    done = sorted(one.seconds for one in crowd.asks if one.end == "done")
+def tell_overload(record: LoadRecord, memory: list[dict[int, int]], recovered_s: float) -> None:
+    """Print the figures for docs/cluster/operations.md."""
+    waits = sorted(one.seconds for one in record.asks if one.end == "refused")
+    done = sorted(one.seconds for one in record.asks if one.end == "done")
     sizes = [round(sum(each.values()) / 2**20) for each in memory]
     print(
-        f"{len(waits)} of {len(crowd.asks)} refused, half within {waits[len(waits) // 2]:.3f} s, "
+        f"{len(waits)} of {len(record.asks)} refused, half within {waits[len(waits) // 2]:.3f} s, "
         f"all within {waits[-1]:.3f} s; the rest whole after {done[-1]:.1f} s at most; "
         f"as ever after {recovered_s:.1f} s; MB of memory: {sizes}"
     )
@@ -369,7 +369,7 @@ def test_a_request_has_one_id_from_the_gateway_to_the_engine(nodes: RayNodes) ->
 
 
 def find_lines(nodes: RayNodes, request_id: str, deployment: str = "") -> list[dict[str, Any]]:
-    """Return what Serve's logs have about a request."""
+    """Return the lines of Serve's logs about a request."""
     lines = []
     for path in list_logs(nodes):
         if path.parent.name == "serve" and deployment in path.name:

@@ -1,6 +1,6 @@
-"""A cluster's life, for real: `ray up` over ssh, `serve deploy`, a chat, jobs, `ray down`.
+"""The life of a cluster: `ray up` over ssh, `serve deploy`, a chat, jobs, `ray down`.
 
-The machines are network namespaces. `TEST_CLUSTER=1 pytest -m cluster` plays it, in six minutes.
+The machines are network namespaces. Run it with `TEST_CLUSTER=1 pytest -m cluster`.
 """
 
 import json
@@ -32,7 +32,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[network_hosts.Host]]:
-    """A laptop, a head and a worker, without Ray."""
+    """A laptop, a head and a worker; Ray is not running on them."""
     folder = tmp_path_factory.mktemp("hosts")
     with network_hosts.start_hosts(folder, num_hosts=3) as machines:
         (folder / "cluster.yaml").write_text(describe_cluster(machines, folder / "key"))
@@ -40,7 +40,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[network_
 
 
 def describe_cluster(machines: list[network_hosts.Host], key: Path) -> str:
-    """The shipped file for these machines, where Python and its packages are installed already."""
+    """Return the shipped cluster file for these machines, on which everything is installed."""
     config = yaml.safe_load(CLUSTER.read_text())
     _, head, worker = (machine.address for machine in machines)
     config["provider"] |= {"head_ip": head, "worker_ips": [worker]}
@@ -60,7 +60,7 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
     file = laptop.home.parent.parent / "cluster.yaml"
 
     def do(command: str, *, expect: int = 0) -> str:
-        """Do something on the laptop, in the checkout."""
+        """Run a command on the laptop, in the checkout."""
         run = laptop.run(f"cd {ROOT} && {command}", timeout_s=300, RAY_USAGE_STATS_ENABLED="0")
         assert run.returncode == expect, f"{command}: {run.returncode}\n{run.stdout[-6000:]}"
         return run.stdout
@@ -112,7 +112,7 @@ def test_a_cluster_comes_up_serves_works_and_goes_without_a_trace(
 
 
 def write_images(folder: Path) -> Path:
-    """Write images with captions; return where their shards may go."""
+    """Write images with captions; return a path for their shards."""
     for number in range(8):
         make_image(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(f"number {number}")

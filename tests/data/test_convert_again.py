@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from tests.support.raw_data import (
     write_table,
     write_tar,
 )
+from tests.support.tiny_checkpoint import tiny_model
 
 
 def configure(folder: Path, out: Path, **more: Any) -> ConvertConfig:
@@ -126,6 +128,22 @@ def test_an_image_that_could_not_be_read_is_tried_again(
     assert load_manifest(config.output).rejects == {}
 
 
+def test_images_that_are_links_out_of_their_folder_or_pipes_are_rejected(tmp_path: Path) -> None:
+    raw = write_llava(tmp_path / "raw", 4)
+    (raw / "1.png").rename(tmp_path / "outside.png")
+    (raw / "1.png").symlink_to(tmp_path / "outside.png")
+    (raw / "2.png").unlink()
+    os.mkfifo(raw / "2.png")
+    save(raw / "folder" / "real.png", 3)
+    (raw / "3.png").unlink()
+    (raw / "3.png").symlink_to("folder/real.png")
+    for images in (None, str(raw)):
+        config = configure(raw / "data.json", tmp_path / f"out{images is None}", images=images)
+        convert_here(config)
+        assert load_manifest(config.output).rejects == {"image_path": 2}
+        assert list(read_samples(Path(config.output))) == ["row-0", "row-3"]
+
+
 def fail_to_read(patch: pytest.MonkeyPatch, ending: str) -> None:
     from fsspec.implementations.local import LocalFileSystem
 
@@ -137,6 +155,17 @@ def fail_to_read(patch: pytest.MonkeyPatch, ending: str) -> None:
         return read_file(self, path, **kwargs)
 
     patch.setattr(LocalFileSystem, "cat_file", cat_file)
+
+
+def test_another_tokenizer_at_the_same_path_counts_again(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model(), model)
+    config = configure(write_llava(tmp_path / "raw", 6), tmp_path / "out", model=str(model))
+    assert convert_here(config) == [0, 1]
+    assert convert_here(config) == []
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**settings, "note": "another"}))
+    assert convert_here(config) == [0, 1]
 
 
 def test_rows_that_were_taken_away_leave_no_shard_behind(tmp_path: Path) -> None:

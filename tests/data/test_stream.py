@@ -162,6 +162,7 @@ CHECKPOINTS = {
     "siglip": Original(tower="siglip"),
     "anyres, flat": Original(aspect="anyres", merge="flat"),
     "anyres, unpad": Original(aspect="anyres", merge="spatial_unpad"),
+    "a newline behind each image": Original(text="qwen2", aspect="pad", merge="spatial_unpad"),
     "llava": None,
     "llava_next": None,
     "llava_onevision": None,

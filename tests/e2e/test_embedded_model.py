@@ -11,7 +11,9 @@ import pytest
 
 from jobs.embedded_model import symbols
 from llava_ray import demo
-from llava_ray.demo import questions, scenes, sprites
+from llava_ray.demo import evaluate, hand_drawn, questions, scenes, sprites
+from llava_ray.model.loading import load_model
+from llava_ray.types import ImagePart, Message, TextPart
 
 SCENES = [scenes.make_scene(random.Random(seed)) for seed in range(150)]
 PLACES = {name: cell for cell, name in enumerate(questions.CELLS)}
@@ -475,3 +477,30 @@ def test_the_documentation_tells_the_stored_scores():
     stored = json.loads((demo.MODEL_DIR / "scores.json").read_text())
     for kind, score in stored["kinds"].items():
         assert f"| {kind} | {score['num_questions']} | {100 * score['exact']:.1f} % |" in text
+
+
+def test_a_prompt_is_the_same_wherever_its_image_stands() -> None:
+    template = load_model("demo", device="cpu").template
+    image, text = ImagePart(b""), TextPart("What colour is the circle?")
+    halves = (TextPart("What colour "), TextPart("is the circle?"))
+    expected = template.render([Message("user", (image, text))])
+    assert expected.endswith("USER: <image>\nWhat colour is the circle? ASSISTANT:")
+    for messages in (
+        [Message("user", (text, image))],
+        [Message("user", (halves[0], image, halves[1]))],
+        [Message("user", (image,)), Message("user", (text,))],
+    ):
+        assert template.render(messages) == expected
+
+
+def test_hand_drawn_images_are_asked_about_and_share_nothing_with_training() -> None:
+    cases = evaluate.make_drawn_cases(30)
+    assert {case.kind for case in cases} == set(hand_drawn.KINDS)
+    for case in cases:
+        assert case.image is not None
+        assert case.image.size != (scenes.PIXELS, scenes.PIXELS)
+        for item in case.scene.items:
+            assert 0.05 * scenes.PIXELS - 1 <= item.pixels <= 0.8 * scenes.PIXELS + 1
+            centre = (item.x / scenes.PIXELS, item.y / scenes.PIXELS)
+            place = tuple(round(part * case.image.width) for part in centre)
+            assert case.image.getpixel(place) == item.ink

@@ -28,7 +28,7 @@ def nodes() -> Iterator[RayNodes]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images, conversations about them and a recipe."""
+    """A folder with images, conversations about them, and a recipe."""
     place = tmp_path_factory.mktemp("jobs")
     rows = []
     for number in range(NUM_SAMPLES):

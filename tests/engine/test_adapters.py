@@ -1,4 +1,4 @@
-"""Adapters beside a model's weights: each answers as if it were merged, all in one batch."""
+"""LoRA adapters in one batch: each answers as it does when it is merged into the weights."""
 
 import asyncio
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Adapters that peft wrote, of the text model, of the tower too, and with a projector."""
+    """Adapters from peft: of the language model, of the vision tower too, and with a projector."""
     return {
         name: train_adapter(str(tiny_model()), tmp_path_factory.mktemp("adapter"), seed, **settings)
         for seed, (name, settings) in enumerate(SHAPES.items())
@@ -76,7 +76,7 @@ async def answer(engine: TorchEngine, prompt: Prompt) -> str:
 
 
 async def answer_alone(prompts: list[Prompt], path: str, base: str | None = None) -> list[str]:
-    """What a model with its adapter merged says, asked one by one."""
+    """Return the answers of a model with a merged adapter, asked one by one."""
     engine = TorchEngine(load_model(path, base=base, dtype="float32", device="cpu"))
     try:
         plain = [Prompt("test", each.text, each.images, each.sampling) for each in prompts]
@@ -93,7 +93,7 @@ def load(path: str, adapters: dict[str, str], **settings) -> TorchEngine:
 
 
 async def compare(path: str, adapters: dict[str, str]) -> list[str]:
-    """Check that a model and all its adapters, asked at once, say what each says merged."""
+    """Check that a model and its adapters, in one batch, answer as each does when it is merged."""
     expected = await answer_alone(list_prompts(""), path)
     for folder in adapters.values():
         expected += await answer_alone(list_prompts(""), folder, base=path)
@@ -182,13 +182,13 @@ def test_a_replica_that_lacks_an_adapter_says_so_and_does_not_answer_as_its_mode
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, "no plain LoRA"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "changes lm_head, which is the same for all"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "not a plain LoRA"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "changes lm_head, which all requests"),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
             "changes model.language_model.embed_tokens.weight",
         ),
-        ({"target_modules": ["embed_tokens"]}, "no plain LoRA"),
+        ({"target_modules": ["embed_tokens"]}, "not a plain LoRA"),
     ],
 )
 def test_an_adapter_that_cannot_be_beside_others_is_refused(settings, reason, tmp_path) -> None:
@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
         load(str(Original().write(tmp_path / "whole")), {"mine": str(folder)})
 
 
-def test_an_adapter_of_nought_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_whose_weights_are_all_zero_is_refused(tmp_path: Path) -> None:
     tensors = {n: t * 0 if "lora_B" in n else t for n, t in make_lora(Original()).items()}
     folder = write_adapter(tmp_path, tensors, "the/base")
     with pytest.raises(ConfigError, match="changes no logits"):

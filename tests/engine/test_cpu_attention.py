@@ -42,12 +42,12 @@ def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
     monkeypatch.setattr(f"{CPU_ATTENTION}._MIN_BYTES_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
     torch.manual_seed(0)
-    regions, lengths, size = [(40, 16), (0, 40), (60, 8)], [16, 33, 1], 16
+    slices, lengths, size = [(40, 16), (0, 40), (60, 8)], [16, 33, 1], 16
     heads_TX = torch.randn(3, (num_heads + 2 * num_kv_heads) * size).to(dtype)
     rotations_T1C = torch.polar(torch.ones(3, 1, size // 2), 3 * torch.randn(3, 1, size // 2))
     pools = torch.randn(2, 70 * num_kv_heads, size).to(cache_dtype)
     before = pools.clone()
-    numbers = torch.tensor([[0, 1, 2], *zip(*regions, strict=True), lengths])
+    numbers = torch.tensor([[0, 1, 2], *zip(*slices, strict=True), lengths])
     rows = DecodeMetadata(*numbers, num_kv_heads=num_kv_heads).find_rows(window)
     places = KernelInputs.of(rows, pools[0], num_kv_heads=num_kv_heads)
     found_TX = rotate_and_attend(
@@ -62,7 +62,7 @@ def test_new_tokens_are_rotated_and_kept_and_see_what_came_before(
     ).flatten(2)
     key_TKE = rotated_TJE[:, num_heads : num_heads + num_kv_heads]
     value_TKE = heads_TJE[:, num_heads + num_kv_heads :]
-    for t, ((start, length), seen) in enumerate(zip(regions, lengths, strict=True)):
+    for t, ((start, length), seen) in enumerate(zip(slices, lengths, strict=True)):
         mine = slice(start * num_kv_heads, (start + length) * num_kv_heads)
         shape = (2, num_kv_heads, length, size)
         new, old = (each[:, mine].view(shape).float() for each in (pools, before))

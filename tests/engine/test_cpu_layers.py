@@ -1,4 +1,4 @@
-"""What a layer computes between its products on a CPU is what torch computes."""
+"""The CPU kernels for a layer's operations between matmuls give what torch gives."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The region of a step that is recorded in CUDA graphs, run on tensors without memory."""
+"""The part of a step that CUDA graphs record, run on tensors without memory."""
 
 from types import SimpleNamespace
 

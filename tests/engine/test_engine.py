@@ -1,4 +1,4 @@
-"""The engines: same answers as transformers, many at once, nothing left behind."""
+"""The engines: the same answers as transformers, many requests at once, nothing left in memory."""
 
 import asyncio
 import itertools
@@ -67,7 +67,7 @@ def test_one_request_at_a_time_gives_the_answer_of_generate(generate):
 
 @pytest.fixture
 def two_threads():
-    """With them, the engine computes large steps side by side."""
+    """Give torch two threads, so that the engine computes large steps in parallel."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -144,7 +144,7 @@ def test_what_another_prompt_waits_for_is_computed_by_all_threads(two_threads):
 
 
 def wide_scheduler(*lengths: int, **options) -> Scheduler:
-    """Return one with sequences of these prompts; those of one token stream."""
+    """Return a scheduler with sequences of these prompts; prompts of one token are decoding."""
     defaults = {"cache_tokens": 4096, "max_batch_size": 32, "prefill_tokens": 100}
     scheduler = Scheduler(**defaults | {"prefix_cache": False} | options)
     for length in lengths:
@@ -600,6 +600,8 @@ def test_a_prompt_that_does_not_fit_is_refused_with_its_sizes():
         with pytest.raises(ContextLengthError, match="ask for at most 510") as too_much:
             await answer(engine, prompt("ab", max_tokens=600))
         assert too_much.value.param == "max_tokens"
+        cut = (await read(engine, prompt("ab", max_tokens=600, ignore_eos=True, may_cut=True)))[-1]
+        assert (cut.num_tokens, cut.finish_reason) == (510, "length")
         with pytest.raises(RequestError, match="names 1 images and 0 came"):
             await answer(engine, prompt("<image>"))
         assert await answer(engine, prompt())
@@ -688,22 +690,22 @@ def test_any_mix_of_requests_ends_in_a_small_cache_without_overlap():
     assert scheduler.prefix_cache.reserve(640) == (0, 640)
 
 
-def test_regions_join_again_when_they_come_back():
-    regions = KVAllocator(10)
-    taken = [regions.reserve(n) for n in (3, 4, 3)]
+def test_slices_are_joined_again_when_they_are_released():
+    allocator = KVAllocator(10)
+    taken = [allocator.reserve(n) for n in (3, 4, 3)]
     assert taken == [(0, 3), (3, 4), (7, 3)]
-    regions.release(taken[0])
-    regions.release(taken[2])
-    assert regions.reserve(4) is None
-    regions.release(taken[1])
-    assert (regions.reserve(10), regions.num_used) == ((0, 10), 10)
+    allocator.release(taken[0])
+    allocator.release(taken[2])
+    assert allocator.reserve(4) is None
+    allocator.release(taken[1])
+    assert (allocator.reserve(10), allocator.num_used) == ((0, 10), 10)
 
 
-def test_regions_of_similar_requests_are_equal():
-    regions = KVAllocator(100, granule=32)
-    assert regions.num_tokens == 128
-    assert [regions.reserve(n) for n in (30, 32, 33)] == [(0, 32), (32, 32), (64, 64)]
-    assert regions.reserve(1) is None
+def test_slices_of_similar_requests_have_equal_lengths():
+    allocator = KVAllocator(100, granule=32)
+    assert allocator.num_tokens == 128
+    assert [allocator.reserve(n) for n in (30, 32, 33)] == [(0, 32), (32, 32), (64, 64)]
+    assert allocator.reserve(1) is None
 
 
 def test_lanes_are_rows_of_equal_distance_and_similar_length():

@@ -1,6 +1,6 @@
-"""The torch engine after thousands of requests: nothing stays of those that came and went.
+"""The torch engine after thousands of requests: nothing of finished requests stays in memory.
 
-With 10,000 requests after 2,000 others, in minutes: `TEST_LONG=1 pytest -m long`.
+`TEST_LONG=1 pytest -m long` sends 12,000 requests.
 """
 
 import asyncio
@@ -28,28 +28,28 @@ from tests.support.tiny_checkpoint import make_image, tiny_model
 CACHE_TOKENS = 4096
 """Of the cache, and of the model's context: one request can ask for all of it."""
 NUM_KEPT = 256
-"""Images that the smallest cache for them holds, 1 MiB: each is 16 tokens of 64 numbers."""
+"""Images that fit into the smallest image cache, 1 MiB: each has 16 features of 64 numbers."""
 NUM_KNOWN = 20
-"""Images that come again and again."""
+"""Images that are sent repeatedly."""
 MORE_OBJECTS = 500
-"""Python objects that may be new, of all types: one for three requests. Measured: 2 at most."""
+"""Python objects, of all types, that may be left after the requests."""
 STORY = " ".join(random.Random(1).choices("a big red dög sees where the old cat is".split(), k=200))
 
 
 @pytest.fixture
 def two_threads():
-    """With them, the engine computes steps side by side."""
+    """Give torch two threads, so that the engine computes steps in parallel."""
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
 
 
-class Visit(NamedTuple):
-    """A request, and how long its reader stays.
+class ClientRequest(NamedTuple):
+    """A request, and when its client goes away.
 
     Attributes:
-        num_chunks: the reader leaves after so many.
-        patience: the reader's task is cancelled once so many others have ended.
+        num_chunks: the client closes the stream after this many.
+        patience: the client's task is cancelled after this many others have ended.
     """
 
     prompt: Prompt
@@ -57,8 +57,8 @@ class Visit(NamedTuple):
     patience: float = math.inf
 
 
-def draw_visit(rng: random.Random, number: int) -> Visit:
-    """Return one of any size; half of the readers stay to the end."""
+def draw_request(rng: random.Random, number: int) -> ClientRequest:
+    """Return a random request; half of the clients read it to the end."""
     new = range(NUM_KNOWN + 2 * number, NUM_KNOWN + 2 * number + rng.randrange(3))
     images = [make_image(rng.choice([rng.randrange(NUM_KNOWN), seed, seed])) for seed in new]
     start = rng.choice([0, rng.randrange(400)])
@@ -69,25 +69,25 @@ def draw_visit(rng: random.Random, number: int) -> Visit:
         seed=number,
         num_logprobs=rng.choice([None, None, 2]),
     )
-    prompt = Prompt(f"visit-{number}", text, tuple(images), sampling)
+    prompt = Prompt(f"request-{number}", text, tuple(images), sampling)
     match rng.randrange(4):
         case 0:
-            return Visit(prompt, num_chunks=rng.randint(1, 8))
+            return ClientRequest(prompt, num_chunks=rng.randint(1, 8))
         case 1:
-            return Visit(prompt, patience=rng.randrange(16))
-    return Visit(prompt)
+            return ClientRequest(prompt, patience=rng.randrange(16))
+    return ClientRequest(prompt)
 
 
-async def read(engine: TorchEngine, visit: Visit, ends: Counter[str]) -> None:
-    """Read as much of the answer as is wanted, and count how that ended."""
+async def read(engine: TorchEngine, request: ClientRequest, ends: Counter[str]) -> None:
+    """Read the answer as far as its client does, and count how it ended."""
     num_chunks, end = 0, "cancelled"
     try:
-        async with aclosing(engine.stream(visit.prompt)) as chunks:
+        async with aclosing(engine.stream(request.prompt)) as chunks:
             async for chunk in chunks:
                 num_chunks += 1
                 if chunk.finish_reason is not None:
                     end = "whole"
-                elif num_chunks == visit.num_chunks:
+                elif num_chunks == request.num_chunks:
                     end = "left"
                     break
     finally:
@@ -95,15 +95,15 @@ async def read(engine: TorchEngine, visit: Visit, ends: Counter[str]) -> None:
 
 
 async def receive(engine: TorchEngine, rng: random.Random, numbers: range) -> Counter[str]:
-    """Let visitors come, 16 to 32 at a time; return how many visits ended in which way."""
+    """Send requests, 16 to 32 at a time; return how many ended in which way."""
     ends: Counter[str] = Counter()
     patience: dict[asyncio.Task[None], float] = {}
     most = 0
     for number in numbers:
         if number % 50 == 0:
             most = rng.randint(16, 32)
-        visit = draw_visit(rng, number)
-        patience[asyncio.create_task(read(engine, visit, ends))] = visit.patience
+        request = draw_request(rng, number)
+        patience[asyncio.create_task(read(engine, request, ends))] = request.patience
         await wait(patience, most - 1)
     await wait(patience, 0)
     ends["cancelled before the first chunk"] += len(numbers) - ends.total()  # and before any step
@@ -111,7 +111,7 @@ async def receive(engine: TorchEngine, rng: random.Random, numbers: range) -> Co
 
 
 async def wait(patience: dict[asyncio.Task[None], float], most: int) -> None:
-    """Wait until no more than so many tasks are left; cancel those whose patience ends."""
+    """Wait until at most `most` tasks are left; cancel those whose patience ends."""
     while len(patience) > most:
         done, _ = await asyncio.wait(patience, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -126,7 +126,7 @@ async def wait(patience: dict[asyncio.Task[None], float], most: int) -> None:
 
 
 async def forget_prompts(engine: TorchEngine) -> None:
-    """Let the engine forget what it keeps of prompts: one request asks for all of the cache."""
+    """Empty the prefix cache with one request that needs the whole cache."""
     sampling = Sampling(ignore_eos=True)
     async with aclosing(engine.stream(Prompt("whole", "a", (), sampling))) as chunks:
         await anext(chunks)
@@ -134,7 +134,7 @@ async def forget_prompts(engine: TorchEngine) -> None:
 
 
 def count_objects() -> Counter[str]:
-    """Return how many objects there are, in all and of some types."""
+    """Return the number of Python objects, in all and of some types."""
     loop = asyncio.get_running_loop()
     gc.collect()
     objects = gc.get_objects()

@@ -1,4 +1,4 @@
-"""Weights of 16 and of 8 bits, keys and values of 16: what the engine answers with them."""
+"""The engine's answers with weights in 16 and in 8 bits, and with keys and values in 16 bits."""
 
 import asyncio
 from pathlib import Path

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 
 @dataclass
-class Place:
+class ServedTwice:
     """An application that serves one checkpoint twice: as `ours` and as `theirs`."""
 
     url: str
@@ -78,9 +78,9 @@ def find_worker(replica: int) -> psutil.Process:
     scope="module",
     params=[pytest.param(name, marks=getattr(pytest.mark, name)) for name in OPTIONS],
 )
-def place(
+def twice(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Place]:
+) -> Iterator[ServedTwice]:
     name = request.param
     variable = f"LLAVA_RAY_{name.upper()}_PYTHON"
     if not (python := os.environ.get(variable)):
@@ -108,9 +108,9 @@ def place(
     serve.run(
         build_app(ServeConfig(models=[ours, theirs], page=False)), name=app, route_prefix=f"/{app}"
     )
-    place = Place(f"{url}/{app}", app, REFUSES[name])
-    yield place
-    replica = place.find_replica()
+    twice = ServedTwice(f"{url}/{app}", app, REFUSES[name])
+    yield twice
+    replica = twice.find_replica()
     assert replica, "it runs to the end"
     processes = psutil.Process(replica).children(recursive=True)
     serve.delete(app)
@@ -118,9 +118,9 @@ def place(
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
-def test_it_says_about_images_what_our_own_engine_says(place: Place, num_images: int) -> None:
+def test_it_says_about_images_what_our_own_engine_says(twice: ServedTwice, num_images: int) -> None:
     ours, theirs = (
-        place.ask(model, "What is it?", num_images=num_images, logprobs=True, top_logprobs=2)
+        twice.ask(model, "What is it?", num_images=num_images, logprobs=True, top_logprobs=2)
         for model in ("ours", "theirs")
     )
     assert ours["status"] == theirs["status"] == 200, theirs
@@ -134,7 +134,7 @@ def test_it_says_about_images_what_our_own_engine_says(place: Place, num_images:
         assert other["logprob"] == pytest.approx(mine["logprob"], abs=ROUNDING)
 
 
-def test_every_field_of_sampling_is_taken_or_refused_by_name(place: Place) -> None:
+def test_every_field_of_sampling_is_taken_or_refused_by_name(twice: ServedTwice) -> None:
     fields: dict[str, Any] = {
         "temperature": 0.7,
         "top_p": 0.9,
@@ -149,28 +149,30 @@ def test_every_field_of_sampling_is_taken_or_refused_by_name(place: Place) -> No
         "stop": ["never said"],
         "n": 2,
     }
-    for name in place.refuses:
-        refused = place.ask("theirs", "Who?", **{name: fields.pop(name)})
+    for name in twice.refuses:
+        refused = twice.ask("theirs", "Who?", **{name: fields.pop(name)})
         assert (refused["status"], refused["error"]["param"]) == (400, name)
-    first, again = (place.ask("theirs", "Who?", num_images=1, **fields) for _ in range(2))
+    first, again = (twice.ask("theirs", "Who?", num_images=1, **fields) for _ in range(2))
     assert first["status"] == 200, first
     assert len(first["choices"]) == 2
     if "seed" in fields:
         assert again["choices"] == first["choices"], "the same seed"
-    bent = place.ask("theirs", "Who?", logit_bias={"70": 100})
+    bent = twice.ask("theirs", "Who?", logit_bias={"70": 100})
     if bent["status"] == 200:
         assert len(set(bent["choices"][0]["message"]["content"])) == 1
     else:
         assert (bent["status"], bent["error"]["param"]) == (400, "logit_bias")
-    long = place.ask("theirs", "Who?", max_tokens=10_000)
+    long = twice.ask("theirs", "Who? " * 10_000)
     assert (long["status"], long["error"]["code"]) == (400, "context_length_exceeded")
 
 
-def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(place: Place) -> None:
-    before = place.find_replica()
+def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(
+    twice: ServedTwice,
+) -> None:
+    before = twice.find_replica()
     assert before is not None
     body = {"model": "theirs", "messages": [say("Go on", 1)], **ENDLESS}
-    address = f"{place.url}/v1/chat/completions"
+    address = f"{twice.url}/v1/chat/completions"
     worker = find_worker(before)
     events: list[dict[str, Any]] = []
     with httpx.stream("POST", address, json=body, timeout=60) as reply:
@@ -183,6 +185,6 @@ def test_kill_9_of_what_computes_fails_what_runs_and_brings_a_new_replica(place:
     assert "try again" in events[-1]["error"]["message"]
 
     wait_until(
-        lambda: place.find_replica() not in (None, before), "another runs", patience_s=TIMEOUT_S
+        lambda: twice.find_replica() not in (None, before), "another runs", patience_s=TIMEOUT_S
     )
-    assert place.ask("theirs", "Are you there?", num_images=1)["status"] == 200
+    assert twice.ask("theirs", "Are you there?", num_images=1)["status"] == 200

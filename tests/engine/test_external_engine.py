@@ -1,4 +1,4 @@
-"""Engines in processes of their own: what every one of them does, with a scripted one; then vLLM
+"""Engines in processes of their own: what all of them do, with a scripted one; then vLLM
 and SGLang themselves, through the application, where their environments are."""
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Whatever a request asks of sampling, it gets an answer or an error of its own; others go on."""
+"""Any sampling settings give an answer or an error for that request; other requests go on."""
 
 import asyncio
 import json

@@ -14,7 +14,7 @@ from llava_ray.types import Chunk, Sampling, TokenLogprob
 from tests.support.engine_requests import load, prompt, read
 from tests.support.tiny_checkpoint import make_image, tiny_model
 
-PICTURED = ("USER: <image> what is it? ASSISTANT:", make_image(3))
+WITH_IMAGE = ("USER: <image> what is it? ASSISTANT:", make_image(3))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def tokens_of(chunks: list[Chunk]) -> list[TokenLogprob]:
 
 
 def test_logprobs_are_those_that_generate_computes_whatever_is_sampled(core) -> None:
-    inputs = core.encode(*PICTURED[:1], PICTURED[1:])
+    inputs = core.encode(*WITH_IMAGE[:1], WITH_IMAGE[1:])
     made = core.model.generate(
         **inputs,
         max_new_tokens=12,
@@ -45,7 +45,7 @@ def test_logprobs_are_those_that_generate_computes_whatever_is_sampled(core) -> 
 
     async def main() -> None:
         engine = load()
-        asked = prompt(*PICTURED, max_tokens=12, repetition_penalty=1.4, num_logprobs=5)
+        asked = prompt(*WITH_IMAGE, max_tokens=12, repetition_penalty=1.4, num_logprobs=5)
         beside = prompt("a", max_tokens=12, temperature=1.0, seed=1, num_logprobs=0)
         chunks, others = await asyncio.gather(read(engine, asked), read(engine, beside))
         tokens = tokens_of(chunks)

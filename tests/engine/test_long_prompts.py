@@ -15,7 +15,7 @@ ROOM = 512
 
 
 class CountingTokenizer:
-    """The model's tokenizer; it remembers the longest text that it has got."""
+    """The model's tokenizer; it records the longest text that it was given."""
 
     def __init__(self, tokenizer) -> None:
         self._tokenizer = tokenizer

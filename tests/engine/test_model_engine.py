@@ -19,6 +19,7 @@ KINDS = {
     "anyres": Original(text="mistral", aspect="anyres", merge="spatial_unpad"),
     "three-layer projector": Original(text="qwen2", projector="mlp3x_gelu"),
     "siglip": Original(tower="siglip", aspect="pad"),
+    "a newline behind each image": Original(text="qwen2", aspect="pad", merge="spatial_unpad"),
 }
 
 

@@ -1,6 +1,7 @@
-"""Steps launched before the tokens of the one before are known: the same answers, none waited for.
+"""Steps that are launched before the previous step's tokens are known: the answers are the same.
 
-A GPU's way; here the CPU computes each step when it is launched, and all else is as there.
+This is how the engine works on a GPU. Here the CPU computes each step when it is launched;
+everything else is the same.
 """
 
 import asyncio

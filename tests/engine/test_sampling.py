@@ -176,7 +176,7 @@ def decode(ids: list[int]) -> str:
 
 
 def test_greedy_answers_with_penalties_are_those_of_generate() -> None:
-    pictured = ("USER: <image> what is it? ASSISTANT:", make_image(3))
+    with_image = ("USER: <image> what is it? ASSISTANT:", make_image(3))
     asked = [
         ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.3}),
         ({"repetition_penalty": 0.8}, {"repetition_penalty": 0.8}),
@@ -185,9 +185,9 @@ def test_greedy_answers_with_penalties_are_those_of_generate() -> None:
 
     async def main() -> None:
         engine = load()
-        prompts = [prompt(*pictured, max_tokens=30, **ours) for ours, _ in asked]
+        prompts = [prompt(*with_image, max_tokens=30, **ours) for ours, _ in asked]
         answers = await asyncio.gather(*[answer(engine, each) for each in prompts])
-        plain = await answer(engine, prompt(*pictured, max_tokens=30))
+        plain = await answer(engine, prompt(*with_image, max_tokens=30))
         for each, got, (_, theirs) in zip(prompts, answers, asked, strict=True):
             assert got == decode(generate(each, **theirs)) != plain
         await engine.close()

@@ -1,4 +1,4 @@
-"""What the engine's own kernels share with torch: its threads."""
+"""The engine's own kernels run on torch's threads."""
 
 import threading
 

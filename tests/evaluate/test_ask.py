@@ -128,6 +128,12 @@ def test_only_our_own_models_tell_their_weights() -> None:
     assert is_known_by_weights(configure(engine="echo"), digest_model(configure(engine="echo"), ""))
 
 
+def test_a_question_may_have_any_id() -> None:
+    ids = ["é", "猫", "a b", "line\nbreak", "\ud800", "", "x" * 5000, "\0"]
+    told = ask(lambda _: "yes", *(Question(each, "?") for each in ids))
+    assert [(p.question_id, p.status) for p in told] == [(each, "answered") for each in ids]
+
+
 def test_a_question_of_lone_surrogates_is_refused_and_ends_nothing() -> None:
     told = ask(lambda _: "yes", Question("1", "\ud800?"), Question("2", "fine"))
     assert [p.status for p in told] == ["refused", "answered"]

@@ -1,4 +1,4 @@
-"""Responses are graded by a judge at a real server, which may fail or talk nonsense."""
+"""Responses are graded by a judge at a real server, whose verdicts may be missing or malformed."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What is live is known by its weights; a server that does not tell them is asked anew."""
+"""Live models are identified by their weights; a server without a fingerprint is asked again."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a run leaves behind can be looked at and compared with another run."""
+"""The results of a run can be inspected and compared with those of another run."""
 
 import json
 import re

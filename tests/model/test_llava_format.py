@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,18 +79,32 @@ def test_the_tower_may_lie_beside_the_checkpoint_with_its_weights(tmp_path: Path
     assert_same_logits(load(original.write(tmp_path / "a", tower_inside=False)), original)
 
 
-@pytest.mark.parametrize(
-    "told", [{}, {"unfreeze_mm_vision_tower": True}, {"mm_tunable_parts": "mm_vision_tower,mm_mlp"}]
-)
-def test_a_tower_is_read_from_its_own_files_unless_it_was_trained(told, tmp_path: Path) -> None:
-    original = Original(extra=told)
+FAMILIES: dict[str, tuple[dict[str, Any], bool]] = {
+    "LLaVA 1.5": ({}, False),
+    "LLaVA 1.6, of LLaVA's own code": ({"image_crop_resolution": 224}, False),
+    "LLaVA's own code, tower trained": ({"unfreeze_mm_vision_tower": True}, True),
+    "LLaVA-NeXT, tower trained": ({"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"}, True),
+    "LLaVA-NeXT, tower frozen": ({"mm_tunable_parts": "mm_mlp_adapter"}, True),
+    "LLaVA-NeXT, nothing set": ({"mm_tunable_parts": None, "mm_newline_position": "grid"}, True),
+    "LLaVA-NeXT, told by a null": ({"mm_spatial_pool_stride": None}, True),
+}
+"""Fields of config.json, and whether that code computes with the tower in the checkpoint."""
+
+
+@pytest.mark.parametrize("text", ["llama", "qwen2"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tower_is_read_where_the_code_that_trained_it_reads_it(
+    family: str, text: str, tmp_path: Path
+) -> None:
+    fields, is_inside = FAMILIES[family]
+    is_inside = is_inside or text == "qwen2"  # only LLaVA-NeXT has Qwen
+    original = Original(text=text, extra=fields)
     folder = original.write(tmp_path / "model")
     with torch.no_grad():  # what lies beside is another than what is inside
         for parameter in original.vision.parameters():
             parameter += 0.2
     original.write_tower(tmp_path / "the-tower")
-    expected = original if not told else Original()
-    assert_same_logits(load(folder), expected)
+    assert_same_logits(load(folder), Original(text=text) if is_inside else original)
 
 
 def test_a_given_tower_is_taken(tmp_path: Path) -> None:

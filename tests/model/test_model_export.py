@@ -28,6 +28,8 @@ NOT_IN_HF = {
     "anyres, flat, class token": "this checkpoint by flat",
     "anyres, spatial": r"this checkpoint by spatial \(mm_patch",
     "anyres, unpad, mpt, linear": "does not support MPT",
+    "NeXT, square, unpad": "puts no newline behind an image",
+    "NeXT, pad, unpad, qwen2": "puts no newline behind an image",
 }
 IN_HF = [kind for kind in KINDS if kind not in NOT_IN_HF]
 

@@ -16,7 +16,7 @@ from llava_ray.model.loading import load_without_weights
 from llava_ray.types import ImagePart, Message, TextPart
 from tests.support.hf_checkpoints import write_published
 from tests.support.llava_checkpoints import Original
-from tests.support.reference_logits import load
+from tests.support.reference_logits import assert_same_logits, load
 
 IMAGE = ImagePart(b"")
 TEXT_ONLY = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -125,6 +125,12 @@ def test_a_template_that_is_not_known_is_not_guessed(eos: str, tmp_path: Path) -
 
 # ---- numbers of image tokens ----
 
+
+def change_tower(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(folder / "config.json", vision_config=config["vision_config"] | fields)
+
+
 MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "no class token": (
         "llava",
@@ -145,6 +151,71 @@ MISFITS: dict[str, tuple[str, Callable[[Path], None], str]] = {
         "llava",
         lambda folder: remove(folder / "config.json", "image_token_index", "image_token_id"),
         '"image_token_index": ',
+    ),
+    "text for a number": (
+        "llava",
+        lambda folder: change(folder / "processor_config.json", num_additional_image_tokens="1"),
+        "num_additional_image_tokens='1' is not a number of at least 0: remove it",
+    ),
+    "a number below one": (
+        "llava_next",
+        lambda folder: change(folder / "processor_config.json", patch_size=-7),
+        "patch_size=-7 is not a number of at least 1: remove it",
+    ),
+    "a number for an image token": (
+        "llava",
+        lambda folder: change(folder / "processor_config.json", image_token=5),
+        "image_token=5 is not text",
+    ),
+    "a class token in each tile": (
+        "llava_next",
+        lambda folder: change(folder / "config.json", vision_feature_select_strategy="full"),
+        "vision_feature_select_strategy='full'",
+    ),
+    "a strategy that is not known": (
+        "llava",
+        lambda folder: change(folder / "config.json", vision_feature_select_strategy="patch"),
+        "vision_feature_select_strategy",
+    ),
+    "a layer that the tower lacks": (
+        "llava_onevision",
+        lambda folder: change(folder / "config.json", vision_feature_layer=99),
+        "layer 99",
+    ),
+    "other tiles": (
+        "llava_next",
+        lambda folder: change(folder / "config.json", image_grid_pinpoints=[[28, 28]]),
+        "image_grid_pinpoints=[[28, 28]]",
+    ),
+    "tiles of nothing": (
+        "llava_onevision",
+        lambda folder: change(folder / "config.json", image_grid_pinpoints=None),
+        "image_grid_pinpoints=",
+    ),
+    "another rule for many tiles": (
+        "llava_onevision",
+        lambda folder: change(folder / "config.json", vision_aspect_ratio="anyres_max_"),
+        "vision_aspect_ratio='anyres_max_'",
+    ),
+    "no tower": (
+        "llava",
+        lambda folder: change(folder / "config.json", vision_config=None),
+        "336 x 336",  # transformers' own tower
+    ),
+    "a tower that nobody knows": (
+        "llava",
+        lambda folder: change_tower(folder, model_type="intern_vit"),
+        "the vision tower has model_type 'intern_vit'; only CLIP and SigLIP",
+    ),
+    "a tower that is a whole model": (
+        "llava_next",
+        lambda folder: change_tower(folder, model_type="qwen2_vl"),
+        "the vision tower has model_type 'qwen2_vl'",
+    ),
+    "a tower of another family": (
+        "llava",
+        lambda folder: change_tower(folder, model_type="dinov2"),
+        "the vision tower has model_type 'dinov2'",
     ),
 }
 
@@ -174,6 +245,51 @@ def test_fields_that_are_null_or_missing_have_the_towers_values(kind: str, tmp_p
             assert getattr(found, name, None) == getattr(expected, name, None), name
 
 
+TOWER_MISFITS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "tiles of another size": (
+        lambda folder, _: change(
+            folder / "config.json", image_aspect_ratio="anyres", image_grid_pinpoints=[[30, 50]]
+        ),
+        "use multiples of 28",
+    ),
+    "a layer that the tower lacks": (
+        lambda folder, _: change(folder / "config.json", mm_vision_select_layer=99),
+        "layer 99",
+    ),
+    "a size that is none": (
+        lambda _, tower: change(tower / "preprocessor_config.json", size=28.5),
+        "does not describe image preprocessing",
+    ),
+    "no size": (
+        lambda _, tower: change(tower / "preprocessor_config.json", size=None, crop_size=None),
+        "the image preprocessing cannot be used",
+    ),
+    "no patch size": (lambda _, tower: remove(tower / "config.json", "patch_size"), "patch_size"),
+    "a tower of another family": (
+        lambda _, tower: change(tower / "config.json", model_type="dinov2"),
+        "the vision tower has model_type 'dinov2'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOWER_MISFITS)
+def test_a_tower_that_does_not_fit_llavas_format_is_refused(name: str, tmp_path: Path) -> None:
+    folder = Original().write(tmp_path / "model")
+    spoil, message = TOWER_MISFITS[name]
+    spoil(folder, tmp_path / "the-tower")
+    assert message in refuse(folder)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_a_towers_configuration_tells_its_kind(kind: str, tmp_path: Path) -> None:
+    original = Original(tower=kind)
+    folder = original.write(tmp_path / "model")
+    other = "CLIPImageProcessor" if kind == "siglip" else "SiglipImageProcessor"
+    for said in (other, None):
+        change(tmp_path / "the-tower" / "preprocessor_config.json", image_processor_type=said)
+        assert_same_logits(load(folder), original)
+
+
 def test_images_of_another_size_than_the_tower_reads_are_refused(tmp_path: Path) -> None:
     folder = Original().write(tmp_path / "model")
     change(tmp_path / "the-tower" / "preprocessor_config.json", size=56, crop_size=56)
@@ -182,9 +298,7 @@ def test_images_of_another_size_than_the_tower_reads_are_refused(tmp_path: Path)
 
 def test_a_tower_of_another_kind_is_named_with_what_serves_it(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", "llava")
-    config = json.loads((folder / "config.json").read_text())
-    vision = {"model_type": "pixtral", "image_size": 28, "patch_size": 7, "hidden_size": 16}
-    change(folder / "config.json", vision_config=config["vision_config"] | vision)
+    change_tower(folder, model_type="pixtral", image_size=28, patch_size=7, hidden_size=16)
     with pytest.raises(ConfigError, match=r"'pixtral'.*engine: vllm"):
         load(folder)
     assert any("'pixtral'" in problem for problem in diagnose(folder).problems)

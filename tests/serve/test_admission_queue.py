@@ -1,4 +1,4 @@
-"""Slots of a model go to API keys in turn, one for each answer, and none is lost."""
+"""A model's slots are given to API keys in turn, one for each answer, and none is lost."""
 
 import asyncio
 

@@ -1,5 +1,7 @@
 """The rest of the OpenAI API over HTTP, through the unmodified `openai` client."""
 
+import gzip
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,6 +127,36 @@ def test_tokens_there_and_back(served: str, prefix: str) -> None:
     wrong = httpx.get(f"{served}{prefix}/tokenize", timeout=PATIENCE_S)
     assert wrong.status_code == 405
     assert "use POST" in wrong.json()["error"]["message"]
+
+
+def test_habits_of_clients_are_met_behind_serves_proxy(served: str, client: openai.OpenAI) -> None:
+    asked = say("Hello", max_tokens=10**7, reasoning_effort="low", length_penalty=1.0, foo=[1])
+    asked["messages"] += [
+        {"role": "assistant", "content": None, "tool_calls": [], "refusal": None},
+        {"role": "system", "content": "Be brief.", "cache_control": {"type": "ephemeral"}},
+    ]
+    packed = gzip.compress(json.dumps(asked).encode())
+    headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    reply = httpx.post(
+        f"{served}/v1/chat/completions/", content=packed, headers=headers, timeout=PATIENCE_S
+    )
+    assert reply.json()["choices"][0]["message"]["content"] == "Be brief. (0 images)"
+    assert reply.headers["x-llava-ray-ignored"] == "reasoning_effort, foo"
+    paths = ("/v1/models", "/v1/models/echo", "/usage", "/openapi.json")
+    for path in (*paths, "/healthz", "/readyz", "/health"):
+        head = httpx.head(served + path, timeout=PATIENCE_S)
+        assert (head.status_code, head.content) == (200, b"")
+        assert httpx.get(f"{served}{path}/", timeout=PATIENCE_S).status_code == 200
+    with (
+        openai.OpenAI(base_url=served, api_key="none", max_retries=0) as misled,
+        pytest.raises(openai.NotFoundError, match=f"set the base URL of the client to {served}/v1"),
+    ):
+        misled.chat.completions.create(**say("Hello"))
+    usage: Any = {"include_usage": True, "continuous_usage_stats": True}
+    stream = client.chat.completions.create(**say("a b"), stream=True, stream_options=usage)
+    counts = [event.usage.completion_tokens for event in stream if event.usage]
+    assert counts == sorted(counts)
+    assert len(set(counts)) > 2
 
 
 def test_models_tell_their_context(client: openai.OpenAI) -> None:

@@ -1,4 +1,4 @@
-"""The door: keys, budgets, fairness, deadlines and retries, through a real gateway."""
+"""Authentication and limits: keys, budgets, fairness, deadlines, retries; through a gateway."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -17,14 +17,14 @@ from llava_ray.errors import AuthError, RateLimitError
 from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.gateway import openai_routes
 from llava_ray.serve.gateway.rate_limit import Account
-from llava_ray.types import Usage
+from llava_ray.serve.usage import Usage
 from tests.support.local_gateway import KEYS, PATH, Nearby, body, run_nearby
 
 LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 
 
 def keys(**limits: Any) -> dict[str, Any]:
-    """The configuration with the keys, of which alice's has these limits and carol is admin."""
+    """Return settings with keys: alice's has these limits, carol's is an admin key."""
     made = [
         KeyConfig(name=name, sha256=hash_key(key), is_admin=name == "carol")
         for name, key in KEYS.items()
@@ -422,7 +422,7 @@ def test_the_length_of_answers_can_be_limited() -> None:
             assert there.talker.last_request is not None
             assert there.talker.last_request.sampling.max_tokens == expected
 
-    play(scene, limits=LimitsConfig(max_tokens=100))
+    play(scene, limits=LimitsConfig(max_tokens=100, excess_max_tokens="refuse"))
 
 
 def test_bodies_that_are_no_requests_are_counted_as_errors() -> None:

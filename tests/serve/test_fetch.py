@@ -1,4 +1,4 @@
-"""Images from the web: what is fetched, and the ways to another place that are all refused."""
+"""Images from the web: what is fetched, and how every way to another address is refused."""
 
 import asyncio
 import ssl
@@ -13,7 +13,7 @@ import pytest
 
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
-from llava_ray.errors import FetchError, ImageError, LinkError, LlavaRayError
+from llava_ray.errors import FetchError, ImageError, ImageUrlError, LlavaRayError
 from llava_ray.serve.fetch.client import Fetcher
 from llava_ray.serve.fetch.ip_policy import is_public
 from llava_ray.serve.fetch.url_policy import check_url, read_image_url
@@ -92,7 +92,7 @@ def test_addresses_that_are_not_public_are_not(address: str) -> None:
     ],
 )
 def test_an_address_that_leads_elsewhere_is_refused_with_the_remedy(url: str, words: str) -> None:
-    with pytest.raises(LinkError, match=words) as caught:
+    with pytest.raises(ImageUrlError, match=words) as caught:
         check_url(url, OPEN, param=PARAM)
     assert (caught.value.status, caught.value.code) == (400, "image_url_refused")
     assert caught.value.param == PARAM
@@ -118,7 +118,7 @@ def test_with_a_list_of_hosts_there_are_no_others() -> None:
     for host in ("images.example", "a.trusted.example", "a.b.trusted.example"):
         assert check_url(f"http://{host}/", config, param=PARAM).host == host
     for host in ("example.org", "trusted.example", "untrusted.example", "x.images.example"):
-        with pytest.raises(LinkError, match=r"not among those allowed; use Images\.example"):
+        with pytest.raises(ImageUrlError, match=r"not among those allowed; use Images\.example"):
             check_url(f"http://{host}/", config, param=PARAM)
 
 
@@ -128,7 +128,7 @@ def test_nothing_is_fetched_unless_the_configuration_names_hosts() -> None:
 
 
 class NameServer:
-    """Gives the next answer of its list for a name; the last one stays."""
+    """Returns the next answer of its list for a name, and the last one from then on."""
 
     def __init__(self, **answers: list[list[str]]) -> None:
         self.answers = answers
@@ -141,7 +141,7 @@ class NameServer:
 
 
 class World:
-    """One who fetches, the bad web, and its name server."""
+    """A fetcher, the misbehaving web servers, and their name server."""
 
     def __init__(self, web: BadWeb, fetch: dict[str, Any], limits: dict[str, Any]) -> None:
         self.web = web
@@ -224,7 +224,7 @@ def test_a_request_without_addresses_is_left_as_it_is() -> None:
 def test_no_name_leads_into_the_inner_network(host: str, words: str, is_redirect: bool) -> None:
     async def play(there: World) -> None:
         url = there.url("/a.png", host)
-        with pytest.raises(LinkError, match=words) as caught:
+        with pytest.raises(ImageUrlError, match=words) as caught:
             await there.get(f"/to/{url}" if is_redirect else url)
         assert caught.value.param == "image 0"
 
@@ -247,7 +247,7 @@ def test_no_name_leads_into_the_inner_network(host: str, words: str, is_redirect
 )
 def test_a_redirect_is_checked_like_an_address(target: str) -> None:
     async def play(there: World) -> None:
-        with pytest.raises(LinkError):
+        with pytest.raises(ImageUrlError):
             await there.get(f"/to/{target}")
 
     run(play)
@@ -258,10 +258,10 @@ def test_a_name_that_changes_its_mind_is_asked_once_for_each_connection() -> Non
         turning = there.url("/a.png", "turning.example")
         assert await there.get(turning) == [png()]  # connected to what was checked
         assert there.names.num_asked == 1
-        with pytest.raises(LinkError):
+        with pytest.raises(ImageUrlError):
             await there.get(turning)
         there.names.answers["turning"] = [[PUBLIC], [PRIVATE]]
-        with pytest.raises(LinkError):  # the second time on the way of one image
+        with pytest.raises(ImageUrlError):  # the second time on the way of one image
             await there.get(there.url(f"/to/{turning}", "turning.example"))
 
     run(play)
@@ -303,7 +303,9 @@ def test_a_bad_web_server_is_named_and_what_it_did(path: str, words: str) -> Non
     run(play, {"timeout_s": timeout_s}, max_image_bytes=100_000)
 
 
-@pytest.mark.parametrize("media_type", ["image/webp", "application/octet-stream", ""])
+@pytest.mark.parametrize(
+    "media_type", ["image/webp", "image/mpo", "None", "binary/octet-stream", ""]
+)
 def test_a_media_type_that_may_be_an_image_is_taken(media_type: str) -> None:
     assert run(lambda there: there.get(f"/type/{media_type}")) == [png()]
 

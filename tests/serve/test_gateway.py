@@ -129,7 +129,8 @@ def test_bad_requests_have_a_status_and_a_remedy_and_harm_nobody(
 def test_health_and_unknown_routes(served: str) -> None:
     assert httpx.get(f"{served}/healthz", timeout=PATIENCE_S).json() == {"status": "alive"}
     ready = wait_until_ready(served)
-    assert ready == {"status": "ready", "models": {"echo": "ready", "other": "ready"}}
+    assert ready["status"] == "ready"
+    assert ready["models"] == {"echo": "ready", "other": "ready"}
     for method, path, status, words in (
         ("GET", "/v1/nothing", 404, "POST /v1/chat/completions"),
         ("GET", PATH, 405, "use POST"),
@@ -192,9 +193,9 @@ TROUBLE = LimitsConfig(max_body_bytes=10_000)
 
 @pytest.fixture(scope="module")
 def troubled(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a second application, whose models do what the user's words ask for.
+    """Address of a second application, whose models behave as the question says.
 
-    `slow` has one replica, which takes eight requests at once; `frail` has two that may die.
+    `slow` has one replica, which takes eight requests at once; `frail` has two, which tests kill.
     """
     from ray import serve
 
@@ -359,7 +360,7 @@ def test_an_engine_that_says_nothing_is_an_engine_error(troubled: str) -> None:
 
 
 def test_a_full_model_says_so_at_once_and_when_to_come_back(troubled: str) -> None:
-    async def crowd() -> list[httpx.Response]:
+    async def send_many() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=troubled, timeout=PATIENCE_S) as client:
             body = say("linger", "slow", stream=True)
             async with AsyncExitStack() as stack, asyncio.timeout(PATIENCE_S):
@@ -376,7 +377,7 @@ def test_a_full_model_says_so_at_once_and_when_to_come_back(troubled: str) -> No
                     request.cancel()
             return [*(task.result() for task in done), ready]
 
-    *replies, ready = asyncio.run(crowd())
+    *replies, ready = asyncio.run(send_many())
     for reply in replies:
         assert reply.status_code == 503
         assert int(reply.headers["Retry-After"]) >= 1
@@ -426,7 +427,7 @@ def test_readiness_says_which_model_is_missing() -> None:
 
 def test_a_model_that_does_not_wake_says_since_when() -> None:
     class Sleeper:
-        """A handle that waits for a replica which nobody has room for."""
+        """A handle that waits for a replica for which no node has room."""
 
         chat = property(lambda self: self)
 

@@ -1,6 +1,6 @@
-"""kill -9 of a replica, a gateway and the page while clients stream: who notices, what comes next.
+"""kill -9 of a replica, a gateway and the page while clients stream: who sees it, what comes back.
 
-Two gateways, two replicas of a model whose answers last until they are told to end, and the page.
+Two gateways, the page, and two replicas of a model whose answers last until a test ends them.
 """
 
 import asyncio
@@ -38,7 +38,7 @@ def say(words: str) -> dict[str, Any]:
 
 
 @dataclass
-class Place:
+class Deployed:
     """The applications, and a file whose presence ends all answers."""
 
     api: str
@@ -54,7 +54,7 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def deployed(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployed]:
     from ray import serve
 
     from llava_ray.serve.gateway.deployment import Gateway
@@ -92,19 +92,19 @@ def place(served: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pla
     serve.run(bound, name="kills", route_prefix="/kills")
     page = PageConfig(gateway_url=f"{served}/kills")
     serve.run(build_app(page), name="kills-page", route_prefix="/kills-page")
-    yield Place(f"{served}/kills", f"{served}/kills-page", end)
+    yield Deployed(f"{served}/kills", f"{served}/kills-page", end)
     serve.delete("kills-page")
     serve.delete("kills")
 
 
 @dataclass
 class Client:
-    """One who listens to an answer until it ends, however that is.
+    """A client that reads one answer until it ends.
 
     Attributes:
-        replica: the process that answers.
-        outcome: how it ended: "end", the code of an error, or the name of an exception.
-        ended_at: when, by `time.monotonic`.
+        replica: id of the process that answers.
+        outcome: how the answer ended: "end", the code of an error, or the name of an exception.
+        ended_at: when it ended, by `time.monotonic`.
     """
 
     listen: Callable[["Client"], str]
@@ -122,9 +122,9 @@ class Client:
         self.has_begun.set()
 
 
-def ask_gateway(place: Place) -> Callable[[Client], str]:
+def ask_gateway(deployed: Deployed) -> Callable[[Client], str]:
     def listen(client: Client) -> str:
-        url, said_last = f"{place.api}/v1/chat/completions", ""
+        url, said_last = f"{deployed.api}/v1/chat/completions", ""
         body = say(QUESTION) | {"stream": True}
         with httpx.stream("POST", url, json=body, timeout=PATIENCE_S) as reply:
             for line in reply.iter_lines():
@@ -143,11 +143,11 @@ def ask_gateway(place: Place) -> Callable[[Client], str]:
     return listen
 
 
-def ask_page(place: Place) -> Callable[[Client], str]:
+def ask_page(deployed: Deployed) -> Callable[[Client], str]:
     def listen(client: Client) -> str:
         shown = ""
         call = ("answer", [said(QUESTION)], [], "lasting", "", False, *PARAMETERS)
-        for chat, _ in Visitor(place.page).run(*call):
+        for chat, _ in Visitor(deployed.page).run(*call):
             shown = texts(chat)[1]
             if shown.count(" ") > 1:
                 client.has_begun.set()
@@ -156,13 +156,13 @@ def ask_page(place: Place) -> Callable[[Client], str]:
     return listen
 
 
-class Crowd:
-    """Clients that all listen at the same time; they have begun when this is made."""
+class ClientGroup:
+    """Clients that read streams at the same time; all streams have begun after `__init__`."""
 
-    def __init__(self, place: Place, listen: Callable[[Client], str]) -> None:
+    def __init__(self, deployed: Deployed, listen: Callable[[Client], str]) -> None:
         self.clients = [Client(listen) for _ in range(NUM_CLIENTS)]
-        self._place = place
-        place.end.unlink(missing_ok=True)
+        self._place = deployed
+        deployed.end.unlink(missing_ok=True)
         self._threads = ThreadPoolExecutor(NUM_CLIENTS)
         for client in self.clients:
             self._threads.submit(client.run)
@@ -170,74 +170,76 @@ class Crowd:
             assert not client.outcome, client.outcome
 
     def let_end(self) -> None:
-        """End the answers that are left, and wait for all."""
+        """End the remaining answers, and wait for all clients."""
         self._place.end.touch()
         self._threads.shutdown()
 
 
 def kill(pid: int) -> float:
-    """Return when."""
+    """Kill a process with SIGKILL; return the time."""
     os.kill(pid, signal.SIGKILL)
     return time.monotonic()
 
 
-def wait_until_well(place: Place) -> None:
-    """Return when a request is answered as if nothing had happened, and all processes are back."""
+def wait_until_well(deployed: Deployed) -> None:
+    """Wait until a request is answered normally and all processes run again."""
     parts = [("kills", "lasting", 2), ("kills", "gateway", 2), ("kills-page", "page", 1)]
 
     def is_well() -> bool:
         with suppress(httpx.HTTPError):
-            url = f"{place.api}/v1/chat/completions"
+            url = f"{deployed.api}/v1/chat/completions"
             asked = httpx.post(url, json=say("Hello"), timeout=PATIENCE_S)
-            seen = httpx.get(f"{place.page}/config", timeout=PATIENCE_S)
+            seen = httpx.get(f"{deployed.page}/config", timeout=PATIENCE_S)
             return (asked.status_code, seen.status_code) == (200, 200)
         return False
 
     wait_until(is_well, "requests are answered")
     for app, deployment, count in parts:
         wait_until(
-            lambda: len(place.find_pids(app, deployment)) == count,  # noqa: B023
+            lambda: len(deployed.find_pids(app, deployment)) == count,  # noqa: B023
             f"{count} replicas of {deployment} run",
         )
     assert is_well()
 
 
-def test_a_replica_that_is_killed_is_told_to_those_whom_it_answered_alone(place: Place) -> None:
-    crowd = Crowd(place, ask_gateway(place))
-    victim = crowd.clients[0].replica
+def test_a_replica_that_is_killed_is_told_to_those_whom_it_answered_alone(
+    deployed: Deployed,
+) -> None:
+    group = ClientGroup(deployed, ask_gateway(deployed))
+    victim = group.clients[0].replica
     killed_at = kill(victim)
-    hit = [client for client in crowd.clients if client.replica == victim]
+    hit = [client for client in group.clients if client.replica == victim]
     wait_until(lambda: all(client.outcome for client in hit), "who is hit has an error")
-    crowd.let_end()
+    group.let_end()
     assert {client.outcome for client in hit} == {"engine_error"}
     assert max(client.ended_at for client in hit) < killed_at + SOON_S
-    spared = [client.outcome for client in crowd.clients if client not in hit]
+    spared = [client.outcome for client in group.clients if client not in hit]
     assert spared
     assert set(spared) == {"end"}
-    wait_until_well(place)
+    wait_until_well(deployed)
 
 
-def test_a_gateway_that_is_killed_breaks_its_own_connections_alone(place: Place) -> None:
-    crowd = Crowd(place, ask_gateway(place))
-    killed_at = kill(place.find_pids("kills", "gateway")[0])
-    wait_until(lambda: any(client.outcome for client in crowd.clients), "somebody has an error")
-    crowd.let_end()
-    outcomes = {client.outcome for client in crowd.clients}
+def test_a_gateway_that_is_killed_breaks_its_own_connections_alone(deployed: Deployed) -> None:
+    group = ClientGroup(deployed, ask_gateway(deployed))
+    killed_at = kill(deployed.find_pids("kills", "gateway")[0])
+    wait_until(lambda: any(client.outcome for client in group.clients), "somebody has an error")
+    group.let_end()
+    outcomes = {client.outcome for client in group.clients}
     assert "end" in outcomes
     assert outcomes - {"end"} <= BROKEN
-    hit = [client for client in crowd.clients if client.outcome != "end"]
+    hit = [client for client in group.clients if client.outcome != "end"]
     assert max(client.ended_at for client in hit) < killed_at + SOON_S
-    wait_until_well(place)
+    wait_until_well(deployed)
 
 
-def test_a_page_that_is_killed_breaks_the_answers_that_it_shows_alone(place: Place) -> None:
-    visitors = Crowd(place, ask_page(place))
-    callers = Crowd(place, ask_gateway(place))
-    killed_at = kill(place.find_pids("kills-page", "page")[0])
+def test_a_page_that_is_killed_breaks_the_answers_that_it_shows_alone(deployed: Deployed) -> None:
+    visitors = ClientGroup(deployed, ask_page(deployed))
+    callers = ClientGroup(deployed, ask_gateway(deployed))
+    killed_at = kill(deployed.find_pids("kills-page", "page")[0])
     wait_until(lambda: all(one.outcome for one in visitors.clients), "visitors have an error")
     assert max(one.ended_at for one in visitors.clients) < killed_at + SOON_S
     callers.let_end()
     visitors.let_end()
     assert {client.outcome for client in visitors.clients} <= BROKEN
     assert {client.outcome for client in callers.clients} == {"end"}
-    wait_until_well(place)
+    wait_until_well(deployed)

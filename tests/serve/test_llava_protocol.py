@@ -256,7 +256,7 @@ LOCKED = {"api_keys": ",".join(f"{name}={key}" for name, key in KEYS.items())}
 
 
 async def ask_nearby(there: Nearby, path: str, login: str = "", **body: Any) -> httpx.Response:
-    """Post with what stands before the host of the address, as LLaVA's clients do."""
+    """Post to a URL that may have no scheme, as LLaVA's clients do."""
     url = there.url.replace("://", f"://{login}@") if login else there.url
     async with httpx.AsyncClient(timeout=PATIENCE_S) as client:
         return await client.post(url + path, json=body)
@@ -316,7 +316,7 @@ def test_an_answer_is_cut_to_the_tokens_that_are_allowed() -> None:
 
 @pytest.fixture(scope="module")
 def slow(served: str) -> Iterator[str]:
-    """Address of an application whose one model does what the prompt asks for."""
+    """Address of an application whose only model behaves as the prompt says."""
     from ray import serve
 
     from llava_ray.serve.gateway.deployment import Gateway

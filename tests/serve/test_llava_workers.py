@@ -1,4 +1,4 @@
-"""LLaVA's own workers behind the gateway: who may register, who is asked, what when they die."""
+"""LLaVA's own workers behind the gateway: which may register, which are asked, how they fail."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ def gateway(served: str) -> Iterator[str]:
 
 @pytest.fixture
 def worker(gateway: str) -> Iterator[LlavaWorker]:
-    """A worker that has registered, and sends no heart beats because nobody expects any."""
+    """A worker that has registered; it sends no heartbeats, because none are expected."""
     with LlavaWorker(MODEL) as worker:
         register(gateway, worker)
         yield worker

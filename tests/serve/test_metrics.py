@@ -1,4 +1,4 @@
-"""What Prometheus finds at Ray's endpoint while a real application answers to keys."""
+"""What Prometheus reads at Ray's endpoint while a real application with API keys runs."""
 
 import base64
 import io
@@ -40,7 +40,7 @@ def measured(served: str) -> Iterator[str]:
 
 
 def read(name: str, labels: dict[str, str]) -> float:
-    """Return the sum of a metric over all processes, of those lines that have these labels."""
+    """Return the sum of a metric over all processes, for lines with these labels."""
     total = 0.0
     for node in ray.nodes():
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
@@ -97,7 +97,7 @@ def test_what_waits_in_a_gateway_is_scraped(measured: str) -> None:
     behind = [0, 1]  # the second who is answered, and the first
 
     def ask(_: int) -> None:
-        """Have an endless answer begin, and leave once Prometheus knows how many wait for that."""
+        """Start an endless answer, and close it once the metrics show that requests are waiting."""
         url = f"{measured}/v1/chat/completions"
         with httpx.stream("POST", url, json=body, headers=header, timeout=PATIENCE_S) as reply:
             assert reply.status_code == 200
@@ -154,7 +154,7 @@ def test_an_image_that_is_asked_about_twice_is_encoded_once(seeing: str) -> None
 
 @ray.remote(num_cpus=0)
 class Run:
-    """Says what the first worker of a training run says."""
+    """Exports the metrics of a training run's first worker."""
 
     def write(self) -> None:
         from llava_ray.train.trackers import RayMetrics

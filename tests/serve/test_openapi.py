@@ -1,4 +1,4 @@
-"""The OpenAPI document tells the truth, and no body at all makes a parser fall over."""
+"""The OpenAPI document is correct, and no body makes a parser fail with another error."""
 
 import json
 from typing import Any, cast
@@ -32,7 +32,7 @@ PARSERS = {
     "ChatBody": lambda body: parse_chat(body, limits=LIMITS, request_id="x"),
     "CompletionBody": lambda body: parse_completion(body, limits=LIMITS, request_id="x"),
     "TokenizeBody": lambda body: parse_tokenize(body, limits=LIMITS),
-    "DetokenizeBody": parse_detokenize,
+    "DetokenizeBody": lambda body: parse_detokenize(body, limits=LIMITS),
 }
 LEAVES = st.one_of(
     st.none(),
@@ -62,7 +62,7 @@ def encode(value: Any) -> bytes:
 
 
 def refuse(name: str, body: bytes) -> RequestError | None:
-    """The error with which a body is refused; anything but a `RequestError` comes through."""
+    """Return the `RequestError` with which a body is refused; any other exception is raised."""
     try:
         PARSERS[name](body)
     except RequestError as error:

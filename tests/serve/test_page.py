@@ -1,4 +1,4 @@
-"""The page, driven as a browser drives it: over HTTP, in Serve, with the real gateway behind it."""
+"""The page, used over HTTP as a browser does, in Serve, with the real gateway."""
 
 import asyncio
 import io

@@ -62,7 +62,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 
 class Traffic:
-    """What a page has asked of the server, and what of it is under way."""
+    """The requests that a page has sent to the server, and those still running."""
 
     def __init__(self, page: Any) -> None:
         self.num_asked = 0
@@ -92,9 +92,9 @@ def open_page(browser: Any, url: str, **options: Any) -> Any:
 
 
 def settle(page: Any) -> None:
-    """Wait until the page asks nothing of the server: Gradio may lose what is done meanwhile.
+    """Wait until the page has no running requests: Gradio may lose actions during one.
 
-    Its state "networkidle" does not tell: once reached, it stays.
+    Playwright's state "networkidle" does not help: once reached, it stays.
     """
     num_asked = -1
     while page.traffic.under_way or page.traffic.num_asked != num_asked:

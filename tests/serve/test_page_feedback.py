@@ -1,4 +1,4 @@
-"""The page with a log and with moderation, over a gateway that does what it is told."""
+"""The page with a log and with moderation, over a scripted gateway."""
 
 import shutil
 from pathlib import Path

@@ -27,7 +27,7 @@ def find_metrics(metrics: ReplicaMetrics | Metrics | RayMetrics) -> Iterator[Met
 
 
 def list_series(metric: Metric) -> set[str]:
-    """Names under which Prometheus knows a metric."""
+    """Return the names of a metric's series in Prometheus."""
     name = f"ray_{metric.info['name']}"
     if isinstance(metric, Histogram):
         return {f"{name}_{part}" for part in ("bucket", "count", "sum")}
@@ -52,7 +52,7 @@ def test_the_figures_of_the_engine_that_are_shown_are_those_that_it_has() -> Non
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Serve's log, which it keeps from its parents in a process that runs Serve."""
+    """Serve's log, which does not propagate in a process that runs Serve."""
     logger = logging.getLogger("ray.serve")
     logger.addHandler(caplog.handler)
     with caplog.at_level(logging.INFO, logger="ray.serve"):

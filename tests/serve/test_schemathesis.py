@@ -1,7 +1,7 @@
-"""schemathesis against the OpenAPI document: what it describes is answered so, and nothing breaks.
+"""schemathesis against the OpenAPI document: responses are as described, and nothing breaks.
 
-Most bodies that it makes up are refused, since a document cannot say how fields depend on one
-another; `mend` makes them agree, so that most come to an engine.
+Most generated bodies would be refused, because a document cannot say how fields depend on one
+another; `mend` makes them consistent, so that most reach an engine.
 """
 
 from collections import Counter
@@ -69,9 +69,10 @@ def test_no_request_breaks_the_server_and_answers_are_as_described(
 
 
 def mend(body: dict[str, Any]) -> dict[str, Any]:
-    """Return nearly the same body, with fields that agree with each other."""
+    """Return nearly the same body, with consistent fields."""
     body = {**mend_value(body), "model": body.get("model") or "echo"}
-    for name in ("best_of", "response_format", "suffix"):
+    unfit = ("best_of", "response_format", "suffix", "add_generation_prompt")
+    for name in (*unfit, "continue_final_message"):
         body.pop(name, None)
     for name in ("prompt", "tokens"):
         if isinstance(body.get(name), list):
@@ -89,27 +90,25 @@ def mend(body: dict[str, Any]) -> dict[str, Any]:
     if messages := body.get("messages"):
         body.pop("prompt", None)
         body.pop("add_special_tokens", None)
-        told = [message for message in messages if message["role"] in ("system", "developer")]
-        said = [message for message in messages if message not in told]
-        body["messages"] = [*told, *said, {"role": "user", "content": "Hello"}][-16:]
+        body["messages"] = [*messages, {"role": "user", "content": "Hello"}][-16:]
     elif not body.get("prompt") and "tokens" not in body:
         body["prompt"] = "Hello"
     return body
 
 
 def mend_tokens(value: Any) -> Any:
-    """Return a prompt or prompts whose token ids are letters to the model."""
+    """Return a prompt or prompts with token ids that stand for letters."""
     if isinstance(value, list):
         return [mend_tokens(item) for item in value]
     return value % 50_000 if isinstance(value, int) else value
 
 
 def mend_value(value: Any) -> Any:
-    """Return a value with whole numbers, true images and texts that say something."""
+    """Return a value with whole numbers, valid images and texts that are not empty."""
     match value:
         case float() if value.is_integer():
             return int(value)  # 1.0 is whole in JSON schema, and not here
-        case {"type": "image_url"}:
+        case {"image_url": _} | {"type": "image_url" | "input_image"}:
             return {"type": "image_url", "image_url": {"url": IMAGE}}
         case dict():
             return {name: mend_value(item) for name, item in value.items()}

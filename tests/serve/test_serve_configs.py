@@ -1,4 +1,4 @@
-"""The files that are deployed: Serve and the applications accept them, wherever they stand."""
+"""The files that are deployed: Serve and the applications accept them, in any folder."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def build(config: ServeConfig) -> dict[str, dict[str, Any]]:
-    """What `serve build` writes of an application: the settings of its deployments."""
+    """Return what `serve build` writes about an application: the settings of its deployments."""
     built = build_deployments(app.build_app(config), name="api")
     schemas = [deployment_to_schema(each) for each in built.deployments]
     return {each.name: each.model_dump(exclude_unset=True) for each in schemas}

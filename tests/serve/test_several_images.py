@@ -1,4 +1,4 @@
-"""The HTTP API gives LLaVA-OneVision several images as it was trained on them."""
+"""The HTTP API passes several images to LLaVA-OneVision as in its training."""
 
 import base64
 import io

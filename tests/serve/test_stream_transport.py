@@ -1,4 +1,4 @@
-"""Chunks that go straight from a replica to the gateway: in order, each once, and never alone."""
+"""Chunks that go directly from a replica to the gateway: in order, and each exactly once."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -20,7 +20,7 @@ from llava_ray.types import ChatRequest, Chunk, Message, TextPart
 
 
 class RayStream:
-    """Stands for a stream through Ray: says what it is told, then ends, or fails."""
+    """Stands for a stream through Ray: yields given items, then ends or fails."""
 
     def __init__(self, *items: Chunk | Exception) -> None:
         self._items = items
@@ -85,7 +85,7 @@ def test_a_replica_yields_the_first_chunk_and_posts_the_others():
 
 
 class _Noted:
-    """The rest of a replica's stream; notes what still comes through it."""
+    """The rest of a replica's stream; records the items that still arrive through it."""
 
     def __init__(self, chunks: Any, texts: list[str]) -> None:
         self._chunks, self._texts = chunks, texts

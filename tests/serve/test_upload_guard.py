@@ -1,4 +1,4 @@
-"""What a stranger may send to the page: raw calls of Gradio's API, as no browser makes them."""
+"""What anybody may send to the page: raw calls of Gradio's API that no browser makes."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ SECRET = "the operator's own words"
 
 
 class Trap(ThreadingHTTPServer):
-    """Something else on this machine, which must not be asked for anything."""
+    """Another server on this machine, which must not receive a request."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _TrapHandler)
@@ -71,7 +71,7 @@ def trap() -> Iterator[Trap]:
 
 @pytest.fixture
 def secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A file in the folder in which the page runs, which Gradio would give out."""
+    """A file in the page's working directory, which Gradio by itself would serve."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.png").write_text(SECRET)
     return str(tmp_path / "secret.png")
@@ -90,7 +90,7 @@ def call_answer(chat: list[Any]) -> tuple[Any, ...]:
 
 
 def calls(path: str) -> dict[str, tuple[Any, ...]]:
-    """Every way in which a visitor can name a file, by the place where it stands."""
+    """Return every call in which a visitor can name a file, by where the name is."""
     component = {"type": "component", "component": "image", "value": file(path), "props": {}}
     return {
         "a file of the chat": call_answer(message({"type": "file", "file": file(path)})),

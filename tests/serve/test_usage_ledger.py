@@ -13,7 +13,7 @@ Scene = Callable[[Nearby, Nearby, Callable[[], Awaitable[Nearby]]], Awaitable[No
 
 
 def play(scene: Scene, exchange: ExchangeCounts | None = None, **limits: Any) -> None:
-    """Play a scene at two gateways that share a ledger; a third one starts when it is asked for."""
+    """Run a scenario at two gateways that share a ledger; a third one starts on demand."""
     keys = [KeyConfig(name=name, sha256=hash_key(key), **limits) for name, key in KEYS.items()]
     ledger = UsageLedger()
 

@@ -1,4 +1,4 @@
-"""What every kernel for attention of single tokens has to give: torch's own attention."""
+"""The reference for kernels that compute attention of single tokens: torch's own attention."""
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,16 @@ def check_attention(
     device: str = "cpu",
     tolerance: float = 1e-5,
 ) -> None:
-    """Compare what it gives for three sequences of a step of five tokens."""
+    """Compare a kernel with torch on three sequences of a step with five tokens."""
     torch.manual_seed(0)
-    regions = [(40, 16), (0, 40), (60, 8)]  # of the cache: where each begins, and its places
+    slices = [(40, 16), (0, 40), (60, 8)]  # of the cache: first slot and length
     lengths = [16, 33, 1]
     pools = torch.randn(2, 70 * num_kv_heads, HEAD_SIZE).to(device, dtype)
     wider = 3 * torch.randn(5, 2 * num_heads, HEAD_SIZE)
     query_THE = wider.to(device)[:, :num_heads]
     output_THE = torch.full((5, num_heads, HEAD_SIZE), 7.0, device=device)
     tokens = [3, 0, 4]  # the others belong to prompts
-    starts, sizes = zip(*regions, strict=True)
+    starts, sizes = zip(*slices, strict=True)
     numbers = torch.tensor([tokens, starts, sizes, lengths], device=device)
     attend_decode(
         query_THE,
@@ -38,7 +38,7 @@ def check_attention(
         scaling=0.3,
     )
     assert (output_THE[1:3] == 7).all()
-    for token, (start, size), length in zip(tokens, regions, lengths, strict=True):
+    for token, (start, size), length in zip(tokens, slices, lengths, strict=True):
         mine = slice(start * num_kv_heads, (start + size) * num_kv_heads)
         seen = slice(max(0, length - (window or length)), length)
         key_KSE, value_KSE = (

@@ -9,7 +9,7 @@ from llava_ray import cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
-    """Run a command as the terminal does, in this process; return its code and what it wrote."""
+    """Run a command as a terminal does, in this process; return its exit code and its output."""
     before = sys.argv
     sys.argv = ["llava-ray", *map(str, words)]
     try:

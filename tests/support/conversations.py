@@ -1,8 +1,8 @@
-"""Conversations and tokenizers for tests of templates, and labels made the slow way.
+"""Conversations and tokenizers for tests of templates, and labels made as LLaVA's trainer does.
 
-The tokenizers are small and of the kinds that matter: Llama's with a space after every special
-token (legacy) and without, byte-level with and without a beginning of sequence. `relabel` masks as
-LLaVA's trainer does, by tokenising each round again and counting, and never touches the package.
+The tokenizers are small and of all relevant kinds: Llama's with a space after every special token
+(legacy) and without, byte-level with and without a beginning of sequence. `relabel` tokenises each
+round again and counts, as LLaVA's trainer does, and uses nothing of the package.
 """
 
 import functools
@@ -107,7 +107,7 @@ def relabel_lines(
 
 
 def learned(tokenizer: Any, ids: list[int], labels: list[int]) -> list[str]:
-    """Return the texts that are learned, one for each run of labels."""
+    """Return the texts that have labels, one for each run of them."""
     runs: list[list[int]] = []
     for i, (id_, label) in enumerate(zip(ids, labels, strict=True)):
         assert label in (-100, id_)

@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class EndlessServer(ThreadingHTTPServer):
-    """Answers one token after the other; `abandoned` is set when a client closes the stream."""
+    """Sends tokens without end; `abandoned` is set when a client closes the stream."""
 
     daemon_threads = True
 
@@ -41,7 +41,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, *args: object) -> None:
-        """Nothing: the tests read what the client prints."""
+        """Log nothing: the tests read what the client prints."""
 
 
 @contextmanager

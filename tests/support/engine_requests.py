@@ -45,7 +45,7 @@ async def read_some(engine, prompt: Prompt, count: int) -> str:
 
 
 async def ask_late(engine, prompts: list[Prompt]) -> list[str]:
-    """Submit each prompt a step later than the one before; close every fifth stream early."""
+    """Submit each prompt one step after the previous one; close every fifth stream early."""
 
     async def late(i: int) -> str:
         for _ in range(i):

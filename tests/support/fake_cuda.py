@@ -1,4 +1,4 @@
-"""Stand-ins for torch.cuda where there is no GPU: what it would say about one."""
+"""Stand-ins for torch.cuda where there is no GPU."""
 
 from collections.abc import Callable
 

@@ -118,6 +118,11 @@ class Original:
         return torch.randn(HIDDEN, generator=torch.Generator().manual_seed(4))
 
     @property
+    def is_next(self) -> bool:
+        """Whether LLaVA-NeXT's code trained it."""
+        return self.text == "qwen2" or "mm_newline_position" in self.extra
+
+    @property
     def tower_hidden(self) -> int:
         return HIDDEN if self.projector == "identity" else TOWER_HIDDEN
 
@@ -150,7 +155,7 @@ class Original:
             number = "" if self.projector == "linear" else f"{2 * i}."
             for name, tensor in linear.state_dict().items():
                 tensors[f"{self.trunk}.mm_projector.{number}{name}"] = tensor
-        if self.aspect == "anyres" and "unpad" in self.merge:
+        if "unpad" in self.merge:
             tensors[f"{self.trunk}.image_newline"] = self.newline
         return tensors
 
@@ -231,7 +236,9 @@ class Original:
         for i, linear in enumerate(self.linears):
             states = linear(torch.nn.functional.gelu(states) if i else states)
         if self.aspect != "anyres" or self.merge == "flat":
-            return states.flatten(0, 1)
+            flat = states.flatten(0, 1)
+            has_newline = self.is_next and "unpad" in self.merge
+            return torch.cat([flat, self.newline[None]]) if has_newline else flat
         width, height = choose(image.size)
         rows = [
             torch.cat(

@@ -1,6 +1,6 @@
 """A client that speaks the protocol of LLaVA's controller and workers byte for byte.
 
-Nothing of the package is used here: what is compared is what goes over the wire.
+It uses nothing of the package, so that the bytes on the wire are what is compared.
 """
 
 import base64
@@ -37,16 +37,16 @@ def post(address: str, path: str, body: Any = None, **headers: str) -> Reply:
 
 
 def ask(address: str, path: str, body: Any = None) -> Any:
-    """Post, and return what the JSON of the reply says; it has to be a 200."""
+    """Post, and return the JSON of the reply, whose status must be 200."""
     reply = post(address, path, body)
     assert reply.status == 200, reply
     return json.loads(reply.body)
 
 
 def stream(address: str, body: Any) -> Iterator[bytes]:
-    """Yield the objects of an answer as they come, each with the zero byte that ends it.
+    """Yield the objects of an answer as they arrive, each with its final zero byte.
 
-    Closing the iterator hangs up.
+    Closing the iterator closes the connection.
     """
     connection, reply = _send(address, "/worker_generate_stream", body, {})
     rest = b""
@@ -60,7 +60,7 @@ def stream(address: str, body: Any) -> Iterator[bytes]:
 
 
 def read(item: bytes) -> tuple[str, int]:
-    """Return text and error code of an object; it has to have exactly these two fields."""
+    """Return the text and the error code of an object, which must have exactly these fields."""
     assert item.endswith(b"\0")
     fields = json.loads(item[:-1])
     assert list(fields) == ["text", "error_code"]
@@ -68,17 +68,17 @@ def read(item: bytes) -> tuple[str, int]:
 
 
 def generate(address: str, model: str, prompt: str, **fields: Any) -> tuple[str, int]:
-    """Return what the last object of an answer says."""
+    """Return the last object of an answer."""
     return read(list(stream(address, {"model": model, "prompt": prompt, **fields}))[-1])
 
 
 def render(question: str, *, num_images: int = 0) -> str:
-    """Return a prompt of one question, as LLaVA's page renders it for a v1 model."""
+    """Return the prompt of one question, as LLaVA's page renders it for a v1 model."""
     return f"{SYSTEM} USER: {'<image>' * num_images}\n{question} ASSISTANT:"
 
 
 def make_image(color: str = "red") -> str:
-    """Return an image as the page sends it: PNG in base64, without the head of a data URL."""
+    """Return an image as the page sends it: PNG in base64, without the prefix of a data URL."""
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), color).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()

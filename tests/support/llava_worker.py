@@ -1,7 +1,7 @@
 """A stand-in for LLaVA's own model worker: a real HTTP server with its routes, without a model.
 
-It says the question back, word by word, each time with the whole prompt before it; a prompt that
-contains `fail`, `break` or `trim` does what the words say.
+It repeats the question word by word, each time after the whole prompt. The words `fail`, `break`
+and `trim` in a prompt make it behave accordingly.
 """
 
 import json
@@ -17,7 +17,7 @@ class LlavaWorker:
     """Serves one model on a free port of loopback; a context manager.
 
     Attributes:
-        asked: the bodies of `/worker_generate_stream` that came.
+        asked: the bodies received at `/worker_generate_stream`.
     """
 
     def __init__(self, model: str, *, queue_length: int = 0) -> None:
@@ -87,7 +87,7 @@ class LlavaWorker:
             yield {"text": prompt + said + " and so on", "error_code": 0}
 
     def close(self) -> None:
-        """Die: the port refuses connections from now on."""
+        """Stop the worker: its port refuses connections from now on."""
         if self._thread.is_alive():
             self._server.shutdown()
             self._thread.join()

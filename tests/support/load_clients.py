@@ -1,4 +1,4 @@
-"""Clients that stream answers all the time, and an account of how each of their requests ended."""
+"""Clients that stream answers continuously, and a record of how each of their requests ended."""
 
 import asyncio
 import json
@@ -19,10 +19,9 @@ class Ask:
     """One request of a client.
 
     Attributes:
-        end: "done" (all of the answer came), "error" (an error that says what to do came in the
-            stream), "refused" (it came in place of the answer), "cut" (the answer broke off
-            without a word).
-        status: of the answer; 0 if there was none.
+        end: "done" (the answer is complete), "error" (the stream ended with an error event),
+            "refused" (the response is an error), "cut" (the connection broke).
+        status: HTTP status of the response; 0 if there was none.
     """
 
     started_at: float
@@ -41,8 +40,8 @@ class Ask:
 
 
 @dataclass
-class Crowd:
-    """What became of all requests."""
+class LoadRecord:
+    """All requests of some clients, and how they ended."""
 
     asks: list[Ask] = field(default_factory=list)
     num_started: int = 0
@@ -50,14 +49,14 @@ class Crowd:
     def count(self) -> Counter[str]:
         return Counter(ask.end for ask in self.asks)
 
-    def since(self, moment: float) -> "Crowd":
-        """Those that began at or after this time of `time.monotonic`."""
-        return Crowd([ask for ask in self.asks if ask.started_at >= moment])
+    def since(self, moment: float) -> "LoadRecord":
+        """Return the requests that began at or after this time of `time.monotonic`."""
+        return LoadRecord([ask for ask in self.asks if ask.started_at >= moment])
 
 
-async def ask(client: httpx.AsyncClient, crowd: Crowd, *, model: str, max_tokens: int) -> Ask:
-    """Ask once, and add what happened to the account."""
-    crowd.num_started += 1
+async def ask(client: httpx.AsyncClient, record: LoadRecord, *, model: str, max_tokens: int) -> Ask:
+    """Send one request, and record how it ended."""
+    record.num_started += 1
     one = Ask(time.monotonic())
     body = {
         "model": model,
@@ -78,7 +77,7 @@ async def ask(client: httpx.AsyncClient, crowd: Crowd, *, model: str, max_tokens
         one.why = f"{type(error).__name__}: {error}"
     finally:
         one.ended_at = time.monotonic()
-        crowd.asks.append(one)
+        record.asks.append(one)
     return one
 
 
@@ -99,11 +98,14 @@ async def _listen(response: httpx.Response, one: Ask) -> None:
 
 
 @asynccontextmanager
-async def gather_crowd(
+async def run_clients(
     url: str, *, num_clients: int, model: str = "echo", max_tokens: int = 60
-) -> AsyncIterator[Crowd]:
-    """Have clients ask one question after the other while the block runs, and then to their end."""
-    crowd, is_over = Crowd(), asyncio.Event()
+) -> AsyncIterator[LoadRecord]:
+    """Run clients that send one request after the other until the block ends.
+
+    Requests that are running then are awaited.
+    """
+    record, is_over = LoadRecord(), asyncio.Event()
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(
         base_url=url, timeout=120, limits=limits, trust_env=False
@@ -111,13 +113,13 @@ async def gather_crowd(
 
         async def keep_asking() -> None:
             while not is_over.is_set():
-                one = await ask(client, crowd, model=model, max_tokens=max_tokens)
+                one = await ask(client, record, model=model, max_tokens=max_tokens)
                 if one.end == "refused":
                     await asyncio.sleep(0.2)
 
         clients = [asyncio.create_task(keep_asking()) for _ in range(num_clients)]
         try:
-            yield crowd
+            yield record
         finally:
             is_over.set()
             await asyncio.gather(*clients)

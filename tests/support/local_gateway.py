@@ -1,6 +1,6 @@
-"""The real gateway on a real port of this process, in front of a model that does as it is told.
+"""The real gateway on a real port of this process, in front of a scripted model.
 
-Without Ray, so that a test can give it any configuration and look inside.
+It runs without Ray, so that a test can configure it freely and inspect it.
 """
 
 import asyncio
@@ -26,8 +26,8 @@ KEYS = {name: f"lr-{name}-0123456789abcdef" for name in ("alice", "bob", "carol"
 class Talker:
     """Stands for the handle of a model's deployment, and for the model.
 
-    It says "1 2 3 ". Asked to "wait", it does so before its first word; to "linger", after it,
-    until `go` is set.
+    It answers "1 2 3 ". The word "wait" in a question makes it wait until `go` is set before its
+    first word, "linger" after it.
     """
 
     def __init__(self) -> None:
@@ -81,7 +81,7 @@ class _Told:
 
 
 class _Response:
-    """Stands for what a handle's method gives, as far as the gateway uses it."""
+    """Stands for the response of a handle's method, as far as the gateway uses it."""
 
     def __init__(self, items: AsyncGenerator[Chunk]) -> None:
         self._items = items
@@ -104,7 +104,7 @@ class _Response:
 
 
 class Nearby:
-    """A gateway, and the ways to ask it."""
+    """A running gateway, and methods that send requests to it."""
 
     def __init__(self, url: str, talker: Talker, log: list[str]) -> None:
         self.url, self.talker, self.log = url, talker, log
@@ -113,14 +113,14 @@ class Nearby:
     async def say(
         self, words: Any, name: str = "", headers: dict[str, str] | None = None, **fields: Any
     ) -> httpx.Response:
-        """Ask for an answer, with the key of that name."""
+        """Request an answer with the API key of that name."""
         return await self._http.post(PATH, json=body(words, **fields), headers=auth(name, headers))
 
     @asynccontextmanager
     async def stream(
         self, words: str, name: str = "", headers: dict[str, str] | None = None
     ) -> AsyncIterator[AsyncIterator[Any]]:
-        """Yield the events of an answer; the first word has come by then."""
+        """Yield the events of an answer, whose first word has already arrived."""
         call = self._http.stream(
             "POST", PATH, json=body(words, stream=True), headers=auth(name, headers)
         )

@@ -1,4 +1,4 @@
-"""Pages to test: one over a gateway that does what it is told, without Ray, and its visitors."""
+"""A page over a scripted gateway, without Ray, and its visitors."""
 
 import asyncio
 import io
@@ -43,13 +43,13 @@ print('hi')
 class ScriptedGateway:
     """An OpenAI-compatible server, moderation included.
 
-    Models: `echo`, `other` say what they heard, `endless` never stops, `broken` fails. "markdown"
-    is answered with `MARKDOWN`; a question with "nasty" is flagged.
+    The models `echo` and `other` repeat the question, `endless` never stops, `broken` fails. The
+    question "markdown" is answered with `MARKDOWN`; a question with "nasty" is flagged.
 
     Attributes:
         models: the names that it lists.
-        bodies: what it was asked, in order.
-        moderated: what it was asked to moderate, in order.
+        bodies: bodies of the chat completions received, in order.
+        moderated: bodies of the moderation requests received, in order.
         abandoned: set when a client closes an endless stream.
     """
 
@@ -113,7 +113,7 @@ def _event(choices: list[Any], **fields: Any) -> str:
 
 @contextmanager
 def run_page(gateway: ScriptedGateway, **settings: Any) -> Iterator[str]:
-    """The page and the gateway in this process, one at a time; gives their address."""
+    """Run the page and the gateway in this process, one pair at a time; yield their address."""
     with (
         tempfile.TemporaryDirectory() as folder,
         pytest.MonkeyPatch.context() as patch,
@@ -147,7 +147,7 @@ def run_page(gateway: ScriptedGateway, **settings: Any) -> Iterator[str]:
 
 
 class Visitor:
-    """One visit to the page at an address, as its browser makes it."""
+    """A browser's session at the page, without the browser."""
 
     def __init__(self, address: str, *, query: str = "") -> None:
         self._api = f"{address}/gradio_api"
@@ -164,7 +164,7 @@ class Visitor:
         return {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
     def run(self, name: str, *data: Any, event_data: Any = None) -> Iterator[list[Any]]:
-        """Start an event of the page and yield its outputs as they grow."""
+        """Trigger an event of the page and yield its outputs as they grow."""
         call = {"data": data, "fn_index": self._events[name], "session_hash": self._session}
         call["event_data"] = event_data
         join = f"{self._api}/queue/join?{self._query}"
@@ -190,13 +190,13 @@ class Visitor:
         httpx.post(f"{self._api}/cancel", json=call, timeout=PATIENCE_S).raise_for_status()
 
     def answer(self, chat: list[Any], *, model: str = "echo") -> list[list[str]]:
-        """All that the chat showed, one after the other, as texts."""
+        """Return the texts of the chat after each update."""
         views = self.run("answer", chat, [], model, "", False, *PARAMETERS)
         return [texts(view[0]) for view in views]
 
 
 def said(text: str, *images: dict[str, Any], role: str = "user") -> dict[str, Any]:
-    """A message of the chat, as the browser holds it."""
+    """Return a message of the chat, as the browser has it."""
     files = [{"type": "file", "file": image} for image in images]
     return {"role": role, "content": [*files, {"type": "text", "text": text}]}
 

@@ -1,7 +1,7 @@
-"""Machines of a test's own: network namespaces with sshd, on a network that nobody else sees.
+"""Machines for a test: network namespaces with sshd, on a private network.
 
-Each has addresses, processes, a home and a `/tmp/ray` of its own, and shares the rest of the file
-system; all of it is gone when its first process ends. Linux only, and for root.
+Each has its own addresses, processes, home and `/tmp/ray`, and shares the rest of the file system.
+All of it ends with its first process. Linux only; needs root.
 """
 
 import os
@@ -53,7 +53,7 @@ class Host:
     def run(
         self, command: str, *, timeout_s: float = 120, **environment: str
     ) -> "subprocess.CompletedProcess[str]":
-        """Run a shell command there, as somebody who sits at that machine."""
+        """Run a shell command on the machine."""
         return subprocess.run(
             self._enter(command),
             env=self._environment(environment),
@@ -66,7 +66,7 @@ class Host:
 
     @contextmanager
     def start(self, command: str, **environment: str) -> "Iterator[subprocess.Popen[bytes]]":
-        """Run a command there while the block runs; its output goes to `home/started.log`."""
+        """Run a command on the machine during the block; its output goes to `home/started.log`."""
         with (self.home / "started.log").open("wb") as log:
             running = subprocess.Popen(
                 self._enter(command), env=self._environment(environment), stdout=log, stderr=log
@@ -86,13 +86,13 @@ class Host:
         return {**clean, "PATH": _PATH, "HOME": str(self.home), **added}
 
     def list_processes(self) -> list[str]:
-        """Command lines of all that runs there, sshd and its sessions left out."""
+        """Return the command lines of the machine's processes, without sshd and its sessions."""
         lines = self.run("ps -eo args=").stdout.splitlines()
         return [line for line in lines if "ps -eo args=" not in line and "sshd" not in line]
 
 
 def find_missing() -> str:
-    """Return why there can be no such machines here, or nothing."""
+    """Return why such machines are not possible here; empty if they are."""
     missing = [name for name in NEEDED if not shutil.which(name, path=_PATH)]
     if sys.platform != "linux" or os.geteuid() != 0:
         return "machines of a test's own are network namespaces: they need Linux and root"
@@ -152,7 +152,7 @@ def _start_host(folder: Path, address: str) -> Iterator[Host]:
 
 
 def _connect(hosts: list[Host]) -> None:
-    """A bridge in the first machine, a cable from it to each."""
+    """Create a bridge in the first machine, and connect each machine to it."""
     hub = hosts[0]
     lines = ["ip link add hub type bridge", "ip link set hub up"]
     for n, host in enumerate(hosts):

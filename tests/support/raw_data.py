@@ -1,4 +1,4 @@
-"""Small raw data in the true layout of each source, and images of every odd kind."""
+"""Small raw data in the original layout of each source, and unusual images of many kinds."""
 
 import io
 import json
@@ -53,7 +53,7 @@ def llava_row(number: int, **fields: Any) -> dict[str, Any]:
 
 
 def write_llava(folder: Path, num_rows: int = 8) -> Path:
-    """Write rows with one image, but each fifth of text alone and each seventh with two."""
+    """Write rows with one image each, except every fifth (text only) and every seventh (two)."""
     rows = []
     for number in range(num_rows):
         row = llava_row(number)
@@ -85,7 +85,7 @@ def read(source: str, folder: Path, **settings: Any) -> list[Any]:
 
 
 def convert_here(config: ConvertConfig) -> list[int]:
-    """Do what `convert` does, in this process and without limits; return which jobs it ran."""
+    """Convert in this process and without limits; return which jobs it ran."""
     output = open_output(config)
     records = {record.number: record for record in read_jobs(output).records}
     begin_output(output, config, records.values())
@@ -100,7 +100,7 @@ def convert_here(config: ConvertConfig) -> list[int]:
 
 
 def odd_images() -> dict[str, bytes]:
-    """Return good images that careless readers stumble over, by name."""
+    """Return valid images that are easily read wrongly, by name."""
     image = make_image(3, width=37, height=23)
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
@@ -120,7 +120,7 @@ def odd_images() -> dict[str, bytes]:
 
 
 def bad_images() -> dict[str, tuple[bytes, str]]:
-    """Return files that are no good, by name, with the reason for which they are rejected."""
+    """Return invalid files by name, each with the reason for its rejection."""
     good = _encode(make_image(0, width=200, height=200), "PNG")
     return {
         "cut.png": (good[: len(good) // 2], "image_corrupt"),
@@ -139,7 +139,7 @@ def _encode(image: Image.Image, form: str, **options: Any) -> bytes:
 
 
 def _bomb(width: int, height: int) -> bytes:
-    """Return a small PNG that says it is very large."""
+    """Return a small PNG whose header declares a very large image."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         whole = kind + data

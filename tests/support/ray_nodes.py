@@ -1,7 +1,7 @@
 """A Ray cluster of a test's own: nodes are processes of this machine, each of which can be killed.
 
-It is driven as an operator drives one, over HTTP: Serve's configuration goes to the dashboard, and
-what runs is read from there. Token authentication is on.
+Tests control it over HTTP, as an operator does: Serve's configuration is sent to the dashboard, and
+the state of applications is read from there. Token authentication is on.
 """
 
 import os
@@ -25,7 +25,7 @@ _RAY = str(Path(sys.executable).parent / "ray")
 
 
 class RayNode:
-    """One node: `ray start` and everything that it started."""
+    """One node: `ray start` and all processes that it has started."""
 
     def __init__(self, folder: Path, log: Path, *options: str, **environment: str) -> None:
         self.log = log
@@ -49,11 +49,11 @@ class RayNode:
         return {first.pid, *(child.pid for child in first.children(recursive=True))}
 
     def list_alive(self) -> set[int]:
-        """Return its processes, none once it was killed."""
+        """Return its running processes; none after it was killed."""
         return set() if self._first.poll() is not None else self.pids
 
     def kill(self) -> None:
-        """Lose the machine: everything on it is gone at once, unsaid."""
+        """Kill all processes of the node at once, as if the machine had failed."""
         with suppress(psutil.NoSuchProcess):
             for pid in self.pids:
                 with suppress(ProcessLookupError):
@@ -65,10 +65,10 @@ class RayNodes:
     """A head, by default without CPUs for work, and workers.
 
     Attributes:
-        url: of Serve's HTTP port.
-        dashboard: address of Ray's.
-        token: of Ray's authentication.
-        folder: has one for each node, with Ray's logs.
+        url: address of Serve's HTTP port.
+        dashboard: address of Ray's dashboard.
+        token: token of Ray's authentication.
+        folder: contains a folder for each node, with Ray's logs.
     """
 
     def __init__(self, folder: Path, *, head_cpus: float = 0, **environment: str) -> None:
@@ -104,7 +104,7 @@ class RayNodes:
         return self._add(f"--address={self._gcs}", num_cpus=num_cpus)
 
     def deploy(self, *applications: dict[str, Any]) -> None:
-        """Have Serve run these applications and no others."""
+        """Deploy these applications with Serve, in place of any others."""
         config = {
             "proxy_location": "HeadOnly",
             "http_options": {"host": "127.0.0.1", "port": self._port},
@@ -114,23 +114,23 @@ class RayNodes:
         assert response.status_code == 200, response.text
 
     def read_application(self, name: str) -> dict[str, Any]:
-        """Return what Serve says of an application; nothing if it knows none of that name."""
+        """Return Serve's details of an application; empty if there is none of that name."""
         response = self._client.get("/api/serve/applications/")
         return response.raise_for_status().json()["applications"].get(name, {})
 
     def list_replicas(self, application: str, deployment: str) -> list[dict[str, Any]]:
-        """Return what Serve says of the replicas that run."""
+        """Return Serve's details of the running replicas."""
         found = self.read_application(application).get("deployments", {}).get(deployment, {})
         return [each for each in found.get("replicas", []) if each["state"] == "RUNNING"]
 
     def count_nodes(self) -> int:
-        """Return how many nodes Ray believes to be alive."""
+        """Return the number of nodes that Ray considers alive."""
         response = self._client.get("/api/v0/nodes?limit=100").raise_for_status().json()
         nodes = response["data"]["result"]["result"]
         return sum(node["state"] == "ALIVE" for node in nodes)
 
     def run_ray(self, *words: str, **environment: str) -> "subprocess.CompletedProcess[str]":
-        """Run one of Ray's commands, as an operator at this cluster."""
+        """Run one of Ray's commands against this cluster."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
         own = {"RAY_ADDRESS": self._gcs, "PYTHONPATH": str(ROOT)}
         return subprocess.run(
@@ -162,7 +162,7 @@ class RayNodes:
 def start_nodes(
     *, num_workers: int, head_cpus: float = 0, **environment: str
 ) -> Iterator[RayNodes]:
-    """Start a head and workers, and lose them all at the end of the block."""
+    """Start a head and workers, and kill all of them at the end of the block."""
     # A short path: Ray's sockets are below it, whose names must not exceed 107 bytes.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as name:
         nodes = RayNodes(Path(name), head_cpus=head_cpus, **environment)

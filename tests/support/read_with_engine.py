@@ -1,11 +1,11 @@
-"""What vLLM or SGLang answers about a folder: a program for the Python of their environments.
+"""Asks vLLM or SGLang about a model folder; a program for the Python of their environments.
 
     python read_with_engine.py vllm|sglang FOLDER QUESTIONS ANSWERS [TOKENIZER]
 
 QUESTIONS is a JSON file: a list of {"prompt": text with one <image> an image, "images": [file]}.
 ANSWERS is written: a list of {"prompt_length", "ids"} of greedy decoding. With TOKENIZER, a folder,
-SGLang uses its own LLaVA class, which reads the original layout, in place of transformers' class.
-Only the engine and what it brings is imported: this package is not in its environment.
+SGLang uses its own LLaVA class, which reads LLaVA's format, in place of transformers' class. It
+imports only the engine and its dependencies, because this package is not in that environment.
 """
 
 import json

@@ -48,6 +48,9 @@ KINDS = {
     "anyres, spatial": Original(aspect="anyres", merge="spatial"),
     "anyres, unpad": Original(aspect="anyres", merge="spatial_unpad"),
     "anyres, unpad, mistral": Original(text="mistral", aspect="anyres", merge="spatial_unpad"),
+    "square, unpad": Original(merge="spatial_unpad"),
+    "NeXT, square, unpad": Original(merge="spatial_unpad", extra={"mm_newline_position": "grid"}),
+    "NeXT, pad, unpad, qwen2": Original(text="qwen2", aspect="pad", merge="spatial_unpad"),
     "anyres, unpad, mpt, linear": Original(
         text="mpt", projector="linear", aspect="anyres", merge="spatial_unpad"
     ),

@@ -8,7 +8,7 @@ from tests.support.benchmark_files import write_lines
 
 
 def write_scenes(folder: Path, *, num_scenes: int) -> Path:
-    """Write questions.jsonl and its images, about ten questions a scene; return the folder."""
+    """Write questions.jsonl (about ten questions a scene) and its images; return the folder."""
     rows = []
     for number, case in enumerate(make_cases(num_scenes)):
         if case.kind in (LATER_TURNS, "description"):

@@ -1,4 +1,4 @@
-"""A server with the OpenAI API on a port of loopback that says what a script tells it to."""
+"""A server with the OpenAI API on a port of loopback whose responses come from a script."""
 
 import json
 import threading
@@ -14,10 +14,10 @@ class ScriptedOpenAI:
     """Serves the model "scripted"; a context manager.
 
     Attributes:
-        asked: bodies of the chat completions that came.
+        asked: bodies of the chat completions received.
         keys: the Authorization header of each.
-        fingerprint: what responses have as `system_fingerprint`; None: nothing.
-        owner: what `/v1/models` says of the model.
+        fingerprint: `system_fingerprint` of the responses; None: they have none.
+        owner: the model's `owned_by` in `/v1/models`.
     """
 
     def __init__(

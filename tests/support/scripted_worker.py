@@ -1,6 +1,6 @@
-"""An engine in a process of its own, for tests: it says a prompt's tokens back, one at a time.
+"""The worker program of a scripted engine: it repeats a prompt's tokens, one at a time.
 
-Of images it says their sizes and the colour of their first pixel, as token ids. Seeds of
+For images it returns their sizes and the colour of their first pixel, as token ids. The seeds in
 `MISCHIEF` make it misbehave.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "llava_ray/engine/external/worker"))
 
-from link import Link, read_images, read_settings, refuse_unknown
+from pipe import WorkerPipe, read_images, read_settings, refuse_unknown
 
 MISCHIEF = {"refuse": 1, "stay silent": 2, "break": 3, "fail": 4, "miscount": 5}
 
@@ -73,10 +73,10 @@ if __name__ == "__main__":
     settings = read_settings()
     if settings.get("fails"):
         sys.exit("no such device")
-    link = Link()
+    pipe = WorkerPipe()
     if settings.get("starts"):
         subprocess.Popen(settings["starts"])
     if settings.get("hangs"):
-        link.tell(ready={})
+        pipe.tell(ready={})
         signal.pause()
-    asyncio.run(link.run(Scripted(settings)))
+    asyncio.run(pipe.run(Scripted(settings)))

@@ -31,8 +31,8 @@ BATCH_SIZE = 4
 
 @dataclass
 class Scenario:
-    """A run: its settings, from which checkpoint it goes on, after how many steps it breaks off,
-    and at which step it is told that its machine will be taken away.
+    """A run: its settings, the checkpoint that it resumes from, the number of steps after which it
+    is interrupted, and the step at which it is told that its machine will be taken away.
     """
 
     name: str
@@ -151,7 +151,7 @@ def run_gangs(gangs: Mapping[int, Sequence[Scenario]], folder: Path) -> None:
 
 
 def read_lines(folder: Path, name: str, having: str) -> list[dict[str, Any]]:
-    """Return the lines of a scenario's log that have something."""
+    """Return the lines of a scenario's log that contain a key."""
     if (folder / name / "error.txt").exists():
         raise AssertionError((folder / name / "error.txt").read_text())
     lines = (folder / name / "train_log.jsonl").read_text().splitlines()
@@ -189,7 +189,7 @@ def _work(rank: int, num_workers: int, scenarios: list[Scenario], folder: Path) 
 
 
 class _Stop(Exception):  # noqa: N818
-    """Breaks a run off, as a machine that dies does."""
+    """Interrupts a run, as the failure of a machine does."""
 
 
 def _train(scenario: Scenario, rank: int, num_workers: int, folder: Path) -> None:

@@ -1,7 +1,7 @@
-"""Web servers as bad as they come, on loopback addresses, and a name server that one can program.
+"""Misbehaving web servers on loopback addresses, and a name server with programmable answers.
 
-127.0.0.1 stands for the public internet and 127.0.0.2 for the inner network; what makes the
-difference is the configuration of the one who fetches (`FetchConfig.networks`).
+127.0.0.1 stands for the public internet and 127.0.0.2 for the inner network; the fetcher's
+configuration (`FetchConfig.networks`) tells them apart.
 """
 
 import asyncio

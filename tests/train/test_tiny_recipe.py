@@ -1,7 +1,6 @@
 """A small LLaVA end to end: pretraining, fine-tuning, held-out questions with and without images.
 
-Uses the shipped recipes and the commands in their comments; 21 minutes on two busy cores.
-`TEST_LONG=1 pytest -m long`.
+Uses the shipped recipes and the commands in their comments; `TEST_LONG=1 pytest -m long` runs it.
 """
 
 import json

@@ -75,7 +75,7 @@ def modules() -> list[Path]:
 
 @cache
 def imports(path: Path) -> set[str]:
-    """Dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    """Return the dotted names that a file imports anywhere; `from a import b` gives `a.b`."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -140,7 +140,7 @@ ABSENT = {
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, list[str]]:
-    """Of what is to be absent, what importing each part loads, in a process of its own."""
+    """For each part, the packages that should be absent but are loaded by importing it."""
 
     def find_loaded(module: str) -> list[str]:
         code = f"import sys, {module}; print(*sorted({ABSENT[module]!r} & set(sys.modules)))"
@@ -170,3 +170,12 @@ def test_every_package_folder_has_an_init_file_that_git_does_not_ignore() -> Non
     patterns = (PACKAGE.parent / ".gitignore").read_text().split()
     names = {name for folder in folders for name in folder.relative_to(PACKAGE.parent).parts}
     assert not {f"{name}/" for name in names} & set(patterns)
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    files: dict[str, list[str]] = {}
+    for path in [*modules(), *sorted(PACKAGE.with_name("jobs").rglob("*.py"))]:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files.setdefault(node.name, []).append(str(path.relative_to(PACKAGE.parent)))
+    assert not {name: where for name, where in files.items() if len(where) > 1}

@@ -258,6 +258,31 @@ def test_a_file_that_is_missing_or_of_another_task_is_named(
         path.write_text(before)
 
 
+@pytest.mark.parametrize(
+    "name", ["a\0b.png", "\ud800.png", "", "x.parquet#0/0", "x.parquet#a", "x.tsv#y", "#", "/",
+             "y" * 5000]
+)  # fmt: skip
+def test_an_image_of_any_name_that_is_not_there_is_an_image_error(
+    tmp_path: Path, name: str
+) -> None:
+    for path in (name, str(tmp_path / name) if "\0" not in name else name):
+        with pytest.raises(ImageError):
+            load_image(path)
+        with pytest.raises(ImageError):
+            hash_image(path)
+
+
+def test_a_place_in_a_file_that_it_does_not_have_is_an_image_error(tmp_path: Path) -> None:
+    write_shard(tmp_path / "shards")
+    shard = tmp_path / "shards" / "part-00000.parquet"
+    for place in ("9/0", "0/9", "-9/0", "0"):
+        with pytest.raises(ImageError):
+            load_image(f"{shard}#{place}")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImageError, match="cannot be read"):
+        load_image(f"{tmp_path / 'broken.parquet'}#0/0")
+
+
 def test_an_image_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"absent\.png cannot be read \(No such file"):
         load_image(str(tmp_path / "absent.png"))

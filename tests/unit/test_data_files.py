@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llava_ray.data.sources.readers import read_rows
+from llava_ray.data.sources.row_files import read_rows
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.storage import find_input, open_folder
 from tests.support.raw_data import read, save, say, write_json, write_tar

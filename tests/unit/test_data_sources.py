@@ -475,6 +475,14 @@ def test_a_tar_of_images_and_texts_is_read_in_groups(tmp_path: Path) -> None:
     assert third == ("000.tar/a/2", "bad_row")
 
 
+def test_a_setting_that_the_source_does_not_use_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "rows.json", [{"conversations": say("a", "b")}])
+    with pytest.raises(ConfigError, match="split='val' has no effect on the source llava"):
+        read("llava", tmp_path, split="val")
+    with pytest.raises(ConfigError, match="only on scienceqa, coco: leave it out"):
+        read("vqa", tmp_path, prompt_format="CQM-A")
+
+
 def test_a_misspelt_source_is_refused_with_the_one_that_was_meant() -> None:
     with pytest.raises(ConfigError, match="did you mean scienceqa"):
         find_source("sciencqa")

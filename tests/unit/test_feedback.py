@@ -1,4 +1,4 @@
-"""The log of conversations and votes: what it holds can be trained on."""
+"""The log of conversations and votes is valid training data."""
 
 import io
 import json
@@ -86,5 +86,5 @@ def test_visitors_at_the_same_moment_do_not_mix(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="give feedback_dir a folder"):
+    with pytest.raises(ConfigError, match="set feedback_dir to a folder"):
         FeedbackLog(tmp_path / "file")

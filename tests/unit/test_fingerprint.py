@@ -33,7 +33,7 @@ def test_weights_and_settings_that_change_answers_change_the_fingerprint(tmp_pat
         plain,
         make_fingerprint(ModelConfig(path=make_folder(tmp_path / "b", b"w3ights"))),
         make_fingerprint(ModelConfig(path=folder, quantization="int8")),
-        make_fingerprint(ModelConfig(path=folder, dtype="float32")),
+        make_fingerprint(ModelConfig(path=folder, dtype="float16")),
         make_fingerprint(ModelConfig(path=folder, template="llava_v0")),
         make_fingerprint(ModelConfig(path=folder, engine="vllm")),
         make_fingerprint(ModelConfig(path=folder, adapters=adapters), "x"),

@@ -29,6 +29,7 @@ from llava_ray.serve.openai.streaming import (
     ResponseMeta,
     build_completion,
 )
+from llava_ray.serve.usage import count_usage
 from llava_ray.types import (
     ChatRequest,
     Chunk,
@@ -37,7 +38,6 @@ from llava_ray.types import (
     Sampling,
     TextPart,
     TokenLogprob,
-    count_usage,
 )
 from tests.support.openai_bodies import HELLO, IMAGE, LIMITS, PNG, URL, body
 
@@ -57,9 +57,9 @@ def refuse(value: Any) -> RequestError:
 def test_a_plain_request_becomes_a_record_with_openais_defaults() -> None:
     call = read(body())
     messages = (Message("user", (TextPart("Hello"),)),)
-    assert call.request == ChatRequest("chatcmpl-1", "m", messages, Sampling())
+    assert call.request == ChatRequest("chatcmpl-1", "m", messages, Sampling(may_cut=True))
     assert (call.stream, call.include_usage, call.meta.num_answers) == (False, False, 1)
-    assert call.request.sampling == Sampling(None, 1.0, 1.0, (), None, False)
+    assert call.request.sampling == Sampling(None, 1.0, 1.0, (), None, False, may_cut=True)
     assert parse_chat(body(), limits=LIMITS, request_id="chatcmpl-1").request == call.request
 
 
@@ -105,6 +105,7 @@ def test_every_option_arrives() -> None:
         min_tokens=3,
         stop_token_ids=(2, 5),
         num_logprobs=4,
+        may_cut=True,
     )
     assert (call.stream, call.include_usage) == (True, True)
     assert read(body(max_tokens=9)).request.sampling.max_tokens == 9
@@ -154,6 +155,8 @@ def test_developers_are_systems_and_neighbours_of_one_role_become_one_turn() -> 
         {"n": 1, "logprobs": False, "top_logprobs": 0, "presence_penalty": 0.0},
         {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True, "logit_bias": {}},
         {"response_format": {"type": "text"}, "modalities": ["text"], "frequency_penalty": 0},
+        {"response_format": {"type": None}, "stream_options": {"include_usage": None}},
+        {"stream_options": {"include_usage": False, "of_tomorrow": 1}, "stream": False},
         {"response_format": None, "audio": None, "logprobs": None, "n": None, "top_k": -1},
     ],
 )
@@ -171,7 +174,8 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, Any]) -> None
         ("modalities", ["text", "audio"]),
         ("best_of", 3),
         ("chat_template", "{{ x }}"),
-        ("continue_final_message", True),
+        ("priority", 5),
+        ("service_tier", "flex"),
     ],
 )
 def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) -> None:
@@ -186,19 +190,11 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"temprature": 1}, "temprature", "did you mean 'temperature'?"),
-        ({"max_token": 1}, "max_token", "did you mean 'max_tokens'?"),
-        ({"zzz": 1}, "zzz", "leave it out"),
         ({"model": None}, "model", "/v1/models"),
         ({"model": 3}, "model", "/v1/models"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
         ({"stream": True, "stream_options": []}, "stream_options", "an object like"),
-        (
-            {"stream": True, "stream_options": {"include_usge": True}},
-            "stream_options.include_usge",
-            "did you mean 'include_usage'?",
-        ),
         ({"max_tokens": 0}, "max_tokens", "an integer of at least 1"),
         ({"max_tokens": 1.5}, "max_tokens", "an integer of at least 1"),
         ({"max_tokens": True}, "max_tokens", "an integer of at least 1"),
@@ -208,19 +204,17 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ({"temperature": 2.1}, "temperature", "a number from 0 to 2"),
         ({"temperature": "hot"}, "temperature", "a number from 0 to 2"),
         ({"temperature": 10**400}, "temperature", "a number from 0 to 2"),
-        ({"top_p": 0}, "top_p", "a number greater than 0"),
-        ({"top_p": 1.01}, "top_p", "a number greater than 0"),
+        ({"top_p": -0.1}, "top_p", "a number from 0 to 1"),
+        ({"top_p": 1.01}, "top_p", "a number from 0 to 1"),
         ({"seed": 2**63}, "seed", "64 bits"),
         ({"seed": 1.5}, "seed", "an integer"),
         ({"stop": 3}, "stop", "a list of at most 16"),
-        ({"stop": [""]}, "stop[0]", "non-empty"),
-        ({"stop": ["a", 1]}, "stop[1]", "a non-empty string"),
+        ({"stop": ["a", 1]}, "stop[1]", "a string"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"stop": "\ud800"}, "stop[0]", "unicode"),
         ({"ignore_eos": 1}, "ignore_eos", "true or false"),
         ({"response_format": "json"}, "response_format", '"json_object"'),
         ({"response_format": {"type": "xml"}}, "response_format.type", "use text, json_object"),
-        ({"response_format": {"type": "text", "a": 1}}, "response_format.a", "leave it out"),
         (
             {"response_format": {"type": "json_schema"}},
             "response_format.json_schema",
@@ -233,8 +227,8 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"scheme": {}}}},
-            "response_format.json_schema.scheme",
-            "did you mean 'schema'?",
+            "response_format.json_schema.schema",
+            "missing or null",
         ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "name": 3}}},
@@ -258,7 +252,9 @@ def test_what_cannot_be_done_is_named_with_the_remedy(field: str, value: Any) ->
         ({"logit_bias": {"1": 101}}, "logit_bias.1", "from -100 to 100"),
         ({"logit_bias": [1]}, "logit_bias", "from -100 to 100"),
         ({"min_tokens": -1}, "min_tokens", "from 0 to max_tokens"),
-        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than the 4"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens", "more than the 4 tokens"),
+        ({"continue_final_message": True}, "continue_final_message", "no last message of the"),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "always answered"),
         ({"stop_token_ids": [-1]}, "stop_token_ids[0]", "token ids"),
         ({"stop_token_ids": 3}, "stop_token_ids", "token ids"),
         ({"messages": None}, "messages", "send a list like"),
@@ -295,24 +291,22 @@ def test_a_response_format_becomes_a_json_schema() -> None:
         ({"content": "Hello"}, "messages[0].role", "missing"),
         ({"role": "usr", "content": "Hello"}, "messages[0].role", "system, developer, user"),
         ({"role": ["user"], "content": "Hello"}, "messages[0].role", "system, developer, user"),
-        ({"role": "tool", "content": "4"}, "messages[0].role", "not supported"),
-        ({"role": "user"}, "messages[0].content", "missing or null"),
-        ({"role": "user", "content": None}, "messages[0].content", "missing or null"),
+        ({"role": "user"}, "messages[0].content", "is empty"),
+        ({"role": "user", "content": None}, "messages[0].content", "is empty"),
         ({"role": "user", "content": 3}, "messages[0].content", "is a number"),
         ({"role": "user", "content": ""}, "messages[0].content", "is empty"),
         ({"role": "user", "content": " \n"}, "messages[0].content", "is empty"),
         ({"role": "user", "content": []}, "messages[0].content", "is empty"),
-        ({"role": "user", "content": "\udfff"}, "messages[0].content[0].text", "surrogate"),
-        ({"role": "user", "content": "x", "name": 3}, "messages[0].name", "a string"),
-        ({"role": "user", "content": "x", "contnt": 3}, "messages[0].contnt", "'content'"),
-        ({"role": "user", "content": "x", "refusal": 0}, "messages[0].refusal", "leave it out"),
-        ({"role": "assistant", "content": "x"}, "messages[0].role", "end with a user message"),
-        ({"role": "system", "content": "x"}, "messages[0].role", "end with a user message"),
+        ({"role": "user", "content": "\udfff"}, "messages[0].content", "surrogate"),
+        ({"role": "user", "content": ["\udfff"]}, "messages[0].content[0].text", "surrogate"),
+        ({"role": "system", "content": ""}, "messages[0].content", "is empty"),
+        ({"role": "assistant", "content": ""}, "messages[0].content", "is empty"),
         (
             {"role": "assistant", "content": None, "tool_calls": [{}]},
-            "messages[0].tool_calls",
-            "not supported",
+            "messages[0].tool_calls[0]",
+            "is not a tool call",
         ),
+        ({"role": "assistant", "tool_calls": 3}, "messages[0].tool_calls", "send a list"),
     ],
 )
 def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words: str) -> None:
@@ -324,14 +318,11 @@ def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words:
 @pytest.mark.parametrize(
     ("part", "place", "words"),
     [
-        (None, "", "send a part like"),
-        ("Hello", "", "send a part like"),
+        (3, "", "send a part like"),
         ({}, ".type", "use text or image_url"),
         ({"type": "txt", "text": "x"}, ".type", "use text or image_url"),
         ({"type": ["text"]}, ".type", "use text or image_url"),
-        ({"type": "text"}, ".text", "send a string"),
         ({"type": "text", "text": 3}, ".text", "send a string"),
-        ({"type": "text", "text": "x", "txt": 1}, ".txt", "did you mean 'text'?"),
         ({"type": "input_audio", "input_audio": {}}, ".type", "audio in messages"),
         ({"type": "video_url", "video_url": {}}, ".type", "video in messages"),
         ({"type": "image_url"}, ".image_url", "data:image/png"),
@@ -348,11 +339,6 @@ def test_a_bad_message_is_named_with_the_remedy(message: Any, param: str, words:
             ".image_url.detail",
             "auto, low, high",
         ),
-        (
-            {"type": "image_url", "image_url": {"url": URL, "dtail": "low"}},
-            ".image_url.dtail",
-            "did you mean 'detail'?",
-        ),
     ],
 )
 def test_a_bad_part_is_named_with_the_remedy(part: Any, place: str, words: str) -> None:
@@ -361,20 +347,11 @@ def test_a_bad_part_is_named_with_the_remedy(part: Any, place: str, words: str) 
     assert words in error.message
 
 
-def test_images_belong_to_the_user_and_are_counted() -> None:
-    error = refuse(body({"role": "system", "content": [IMAGE]}, HELLO))
-    assert error.param == "messages[0].content[0]"
-    assert "images go into user messages" in error.message
+def test_the_images_of_all_messages_are_counted() -> None:
     two = {"role": "user", "content": [IMAGE, IMAGE]}
     error = refuse(body(two, {"role": "assistant", "content": "x"}, two))
     assert error.param == "messages[2].content"
     assert "more than the 3 images" in error.message
-
-
-def test_a_system_message_comes_first() -> None:
-    error = refuse(body(HELLO, {"role": "system", "content": "x"}, HELLO))
-    assert error.param == "messages[1].role"
-    assert "put it first" in error.message
 
 
 @pytest.mark.parametrize(
@@ -401,7 +378,10 @@ def test_deep_and_long_values_are_refused_in_a_short_message() -> None:
     for depth in (50, 400, 900, 990):
         error = refuse(b'{"model":"m","messages":[],"tools":' + b"[" * depth + b"]" * depth + b"}")
         assert len(error.message) < 200
-    assert len(refuse(body(**{"x" * 10_000: 1})).message) < 200
+    strict = LIMITS.model_copy(update={"unknown_fields": "refuse"})
+    with pytest.raises(RequestError) as caught:
+        parse_chat(body(**{"x" * 10_000: 1}), limits=strict, request_id="x")
+    assert len(caught.value.message) < 200
     assert len(refuse(body(temperature="x" * 10_000)).message) < 300
     assert len(refuse(body({"role": "x" * 10_000, "content": "x"})).message) < 200
 

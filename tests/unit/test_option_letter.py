@@ -1,7 +1,6 @@
 """Which option a response chooses, in the ways in which models say it."""
 
 import math
-import random
 
 import pytest
 
@@ -10,6 +9,7 @@ from llava_ray.evaluate.scoring.option_letter import read_option
 from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Question
+from tests.support.random_responses import make_responses
 
 CHOICES = ("cat", "dog", "a red bird", "none of these")
 
@@ -29,7 +29,8 @@ The answer is not A, it's B|\boxed{B}|$\boxed{B}$|\boxed{\text{B}}|\boxed{(B)}
 The answer is $\boxed{\mathrm{B}}$.|答案是B|答案：B|答案为B。|答案是（B）|正确答案是 B|选B
 我选择B|应选B。
 选项B|故选：B|B选项正确|正确选项是B|答えはB|정답은 B|Antwort: B|Réponse : B|Respuesta: B
-我认为是B|正确的是B|B;|<<B>>|Answer => B|Most likely B|\boxed B|\fbox{B}|B, not A|#### B|B</s>
+It may be A.</think>B|答案是B不是A|我认为是B
+正确的是B|B;|<<B>>|Answer => B|Most likely B|\boxed B|\fbox{B}|B, not A|#### B|B</s>
 <think>maybe A or C</think>B|<think>A</think> The answer is B|dog|Dog.|The dog|It is a dog.
 A dog is running in the park
 """
@@ -56,7 +57,8 @@ def test_an_option_is_read_however_it_is_stated(text: str) -> None:
         "", "?", "E", "A man riding a horse", "A man is walking", "The answer is A man", "a man",
         "I don't know", "B or C", "A and B", "A, B", "A/B", "both A and B", "A cat or B dog",
         "cat and dog", "All of the above", "Because", "Bdog", "B-side", "C++", "Dé", "D'accord",
-        "Vitamin C is nice", "A/an", "A;B", "A\nB", "B is wrong", "The answer is not B", "N/A",
+        "Vitamin C is nice", "A/an", "A;B", "A\nB", "B is wrong", "<think>B",
+        "选项B错误", "The answer is not B", "N/A",
         "The answer is neither A nor B", "\\boxed{}", "The answer is B or C",
     ],
 )  # fmt: skip
@@ -151,20 +153,6 @@ def test_texts_are_equal_whatever_their_form() -> None:
     assert normalize_text(' "Red  Car." ') == normalize_text("red car")
     assert normalize_text("ＲＥＤ。") == "red"
     assert normalize_text("3.5") != normalize_text("35")
-
-
-def make_responses(number: int) -> list[str]:
-    """Random strings of letters, cues, markup, foreign scripts, controls and lone surrogates."""
-    rng = random.Random(25)
-    pieces = [
-        *"ABCDabcdI()[]{}*_`#$\\<>:.,;!?'\"-+=/|&%0123456789 ",
-        *"\n\t\r\0\x08\x1b\x85\u2028\ud800\udfff",
-        "answer", "The answer is ", "Option ", "\\boxed{", "}", "<think>", "</think>", "答案", "选",
-        "猫", "แมว", "고양이", "é", "２", "²", "½", "yes", "no", "nan", "inf", "1e999", "-1",
-        "a man",
-        "final answer ", "is", " not ", "\u202e", "😀", "\u0301", "cat", "dog", "1,000", "..", "__",
-    ]  # fmt: skip
-    return ["".join(rng.choices(pieces, k=rng.randint(0, 40))) for _ in range(number)]
 
 
 def test_no_response_whatever_makes_a_scorer_fail() -> None:

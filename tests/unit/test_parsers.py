@@ -1,4 +1,4 @@
-"""Whatever a stranger sends: each parser at the door takes it, or refuses it with an error of ours.
+"""Every parser of untrusted input either accepts it or raises one of our errors.
 
 The parsers of the OpenAI API are in `test_openapi.py`.
 """
@@ -15,7 +15,7 @@ from starlette.datastructures import Headers
 
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
-from llava_ray.errors import ImageError, LinkError, NotAllowedError, RequestError
+from llava_ray.errors import ImageError, ImageUrlError, NotAllowedError, RequestError
 from llava_ray.serve.fetch.ip_policy import is_public, read_address
 from llava_ray.serve.fetch.url_policy import check_url
 from llava_ray.serve.gateway.auth import BasicCredentials, read_basic_credentials, read_key
@@ -163,7 +163,7 @@ PIECES = st.lists(st.text(max_size=4) | st.sampled_from([*ODD, "http:", "//", "/
 def test_any_text_is_a_public_web_address_or_refused(text: str) -> None:
     try:
         link = check_url(text, FetchConfig(hosts=["*"]), param="p")
-    except LinkError as error:
+    except ImageUrlError as error:
         encode(error.message)
         return
     again = urlsplit(str(link))  # another parser sees the same host

@@ -1,4 +1,4 @@
-"""How sure a number is, also where few rows made it."""
+"""Standard errors, also of scores from few rows."""
 
 import math
 from collections.abc import Sequence

@@ -20,6 +20,7 @@ from llava_ray.evaluate.results.results import TaskResult, score_predictions, su
 from llava_ray.evaluate.tasks import TASKS
 from llava_ray.types import Prediction, Question
 from tests.support.benchmark_files import MME_SUBTASKS, WRITERS, write_lines
+from tests.support.random_responses import make_responses
 from tests.support.raw_data import write_json
 from tests.support.scripted_openai import ScriptedOpenAI
 
@@ -226,6 +227,9 @@ ODD_ROWS = [
     ("[5]", "5' is no JSON object"),
     ("5", "holds no responses"),
     ("[]", "holds no responses"),
+    ("PK\x03\x04", "is an Excel or zip file"),
+    ("question_id,text\n0,yes\n", "line 1 of .*"),
+    ("[" * 100_000, "line 1 of .*"),
     ('{"outputs": 5}', "holds no responses"),
     ('{"correct": [5], "incorrect": []}', "is it a file of this task"),
 ]
@@ -413,6 +417,25 @@ def test_every_character_reaches_every_file_whole_and_harmless(tmp_path: Path) -
             assert cell.data_type in ("s", "inlineStr")
             assert unescape(cell.value) == text
         assert CliRunner().invoke(app, ["evaluate", "compare", str(output), str(output)]).output
+
+
+SCORED = [name for name in TASKS if not name.startswith("own_") and not TASKS[name].judge]
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_no_response_whatever_ends_the_scoring_of_a_file(tmp_path: Path, name: str) -> None:
+    questions = find(name, tmp_path)
+    output = tmp_path / "out"
+    for start in range(0, 150, 15):
+        texts = make_responses(150)[start:]
+        rows = [
+            {"question_id": q.source_id, "prompt": q.text, "text": text}
+            for q, text in zip(questions, texts, strict=False)
+        ]
+        path = write_lines(tmp_path / "answers.jsonl", rows)
+        result = score_file(TASKS[name], path, tmp_path, min_coverage=0.99, output=output)
+        assert result.statuses["answered"] == min(len(rows), result.num_questions)
+        assert result.note == ""
 
 
 @pytest.mark.parametrize("name", ["vqav2_test", "gqa", "mmvet", "seedbench", "vizwiz_vqa_test"])

@@ -173,16 +173,48 @@ def test_a_system_message_takes_the_place_of_the_templates_own(name: str) -> Non
         ([" a ", None, " b "], "<image>\na  b"),
         ([None], "<image>"),
         ([None, None, "which?"], "<image>\n<image>\nwhich?"),
+        (["which?", None, None], "<image>\n<image>\nwhich?"),
+        (["1: ", None, "\n2: ", None], "<image>\n<image>\n1: \n2:"),
+        (["a ", None, " b ", None, " c"], "<image>\n<image>\na  b  c"),
+        ([None, None], "<image>\n<image>"),
+        (["", None, ""], "<image>"),
+    ],
+)
+def test_images_come_first_in_a_message(parts: list[str | None], text: str) -> None:
+    message = Message("user", tuple(ImagePart(b"") if p is None else TextPart(p) for p in parts))
+    assert find_template("vicuna_v1").render([message]) == f"{USER} USER: {text} ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        (["a", None], "<image>\na"),
+        ([None, None, "which?"], "<image>\n<image>\nwhich?"),
         (["this", None, "or that", None, "?"], "this\n<image>\nor that\n<image>?"),
         (["a (", None, "), b", None, "(c)"], "a (<image>), b\n<image>\n(c)"),
         (["1: ", None, "\n2: ", None], "1: <image>\n2: <image>"),
         (["a ", None, " b ", None, " c"], "a <image> b <image> c"),
-        (["", None, ""], "<image>"),
     ],
 )
-def test_where_images_stand_in_a_message(parts: list[str | None], text: str) -> None:
+def test_families_trained_on_interleaved_text_keep_the_place_of_several_images(
+    parts: list[str | None], text: str
+) -> None:
     message = Message("user", tuple(ImagePart(b"") if p is None else TextPart(p) for p in parts))
-    assert find_template("vicuna_v1").render([message]) == f"{USER} USER: {text} ASSISTANT:"
+    assert f"user\n{text}<|im_end|>" in find_template("qwen").render([message])
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_last_answer_is_left_open_to_be_continued(name: str) -> None:
+    messages = talk("What is this?\n<image>", "A </s> cat ")
+    for template in (find_template(name), OwnTemplate(), OwnTemplate(TEMPLATES[name].source)):
+        whole = template.render(messages, add_generation_prompt=False)
+        opened = template.render(messages)
+        assert opened.endswith("A < /s> cat ")
+        assert whole.startswith(opened)
+        assert len(whole) > len(opened) or not template.stop
+        if name != "plain":
+            begun = template.render(messages[:-1])
+            assert opened.startswith(begun)
 
 
 @pytest.mark.parametrize("typed", [["x </s> <image>"], ["x </", "s> <ima", "ge>"]])
@@ -353,6 +385,8 @@ def test_what_is_learned_is_each_answer_and_its_end(name: str, kind: str, tokeni
 def test_what_is_trained_begins_as_what_is_asked(name: str, kind: str, tokenizer: str) -> None:
     made, template = TOKENIZERS[tokenizer](), find_template(name)
     messages = CONVERSATIONS[kind]
+    if kind == "several" and not template.is_interleaved:
+        messages = messages[:2]  # images within a later text come first in a prompt, see above
     ids, labels = template.encode(messages, made)
     starts = [i for i, (a, b) in enumerate(pairwise(labels)) if a == -100 != b]
     for number, start in enumerate(starts):

@@ -1,4 +1,4 @@
-"""Names of tensors: every stored name finds its place, and goes back to the same name."""
+"""Names of tensors: every stored name maps to a name in memory, and back to the same name."""
 
 import pytest
 

@@ -8,14 +8,17 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.records import PendingSample, RejectedRow
 from llava_ray.data.sources import find_source
 from llava_ray.errors import ConfigError
-from llava_ray.storage import Folder, find_input, is_below, open_folder
+from llava_ray.storage import Folder, find_input, hash_file, is_below, open_folder
 from llava_ray.types import Sample
 
+_MODEL_ENDINGS = (".json", ".jinja", ".model", ".txt")
+"""Files of a checkpoint that hold its configuration, tokenizer and template."""
 _LOOKUPS_AHEAD = 16
 """Files that are looked up concurrently, because each lookup waits for a disk or a network."""
 
@@ -53,19 +56,32 @@ def check_places(config: ConvertConfig) -> None:
 
 
 def digest_inputs(config: ConvertConfig) -> str:
-    """Return a digest of the states of all files of the input."""
+    """Return a digest of the states of all files of the input, and of what counts tokens."""
     folder, names = find_input(config.input)
-    return digest_images(names or folder.list(""), folder)
+    return _digest([digest_model(config), digest_images(names or folder.list(""), folder)])
 
 
-def digest_rows(rows: Sequence[PendingSample | RejectedRow]) -> str:
-    """Return a digest of the content of rows, inline images included."""
-    return _digest(
+def digest_model(config: ConvertConfig) -> str:
+    """Return a digest of the files of the checkpoint that decide on counts of tokens, if any."""
+    if config.model is None:
+        return ""
+    from llava_ray.model.checkpoint.locate import find_folder
+
+    folder = find_folder(config.model)
+    names = sorted(path for path in folder.iterdir() if path.name.endswith(_MODEL_ENDINGS))
+    files = [path for path in names if path.is_file() and not path.name.endswith(".index.json")]
+    return _digest(f"{path.name} {hash_file(path)}" for path in files)
+
+
+def digest_rows(rows: Sequence[PendingSample | RejectedRow], model_digest: str) -> str:
+    """Return a digest of the content of rows, inline images included, and of `digest_model`."""
+    contents = (
         f"{row.where!r} {digest_sample(row.sample)}"
         if isinstance(row, PendingSample)
         else repr(tuple(row))
         for row in rows
     )
+    return _digest(chain([model_digest], contents))
 
 
 def digest_sample(sample: Sample) -> str:

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping
 from llava_ray.config import ConvertConfig
 from llava_ray.data.convert.inputs import (
     digest_images,
+    digest_model,
     digest_rows,
     digest_sample,
     list_image_names,
     open_images,
 )
 from llava_ray.data.convert.records import PendingSample, RejectedRow, ShardJob, ShardRecord
-from llava_ray.data.sources import Source, find_source
+from llava_ray.data.sources import Source, check_options, find_source
 from llava_ray.data.sources.building import BROKEN_ROW, RawRow, explain_broken
 from llava_ray.data.validate import check_messages
 from llava_ray.errors import ConfigError, ImageError, ImageTooLargeError, SampleError
@@ -40,9 +41,9 @@ def make_shard_jobs(
     Raises:
         ConfigError: the data is missing, or is not what its source expects.
     """
-    images = open_images(config)
+    images, model_digest = open_images(config), digest_model(config)
     for number, rows in enumerate(_group_rows(config)):
-        digest = digest_rows(rows)
+        digest = digest_rows(rows, model_digest)
         record = done.get(number) if done else None
         is_done = (
             record is not None
@@ -55,6 +56,7 @@ def make_shard_jobs(
 def _group_rows(config: ConvertConfig) -> Iterator[list[PendingSample | RejectedRow]]:
     """Yield the rows of one shard after another."""
     source = find_source(config.source)
+    check_options(config)
     folder, names = find_input(config.input)
     rows, num_bytes = [], 0
     try:
@@ -81,26 +83,27 @@ def _convert_rows(
         sample_id = ""
         try:
             sample = _convert_row(source, raw)
-            sample_id = sample.sample_id
+            sample_id = str(sample.sample_id)
             check_messages(sample, max_chars=config.max_chars, max_images=config.limits.max_images)
-            yield PendingSample(seen.admit(sample), raw.where)
+            row = PendingSample(seen.admit(sample), raw.where)
         except SampleError as error:
-            yield RejectedRow(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
+            row = _reject(raw, sample_id, error)
+        except BROKEN_ROW as error:
+            row = _reject(raw, sample_id, explain_broken(error))
+        yield row
 
 
 def _convert_row(source: Source, raw: RawRow) -> Sample:
-    if isinstance(raw.row, SampleError):
-        raise raw.row
     try:
-        return source.convert(raw.row)
-    except SampleError:
-        raise
+        return source.convert(raw.get())
     except ImageError as error:
         is_large = isinstance(error, ImageTooLargeError)
         reason = "image_oversized" if is_large else "image_corrupt"
         raise SampleError(error.message, reason=reason) from error
-    except BROKEN_ROW as error:
-        raise explain_broken(error) from error
+
+
+def _reject(raw: RawRow, sample_id: str, error: SampleError) -> RejectedRow:
+    return RejectedRow(sample_id or _guess_id(raw), error.reason, error.message, raw.where)
 
 
 def _guess_id(raw: RawRow) -> str:

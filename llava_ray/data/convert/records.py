@@ -30,7 +30,7 @@ class ShardJob(NamedTuple):
     Attributes:
         number: of the job and its shard, from 0.
         rows: its rows.
-        rows_digest: of the content of the rows.
+        rows_digest: of the content of the rows; see `inputs.digest_rows`.
         is_done: an earlier run has written the shard from the same rows and images.
     """
 

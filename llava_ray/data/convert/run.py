@@ -108,8 +108,9 @@ def _run_jobs(config: ConvertConfig, done: Mapping[int, ShardRecord]) -> Iterato
     jobs.context.target_max_block_size = 1  # one job per block
     jobs.context.enable_progress_bars = False
     size = config.num_workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    run_job: Any = run_shard_job  # Ray's stubs accept functions of one argument only
     written = jobs.map(
-        run_shard_job,
+        run_job,
         fn_args=(config, uuid.uuid4().hex),
         compute=TaskPoolStrategy(size=size),  # of actors, Ray says that it may not restart them
         num_cpus=1,

@@ -3,6 +3,7 @@
 Second half of a conversion, after `partition`; runs in several processes. It does not know Ray.
 """
 
+import errno
 import json
 import pickle
 from collections import Counter
@@ -30,6 +31,8 @@ _READS_AHEAD = 16
 _UNREADABLE = "unreadable"
 """Digest of images of which one could not be read. It equals no other, so they are tried again."""
 
+_NO_SUCH_FILE = (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError)
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP)
 _runners: dict[str, "ShardJobRunner"] = {}
 
 
@@ -161,17 +164,18 @@ class ShardJobRunner:
         name = check_name(image)
         try:
             return name, self._images.read(name, limit=self._config.limits.max_image_bytes + 1)
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise SampleError(
-                f"there is no image {name!r} in {self._images.address!r}: put it there, or pass "
-                "its folder with --images",
-                reason="image_missing",
-            ) from error
         except (OSError, ValueError) as error:
+            is_missing = isinstance(error, _NO_SUCH_FILE) or error.errno in _NO_SUCH_NAME
+            if not is_missing:
+                raise SampleError(
+                    f"the image {name[:200]!r} cannot be read in {self._images.address!r} "
+                    f"({error}): run the same command again when it can",
+                    reason="image_unreadable",
+                ) from error
             raise SampleError(
-                f"the image {name!r} cannot be read in {self._images.address!r} ({error}): run the "
-                "same command again when it can",
-                reason="image_unreadable",
+                f"there is no image {name[:200]!r} in {self._images.address!r}: put it there, or "
+                "pass its folder with --images",
+                reason="image_missing",
             ) from error
 
     def _check(self, name: str, data: bytes) -> CheckedImage:

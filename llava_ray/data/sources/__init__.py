@@ -51,28 +51,33 @@ class Source(NamedTuple):
         read: yields the rows of a folder, given the names of the files in it.
         convert: turns a row into a sample.
         images: the subfolder that the names of images are relative to.
+        options: the settings that only some sources use: split, prompt_format.
     """
 
     read: Callable[[Folder, list[str], "ConvertConfig"], Iterator[RawRow]]
     convert: Callable[[Row], Sample]
     images: str = ""
+    options: tuple[str, ...] = ()
 
+
+_SPLIT = ("split",)
+_SPLIT_AND_FORMAT = ("split", "prompt_format")
 
 SOURCES = {
     "llava": Source(read_conversations, convert_llava),
     "sharegpt": Source(read_conversations, convert_sharegpt),
     "openai": Source(read_conversations, convert_openai),
     "pairs": Source(read_pairs, convert_pair),
-    "scienceqa": Source(read_scienceqa, convert_scienceqa, images="images"),
-    "coco": Source(read_coco, convert_coco),
-    "vqa": Source(read_vqa, convert_vqa),
-    "gqa": Source(read_gqa, convert_gqa, images="images"),
-    "textvqa": Source(read_textvqa, convert_textvqa),
-    "textcaps": Source(read_textcaps, convert_textcaps),
-    "ocrvqa": Source(read_ocrvqa, convert_ocrvqa, images="images"),
-    "refcoco": Source(read_refcoco, convert_refcoco),
+    "scienceqa": Source(read_scienceqa, convert_scienceqa, "images", _SPLIT_AND_FORMAT),
+    "coco": Source(read_coco, convert_coco, options=_SPLIT_AND_FORMAT),
+    "vqa": Source(read_vqa, convert_vqa, options=_SPLIT),
+    "gqa": Source(read_gqa, convert_gqa, "images", _SPLIT),
+    "textvqa": Source(read_textvqa, convert_textvqa, options=_SPLIT),
+    "textcaps": Source(read_textcaps, convert_textcaps, options=_SPLIT),
+    "ocrvqa": Source(read_ocrvqa, convert_ocrvqa, "images", _SPLIT),
+    "refcoco": Source(read_refcoco, convert_refcoco, options=_SPLIT),
     "vg": Source(read_vg, convert_vg),
-    "hf": Source(read_hf, convert_hf),
+    "hf": Source(read_hf, convert_hf, options=_SPLIT),
     "webdataset": Source(read_webdataset, convert_webdataset),
 }
 
@@ -88,3 +93,18 @@ def find_source(name: str) -> Source:
         hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(SOURCES)}"
         raise ConfigError(f"unknown source {name!r}: {hint}")
     return SOURCES[name]
+
+
+def check_options(config: "ConvertConfig") -> None:
+    """Check that the source uses the settings that are given.
+
+    Raises:
+        ConfigError: it does not, so the data would be other than was asked for.
+    """
+    for name in _SPLIT_AND_FORMAT:
+        if getattr(config, name) and name not in find_source(config.source).options:
+            users = ", ".join(key for key, source in SOURCES.items() if name in source.options)
+            raise ConfigError(
+                f"{name}={getattr(config, name)!r} has no effect on the source {config.source}, "
+                f"only on {users}: leave it out"
+            )

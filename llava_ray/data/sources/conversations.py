@@ -19,22 +19,21 @@ from llava_ray.data.sources.building import (
     RawRow,
     Row,
     choose,
-    describe,
     make_sample,
     make_turns,
     most_frequent,
-    parse_text,
-    read_dict,
     read_id,
     read_text,
     write_message,
 )
-from llava_ray.data.sources.image_fields import check_unread, list_images, read_image
-from llava_ray.data.sources.readers import list_fields, read_rows
+from llava_ray.data.sources.image_fields import check_unread, list_images
+from llava_ray.data.sources.messages import read_turns, refuse_fields
+from llava_ray.data.sources.readers import list_fields
+from llava_ray.data.sources.row_files import read_rows
 from llava_ray.errors import ConfigError, SampleError
 from llava_ray.storage import Folder
 from llava_ray.template import IMAGE_TOKEN
-from llava_ray.types import IMAGE, ImagePart, Message, Role, Sample, TextPart
+from llava_ray.types import ImagePart, Message, Sample
 
 if TYPE_CHECKING:
     from llava_ray.config import ConvertConfig
@@ -65,18 +64,6 @@ PAIRS = (
 """Fields of a question and of its answer, as various tools call them."""
 
 _TURNS = ("conversations", "conversation", "messages")
-_SPEAKERS: dict[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
 _UNUSABLE_FIELDS = {
     "tools": "descriptions of tools",
     "functions": "descriptions of functions",
@@ -87,14 +74,6 @@ _UNUSABLE_FIELDS = {
     "chosen": "a preferred answer",
     "rejected": "a rejected answer",
 }
-_UNUSABLE_IN_MESSAGES = {
-    "tool_calls": "calls of tools",
-    "function_call": "a call of a function",
-    "audio": "a recording",
-    "reasoning_content": "reasoning beside the answer",
-}
-_LEARN_MARKS = ("weight", "train", "loss")
-"""Fields of an answer that say, with 0 or false, that it is not learned."""
 
 
 def read_conversations(
@@ -137,7 +116,7 @@ def convert_row(row: Row, source: str, *, images: Sequence[bytes | str] | None =
     Raises:
         SampleError: the row has no conversation, or one that a sample cannot express.
     """
-    _refuse(row, _UNUSABLE_FIELDS, "the row")
+    refuse_fields(row, _UNUSABLE_FIELDS, "the row")
     row_images = list_images(row) if images is None else list(images)
     if not row_images:
         check_unread(row)
@@ -151,90 +130,13 @@ def _read_messages(row: Row, *, num_images: int) -> tuple[list[Message], list[by
     """Return a row's messages, and for each image in them its content; None: the row's next one."""
     given = [name for name in _TURNS if row.get(name) is not None]
     for name in [name for name in given if row[name]] or given:
-        return _read_turns(row[name], name)
+        return read_turns(row[name], name)
     if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
-        return _read_turns([*row["prompt"], *row["completion"]], "prompt and completion")
+        return read_turns([*row["prompt"], *row["completion"]], "prompt and completion")
     turns = _read_pairs(row, num_images=num_images)
     has_places = any(IMAGE_TOKEN in question for question, _ in turns)
     messages = list(make_turns(turns, num_images=0 if has_places else num_images))
     return messages, [None] * sum(_count_images(message) for message in messages)
-
-
-def _read_turns(turns: Any, name: str) -> tuple[list[Message], list[bytes | str | None]]:
-    if not isinstance(turns, list | tuple):
-        raise SampleError(f"{name} is {describe(turns)}: write a list", reason="bad_row")
-    messages: list[Message] = []
-    inline: list[bytes | str | None] = []
-    for i, turn in enumerate(turns):
-        role, parts, images = _read_turn(read_dict(turn, f"{name}[{i}]"))
-        if not i and role == "assistant" and "from" in turn:
-            continue  # see convert_llava
-        messages.append(Message(role, tuple(parts)))
-        inline += images
-    return messages, inline
-
-
-def _read_turn(turn: Row) -> tuple[Role, list[TextPart | ImagePart], list[bytes | str | None]]:
-    """Return a message's role and parts, and for each image its own content, or None."""
-    _refuse(turn, _UNUSABLE_IN_MESSAGES, "a message")
-    if not {"from", "role"} & set(turn) or not {"value", "content"} & set(turn):
-        raise SampleError(
-            f"a message has the fields {list_fields(turn)}: name them from and value, or role and "
-            "content",
-            reason="bad_row",
-        )
-    role = _read_speaker(turn["from"] if turn.get("from") is not None else turn["role"])
-    is_marked = any(turn.get(mark) is not None and not turn[mark] for mark in _LEARN_MARKS)
-    if role == "assistant" and is_marked:
-        raise SampleError(
-            "an answer is marked as not to be learned, which shards cannot keep: leave the row out",
-            reason="unsupported",
-        )
-    content = turn["value"] if turn.get("value") is not None else turn["content"]
-    if isinstance(content, str):
-        parts = list(write_message(role, content).parts)
-        return role, parts, [None for part in parts if isinstance(part, ImagePart)]
-    if not isinstance(content, list | tuple):
-        raise SampleError(
-            f"the content of a message is {describe(content)}: write a text or a list of parts",
-            reason="bad_row",
-        )
-    parts: list[TextPart | ImagePart] = []
-    images: list[bytes | str | None] = []
-    for part in content:
-        found, image = _read_part(part if isinstance(part, str) else read_dict(part, "a part"))
-        parts += found
-        images += [image for piece in found if isinstance(piece, ImagePart)]
-    return role, parts, images
-
-
-def _read_part(part: Row | str) -> tuple[list[TextPart | ImagePart], bytes | str | None]:
-    """Return the parts of a part of a message, and the content of its image if it has its own."""
-    if isinstance(part, str):
-        return parse_text(part), None
-    kind = part["type"]
-    if kind in ("text", "input_text", "output_text"):
-        text = read_text(part["text"], "a text part")
-        return (parse_text(text) if IMAGE_TOKEN in text else [TextPart(text)]), None
-    if kind in ("image_url", "input_image"):
-        return [IMAGE], read_image(part["image_url"], "image_url")
-    if kind == "image":
-        inner = (part.get(key) for key in ("image", "url", "path", "image_url"))
-        given = next((value for value in inner if value), None)
-        return [IMAGE], None if given is None else read_image(given, "an image part")
-    raise SampleError(
-        f"a part of a message is {kind!r:.60}: only text and images can be learned",
-        reason="unsupported",
-    )
-
-
-def _read_speaker(name: Any) -> Role:
-    if not isinstance(name, str) or name not in _SPEAKERS:
-        raise SampleError(
-            f"unknown speaker {name!r:.60}: name each speaker one of {', '.join(_SPEAKERS)}",
-            reason="roles",
-        )
-    return _SPEAKERS[name]
 
 
 def _read_system(row: Row, messages: Sequence[Message]) -> list[Message]:
@@ -298,15 +200,6 @@ def _place_images(
     left = iter(row_images)
     placed = [next(left, None) if image is None else image for image in inline]
     return [image for image in placed if image is not None] + list(left)
-
-
-def _refuse(row: Row, fields: dict[str, str], where: str) -> None:
-    for name, meaning in fields.items():
-        if row.get(name) and row[name] != "[]":
-            raise SampleError(
-                f"{where} has {meaning} ({name}), which is neither read nor learned: leave it out",
-                reason="unsupported",
-            )
 
 
 def _count_images(message: Message) -> int:

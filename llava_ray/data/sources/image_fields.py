@@ -23,7 +23,10 @@ IMAGE_FIELDS = (
     "png",
     "webp",
 )
-"""Fields that hold a row's images. Of several, the first that is not empty is read."""
+"""Fields that hold a row's images. Of several, the first that is not empty is read.
+
+`file_name` counts only with the ending of an image.
+"""
 
 _BASE64_HEADS = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk")
 """How JPEG, PNG, GIF, WebP and BMP files begin in base64."""
@@ -39,6 +42,7 @@ def list_images(row: Row) -> list[bytes | str]:
         SampleError: an image is neither, has to be downloaded, or `image` and `images` differ.
     """
     found = [(name, row[name]) for name in IMAGE_FIELDS if not _is_empty(row.get(name))]
+    found = [(name, value) for name, value in found if name != "file_name" or _is_name(value)]
     if not found:
         return []
     first, value = found[0]
@@ -110,9 +114,14 @@ def _is_like_an_image(value: Any) -> bool:
     if isinstance(value, dict):
         return isinstance(value.get("bytes"), bytes)
     if isinstance(value, str):
-        is_name = len(value) < _MAX_NAME_CHARS and value.lower().endswith(_ENDINGS)
-        return is_name or value.startswith("data:image/")
+        return _is_name(value) or value.startswith("data:image/")
     return isinstance(value, bytes)
+
+
+def _is_name(value: Any) -> bool:
+    """Return whether a value is the name of an image's file by its ending."""
+    is_short = isinstance(value, str) and len(value) < _MAX_NAME_CHARS
+    return is_short and value.lower().endswith(_ENDINGS)
 
 
 def _is_empty(value: Any) -> bool:

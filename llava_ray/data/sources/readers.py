@@ -18,10 +18,6 @@ from llava_ray.storage import Folder
 MAX_TEXT_BYTES = 1 << 20
 """Largest file that holds the text of a single image."""
 
-_HEAD_CHARS = 1 << 20
-ROW_FIELDS = frozenset(("conversations", "conversation", "messages", "texts", "id", "image"))
-"""Fields by which an object is recognised as a row, and not as a wrapper around rows."""
-
 
 @contextmanager
 def open_text(folder: Folder, name: str) -> Iterator[IO[str]]:
@@ -75,7 +71,7 @@ def read_json(folder: Folder, name: str) -> Any:
         try:
             return json.loads(file.read(), strict=False)
         except (ValueError, RecursionError) as error:
-            raise ConfigError(_explain(folder, name, error)) from error
+            raise ConfigError(explain_json(folder, name, error)) from error
 
 
 def read_json_object(folder: Folder, name: str, **parts: type) -> Row:
@@ -129,7 +125,7 @@ def read_json_list(folder: Folder, name: str, key: str = "") -> Iterator[RawRow]
                     return
                 reader.skip_value()
         except BadJsonError as error:
-            raise ConfigError(_explain(folder, name, error)) from error
+            raise ConfigError(explain_json(folder, name, error)) from error
     raise ConfigError(
         f"{name!r} in {folder.address!r} has no {key!r}, but the fields {list_fields(keys)}: give "
         "the file as it was published"
@@ -146,9 +142,9 @@ def read_json_dict(folder: Folder, name: str) -> Iterator[tuple[str, RawRow]]:
         reader = JsonReader(file)
         try:
             for key in reader.read_keys():
-                yield key, _check_object(f"{name} {key}", reader.read_value())
+                yield key, check_object(f"{name} {key}", reader.read_value())
         except BadJsonError as error:
-            raise ConfigError(_explain(folder, name, error)) from error
+            raise ConfigError(explain_json(folder, name, error)) from error
 
 
 def read_json_lines(folder: Folder, name: str) -> Iterator[RawRow]:
@@ -165,28 +161,6 @@ def read_json_lines(folder: Folder, name: str) -> Iterator[RawRow]:
                 yield RawRow(where, SampleError(problem, reason="too_long"))
             elif line.strip():
                 yield _parse_line(where, line, name, number)
-
-
-def read_rows(folder: Folder, name: str) -> Iterator[RawRow]:
-    """Yield the rows of a JSON file in any usual form, whatever its ending is.
-
-    The forms: a list of objects; one object per line; objects one after another; an object that
-    wraps the list, such as `{"data": [...]}`; an object that is itself a row.
-
-    Raises:
-        ConfigError: the file is not JSON, or has another form, which the message names.
-    """
-    with open_text(folder, name) as file:
-        head = file.read(_HEAD_CHARS).lstrip()
-    form = _recognise(head, is_lines=name.lower().endswith(".jsonl"))
-    if form == "lines":
-        yield from read_json_lines(folder, name)
-    elif form == "list":
-        yield from read_json_list(folder, name)
-    elif (key := _find_wrapped(folder, name)) is not None:
-        yield from read_json_list(folder, name, key)
-    else:
-        yield from _read_sequence(folder, name)
 
 
 def find_one(folder: Folder, names: list[str], *choices: str) -> str:
@@ -209,87 +183,13 @@ def list_fields(fields: Any) -> str:
     return ", ".join(names) + (", ..." if len(fields) > len(names) else "") if names else "none"
 
 
-def _recognise(head: str, *, is_lines: bool) -> str:
-    """Return the form of a JSON file from its first characters: lines, list or objects."""
-    first, _, rest = head.partition("\n")
-    more = rest.lstrip()
-    if _is_json(first):
-        return "lines" if more else {"[": "list"}.get(first[:1], "objects")
-    if first.startswith("["):
-        return "list"
-    is_pretty = first.strip() == "{"
-    if first.startswith("{") and (is_pretty or not is_lines):
-        second = more.partition("\n")[0]
-        return "lines" if second.startswith("{") and _is_json(second) else "objects"
-    return "lines"
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, strict=False)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _find_wrapped(folder: Folder, name: str) -> str | None:
-    """Return the key of the only list of objects in a file's object, None if it wraps none.
-
-    Raises:
-        ConfigError: the file wraps several lists, or objects by key.
-    """
-    keys: list[str] = []
-    lists: list[str] = []
-    num_objects = 0
-    with open_text(folder, name) as file:
-        reader = JsonReader(file)
-        try:
-            for key in reader.read_keys():
-                if key in ROW_FIELDS:
-                    return None
-                keys.append(key)
-                num_objects += reader.peek() == "{"
-                if reader.peek() == "[" and reader.holds_objects():
-                    lists.append(key)
-                reader.skip_value()
-        except BadJsonError as error:
-            raise ConfigError(_explain(folder, name, error)) from error
-    if len(lists) == 1:
-        return lists[0]
-    where = f"{name!r} in {folder.address!r}"
-    if {"images", "annotations"} <= set(lists):
-        raise ConfigError(f"{where} has the form of COCO's annotations: use the source coco")
-    if lists:
-        raise ConfigError(
-            f"{where} has several lists of rows ({list_fields(lists)}): write each to a file of "
-            "its own"
-        )
-    if num_objects and num_objects == len(keys):
-        raise ConfigError(
-            f"{where} is an object of rows by key ({list_fields(keys)}): write the rows as a list"
-        )
-    return None
-
-
-def _read_sequence(folder: Folder, name: str) -> Iterator[RawRow]:
-    """Yield objects that stand one after another."""
-    with open_text(folder, name) as file:
-        reader = JsonReader(file)
-        number = 0
-        try:
-            while reader.peek():
-                yield _check_object(f"{name}[{number}]", reader.read_value())
-                number += 1
-        except BadJsonError as error:
-            raise ConfigError(_explain(folder, name, error)) from error
-
-
 def _read_objects(reader: JsonReader, where: str) -> Iterator[RawRow]:
     for i, row in enumerate(reader.read_list()):
-        yield _check_object(f"{where}[{i}]", row)
+        yield check_object(f"{where}[{i}]", row)
 
 
-def _check_object(where: str, row: Any) -> RawRow:
+def check_object(where: str, row: Any) -> RawRow:
+    """Return a row of a file, which is rejected if it is not an object."""
     if isinstance(row, dict | SampleError):
         return RawRow(where, row)
     problem = f"the row is {describe(row)}, not an object"
@@ -302,8 +202,9 @@ def _parse_line(where: str, line: str, name: str, number: int) -> RawRow:
     except BROKEN_ROW as error:
         problem = f"line {number} of {name!r} is not a JSON object ({error}): correct it"
         return RawRow(where, SampleError(problem, reason="bad_row"))
-    return _check_object(where, row)
+    return check_object(where, row)
 
 
-def _explain(folder: Folder, name: str, error: Exception) -> str:
+def explain_json(folder: Folder, name: str, error: Exception) -> str:
+    """Return what is wrong with a file that is not JSON."""
     return f"{name!r} in {folder.address!r} is not JSON ({error}): download or write it again"

@@ -139,7 +139,8 @@ def _read_archive(file: IO[bytes], name: str, config: "ConvertConfig") -> Iterat
     try:
         with tarfile.open(fileobj=file, mode="r|*", tarinfo=_Header) as archive:
             for member in archive:
-                archive.members = []  # tarfile would keep them all in memory
+                # tarfile would keep all members in memory
+                archive.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                 if member.isdir():
                     continue
                 folder, _, base = member.name.rpartition("/")

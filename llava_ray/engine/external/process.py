@@ -1,4 +1,4 @@
-"""The child process of an external engine, and this end of the pipe; `worker/link.py` is the other.
+"""The child process of an external engine, and this end of the pipe; `worker/pipe.py` is the other.
 
 Two threads serve it: one reads its messages and passes each to the request it belongs to, the other
 keeps the last lines of its output for error messages. When the process ends, all open requests fail

@@ -28,10 +28,11 @@ def load_image(image: str) -> bytes:
         if path.endswith(".tsv"):
             return tsv.read_image(Path(path), int(place))
         return Path(image).read_bytes()
-    except OSError as error:
+    except (OSError, ValueError, IndexError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ImageError(
-            f"the image {image} cannot be read ({error.strerror or error}): put the "
-            "benchmark's images there, on every machine that a model runs on"
+            f"the image {image} cannot be read ({reason}): put the benchmark's images there, on "
+            "every machine that a model runs on"
         ) from error
 
 
@@ -54,7 +55,7 @@ def _get_version(image: str) -> tuple[int, int]:
     path, _, _ = image.rpartition("#")
     try:
         found = Path(path if path.endswith((".parquet", ".tsv")) else image).stat()
-    except OSError:
+    except (OSError, ValueError):  # reading it says what is wrong
         return 0, 0
     return found.st_size, found.st_mtime_ns
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
+from urllib.parse import quote
 
 from llava_ray.config import EvaluateConfig
 from llava_ray.errors import EngineError, LlavaRayError, RequestError, SampleError
@@ -128,7 +129,7 @@ class Predictor:
         shas = tuple(hashlib.sha256(data).hexdigest() for data in images)
         parts = (*(ImagePart(data) for data in images), TextPart(question.text))
         request = ChatRequest(
-            f"eval-{question.question_id}", self._model, (Message("user", parts),), self._sampling
+            _make_request_id(question), self._model, (Message("user", parts),), self._sampling
         )
         assert self._answer is not None
         response = await ask(self._answer, request)
@@ -153,6 +154,12 @@ class Predictor:
     ) -> Prediction:
         reason = f"{type(error).__name__}: {error.message}"
         return Prediction(question.question_id, status, reason=reason, model_digest=self._digest)
+
+
+def _make_request_id(question: Question) -> str:
+    """Return a unique id in ASCII, as HTTP headers need, that begins like the question's."""
+    name = question.question_id.encode(errors="surrogatepass")
+    return f"eval-{quote(name[:40])}-{hashlib.sha256(name).hexdigest()[:8]}"
 
 
 async def _make_semaphore(number: int) -> asyncio.Semaphore:

@@ -6,7 +6,7 @@ from typing import Any
 
 from llava_ray.client import Client
 from llava_ray.config import EvaluateConfig, LimitsConfig
-from llava_ray.errors import EngineError, LlavaRayError
+from llava_ray.errors import EngineError, LlavaRayError, RequestError
 from llava_ray.evaluate.predict.ask import Answerer, ask, ask_with_retries, run_async
 from llava_ray.model.fingerprint import PREFIX
 from llava_ray.types import ChatRequest, Chunk, Message, Sampling, TextPart
@@ -69,5 +69,8 @@ async def _fetch_fingerprint(config: EvaluateConfig, model: str) -> str:
     question = Message("user", (TextPart("Hello"),))
     request = ChatRequest("eval-hello", model, (question,), Sampling(max_tokens=1, temperature=0))
     answer = await connect(config, model)
-    fingerprint = (await ask_with_retries(lambda: ask(answer, request))).last.fingerprint
+    try:
+        fingerprint = (await ask_with_retries(lambda: ask(answer, request))).last.fingerprint
+    except RequestError:  # it takes no such question; it may take the benchmark's
+        return ""
     return fingerprint if fingerprint.startswith(PREFIX) else ""

@@ -68,8 +68,11 @@ def read_responses(path: Path) -> list[StoredResponse]:
     """
     if not path.is_file():
         raise ConfigError(f"there is no file of responses at {path}")
+    data = path.read_bytes()
+    if data.startswith(b"PK"):
+        raise ConfigError(f"{path} is an Excel or zip file: give {_FORMS}")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError):
         content = read_jsonl(path)
     if isinstance(content, dict) and any(name in content for name in _IDS):

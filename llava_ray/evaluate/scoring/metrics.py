@@ -33,9 +33,16 @@ Summary = Callable[[Sequence[Scored]], dict[str, float]]
 
 def summarize_accuracy(rows: Sequence[Scored]) -> dict[str, float]:
     """The mean score, over all rows and over each group."""
-    numbers = {"accuracy": _mean([_value(row) for row in rows])}
-    for group, members in split_by_group(rows).items():
-        numbers[f"{group}/accuracy"] = _mean([_value(row) for row in members])
+    total, sums, counts = 0.0, defaultdict[str, float](float), Counter[str]()
+    for question, _, score in rows:
+        value = score.value or 0.0
+        total += value
+        for group in question.groups:
+            sums[group] += value
+            counts[group] += 1
+    numbers = {"accuracy": 100 * (total / len(rows)) if rows else 0.0}
+    for group in sorted(sums):
+        numbers[f"{group}/accuracy"] = 100 * (sums[group] / counts[group])
     return numbers
 
 

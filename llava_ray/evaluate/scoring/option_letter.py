@@ -18,7 +18,8 @@ from collections.abc import Callable, Sequence
 from llava_ray.data.sources.building import LETTERS
 from llava_ray.evaluate.scoring.text_match import contains_phrase, normalize_text, split_tokens
 
-_THOUGHT = re.compile(r"(?is)<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)")
+_THOUGHT = re.compile(r"(?is)\A.*</think(?:ing)?>|<think(?:ing)?>.*")
+"""Up to the last end of thoughts, whose beginning some templates hold; thoughts that do not end."""
 _TAG = re.compile(r"</?(?:[a-z]|[A-Za-z][A-Za-z_]{1,30})>")
 _TEX_STYLE = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mathit|mbox)\s*\{([^{}]*)\}")
 _TEX_BRACKETS = re.compile(r"\\[()\[\]]|\$")
@@ -39,7 +40,7 @@ _NOUN_FOLLOWS = re.compile(
 """Follows "A" where it is an article ("A man") and "I" where it is a pronoun."""
 _DENIED = re.compile(
     r"(?i)[^\w\n]{0,3}(?:\s(?:is|was|does|can|could|would)\s?(?:not\b|n['’]t\b|incorrect|wrong|"
-    r"false)|\s?(?:isn|wasn|doesn|couldn|wouldn)['’]t\b|\s?can(?:not|['’]t)\b|(?:选项)?(?:是|为)?[不错])"
+    r"false)|\s?(?:isn|wasn|doesn|couldn|wouldn)['’]t\b|\s?can(?:not|['’]t)\b|(?:选项)?(?:是|为)?(?:不对|不正确|不符|错))"
 )
 _DENIES = re.compile(r"(?i)(?:\bnot|n['’]t|\bnever|\bcannot|不|eliminate|rule out)\s*\Z")
 _ALSO = r"[)\]】]?\s*(?:,|;|/|&|\n|、|\band\b|\bor\b|和|或)\s*[(\[]?"
@@ -91,7 +92,7 @@ def read_option(text: str, choices: Sequence[str]) -> str | None:
 
 
 def _clean(text: str) -> tuple[str, list[str]]:
-    """Return a response without its markup, and what stood in its boxes."""
+    """Return a response without markup, and the contents of its boxes."""
     text = _THOUGHT.sub("", unicodedata.normalize("NFKC", text))
     text = _TEX_STYLE.sub(r"\1", _TAG.sub(" ", text))
     boxed = ["".join(contents).strip() for contents in _BOXED.findall(text)]
@@ -107,7 +108,7 @@ def _read_boxed(boxed: Sequence[str], letters: str, choices: Sequence[str]) -> l
 
 
 def _read_start(text: str, letters: str) -> list[str]:
-    """The letter at the beginning; a small one only if it is marked or alone."""
+    """Return the letter at the beginning; a lower-case one only if punctuation marks it."""
     repeated = set(re.findall(rf"(?m)^\(?([{letters}])[.):]", text))
     match = re.match(rf"({_OPEN})([{letters}{letters.lower()}]){_AFTER}", text)
     if not match or len(repeated) > 1:  # the options are listed once more
@@ -121,7 +122,7 @@ def _read_start(text: str, letters: str) -> list[str]:
 
 
 def _find_after(cue: str, text: str, letters: str) -> list[str]:
-    """The letters that follow a cue, in order; small ones if they are in brackets or end a line."""
+    """Return the letters after a cue; lower-case ones only in brackets or at the end of a line."""
     small = letters.lower()
     letter = rf"([{letters}]){_AFTER}|[(\[]([{small}])[)\]]|([{small}])[.。]?\s*(?:\n|\Z)"
     found = []
@@ -136,20 +137,20 @@ def _find_after(cue: str, text: str, letters: str) -> list[str]:
 
 
 def _find_second(rest: str, letters: str) -> list[str]:
-    """The second letter of "A or B", given what follows the first."""
+    """Return the second letter of "A or B", given the text after the first."""
     also = re.match(rf"{_ALSO}([{letters}]){_AFTER}", rest)
     return [also[1]] if also and _ALSO_ENDS.match(rest, also.end()) else []
 
 
 def _find_correct(text: str, letters: str) -> list[str]:
-    """The letters of which the response says that they are right."""
+    """Return the letters that the response calls correct."""
     english = rf"[)\]]?\s+(?i:is|seems|would be)\s+(?i:{_CORRECT})"
     pattern = rf"{_BEFORE}([{letters}])(?:{english}|[)\]]?\s*(?:选项)?(?:是|为)?(?:正确|对))"
     return [match[1] for match in re.finditer(pattern, text)]
 
 
 def _find_equal(text: str, choices: Sequence[str]) -> list[str]:
-    """The one option whose text the response is."""
+    """Return the letter of the option whose text equals the response, if there is exactly one."""
     response = normalize_text(text)
     equal = [i for i, choice in enumerate(choices) if normalize_text(choice) == response]
     return [LETTERS[equal[0]]] if response and len(equal) == 1 else []
@@ -171,7 +172,7 @@ def _is_part(phrase: str, longer: str) -> bool:
 
 
 def _find_marked(text: str, letters: str) -> list[str]:
-    """The letters in brackets, or the last line if it is no more than a letter."""
+    """Return a letter that is the whole last line, else all letters in brackets."""
     last = text.rpartition("\n")[2]
     if alone := re.fullmatch(rf"[^\w+#]*([{letters}])[^\w+#]*", last):
         return [alone[1]]

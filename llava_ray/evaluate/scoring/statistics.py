@@ -9,6 +9,7 @@ for differences between two models that answered the same rows.
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 MAX_GROUPS = 100
@@ -85,7 +86,7 @@ def _measure_errors(
     if len(groups) < 2:
         return dict.fromkeys(names)
     parts = [
-        summarize([row for j, group in enumerate(groups) if j != i for row in group])
+        summarize([*chain.from_iterable(groups[:i]), *chain.from_iterable(groups[i + 1 :])])
         for i in range(len(groups))
     ]
     return {

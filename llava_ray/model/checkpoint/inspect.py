@@ -15,9 +15,10 @@ from llava_ray.model.checkpoint.llava_format import (
     TEXT_TYPES,
     check_llava_config,
     find_tower,
+    has_own_tower,
     is_llava_config,
-    is_tower_trained,
     read_aspect,
+    read_merge_type,
     read_text_type,
 )
 from llava_ray.model.checkpoint.locate import REMEDY, find_folder, read_json
@@ -50,7 +51,8 @@ class Checkpoint:
         tower: the vision tower's name in the configuration.
         projector: "linear", "mlpNx_gelu" or "identity".
         aspect_mode: "square", "pad" or "anyres".
-        merge_type: how the tiles of anyres are joined: "flat", "spatial" or "spatial_unpad".
+        merge_type: how the tiles of anyres are joined: "flat", "spatial" or "spatial_unpad". The
+            last puts one newline behind an image in the other modes, which otherwise are "flat".
         base: the folder of the language model or LLaVA that this belongs to, if there is one.
         tower_folder: the folder with the vision tower's configuration; LLaVA's format only.
         tokenizer_folder: the folder that has the tokenizer.
@@ -187,9 +189,8 @@ def _inspect_llava(
     check_llava_config(folder, config)
     tower = str(config.get("mm_vision_tower") or config.get("vision_tower") or "")
     tower_folder = find_tower(folder, tower, vision_tower, base_folder)
-    # Checkpoints contain the tower too, in their lower precision. LLaVA's code reads that copy only
-    # if the tower was trained, and otherwise the tower's own files.
-    tower_role = "tower" if is_tower_trained(config) else "frozen_tower"
+    # Most checkpoints contain the tower too, trained or in a lower precision.
+    tower_role = "tower" if has_own_tower(config) else "frozen_tower"
     return Checkpoint(
         folder=folder,
         kind=kind,
@@ -200,7 +201,7 @@ def _inspect_llava(
         tower=str(vision_tower or tower),
         projector=config.get("mm_projector_type") or "linear",
         aspect_mode=read_aspect(config),
-        merge_type=config.get("mm_patch_merge_type") or "flat",
+        merge_type=read_merge_type(config),
         base=base_folder,
         tower_folder=tower_folder,
         tokenizer_folder=_find_tokenizer(folder, base_folder),

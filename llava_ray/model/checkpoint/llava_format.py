@@ -42,6 +42,12 @@ _LANGUAGE_MODELS = {
 }  # fmt: skip
 """The language model's type, by its name in a class of LLaVA's code."""
 
+_LLAVA_TEXTS = ("llama", "mistral", "mpt")
+"""The language models of LLaVA's own code; LLaVA-NeXT's has more."""
+
+_NEXT_FIELDS = re.compile(r"mm_(newline_position|spatial_pool_\w+|tunable_parts)")
+"""Fields that only LLaVA-NeXT's trainer writes, most of them whatever it was asked to do."""
+
 RESERVED = re.compile(
     r"mm_.*|image_.*|tune_.*|freeze_.*|unfreeze_.*|use_mm_.*|tokenizer_.*|llava_ray_.*"
     r"|version|_name_or_path"
@@ -80,10 +86,37 @@ def read_aspect(config: Mapping[str, Any]) -> str:
     return config.get("image_aspect_ratio") or "square"
 
 
-def is_tower_trained(config: Mapping[str, Any]) -> bool:
-    """Return whether the vision tower was trained too, by LLaVA or by LLaVA-NeXT."""
-    tuned = config.get("mm_tunable_parts") or ""
-    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in tuned
+def is_from_next(config: Mapping[str, Any]) -> bool:
+    """Return whether LLaVA-NeXT's code (LLaVA-VL/LLaVA-NeXT) trained a checkpoint.
+
+    Otherwise LLaVA's own (haotian-liu/LLaVA) did, which also trained LLaVA 1.6. The two compute
+    differently where `has_own_tower` and `read_merge_type` say so.
+    """
+    if any(_NEXT_FIELDS.fullmatch(name) for name in config):
+        return True
+    return read_text_type(config) not in (None, *_LLAVA_TEXTS)
+
+
+def has_own_tower(config: Mapping[str, Any]) -> bool:
+    """Return whether the vision tower in a checkpoint's weights is the one to compute with.
+
+    LLaVA-NeXT's code always takes it: a fine-tune that did not train the tower holds the trained
+    tower of the model that it began with. LLaVA's code takes the tower's own files unless the tower
+    was trained.
+    """
+    return is_from_next(config) or bool(config.get("unfreeze_mm_vision_tower"))
+
+
+def read_merge_type(config: Mapping[str, Any]) -> str:
+    """Return how the tiles of an image are joined, and whether a newline ends an image.
+
+    "spatial_unpad" without tiles: LLaVA-NeXT's code puts one newline behind each image; LLaVA's
+    puts none.
+    """
+    merge = config.get("mm_patch_merge_type") or "flat"
+    if read_aspect(config) == "anyres" or (is_from_next(config) and "unpad" in merge):
+        return merge
+    return "flat"
 
 
 def check_llava_config(folder: Path, config: Mapping[str, Any]) -> None:

@@ -70,6 +70,11 @@ def check_hf_form(
         raise ConfigError(
             "transformers' LLaVA does not support MPT as its language model: use --to original"
         )
+    if model_type == "llava" and merge_type == "spatial_unpad":
+        raise ConfigError(
+            "transformers' LLaVA puts no newline behind an image, and this checkpoint does "
+            "(mm_patch_merge_type=spatial_unpad without anyres): use --to original"
+        )
     if model_type == "llava_next" and merge_type != "spatial_unpad":
         raise ConfigError(
             f"transformers' LLaVA-NeXT joins tiles by spatial_unpad, and this checkpoint by "

@@ -22,7 +22,7 @@ import httpx
 
 import llava_ray
 from llava_ray.config import FetchConfig, LimitsConfig
-from llava_ray.errors import FetchError, LinkError
+from llava_ray.errors import FetchError, ImageUrlError
 from llava_ray.serve.fetch.ip_policy import Address, parse_address, read_address
 from llava_ray.serve.fetch.url_policy import DEFAULT_PORTS, check_url, is_allowed
 from llava_ray.types import ChatRequest, ImagePart
@@ -32,7 +32,11 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 _CONNECT_TIMEOUT_S = 3.0  # per IP address
 _NUM_ADDRESSES = 4  # how many IP addresses of a host are tried
 _REDIRECTS = (301, 302, 303, 307, 308)
-_MEDIA_TYPES = ("", "application/octet-stream", "binary/octet-stream", "application/x-download")
+_OTHER_MEDIA_TYPES = (
+    *("text/", "audio/", "video/", "application/json", "application/xml", "application/xhtml"),
+    *("application/javascript", "application/pdf"),
+)
+"""Beginnings of types that no image has; any other declared type is only a hint."""
 _REMEDY = "check the address, or send the image as a data URL"
 
 
@@ -68,7 +72,7 @@ class Fetcher:
         """Return the request with the bytes of all images filled in; each URL is fetched once.
 
         Raises:
-            LinkError: a URL, or one that it redirects to, is not allowed.
+            ImageUrlError: a URL, or one that it redirects to, is not allowed.
             FetchError: a URL returned no image, one that is too large, or none in time.
         """
         links = {part.url: part for part in _parts(request) if part.url and not part.data}
@@ -96,7 +100,7 @@ class Fetcher:
         except TimeoutError:
             problem = f"took longer than the {self._config.timeout_s:g} s allowed"
         except _NotAllowedError:
-            raise LinkError(
+            raise ImageUrlError(
                 f"no image is fetched from {link.host}: its IP address is not on "
                 "the public internet; send the image as a data URL",
                 param=part.param,
@@ -209,7 +213,7 @@ def _check_head(status: int, headers: dict[bytes, str]) -> None:
     if status != 200:
         raise _UnusableError(f"answered {status} instead of sending an image")
     media_type = headers.get(b"content-type", "").partition(";")[0].strip().lower()
-    if not media_type.startswith("image/") and media_type not in _MEDIA_TYPES:
+    if media_type.startswith(_OTHER_MEDIA_TYPES):
         raise _UnusableError(f"sent {media_type[:60]!r}, which is not an image")
     if headers.get(b"content-encoding", "identity").lower() not in ("identity", ""):
         raise _UnusableError("sent a compressed answer, which nobody asked for")

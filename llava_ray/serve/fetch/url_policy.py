@@ -9,7 +9,7 @@ import httpx
 
 from llava_ray import images
 from llava_ray.config import FetchConfig, LimitsConfig
-from llava_ray.errors import LinkError
+from llava_ray.errors import ImageUrlError
 from llava_ray.serve.fetch.ip_policy import Address, is_public, is_within, read_address
 from llava_ray.types import ImagePart
 
@@ -24,7 +24,7 @@ def read_image_url(url: str, *, limits: LimitsConfig, param: str) -> ImagePart:
 
     Raises:
         ImageError: see `images.decode_data_url`, also for web URLs if fetching is disabled.
-        LinkError: see `check_url`.
+        ImageUrlError: see `check_url`.
     """
     is_web = url.strip().partition(":")[0].lower() in DEFAULT_PORTS
     if is_web and limits.fetch.hosts:
@@ -38,7 +38,7 @@ def check_url(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
     The IP addresses of its host are checked when the connection is made.
 
     Raises:
-        LinkError: host, scheme or port are not allowed, or the URL has credentials in it.
+        ImageUrlError: host, scheme or port are not allowed, or the URL has credentials in it.
     """
     try:
         if len(url) > MAX_URL_LENGTH:
@@ -48,7 +48,7 @@ def check_url(url: str, config: FetchConfig, *, param: str) -> httpx.URL:
         _check_host(link.raw_host.decode("ascii"), config)
     except ValueError as error:
         message = f"no image is fetched from this address: {error}, {_REMEDY}"
-        raise LinkError(message, param=param) from None
+        raise ImageUrlError(message, param=param) from None
     return link.copy_with(fragment=None)
 
 

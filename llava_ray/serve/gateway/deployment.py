@@ -22,11 +22,15 @@ from llava_ray.serve.gateway.auth import AccessControl, AuthMiddleware, Describe
 from llava_ray.serve.gateway.llava_routes import PATHS, build_llava_app
 from llava_ray.serve.gateway.metrics import Metrics
 from llava_ray.serve.gateway.openai_routes import OpenAIRoutes
+from llava_ray.serve.gateway.paths import WITHOUT_V1, PathMiddleware
 from llava_ray.serve.gateway.request_log import RequestLogMiddleware
-from llava_ray.serve.gateway.responses import answer_error, answer_no_route
+from llava_ray.serve.gateway.responses import answer_error, answer_no_route, answer_without_v1
 from llava_ray.serve.gateway.usage_ledger import ExchangeCounts, open_ledger
 from llava_ray.serve.llava.protocol import describe_llava_error
 from llava_ray.serve.openai.errors import describe_error
+
+_READ = ["GET", "HEAD"]
+_ALL = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 @serve.ingress()
@@ -99,19 +103,30 @@ def build_api(
         redirect_slashes=False,
         exception_handlers={LlavaRayError: answer_error, HTTPException: answer_no_route},
     )
-    v1.add_api_route("/models", routes.list_models)
-    v1.add_api_route("/models/{name:path}", routes.get_model)
+    v1.add_api_route("/models", routes.list_models, methods=_READ)
+    v1.add_api_route("/models/{name:path}", routes.get_model, methods=_READ)
     v1.add_api_route("/chat/completions", routes.chat, methods=["POST"])
     v1.add_api_route("/completions", routes.complete, methods=["POST"])
     v1.add_api_route("/tokenize", routes.tokenize, methods=["POST"])
     v1.add_api_route("/detokenize", routes.detokenize, methods=["POST"])
-    v1.add_api_route("/usage", routes.show_usage)
+    v1.add_api_route("/usage", routes.show_usage, methods=_READ)
     _guard(v1, access, config, metrics)
-    api = FastAPI(title="LLaVA Ray", docs_url=None, redoc_url=None, openapi_url=None)
-    api.add_api_route("/healthz", routes.check_liveness)
-    api.add_api_route("/readyz", routes.check_readiness)
-    api.add_api_route("/openapi.json", routes.show_openapi)
+    api = FastAPI(
+        title="LLaVA Ray",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: answer_no_route},
+    )
+    api.add_middleware(PathMiddleware)
+    api.add_api_route("/healthz", routes.check_liveness, methods=_READ)
+    api.add_api_route("/readyz", routes.check_readiness, methods=_READ)
+    api.add_api_route("/health", routes.check_readiness, methods=_READ)  # vLLM's name for it
+    api.add_api_route("/openapi.json", routes.show_openapi, methods=_READ)
     api.mount("/v1", v1)
+    for path in WITHOUT_V1:
+        api.router.routes.append(Route(path, answer_without_v1, methods=_ALL))
     for path in ("/usage", "/tokenize", "/detokenize"):  # vLLM has the last two without /v1
         api.router.routes.append(Route(path, v1))
     if config.llava_protocol.enabled:
@@ -135,7 +150,8 @@ def _guard(
         api.add_middleware(
             CORSMiddleware,
             allow_origins=config.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "HEAD", "POST"],
             allow_headers=["*"],
+            allow_private_network=True,
             expose_headers=["*"],
         )

@@ -12,7 +12,6 @@ import json
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
@@ -25,11 +24,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from llava_ray.config import ServeConfig
-from llava_ray.errors import ContextLengthError, LlavaRayError, RequestError
+from llava_ray.errors import LlavaRayError, RequestError
 from llava_ray.serve.backends.registry import ModelRegistry
-from llava_ray.serve.backends.replicas import BackendResponse
 from llava_ray.serve.gateway.auth import read_basic_credentials
-from llava_ray.serve.gateway.responses import read_body
+from llava_ray.serve.gateway.responses import find_own_address, read_body
 from llava_ray.serve.llava import protocol
 from llava_ray.serve.llava.worker_registry import check_address
 from llava_ray.serve.request_context import RequestContext
@@ -172,23 +170,13 @@ class LlavaRoutes:
 
     async def _answer(self, call: PromptRequest, context: RequestContext) -> AsyncGenerator[Chunk]:
         async with context.deadline.enforce():  # the middleware's deadline ended with the status
-            answer = await self._start(call, context)
+            backend = await self._models.find(call.model)
+            answer = await backend.start(call, context)
         try:
             async for chunk in answer:
                 yield chunk
         finally:
             answer.close()
-
-    async def _start(self, call: PromptRequest, context: RequestContext) -> BackendResponse:
-        """Start a response of at most `max_new_tokens`, or of as many as fit in the context."""
-        backend = await self._models.find(call.model)
-        try:
-            return await backend.start(call, context)
-        except ContextLengthError as error:
-            if error.param != "max_tokens":
-                raise
-        as_many_as_fit = replace(call.sampling, max_tokens=None)
-        return await backend.start(replace(call, sampling=as_many_as_fit), context)
 
 
 class TextResponse(StreamingResponse):
@@ -210,10 +198,7 @@ def find_address(request: Request, configured: str) -> str:
     proxy may have recorded in `X-Forwarded-Host` and `X-Forwarded-Proto`. The client's basic
     credentials are included, because LLaVA's clients can only send those in an address.
     """
-    url = request.base_url
-    host = request.headers.get("x-forwarded-host", url.netloc).split(",")[0].strip()
-    scheme = request.headers.get("x-forwarded-proto", url.scheme).split(",")[0].strip()
-    address = configured or f"{scheme}://{host}{url.path.rstrip('/')}"
+    address = configured or find_own_address(request)
     scheme, mark, rest = address.partition("://")
     if login := read_basic_credentials(request.headers):
         rest = f"{quote(login.name, safe='')}:{quote(login.password, safe='')}@{rest}"

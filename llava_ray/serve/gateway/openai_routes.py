@@ -7,7 +7,7 @@ read_body -> parse_chat -> Fetcher.fetch_images -> Backend.start -> BackendRespo
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from llava_ray.config import LimitsConfig, ModelConfig, ServeConfig
 from llava_ray.errors import RequestError
 from llava_ray.serve.backends.admission_queue import AdmissionQueue
 from llava_ray.serve.backends.registry import ModelRegistry
-from llava_ray.serve.backends.replicas import Backend
+from llava_ray.serve.backends.replicas import Backend, BackendResponse
 from llava_ray.serve.backends.stream_transport import StreamReceiver
 from llava_ray.serve.fetch.client import Fetcher
 from llava_ray.serve.gateway.auth import AccessControl
@@ -30,6 +30,7 @@ from llava_ray.serve.openai.call import ApiCall, parse_body
 from llava_ray.serve.openai.chat import parse_chat
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
 from llava_ray.serve.openai.errors import describe_model
+from llava_ray.serve.openai.fields import IGNORED_HEADER, write_ignored
 from llava_ray.serve.openai.openapi import describe_api
 from llava_ray.serve.openai.streaming import ChunkEncoder, build_completion
 from llava_ray.serve.request_context import RequestContext
@@ -81,22 +82,24 @@ class OpenAIRoutes:
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`"""
         body = await self._read(request)
-        options, asked = await parse_body(parse_tokenize, body, limits=self._limits)
-        tokens = await (await self._find_backend(options.model)).tokenize(asked)
+        call = await parse_body(parse_tokenize, body, limits=self._limits)
+        tokens = await (await self._find_backend(call.options.model)).tokenize(call.request)
         return json_response(
             {
                 "count": len(tokens.ids),
                 "max_model_len": tokens.context_length,
                 "tokens": tokens.ids,
-                "token_strs": tokens.texts if options.return_token_strs else None,
-            }
+                "token_strs": tokens.texts if call.options.return_token_strs else None,
+            },
+            headers=describe_ignored(call.ignored),
         )
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`"""
-        options = await parse_body(parse_detokenize, await self._read(request))
+        body = await self._read(request)
+        options, ignored = await parse_body(parse_detokenize, body, limits=self._limits)
         text = await (await self._find_backend(options.model)).detokenize(options.tokens)
-        return json_response({"prompt": text})
+        return json_response({"prompt": text}, headers=describe_ignored(ignored))
 
     async def _answer(
         self, http_request: Request, parse: Callable[..., ApiCall], prefix: str
@@ -107,20 +110,34 @@ class OpenAIRoutes:
         completion_id = f"{prefix}-{uuid.uuid4().hex}"
         call = await parse_body(parse, body, limits=self._limits, request_id=completion_id)
         context.model, context.completion_id = call.request.model, completion_id
-        request = cap_tokens(call.request, self._limits)
-        if isinstance(request, ChatRequest):
-            request = await self._fetch_images(request, context)
-        backend = await self.models.find(request.model)
-        response = await backend.start(request, context)
+        response = await self._start(call, context)
         context.answers_each = call.meta.answers_each
+        headers = describe_ignored(call.ignored)
         if call.stream:
-            encoder = ChunkEncoder(call.formatter, call.meta, include_usage=call.include_usage)
-            return EventResponse(response, encoder, context)
+            encoder = ChunkEncoder(
+                call.formatter,
+                call.meta,
+                include_usage=call.include_usage,
+                continuous_usage=call.continuous_usage,
+            )
+            return EventResponse(response, encoder, context, headers)
         try:
             chunks = [chunk async for chunk in response]
         finally:
             response.close()
-        return json_response(build_completion(chunks, call.formatter, call.meta))
+        body = build_completion(chunks, call.formatter, call.meta)
+        return json_response(body, headers=headers)
+
+    async def _start(self, call: ApiCall, context: RequestContext) -> BackendResponse:
+        """Return the answers to a request; they have begun."""
+        try:
+            request = cap_tokens(call.request, self._limits)
+            if isinstance(request, ChatRequest):
+                request = await self._fetch_images(request, context)
+            backend = await self.models.find(request.model)
+            return await backend.start(request, context)
+        except RequestError as error:
+            raise call.blame(error) from error
 
     async def _fetch_images(self, request: ChatRequest, context: RequestContext) -> ChatRequest:
         started_at = time.monotonic()
@@ -142,7 +159,8 @@ class OpenAIRoutes:
 
     async def show_openapi(self) -> Response:
         """`GET /openapi.json`"""
-        return json_response(describe_api(list(self._backends)))
+        document = describe_api(list(self._backends), unknown_fields=self._limits.unknown_fields)
+        return json_response(document)
 
     async def show_usage(self, request: Request) -> Response:
         """`GET /usage`: the usage of the caller's key, or of all keys for an admin key."""
@@ -197,23 +215,29 @@ class OpenAIRoutes:
         return await read_body(request, max_bytes=self._limits.max_body_bytes)
 
 
+def describe_ignored(names: Sequence[str]) -> dict[str, str]:
+    """Return the header that names the fields of a request which have no effect."""
+    return {IGNORED_HEADER: write_ignored(names)} if names else {}
+
+
 def cap_tokens(
     request: ChatRequest | CompletionRequest, limits: LimitsConfig
 ) -> ChatRequest | CompletionRequest:
-    """Return the request with `max_tokens` set to the limit if it sets none.
+    """Return the request with `max_tokens` no higher than the limit.
 
     Raises:
-        RequestError: it asks for more than the limit.
+        RequestError: it asks for more than the limit, and is not to be cut.
     """
     most, asked = limits.max_tokens, request.sampling.max_tokens
     if most is None:
         return request
-    if asked is not None and asked > most:
+    if asked is not None and asked > most and not request.sampling.may_cut:
         raise RequestError(
             f"max_tokens={asked} is more than the {most:,} allowed for an answer: ask for fewer",
             param="max_tokens",
         )
-    return replace(request, sampling=replace(request.sampling, max_tokens=asked or most))
+    capped = min(asked or most, most)
+    return replace(request, sampling=replace(request.sampling, max_tokens=capped))
 
 
 def _build_queue(model: ModelConfig, limits: LimitsConfig, metrics: Metrics) -> AdmissionQueue:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llava_ray.config import KeyConfig
 from llava_ray.errors import RateLimitError
-from llava_ray.types import Usage
+from llava_ray.serve.usage import Usage
 
 Clock = Callable[[], float]
 

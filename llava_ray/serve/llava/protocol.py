@@ -160,6 +160,7 @@ def parse_generate(body: bytes, *, limits: LimitsConfig, request_id: str) -> Pro
         temperature=0.0 if is_greedy else fields.temperature,
         top_p=fields.top_p or 1.0,
         stop=tuple(text for text in stop if text.strip()),
+        may_cut=True,  # as LLaVA's workers do
     )
     return PromptRequest(request_id, fields.model, fields.prompt, images, sampling)
 

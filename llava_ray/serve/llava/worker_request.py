@@ -13,7 +13,7 @@ from llava_ray.types import ChatRequest, ImagePart, PromptRequest, Request, Samp
 
 _MAX_NEW_TOKENS = 1024
 """LLaVA's workers never generate more than this."""
-_KNOWN_SAMPLING = {"max_tokens", "temperature", "top_p", "stop"}
+_KNOWN_SAMPLING = {"max_tokens", "may_cut", "temperature", "top_p", "stop"}
 
 
 class WorkerRequest(NamedTuple):
@@ -76,7 +76,8 @@ def build_worker_request(request: Request) -> WorkerRequest:
         "stop": stop[-1] if stop else "</s>",  # these workers fail without one
         "images": [base64.b64encode(image.data).decode() for image in images],
     }
-    return WorkerRequest(body, stop, is_chat=isinstance(request, ChatRequest))
+    is_chat = isinstance(request, ChatRequest) and request.messages[-1].role == "user"
+    return WorkerRequest(body, stop, is_chat=is_chat)
 
 
 def name_template(model: str) -> str:

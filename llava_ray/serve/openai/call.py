@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from llava_ray.errors import RequestError
 from llava_ray.serve.openai.streaming import ResponseFormatter, ResponseMeta
 from llava_ray.types import ChatRequest, CompletionRequest
 
@@ -20,6 +21,9 @@ class ApiCall:
     Attributes:
         stream: as server-sent events instead of one JSON object.
         include_usage: whether the stream ends with the token counts.
+        continuous_usage: whether each of its events has the token counts so far.
+        ignored: the names of the request's fields that have no effect.
+        max_tokens_field: by what name the request bounds the answer.
     """
 
     request: ChatRequest | CompletionRequest
@@ -27,6 +31,16 @@ class ApiCall:
     meta: ResponseMeta
     stream: bool
     include_usage: bool
+    continuous_usage: bool = False
+    ignored: tuple[str, ...] = ()
+    max_tokens_field: str = "max_tokens"
+
+    def blame(self, error: RequestError) -> RequestError:
+        """Return an error that names the field which the request has, not the other spelling."""
+        name = self.max_tokens_field
+        if error.param != "max_tokens" or name == "max_tokens":
+            return error
+        return type(error)(error.message.replace("max_tokens", name), param=name)
 
 
 async def parse_body(parse: Callable[..., Parsed], body: bytes, **options: Any) -> Parsed:

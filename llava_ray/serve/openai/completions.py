@@ -6,35 +6,31 @@ Sources: https://platform.openai.com/docs/api-reference/completions, and vLLM's 
 
 import time
 from collections.abc import Mapping
-from typing import Any, TypeVar
-
-from pydantic import ValidationError
+from typing import Any, NamedTuple
 
 from llava_ray.config import LimitsConfig
 from llava_ray.errors import RequestError
 from llava_ray.serve.openai.call import ApiCall
-from llava_ray.serve.openai.chat import read_messages
+from llava_ray.serve.openai.messages import read_messages
 from llava_ray.serve.openai.protocol import (
     LARGEST_TOKEN_ID,
+    Checked,
     CompletionBody,
     DetokenizeBody,
     TokenizeBody,
+    check_body,
     check_options,
-    read_num_answers,
-    read_sampling,
+    wants_continuous_usage,
     wants_usage,
 )
+from llava_ray.serve.openai.sampling import read_num_answers, read_sampling
 from llava_ray.serve.openai.streaming import CompletionFormatter, ResponseMeta
 from llava_ray.serve.openai.validation import (
     check_unicode,
     kind_of,
     load_json,
-    refuse_unknown,
-    to_request_error,
 )
 from llava_ray.types import ChatRequest, CompletionRequest, TokenizeRequest
-
-Body = TypeVar("Body", TokenizeBody, DetokenizeBody)
 
 DEFAULT_MAX_TOKENS = 16
 _PROMPT_REMEDY = "send a string, a list of strings, a list of token ids, or a list of such lists"
@@ -49,7 +45,7 @@ def parse_completion(
         RequestError: it is invalid; `param` names the field, the message says what to do.
     """
     body = dict(body) if isinstance(body, Mapping) else load_json(body)
-    options = check_options(body, CompletionBody)
+    options, ignored = check_options(body, CompletionBody, limits)
     prompts = _read_prompts(options.prompt)
     answers_each = read_num_answers(options, limits)
     num_answers = len(prompts) * answers_each
@@ -66,7 +62,12 @@ def parse_completion(
             param="echo",
         )
     max_tokens = options.max_tokens or DEFAULT_MAX_TOKENS
-    sampling = read_sampling(options, max_tokens=max_tokens, num_logprobs=options.logprobs)
+    sampling = read_sampling(
+        options,
+        max_tokens=max_tokens,
+        num_logprobs=options.logprobs,
+        may_cut=options.max_tokens is None or limits.excess_max_tokens == "cut",
+    )
     return ApiCall(
         CompletionRequest(
             request_id, options.model, prompts, sampling, answers_each, bool(options.echo)
@@ -75,16 +76,32 @@ def parse_completion(
         ResponseMeta(request_id, options.model, int(time.time()), answers_each, num_answers),
         stream=bool(options.stream),
         include_usage=wants_usage(options),
+        continuous_usage=wants_continuous_usage(options),
+        ignored=ignored,
     )
 
 
-def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, TokenizeRequest]:
-    """Check and parse the JSON body of `/tokenize`; return its fields and the request.
+class TokenizeCall(NamedTuple):
+    """A parsed call of `/tokenize`.
+
+    Attributes:
+        options: its checked fields.
+        request: the request.
+        ignored: the names of the fields that have no effect.
+    """
+
+    options: TokenizeBody
+    request: TokenizeRequest
+    ignored: tuple[str, ...]
+
+
+def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> TokenizeCall:
+    """Check and parse the JSON body of `/tokenize`.
 
     Raises:
         RequestError: it is invalid.
     """
-    options = _check(load_json(body), TokenizeBody)
+    options, ignored = check_body(load_json(body), TokenizeBody, limits)
     if (options.prompt is None) == (options.messages is None):
         raise RequestError(
             "send either a prompt or messages, and not both",
@@ -92,7 +109,8 @@ def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, 
         )
     if options.prompt is not None:
         check_unicode(options.prompt, "prompt")
-        return options, TokenizeRequest(options.prompt, options.add_special_tokens is not False)
+        request = TokenizeRequest(options.prompt, options.add_special_tokens is not False)
+        return TokenizeCall(options, request, ignored)
     if options.add_special_tokens:
         raise RequestError(
             "add_special_tokens is true, but the chat template decides that: leave it out",
@@ -100,21 +118,14 @@ def parse_tokenize(body: bytes, *, limits: LimitsConfig) -> tuple[TokenizeBody, 
         )
     messages = read_messages(options.messages or [], limits)
     chat = ChatRequest("tokenize", options.model or "", messages)
-    is_open = options.add_generation_prompt is not False
-    return options, TokenizeRequest(chat, add_generation_prompt=is_open)
+    is_open = options.add_generation_prompt is not False or bool(options.continue_final_message)
+    request = TokenizeRequest(chat, add_generation_prompt=is_open)
+    return TokenizeCall(options, request, ignored)
 
 
-def parse_detokenize(body: bytes) -> DetokenizeBody:
+def parse_detokenize(body: bytes, *, limits: LimitsConfig) -> Checked[DetokenizeBody]:
     """Check the JSON body of `/detokenize`; raises `RequestError`."""
-    return _check(load_json(body), DetokenizeBody)
-
-
-def _check(body: dict[str, Any], kind: type[Body]) -> Body:
-    refuse_unknown(body, kind.model_fields, "")
-    try:
-        return kind(**body)
-    except ValidationError as error:
-        raise to_request_error(error, kind) from None
+    return check_body(load_json(body), DetokenizeBody, limits)
 
 
 def _read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:

@@ -9,7 +9,7 @@ import math
 from typing import Any, NamedTuple
 
 from llava_ray.errors import LlavaRayError
-from llava_ray.types import Usage
+from llava_ray.serve.usage import Usage
 
 DONE = b"data: [DONE]\n\n"
 

@@ -3,17 +3,22 @@
 The models leave messages and prompts open; their schemas are written here.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
 from llava_ray import __version__
-from llava_ray.serve.openai.chat import ASSISTANT_FIELDS, DETAILS, ROLES
+from llava_ray.serve.openai.fields import IGNORED_HEADER, Rule
+from llava_ray.serve.openai.messages import (
+    DETAILS,
+    IMAGE_TYPES,
+    PASSED_OVER_TYPES,
+    ROLES,
+    TEXT_FIELDS,
+)
 from llava_ray.serve.openai.protocol import (
     LARGEST_TOKEN_ID,
-    UNSUPPORTED,
-    WITHOUT_EFFECT,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -21,61 +26,91 @@ from llava_ray.serve.openai.protocol import (
 )
 
 _DETAIL = {"enum": [*DETAILS]}
-_SYSTEM_ROLES = [name for name, role in ROLES.items() if role == "system"]
-_TEXT_PART = {
-    "type": "object",
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    "required": ["type", "text"],
-    "additionalProperties": False,
-}
-_IMAGE_PART = {
-    "type": "object",
-    "description": "`detail` has no effect: a model encodes images as it was trained to.",
-    "properties": {
-        "type": {"const": "image_url"},
-        "image_url": {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "object",
-                    "properties": {"url": {"type": "string"}, "detail": _DETAIL},
-                    "required": ["url"],
-                    "additionalProperties": False,
-                },
-            ]
-        },
-        "detail": _DETAIL,
-        "uuid": {"description": "no effect"},
-    },
-    "required": ["type", "image_url"],
-    "additionalProperties": False,
-}
-
-
-def _describe_message(roles: Sequence[str], *parts: dict[str, Any], **more: Any) -> dict[str, Any]:
-    texts = {"type": "array", "items": {"anyOf": [_TEXT_PART, *parts]}, "minItems": 1}
-    return {
+_TEXT_PARTS: list[dict[str, Any]] = [
+    {
         "type": "object",
-        "properties": {
-            "role": {"enum": list(roles)},
-            "content": {"anyOf": [{"type": "string"}, texts]},
-            "name": {"type": ["string", "null"]},
-            **more,
-        },
-        "required": ["role", "content"],
-        "additionalProperties": False,
+        "properties": {"type": {"const": kind}, field: {"type": ["string", "null"]}},
+        "required": ["type"],
     }
-
-
-_MESSAGE = {
+    for kind, field in TEXT_FIELDS.items()
+]
+_IMAGE_URL = {
     "anyOf": [
-        _describe_message(["user"], _IMAGE_PART),
-        _describe_message(_SYSTEM_ROLES),
-        _describe_message(
-            ["assistant"],
-            **{name: {"enum": [*neutral, None]} for name, neutral in ASSISTANT_FIELDS.items()},
-        ),
+        {"type": "string"},
+        {
+            "type": "object",
+            "properties": {"url": {"type": "string"}, "detail": _DETAIL},
+            "required": ["url"],
+        },
     ]
+}
+_PART: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "null"},
+        *_TEXT_PARTS,
+        {
+            "type": "object",
+            "description": "`detail` has no effect: a model encodes images as it was trained to.",
+            "properties": {
+                "type": {"enum": [*IMAGE_TYPES]},
+                "image_url": _IMAGE_URL,
+                "detail": _DETAIL,
+            },
+            "required": ["type", "image_url"],
+        },
+        {
+            "type": "object",
+            "description": "reasoning of an earlier answer; models do not see it again",
+            "properties": {"type": {"enum": [*PASSED_OVER_TYPES]}},
+            "required": ["type"],
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"type": "null"}, "text": {"type": ["string", "null"]}},
+            "required": ["text"],
+        },
+        {
+            "type": "object",
+            "properties": {"type": {"type": "null"}, "image_url": _IMAGE_URL},
+            "required": ["image_url"],
+        },
+    ]
+}
+_CONTENT = {
+    "anyOf": [{"type": "string"}, {"type": "array", "items": _PART}, {"type": "null"}],
+}
+_NAMED = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}},
+    "required": ["name"],
+}
+_CALLS = {
+    "type": ["array", "null"],
+    "description": "shown to the model as text",
+    "items": {
+        "anyOf": [
+            {"type": "object", "properties": {kind: _NAMED}, "required": [kind]}
+            for kind in ("function", "custom")
+        ]
+    },
+}
+_MESSAGE = {
+    "description": "Fields that are not listed have no effect.",
+    "anyOf": [
+        {
+            "type": "object",
+            "properties": {"role": {"enum": [*roles]}, "content": _CONTENT, **more},
+            "required": ["role"],
+        }
+        for roles, more in (
+            ([role for role in ROLES if role != "assistant"], {}),
+            (
+                ["assistant"],
+                {"tool_calls": _CALLS, "function_call": {"anyOf": [_NAMED, {"type": "null"}]}},
+            ),
+        )
+    ],
 }
 _MESSAGES = {"type": "array", "items": {"$ref": "#/components/schemas/Message"}, "minItems": 1}
 _TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": LARGEST_TOKEN_ID}
@@ -94,7 +129,7 @@ _PROMPT = {
 _STOP = {
     "anyOf": [
         {"type": "string"},
-        {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+        {"type": "array", "items": {"type": ["string", "null"]}, "maxItems": 16},
         {"type": "null"},
     ]
 }
@@ -125,6 +160,12 @@ _MODEL = {
         "parent": {"type": ["string", "null"]},
     },
     "required": ["id", "object", "created", "owned_by"],
+}
+_HEADERS = {
+    IGNORED_HEADER: {
+        "description": "the fields of the request that had no effect, separated by commas",
+        "schema": {"type": "string"},
+    }
 }
 _EVENT = {
     "type": "object",
@@ -164,8 +205,15 @@ _COMPLETION = {
 }
 
 
-def describe_api(models: Sequence[str]) -> dict[str, Any]:
-    """Return the OpenAPI 3.1 document of a server with these models."""
+def describe_api(
+    models: Sequence[str], *, unknown_fields: Literal["ignore", "refuse"] = "ignore"
+) -> dict[str, Any]:
+    """Return the OpenAPI 3.1 document of a server with these models.
+
+    Args:
+        models: their names.
+        unknown_fields: what happens to fields that are not in the document.
+    """
     bodies = [ChatBody, CompletionBody, TokenizeBody, DetokenizeBody]
     _, described = models_json_schema(
         [(body, "validation") for body in bodies], ref_template="#/components/schemas/{model}"
@@ -173,7 +221,6 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
     schemas: dict[str, Any] = described["$defs"]
     for body in (ChatBody, CompletionBody):
         schema = schemas[body.__name__]
-        schema["properties"] = _list_refused(schema["properties"]) | schema["properties"]
         schema["properties"]["stop"] = _STOP | {
             "description": schema["properties"]["stop"]["description"]
         }
@@ -181,8 +228,10 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
             "pattern": "^[0-9]{1,10}$"
         }
     for body in bodies:
-        _fill(schemas[body.__name__], "model", {"enum": list(models)})
-        schemas[body.__name__]["additionalProperties"] = False
+        schema = schemas[body.__name__]
+        _fill(schema, "model", {"enum": list(models)})
+        schema["properties"] = _describe_unused(body.rules) | schema["properties"]
+        schema["additionalProperties"] = unknown_fields == "ignore"
     _fill(schemas["ChatBody"], "messages", _MESSAGES)
     _fill(schemas["TokenizeBody"], "messages", _MESSAGES)
     _fill(schemas["CompletionBody"], "prompt", _PROMPT)
@@ -236,18 +285,20 @@ def describe_api(models: Sequence[str]) -> dict[str, Any]:
             },
             "/healthz": {"get": _get("The gateway is alive", {"type": "object"})},
             "/readyz": {"get": _get("Every model responds; 503: which do not", _STATES)},
+            "/health": {"get": _get("The same as /readyz, under vLLM's name", _STATES)},
         },
         "components": {"schemas": schemas},
     }
 
 
-def _list_refused(known: dict[str, Any]) -> dict[str, Any]:
-    """Return fields that are only accepted with a neutral value, or that have no effect."""
-    taken: dict[str, Any] = {name: {"description": "no effect"} for name in WITHOUT_EFFECT}
-    for name, (neutral, remedy) in UNSUPPORTED.items():
-        if name not in known:
-            taken[name] = {"enum": [*neutral, None], "description": remedy}
-    return dict(sorted(taken.items()))
+def _describe_unused(rules: Mapping[str, Rule]) -> dict[str, Any]:
+    """Return the fields that have no effect, or may only ask for nothing."""
+    return {
+        name: {"description": f"no effect: {rule.note}"}
+        if rule.neutral is None
+        else {"enum": [*rule.neutral, None], "description": rule.note}
+        for name, rule in rules.items()
+    }
 
 
 def _fill(schema: dict[str, Any], name: str, described: dict[str, Any]) -> None:
@@ -287,7 +338,8 @@ def _post(summary: str, body: str, schema: dict[str, Any] | None = None) -> dict
             "required": True,
             "content": {"application/json": {"schema": _ref(body)}},
         },
-        "responses": {"200": {"description": "OK", "content": content}} | _failures(),
+        "responses": {"200": {"description": "OK", "content": content, "headers": _HEADERS}}
+        | _failures(),
     }
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from llava_ray.serve.openai.errors import describe_usage
-from llava_ray.types import Chunk, FinishReason, TokenLogprob, count_usage
+from llava_ray.serve.usage import count_usage
+from llava_ray.types import Chunk, FinishReason, TokenLogprob
 
 _LOWEST = -9999.0  # JSON has no infinity
 
@@ -175,12 +176,24 @@ class _ChoiceState:
 class ChunkEncoder:
     """Encodes the chunks of one response as server-sent events.
 
+    A chunk costs one `json.dumps` of its text; the constant parts of events are encoded once.
+
+    Args:
+        formatter: writes the choices.
+        meta: what all events share.
+        include_usage: the last event has the token counts; in the others they are null.
+        continuous_usage: the others have the token counts so far.
     A chunk costs one `json.dumps` of its text; the constant parts of events are encoded once, when
     the first chunk tells the fingerprint.
     """
 
     def __init__(
-        self, formatter: ResponseFormatter, meta: ResponseMeta, *, include_usage: bool
+        self,
+        formatter: ResponseFormatter,
+        meta: ResponseMeta,
+        *,
+        include_usage: bool,
+        continuous_usage: bool = False,
     ) -> None:
         self._fields = {
             "id": meta.completion_id,
@@ -192,6 +205,7 @@ class ChunkEncoder:
         self._answers_each = meta.answers_each
         self._num_open = meta.num_answers
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
         self._head = ""
         self._tail = ', "usage": null}\n\n' if include_usage else "}\n\n"
         self._choices: dict[int, _ChoiceState] = {}
@@ -206,13 +220,15 @@ class ChunkEncoder:
         if choice_state is None:
             choice_state = self._choices[chunk.answer] = self._begin(chunk.answer)
             if opening := self._formatter.first():
+                choice_state.latest = chunk._replace(num_tokens=0)
                 events = self._event(chunk.answer, opening)
+        choice_state.latest = chunk
         if chunk.logprobs:
             events += self._event(chunk.answer, self._formatter.delta(chunk))
         elif chunk.text:
-            events += f"{choice_state.before}{json.dumps(chunk.text)}{choice_state.after}"
+            text = json.dumps(chunk.text)
+            events += f"{choice_state.before}{text}{choice_state.after}{self._write_tail()}"
         if chunk.finish_reason:
-            choice_state.latest = chunk
             self._num_open -= 1
             events += self._event(chunk.answer, self._formatter.finish(), chunk.finish_reason)
             if self._include_usage and not self._num_open:
@@ -221,19 +237,35 @@ class ChunkEncoder:
 
     def _begin(self, index: int) -> _ChoiceState:
         empty = Chunk("", None, 0, 0, 0, index)
-        before, _, after = self._event(index, self._formatter.delta(empty)).rpartition('""')
+        event = self._write_event(index, self._formatter.delta(empty))
+        before, _, after = event.rpartition('""')
         return _ChoiceState(before, after)
 
     def _event(
         self, index: int, fields: dict[str, Any], finish_reason: FinishReason | None = None
     ) -> str:
+        return self._write_event(index, fields, finish_reason) + self._write_tail()
+
+    def _write_event(
+        self, index: int, fields: dict[str, Any], finish_reason: FinishReason | None = None
+    ) -> str:
+        """Return an event up to its usage."""
         choice = json.dumps({"index": index, **fields, "finish_reason": finish_reason})
-        return f'{self._head}, "choices": [{choice}]{self._tail}'
+        return f'{self._head}, "choices": [{choice}]'
+
+    def _write_tail(self) -> str:
+        """Return the end of an event with a choice."""
+        if not self._continuous_usage:
+            return self._tail
+        return f', "usage": {self._describe_usage()}}}\n\n'
 
     def _write_usage(self) -> str:
+        return f'{self._head}, "choices": [], "usage": {self._describe_usage()}}}\n\n'
+
+    def _describe_usage(self) -> str:
+        """Return the token counts so far, as JSON."""
         latest = [choice_state.latest for choice_state in self._choices.values()]
-        usage = describe_usage(count_usage(latest, answers_each=self._answers_each))
-        return f'{self._head}, "choices": [], "usage": {json.dumps(usage)}}}\n\n'
+        return json.dumps(describe_usage(count_usage(latest, answers_each=self._answers_each)))
 
 
 def _find_fingerprint(answers: Iterable[Chunk]) -> str | None:

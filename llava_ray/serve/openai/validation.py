@@ -5,12 +5,14 @@ Also the strict JSON reader of request bodies.
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from llava_ray.errors import RequestError
+
+_ALIKE = 0.8  # of difflib's ratio: "temprature" is like "temperature", "id" is not like "n"
 
 
 def load_json(body: bytes) -> dict[str, Any]:
@@ -37,21 +39,17 @@ def to_request_error(error: ValidationError, body: type[BaseModel]) -> RequestEr
     field = body.model_fields[str(detail["loc"][0])]
     if detail["type"] == "missing":
         return RequestError(f"{path} is missing: {field.description}", param=path)
-    if detail["type"] == "extra_forbidden":
-        inner = next(kind for kind in get_args(field.annotation) if issubclass(kind, BaseModel))
-        return _unknown(str(detail["loc"][-1]), inner.model_fields, path)
     problem = detail["msg"][0].lower() + detail["msg"][1:]
     return RequestError(
         f"{path}={show(detail['input'])}: {problem}; {field.description}", param=path
     )
 
 
-def refuse_unknown(value: Mapping[str, Any], known: Iterable[str], path: str) -> None:
-    """Raise a `RequestError` with "did you mean" for the first unknown field."""
-    known = set(known)
-    for name in value:
-        if name not in known:
-            raise _unknown(name, known, f"{path}.{name[:100]}" if path else name[:100])
+def describe_unknown(name: str, known: Iterable[str]) -> RequestError:
+    """Return the error for an unknown field; it suggests a known one that is spelt much alike."""
+    close = difflib.get_close_matches(name[:100], sorted(known), n=1, cutoff=_ALIKE)
+    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
+    return RequestError(f"unknown field {show(name)}: {hint}", param=name[:100])
 
 
 def is_one_of(value: Any, neutral: Iterable[Any]) -> bool:
@@ -88,12 +86,6 @@ def show(value: Any) -> str:
     except RecursionError:
         return kind_of(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _unknown(name: str, known: Iterable[str], path: str) -> RequestError:
-    close = difflib.get_close_matches(name[:100], sorted(known), n=1)
-    hint = f"did you mean {close[0]!r}?" if close else "leave it out"
-    return RequestError(f"unknown field {show(name)}: {hint}", param=path)
 
 
 def _path(places: Iterable[int | str]) -> str:

@@ -21,7 +21,7 @@ def build_app(config: PageConfig) -> Application:
     page = serve.deployment(
         name="page",
         max_ongoing_requests=1000,
-        health_check_period_s=2,  # a dead page is noticed within this time
+        health_check_period_s=2,  # time until a dead page is noticed
         graceful_shutdown_timeout_s=LimitsConfig().drain_s,  # the gateway's default
         ray_actor_options={"num_cpus": 0},
     )(Page)
@@ -30,7 +30,7 @@ def build_app(config: PageConfig) -> Application:
 
 @serve.ingress()
 class Page:
-    """Serves only the page. One replica, because uploads and streams live in its process."""
+    """Serves only the page, from one replica, because uploads and streams live in its process."""
 
     def __init__(self, config: PageConfig) -> None:
         self._config = config

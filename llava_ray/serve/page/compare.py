@@ -1,4 +1,4 @@
-"""Several answers to one question, streamed at once."""
+"""Streams several answers to one question at the same time."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -11,10 +11,10 @@ Item = TypeVar("Item")
 async def stream_together(
     streams: Sequence[AsyncGenerator[Item]],
 ) -> AsyncGenerator[list[Item | None]]:
-    """Yield what each stream gave last, whenever one of them gives something new.
+    """Yield the latest item of each stream, whenever one of them has a new one.
 
-    None stands for a stream that gave nothing yet. Closing this closes them all; what one of them
-    raises ends them all.
+    A stream without an item yet is represented by None. Closing this iterator closes all streams,
+    and an exception in one of them ends all of them.
     """
     newest: list[Item | None] = [None] * len(streams)
     is_new = asyncio.Event()
@@ -25,7 +25,7 @@ async def stream_together(
                 newest[number] = item
                 is_new.set()
 
-    # Not a TaskGroup: who iterates may do each step in another task.
+    # Not a TaskGroup: the caller may take each item in another task.
     tasks = [asyncio.create_task(follow(number)) for number in range(len(streams))]
     for task in tasks:
         task.add_done_callback(lambda _: is_new.set())

@@ -2,9 +2,9 @@
 
     chat messages -> read_history -> Message ... Chunk -> stream_answer -> chat messages
 
-The chat messages are the only state: each turn is read back from them. An answer carries its id.
-Notes (token counts, errors) carry a mark and are skipped, as are questions without an answer. A
-chat message is a dict as in Gradio's Chatbot; Gradio itself is not needed here.
+The chat messages are the only state: each request is built from them. An answer's message has its
+id. Notes (token counts, errors) are marked and skipped, as are questions without an answer. A chat
+message is a dict as in Gradio's Chatbot; this module does not import Gradio.
 """
 
 import asyncio
@@ -37,8 +37,8 @@ class PageAnswer:
         history: the chat, which ends with the question.
         answer_id: identifies the answer on the page, in the gateway and in the log.
         messages: the conversation as it was sent.
-        last: the last chunk, with the numbers of tokens; None until the answer is complete.
-        seconds: duration of the answer.
+        last: the last chunk, with the token counts; None until the answer is complete.
+        seconds: time that the answer took.
     """
 
     model: str
@@ -53,7 +53,7 @@ class PageAnswer:
 
     @property
     def shown(self) -> Chat:
-        """The chat messages of the answer."""
+        """Return the chat messages of the answer."""
         if not self.text:
             return []
         content = [{"type": "text", "text": self.text}]
@@ -61,12 +61,11 @@ class PageAnswer:
 
 
 async def stream_answer(url: str, answer: PageAnswer) -> AsyncGenerator[Chat]:
-    """Yield the messages to show after the history, each time with more of the answer.
+    """Yield the messages to show after the history, whenever the answer has grown.
 
     Args:
         url: the gateway's address.
-        answer: the question, whose answer is filled in. An error becomes a note with the request
-            id.
+        answer: the question; its answer is filled in. An error becomes a note with the request id.
     """
     answer.answer_id = f"page-{uuid.uuid4().hex}"
     started, shown = time.monotonic(), 0.0
@@ -90,7 +89,7 @@ async def stream_answer(url: str, answer: PageAnswer) -> AsyncGenerator[Chat]:
 
 
 def ask(history: Chat, text: str, paths: list[str]) -> Chat:
-    """The chat with a question at its end: images first, as these models read them."""
+    """Return the chat with a question added: images first, as these models were trained."""
     content: list[Any] = [{"path": path} for path in paths]
     if text.strip():
         content.append({"type": "text", "text": text.strip()})
@@ -98,13 +97,13 @@ def ask(history: Chat, text: str, paths: list[str]) -> Chat:
 
 
 def rewind(history: Chat) -> Chat:
-    """The chat up to its last question, to be answered again."""
+    """Return the chat up to its last question, to be answered again."""
     asked = find_questions(history)
     return history[: asked[-1] + 1] if asked else []
 
 
 def take_back(history: Chat) -> tuple[Chat, str, list[str]]:
-    """The chat before its last question, and that question's text and images."""
+    """Return the chat before its last question, and that question's text and images."""
     before = rewind(history)[:-1]
     content = history[len(before)]["content"] if len(before) < len(history) else []
     text = "".join(part["text"] for part in content if part["type"] == "text")
@@ -112,7 +111,7 @@ def take_back(history: Chat) -> tuple[Chat, str, list[str]]:
 
 
 def correct_answer(history: Chat, text: str) -> Chat:
-    """The chat with another text in the answer to its last question."""
+    """Return the chat with another text as the answer to its last question."""
     at = find_answer(history)
     if at is None:
         return history
@@ -121,12 +120,12 @@ def correct_answer(history: Chat, text: str) -> Chat:
 
 
 def find_questions(history: Chat) -> list[int]:
-    """Where in the chat the questions are."""
+    """Return the indices of the chat's questions."""
     return [index for index, message in enumerate(history) if message["role"] == "user"]
 
 
 def find_answer(history: Chat) -> int | None:
-    """Where in the chat the answer to the last question is; None if it has none."""
+    """Return the index of the answer to the last question; None if it has none."""
     asked = find_questions(history)
     for index in range(asked[-1] + 1 if asked else 0, len(history)):
         if read_id(history[index]) not in (None, _NOTE):
@@ -135,13 +134,13 @@ def find_answer(history: Chat) -> int | None:
 
 
 def find_answer_id(history: Chat) -> str | None:
-    """The id of the answer to the last question; None if it has none."""
+    """Return the id of the answer to the last question; None if it has none."""
     at = find_answer(history)
     return None if at is None else read_id(history[at])
 
 
 def read_id(message: dict[str, Any]) -> str | None:
-    """The id of an answer, or the mark of a note."""
+    """Return the id of an answer, or the mark of a note."""
     name = (message.get("metadata") or {}).get("id")
     return str(name) if name else None
 
@@ -152,7 +151,7 @@ def is_question(history: Chat) -> bool:
 
 
 def read_history(history: Chat, *, image_mode: ImageMode = "default") -> tuple[Message, ...]:
-    """The conversation that a chat shows, up to its last question; images ready to be sent.
+    """Return a chat's conversation up to its last question, with images ready to be sent.
 
     Raises:
         ImageError: a file is not an image.

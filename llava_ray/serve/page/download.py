@@ -15,10 +15,10 @@ FILE_NAME = "conversation.zip"
 
 
 def pack_conversations(chats: list[Chat]) -> str:
-    """Write a zip of the chats that have anything in them; return its path.
+    """Write a zip of the chats that are not empty; return its path.
 
-    It holds `conversation.json`, a list of samples, and the images that they name, as they were
-    sent to the model.
+    It contains `conversation.json`, a list of samples, and their images as they were sent to the
+    model.
     """
     file = BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,12 +1,12 @@
-"""The log of conversations, votes and corrections, from which a model can be trained on.
+"""The log of conversations, votes and corrections, on which a model can be trained.
 
-    folder/conversations.jsonl   one finished answer a line, in LLaVA's training format
-    folder/votes.jsonl           one vote, flag or comparison a line, by the id of the answer
+    folder/conversations.jsonl   one line for each complete answer, in LLaVA's training format
+    folder/votes.jsonl           one line for each vote, flag or comparison, with the answer's id
     folder/images/<sha256>.png   each image once
 
-A corrected answer is a line of `conversations.jsonl` of its own, whose `corrects` names the answer.
-A line is one write to a file opened for appending, so visitors at the same moment do not mix. Names
-of files come from the images' bytes, never from a visitor.
+A correction is a line of its own in `conversations.jsonl`, whose `corrects` is the answer's id.
+Each line is a single write to a file opened for appending, so the lines of simultaneous visitors
+are never mixed. File names are digests of the images, never a visitor's text.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
     Attributes:
         row: `id`, `image` (one name or several, in their order) and `conversations`.
-        images: for each name the encoded image.
+        images: name -> encoded image.
     """
 
     row: dict[str, Any]
@@ -42,12 +42,12 @@ class Record(NamedTuple):
 
 
 def build_record(record_id: str, messages: tuple[Message, ...], answer: str = "") -> Record:
-    """Return a conversation as a sample to train on.
+    """Return a conversation as a training sample.
 
     Args:
-        record_id: its id.
-        messages: what was asked and answered before.
-        answer: the last answer, if it is not among the messages.
+        record_id: the sample's id.
+        messages: the conversation.
+        answer: its last answer, if `messages` does not contain it.
     """
     names: list[str] = []
     files: dict[str, bytes] = {}
@@ -71,18 +71,18 @@ def build_record(record_id: str, messages: tuple[Message, ...], answer: str = ""
 
 
 def name_image(data: bytes) -> str:
-    """The name under which an encoded image is kept, seen from the folder of the log."""
+    """Return the path of an encoded image, relative to the folder of the log."""
     return f"{IMAGES}/{hashlib.sha256(data).hexdigest()}.{images.name_format(data)}"
 
 
 class FeedbackLog:
-    """Writes to one folder; every method may be called from several threads at once.
+    """Writes the log to one folder; all methods may be called from several threads at once.
 
     Args:
-        folder: it is made if it is not there.
+        folder: created if it does not exist.
 
     Raises:
-        ConfigError: nothing can be written there.
+        ConfigError: the folder is not writable.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -93,8 +93,8 @@ class FeedbackLog:
                 (self._folder / name).touch()
         except OSError as error:
             raise ConfigError(
-                f"the log of conversations cannot be written to {str(folder)!r} ({error}): give "
-                "feedback_dir a folder that the server may write to, or leave it out"
+                f"the log of conversations cannot be written to {str(folder)!r} ({error}): set "
+                "feedback_dir to a folder that the server may write to, or leave it out"
             ) from error
 
     def write_answer(
@@ -108,19 +108,19 @@ class FeedbackLog:
         last: Chunk | None,
         seconds: float,
     ) -> None:
-        """Note an answer and all that led to it.
+        """Log an answer and its conversation.
 
         Args:
-            answer_id: names the answer; the request id at the gateway too.
+            answer_id: the answer's id, which is also its request id at the gateway.
             messages: the conversation as it was sent.
             answer: the model's text.
-            model: who answered.
-            sampling: how.
-            last: the last chunk, with the numbers of tokens.
-            seconds: how long it took.
+            model: the model's name.
+            sampling: the sampling settings.
+            last: the last chunk, with the token counts.
+            seconds: time that the answer took.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the log could not be written.
         """
         details = {
             "model": model,
@@ -138,17 +138,17 @@ class FeedbackLog:
     def write_correction(
         self, answer_id: str, messages: tuple[Message, ...], text: str, model: str
     ) -> None:
-        """Note what an answer should have been. Raises: OSError."""
+        """Log what an answer should have been. Raises: OSError."""
         record_id = f"{answer_id}-corrected-{time.time_ns()}"
         details = {"model": model, "corrects": answer_id}
         self._write_record(build_record(record_id, messages, text), details)
 
     def write_vote(self, answer_id: str, vote: Vote) -> None:
-        """Note what a visitor thinks of an answer; the last vote counts. Raises: OSError."""
+        """Log a visitor's vote on an answer; the last one counts. Raises: OSError."""
         self._append(VOTES, {"answer": answer_id, "vote": vote})
 
     def write_comparison(self, left_id: str, right_id: str, better: Comparison) -> None:
-        """Note which of two answers to one question is better. Raises: OSError."""
+        """Log which of two answers to one question is better. Raises: OSError."""
         self._append(VOTES, {"left": left_id, "right": right_id, "better": better})
 
     def _write_record(self, record: Record, details: dict[str, Any]) -> None:
@@ -178,10 +178,10 @@ class FeedbackLog:
 
 
 def read_feedback(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """Yield each logged answer once: its line, with `vote`, `flag` and `corrected` added.
+    """Yield the line of each logged answer, with `vote`, `flag` and `corrected` added.
 
-    `vote` is the last of up and down, `flag` is true if it was ever flagged, `corrected` the last
-    corrected text. A line that is cut off, as after a power failure, is left out.
+    `vote` is the last vote ("up" or "down"), `flag` is true if the answer was ever flagged,
+    `corrected` is the last corrected text. Incomplete lines, as after a power failure, are skipped.
     """
     votes: dict[str, str] = {}
     flags: set[str] = set()
@@ -215,5 +215,5 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _escape(text: str) -> str:
-    """What a visitor or a model wrote never stands for an image."""
+    """Escape image placeholders, so that no text of a visitor or a model stands for an image."""
     return text.replace("<image>", "< image >")

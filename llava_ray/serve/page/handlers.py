@@ -1,6 +1,6 @@
-"""The functions behind the page's controls; the chat comes from the browser and is returned to it.
+"""The functions behind the page's controls; they receive the chat from the browser and return it.
 
-`upload_guard.py` has made sure that all files in a chat are uploads.
+`upload_guard.py` has already checked that all files in a chat are uploads.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ class Handlers:
         image_mode: ImageMode,
         request: gr.Request,
     ) -> AsyncGenerator[list[Any]]:
-        """PageAnswer the last question, by one model or by two at once."""
+        """Answer the last question with one model, or with two at once."""
         if not conversation.is_question(left):
             return
         sampling = Sampling(int(max_tokens), temperature, top_p)

@@ -1,7 +1,7 @@
 """Prepares a visitor's image for the gateway: shrinks it and applies the chosen image mode.
 
-The modes are those of LLaVA's page. All but `default` are done here, before sending; `default`
-leaves it to the model, which knows how it was trained.
+The modes are those of LLaVA's page. All but `default` change the image here, before it is sent;
+with `default` the model's own processor prepares it, as in training.
 """
 
 from io import BytesIO
@@ -24,12 +24,12 @@ def prepare_image(data: bytes, *, name: str, mode: ImageMode = "default") -> byt
 
     Args:
         data: an encoded image, as it was uploaded.
-        name: how the visitor calls it, for errors.
-        mode: crop: the square in its middle; resize: 336 x 336, whatever its shape; pad: a square
-            with borders; default: as it is.
+        name: its name on the visitor's machine, for error messages.
+        mode: crop: the square in the centre; resize: 336 x 336, ignoring the aspect ratio; pad: a
+            square with borders; default: unchanged.
 
     Raises:
-        ImageError: it is not an image that can be read.
+        ImageError: the data is not an image that can be read.
     """
     data = shrink_image(data, name=name)
     if mode == "default":

@@ -74,7 +74,7 @@ class PageLayout:
 
 
 def build_layout(config: PageConfig) -> PageLayout:
-    """Return the page without any behaviour."""
+    """Return the page's components, without event handlers."""
     parts: dict[str, Any] = {"is_logged": bool(config.feedback_dir)}
     with GuardedBlocks(
         title="LLaVA on Ray",
@@ -199,7 +199,7 @@ def _build_settings() -> list[Any]:
                 list(IMAGE_MODES),
                 value="default",
                 label="Images",
-                info="default: as the model was trained; the others are done before sending",
+                info="default: as in the model's training; the others change the image first",
             ),
         ]
 
@@ -209,7 +209,7 @@ def _small_button(text: str, **kwargs: Any) -> gr.Button:
 
 
 def draw_scene() -> tuple[str, list[str]]:
-    """Draw an image that the embedded model can read; return its path, and questions about it."""
+    """Draw a scene that the embedded model understands; return its path, and questions about it."""
     image, questions = demo.make_example(random.randrange(1 << 31))
     path = save_pil_to_cache(image, get_upload_folder(), format="png")
     return path, list(questions[:NUM_CHIPS])
@@ -217,7 +217,7 @@ def draw_scene() -> tuple[str, list[str]]:
 
 def _make_example(seed: int) -> Any:
     image, questions = demo.make_example(seed)
-    # Not in Gradio's cache: files that a chat has shown are deleted from there after a while.
+    # Not in Gradio's cache, which deletes files some time after a chat has shown them.
     folder = Path(get_upload_folder()) / "examples"
     folder.mkdir(parents=True, exist_ok=True)
     path = str(folder / f"{seed}.png")

@@ -1,9 +1,9 @@
 """Asks an endpoint with OpenAI's moderation API whether a question may be sent to a model.
 
-    Message -> one request a part (text or image), at once -> nothing, or RefusedError
+    Message -> concurrent requests, one for each part (text or image) -> nothing, or RefusedError
 
-The API: POST {url}/moderations with `model` and `input`, a list of one part as in chat; the answer
-has `results`, each with `flagged` and `categories`.
+The API is POST {url}/moderations with `model` and `input`, a list with one part as in chat. The
+response has `results`, each with `flagged` and `categories`.
 """
 
 import asyncio
@@ -19,17 +19,17 @@ from llava_ray.types import ImagePart, Message, TextPart
 
 
 class Moderator:
-    """Checks questions with one endpoint."""
+    """Checks questions at one endpoint."""
 
     def __init__(self, config: ModerationConfig) -> None:
         self._config = config
 
     async def check(self, message: Message) -> None:
-        """Return if the message may be sent.
+        """Raise unless the message may be sent to a model.
 
         Raises:
             RefusedError: the message was flagged.
-            OverloadedError: the endpoint failed, and the configuration says to refuse then.
+            OverloadedError: the endpoint failed, and the configuration refuses messages then.
         """
         if not self._config.url:
             return None
@@ -38,7 +38,7 @@ class Moderator:
             base_url=self._config.url.rstrip("/"),
             headers={"Authorization": f"Bearer {key}"} if key else {},
             timeout=self._config.timeout_s,
-            verify=not self._config.url.startswith("http:"),  # reading certificates takes 40 ms
+            verify=not self._config.url.startswith("http:"),  # loading certificates is slow
             trust_env=httpx.URL(self._config.url).host not in ("localhost", "127.0.0.1", "::1"),
         ) as http:
             asked = [self._ask(http, part) for part in message.parts]
@@ -54,7 +54,7 @@ class Moderator:
         return None
 
     async def _ask(self, http: httpx.AsyncClient, part: TextPart | ImagePart) -> set[str]:
-        """Return why a part is flagged; nothing if it is not."""
+        """Return the reasons why a part is flagged; empty if it is not."""
         body = {"model": self._config.model, "input": [_describe(part)]}
         answer = await http.post("/moderations", json=body)
         results = answer.raise_for_status().json()["results"]

@@ -19,11 +19,11 @@ def make_store(root: Path | None = None) -> str:
     """Create and lock a folder, and delete the folders of processes that no longer run.
 
     Args:
-        root: where they are; by default the system's folder for temporary files.
+        root: parent of these folders; by default the system's folder for temporary files.
     """
     root = root or Path(tempfile.gettempdir())
     for lock in root.glob(f"{_PREFIX}*/{_LOCK}"):
-        with suppress(OSError):  # held, or deleted by another one in this moment
+        with suppress(OSError):  # locked, or being deleted by another process
             _hold(lock)
             shutil.rmtree(lock.parent)
     new = Path(tempfile.mkdtemp(prefix="llava-ray-new-", dir=root))
@@ -32,7 +32,7 @@ def make_store(root: Path | None = None) -> str:
 
 
 def _hold(lock: Path) -> None:
-    """Hold a lock until the process ends; raises `OSError` if another one holds it."""
+    """Lock a file until this process ends; raise an OSError if another process has locked it."""
     file = os.open(lock, os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,12 +35,12 @@ _ROUTES = re.compile(
 
 
 class GuardedBlocks(gr.Blocks):
-    """A page whose handlers only get uploaded files."""
+    """Blocks whose handlers receive no files but uploads."""
 
     async def preprocess_data(
         self, block_fn: Any, inputs: list[Any], state: Any, explicit_call: bool = False
     ) -> Any:
-        """Called by Gradio with what a browser sent, before it is looked at.
+        """Check the values that a browser sent, before Gradio processes them.
 
         Raises:
             gradio.Error: it names a file that was not uploaded, or is not a valid chat.
@@ -53,7 +53,7 @@ def check_values(value: Any, *, depth: int = 0) -> None:
     """Check a value from a browser recursively.
 
     Raises:
-        gradio.Error: a file is not an upload, or there is a component, or it is too deep.
+        gradio.Error: it contains a file that is not an upload, or a component, or is too deep.
     """
     if depth > MAX_DEPTH:
         raise gr.Error("this is nested too deeply to be a chat")
@@ -90,7 +90,7 @@ def is_upload(path: str) -> bool:
 
 
 class UploadGuard:
-    """ASGI middleware around Gradio's application: its routes, and the bytes they may bring."""
+    """ASGI middleware around Gradio's application that limits its routes and request sizes."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -51,10 +51,10 @@ def _wire_starts(on: PageLayout) -> list[Any]:
     chats, sides = [on.left, on.right], [on.left, on.right, on.is_double]
     examples: list[Any] = list(on.left.examples or [])
     kept = [file["path"] for example in examples for file in example["files"]]
-    on.left.keep_in_cache |= set(kept)  # otherwise deleted with the chats that show them
+    on.left.keep_in_cache |= set(kept)  # otherwise Gradio deletes them with the chats
 
     def add_example(left: Chat, right: Chat, is_double: bool, chosen: gr.SelectData) -> Any:
-        # Only the index is used: the browser could name any files.
+        # Only the index is used, because the browser could send any file names.
         example = examples[chosen.index if chosen.index in range(len(examples)) else 0]
         box = {"text": example["text"], "files": [file["path"] for file in example["files"]]}
         return page_handlers.add(box, left, right, is_double)[:2]
@@ -87,7 +87,7 @@ def _wire_ends(on: PageLayout, running: list[Any]) -> None:
     stopping = on.box.stop(None, cancels=running)
     _get_ready_after(stopping.then(page_handlers.mark_stopped, sides, chats, **QUICK), on)
     _get_ready_after(on.clear.click(page_handlers.forget, None, [*chats, *on.chips], **QUICK), on)
-    # No _get_ready_after: a second update of the box would lose what is typed meanwhile.
+    # No _get_ready_after: a second update of the box would lose what was typed in the meantime.
     changed = [*chats, on.box, on.vote_row, on.verdict_row]
     on.edit.click(page_handlers.take_back, sides, changed, **QUICK)
 

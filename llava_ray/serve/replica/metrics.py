@@ -12,7 +12,8 @@ from typing import Any
 from ray.serve.metrics import Counter, Gauge, Histogram
 
 from llava_ray.errors import LlavaRayError
-from llava_ray.types import Chunk, CompletionRequest, Request, Usage, count_usage
+from llava_ray.serve.usage import Usage, count_usage
+from llava_ray.types import Chunk, CompletionRequest, Request
 
 logger = logging.getLogger(
     "ray.serve"

@@ -1,4 +1,4 @@
-"""The worker program for SGLang: its `Engine` behind the pipe of `link.py`.
+"""The worker program for SGLang: its `Engine` behind the pipe of `pipe.py`.
 
 It runs in SGLang's own environment.
 """
@@ -8,7 +8,7 @@ import os
 from collections.abc import AsyncIterator
 from typing import Any
 
-from link import Link, read_images, read_settings, refuse_unknown  # pyright: ignore
+from pipe import WorkerPipe, read_images, read_settings, refuse_unknown  # pyright: ignore
 
 
 class Sglang:
@@ -110,9 +110,9 @@ def _answers(pid: int) -> bool:
 
 
 def main() -> None:
-    link = Link()
+    pipe = WorkerPipe()
     engine = Sglang(read_settings())
-    engine.loop.run_until_complete(link.run(engine))
+    engine.loop.run_until_complete(pipe.run(engine))
     engine._engine.shutdown()
 
 

@@ -1,4 +1,4 @@
-"""The worker program for vLLM: its `AsyncLLM` behind the pipe of `link.py`.
+"""The worker program for vLLM: its `AsyncLLM` behind the pipe of `pipe.py`.
 
 It runs in vLLM's own environment.
 """
@@ -9,7 +9,7 @@ import json
 from collections.abc import AsyncIterator
 from typing import Any
 
-from link import Link, read_images, read_settings, refuse_unknown  # pyright: ignore
+from pipe import WorkerPipe, read_images, read_settings, refuse_unknown  # pyright: ignore
 
 
 class Vllm:
@@ -79,12 +79,12 @@ def _read_logprobs(answer: Any) -> list[Any]:
 
 
 def main() -> None:
-    link = Link()
+    pipe = WorkerPipe()
     engine = Vllm(read_settings())
 
     async def run() -> None:
         try:
-            await link.run(engine)
+            await pipe.run(engine)
         finally:
             engine._engine.shutdown()
 

@@ -1,12 +1,12 @@
-"""Attention over the cache: one step of all sequences as one row of tokens.
+"""Attention over the cache: the tokens of all sequences of a step in one row.
 
-The runner drives transformers' language model with the tokens of all sequences of a step side by
-side ([1, T]); everything in the model but attention treats tokens one by one, and attention comes
-here, through transformers' `AttentionInterface`. Keys and values go to the sequence's region of
-the cache and are read in place.
+The runner passes the tokens of all sequences of a step to transformers' language model as one row,
+[1, T]. Everything in the model but attention treats tokens one by one; attention is computed here,
+through transformers' `AttentionInterface`. Keys and values are written to the sequence's slice of
+the cache and read in place.
 
-Shapes: B sequences, T tokens of the step, S tokens that a sequence attends to, N places in the
-cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head size.
+Shapes: B sequences, T tokens of the step, W of them wanted, S tokens that a sequence attends to,
+N slots of the cache, H query heads, K kv heads, G = H/K query heads for each kv head, E head size.
 """
 
 import itertools
@@ -30,19 +30,19 @@ from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 _NUMBERS_IN_16_BYTES = 2
 
 ATTENTION_NAME = "llava_ray_cache"
-"""Under this name the attention below is known to transformers."""
+"""The name under which `attend` below is registered with transformers."""
 
 
 class Span(NamedTuple):
-    """One sequence's part of a metadata.
+    """One sequence's part of a step.
 
     Attributes:
-        offset: where its tokens begin in the row of the metadata.
-        length: how many they are.
+        offset: index of its first token in the row of the step's tokens.
+        length: number of its tokens in the step.
         kv_slice: its part of the cache.
-        past: how many tokens of it the cache holds already.
-        is_prompt: its tokens belong to a prompt. They are computed as such even if it is a single
-            one, so that keys and values do not depend on how a step divides the prompt.
+        past: how many of its tokens the cache holds already.
+        is_prompt: its tokens belong to a prompt. They take the prompt's kernels even if there is
+            one only, so that keys and values do not depend on how steps divide the prompt.
     """
 
     offset: int
@@ -53,14 +53,14 @@ class Span(NamedTuple):
 
     @property
     def is_single(self) -> bool:
-        """Whether this is one new token of an answer, or the last token of a prompt alone."""
+        """Whether this is one token that the decode kernels compute."""
         return self.length == 1 and not self.is_prompt
 
 
 class StridedBatch:
     """Sequences with one new token each, whose slices have equal lengths and distances.
 
-    So their keys are one strided view of the cache, and one call of attention serves them all.
+    Their keys are therefore one strided view of the cache, and one call of attention serves all.
     """
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
@@ -87,9 +87,9 @@ class StridedBatch:
         *,
         scaling: float,
     ) -> None:
-        """Write their part of a layer's attention.
+        """Write these sequences' rows of a layer's attention to `output_THE`.
 
-        Query heads that share a kv head are computed like tokens that see the same.
+        Query heads that share a kv head are passed as if they were several tokens of one head.
         """
         query_BHE = query_THE[self._offsets]
         query_BKGE = query_BHE.reshape(len(query_BHE), self._heads, -1, query_BHE.shape[2])
@@ -105,16 +105,16 @@ class StridedBatch:
     def _view(self, pool: torch.Tensor) -> torch.Tensor:
         """Return these sequences' part of a pool, [B, K, S, E], without copying it."""
         (batch, length), head_size = self._shape_BS, pool.shape[1]
-        place = self._heads * head_size  # elements of a pool for each place in the cache
+        slot_size = self._heads * head_size  # elements of a pool for each slot of the cache
         return pool.as_strided(
             (batch, self._heads, length, head_size),
-            (self._distance * place, self._size * head_size, head_size, 1),
-            self._start * place,
+            (self._distance * slot_size, self._size * head_size, head_size, 1),
+            self._start * slot_size,
         )
 
 
 def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> torch.Tensor:
-    """Return the rows of the pools that belong to the tokens of a step: [T * K]."""
+    """Return the rows of the pools into which a step's tokens are written, [T * K]."""
     begins = [
         span.kv_slice.start * cache.num_kv_heads for span in spans for _ in range(span.length)
     ]
@@ -125,10 +125,10 @@ def _find_rows(spans: list[Span], positions_T: torch.Tensor, cache: KVCache) -> 
 
 
 def _describe(spans: list[Span], cache: KVCache) -> DecodeMetadata:
-    """Return where sequences with one new token each have theirs.
+    """Return the metadata of sequences with one new token each.
 
-    Each row of the table begins at a multiple of 16 bytes: Triton compiles a kernel again for
-    pointers that do not, which would stall a step of every odd number of sequences.
+    Each row of the tensor begins at a multiple of 16 bytes: Triton would compile a second kernel
+    for pointers that do not, at the first step with an odd number of sequences.
     """
     numbers = [(span.offset, *span.kv_slice, span.past + 1) for span in spans]
     numbers += [(0, 0, 0, 0)] * (len(spans) % _NUMBERS_IN_16_BYTES)
@@ -137,7 +137,7 @@ def _describe(spans: list[Span], cache: KVCache) -> DecodeMetadata:
 
 
 def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
-    """Return what picks these tokens of a step: where they are neighbours, a view and no copy."""
+    """Return an index of these tokens of a step: a slice, which copies nothing, where possible."""
     if offsets == list(range(offsets[0], offsets[0] + len(offsets))):
         return slice(offsets[0], offsets[-1] + 1)
     return send(offsets, device)
@@ -146,7 +146,8 @@ def _index(offsets: list[int], device: torch.device) -> slice | torch.Tensor:
 def group_by_stride(spans: list[Span]) -> list[list[Span]]:
     """Group spans of one token so that a group's slices have equal lengths and distances.
 
-    A group is computed up to its longest sequence: very unequal ones are kept apart.
+    A group is computed up to its longest sequence, so sequences of very unequal lengths are not
+    put into one group.
     """
     groups: list[list[Span]] = []
     for span in sorted(spans, key=lambda span: span.kv_slice):
@@ -163,9 +164,9 @@ def group_by_stride(spans: list[Span]) -> list[list[Span]]:
 
 
 class StepMetadata:
-    """Where the tokens of one step and their keys and values are; implements `AttentionMetadata`.
+    """Implements `AttentionMetadata` for any step: where its tokens, keys and values are.
 
-    The wanted tokens are the last ones of the sequences whose pending tokens end in this step.
+    The wanted tokens are the last tokens of the sequences that are complete with this step.
     """
 
     def __init__(self, plan: StepPlan, cache: KVCache) -> None:
@@ -182,7 +183,7 @@ class StepMetadata:
         self.wanted: torch.Tensor | None = None
         self._spans, self._cache = spans, cache
         self._all = self._last = _SpanAttention(spans, cache)
-        self._places: dict[int | None, cpu_attention.KernelInputs] = {}
+        self._kernel_inputs: dict[int | None, cpu_attention.KernelInputs] = {}
         complete = [
             span
             for span, scheduled in zip(spans, plan.scheduled, strict=True)
@@ -218,15 +219,17 @@ class StepMetadata:
     ) -> torch.Tensor:
         """See `RotateAndAttend`."""
         keys, heads = self._cache.keys[layer], self._cache.num_kv_heads
-        if window not in self._places:
-            rows = self._all.find_rows(window)
-            self._places[window] = cpu_attention.KernelInputs.of(rows, keys, num_kv_heads=heads)
+        if window not in self._kernel_inputs:
+            inputs = cpu_attention.KernelInputs.of(
+                self._all.find_rows(window), keys, num_kv_heads=heads
+            )
+            self._kernel_inputs[window] = inputs
         return cpu_attention.rotate_and_attend(
             heads_TX,
             rotations_T1C,
             keys,
             self._cache.values[layer],
-            self._places[window],
+            self._kernel_inputs[window],
             num_kv_heads=heads,
             scaling=scaling,
         )
@@ -242,22 +245,14 @@ class StepMetadata:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values, let each token attend to its own sequence.
-
-        Args:
-            window: each token sees this many tokens up to itself (sliding window); None: all.
-            is_last: of all layers; only the wanted tokens attend, whose queries are given.
-
-        Returns:
-            [T, H, E], or [W, H, E]
-        """
+        """See `AttentionMetadata.attend`."""
         self._cache.store(layer, self._rows, key_TKE, value_TKE)
         spans = self._last if is_last else self._all
         return spans.attend(layer, query_THE, key_TKE, value_TKE, scaling=scaling, window=window)
 
 
 class _SpanAttention:
-    """Attention of the spans of a step, or of other ones with queries of their own."""
+    """Attention of all spans of a step, or of its wanted tokens as spans of one token each."""
 
     def __init__(self, spans: list[Span], cache: KVCache) -> None:
         self._cache = cache
@@ -271,7 +266,7 @@ class _SpanAttention:
         self._masks: dict[tuple[int, int | None], torch.Tensor] = {}
 
     def find_rows(self, window: int | None) -> KVRows:
-        """Return what single tokens see of the cache, of which there are some."""
+        """Return the rows of the pools that the decoding tokens see; there is at least one."""
         assert self._decoding
         return self._decoding.find_rows(window)
 
@@ -285,7 +280,7 @@ class _SpanAttention:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Return [T, H, E]; the step's keys and values are in the cache already."""
+        """Return [T, H, E]. The step's keys and values must be in the cache already."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         output_THE = query_THE.new_empty(query_THE.shape)
         if self._decoding and self._cache.attend_decode:
@@ -318,7 +313,7 @@ class _SpanAttention:
         scaling: float,
         window: int | None,
     ) -> torch.Tensor:
-        """Return several tokens of one sequence, [T, H, E]."""
+        """Return the attention of several tokens of one sequence, [T, H, E]."""
         if span.past == 0 and window is None and not cpu_attention.can_attend_prompt(query_THE):
             key, value = key_TKE.transpose(0, 1), value_TKE.transpose(0, 1)
             return _attend_span(query_THE, key, value, scaling, None)
@@ -336,10 +331,10 @@ class _SpanAttention:
     def _find_mask(
         self, span: Span, first: int, window: int | None, like: torch.Tensor
     ) -> torch.Tensor:
-        """Return what a span's tokens may see from the `first` one on, made once for all layers.
+        """Return the mask of a span's tokens over the keys from `first` on; all layers share it.
 
         Returns:
-            [T, S], 0 or minus infinity
+            [T, S], 0 where a token may attend, else minus infinity
         """
         mask_TS = self._masks.get((span.offset, window))
         if mask_TS is None:
@@ -382,7 +377,7 @@ def _attend_span(
     scaling: float,
     mask_TS: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Several tokens of one sequence; without a mask its first, causal among themselves."""
+    """Return [T, H, E] for tokens of one sequence; without a mask they are its first tokens."""
     query_HTE = query_THE.transpose(0, 1)
     num_groups = query_HTE.shape[0] // key_KSE.shape[0]
     key_HSE, value_HSE = key_KSE.to(query_HTE.dtype), value_KSE.to(query_HTE.dtype)
@@ -401,7 +396,7 @@ def _attend_span(
 
 
 def _mask(length: int, size: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[T, S], True where the last `length` of `size` tokens may look."""
+    """Return [T, S], True where each of the last `length` of `size` tokens may attend."""
     mask_TS = torch.ones(length, size, dtype=torch.bool, device=device)
     mask_TS = mask_TS.tril(size - length)
     return mask_TS.triu(size - length - window + 1) if window else mask_TS

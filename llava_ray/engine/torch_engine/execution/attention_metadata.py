@@ -1,6 +1,6 @@
-"""Where attention finds what sequences with one new token each have to see: tensors, no kernels.
+"""What attention needs to know of a step's tokens and of where their keys and values are.
 
-Shapes: B sequences, N places of the cache, T tokens of a step, W of them wanted, H query heads,
+Shapes: B sequences, N slots of the cache, T tokens of a step, W of them wanted, H query heads,
 K kv heads, E head size.
 """
 
@@ -13,9 +13,9 @@ class AttentionMetadata(Protocol):
     """What a language model needs to know of the tokens of a step.
 
     Attributes:
-        positions_T: of each token in its sequence.
-        wanted: the W tokens whose last hidden states are asked for; None: all.
-        rotate_and_attend: does more than `attend` in one call, where it can; see `RotateAndAttend`.
+        positions_T: position of each token in its sequence.
+        wanted: indices of the W tokens whose last hidden states are needed; None: all T.
+        rotate_and_attend: a faster call in place of `attend`, where there is one.
     """
 
     positions_T: torch.Tensor  # noqa: N815
@@ -33,20 +33,21 @@ class AttentionMetadata(Protocol):
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store the step's keys and values, let each token attend to its own sequence.
+        """Store the step's keys and values, then let each token attend to its own sequence.
 
         Args:
-            window: each token sees this many tokens up to itself (sliding window); None: all.
-            is_last: of all layers; only the wanted tokens attend, whose queries are given.
+            window: each token sees this many tokens, itself included; None: all.
+            is_last: this is the last layer: only the wanted tokens attend, and `query_THE` holds
+                only their queries.
 
         Returns:
-            [T, H, E], or [W, H, E]
+            [T, H, E], or [W, H, E] for the last layer
         """
         ...
 
 
 class RotateAndAttend(Protocol):
-    """Rotates queries and keys, stores keys and values, lets each token attend, in one call."""
+    """Rotates queries and keys, stores keys and values, and attends, in one call."""
 
     def __call__(
         self,
@@ -60,21 +61,22 @@ class RotateAndAttend(Protocol):
         """Return [T, H * E].
 
         Args:
-            heads_TX: queries, keys and values, [T, (H + 2 K) * E], float32 or bfloat16.
-            rotations_T1C: of each token, for pairs of neighbours; C = E/2.
+            heads_TX: queries, keys and values, [T, (H + 2 K) * E], float32 or bfloat16; in queries
+                and keys the two elements of a rotated pair are adjacent.
+            rotations_T1C: complex64; each token's rotation of each pair; C = E/2.
             window: see `AttentionMetadata.attend`.
         """
         ...
 
 
 class KVRows(NamedTuple):
-    """Where the keys and values of B sequences are in a pool of [N * K, E]; int64, [B].
+    """Where the keys and values of B sequences are in a pool of [N * K, E]; all int64, [B].
 
     Attributes:
-        tokens: which token of the step is the sequence's.
-        firsts: the row of each one's first kv head and first token to be seen.
-        sizes: rows from one of its kv heads to the next.
-        lengths: tokens to be seen.
+        tokens: index of the sequence's token in the step.
+        firsts: row of its first kv head's first token that is attended to.
+        sizes: number of rows from one of its kv heads to the next.
+        lengths: number of tokens attended to.
     """
 
     tokens: torch.Tensor
@@ -84,13 +86,13 @@ class KVRows(NamedTuple):
 
 
 class DecodeMetadata:
-    """Sequences with one new token each, whose keys and values are anywhere in the cache.
+    """B sequences with one new token each; tensors are int64, [B].
 
     Args:
-        tokens: which token of the step is the sequence's; int64, [B], as all of these.
-        starts: first slot of each sequence's KV slice.
+        tokens: index of the sequence's token in the step.
+        starts: first slot of the sequence's slice of the cache.
         sizes: length of that slice.
-        lengths: its tokens, the new one among them.
+        lengths: number of the sequence's tokens, including the new one.
         num_kv_heads: K.
     """
 
@@ -107,7 +109,7 @@ class DecodeMetadata:
         self._windows: dict[int | None, KVRows] = {None: self._all}
 
     def find_rows(self, window: int | None) -> KVRows:
-        """Return what the new tokens see if each sees `window` tokens up to itself; None: all."""
+        """Return the rows that the new tokens attend to: `window` tokens each; None: all."""
         if window not in self._windows:
             skipped = (self._all.lengths - (window or 0)).clamp(min=0)
             self._windows[window] = self._all._replace(

@@ -7,7 +7,7 @@
 - Many tokens of one sequence in bfloat16: torch computes many small matmuls, this module few large
   ones.
 
-Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N places of the cache, H query
+Shapes: T tokens of a step or a sequence, S tokens seen, B sequences, N slots of the cache, H query
 heads, K kv heads, G = H/K, E head size, C = E/2 pairs.
 """
 
@@ -49,17 +49,18 @@ def attend_decode(
     num_kv_heads: int,
     scaling: float,
 ) -> None:
-    """Let one token of each of B sequences attend to its own keys and values.
+    """Let one token of each of B sequences attend to its sequence's keys and values.
 
     Args:
-        query_THE: of all tokens of the step; any floating dtype.
-        keys: a layer's pool, [N * K, E], float32 or bfloat16.
-        values: likewise.
-        output_THE: where the result goes; the rows of other tokens stay as they are.
+        query_THE: queries of all tokens of the step; any floating dtype.
+        keys: a layer's pool of keys, [N * K, E], float32 or bfloat16.
+        values: a layer's pool of values, likewise.
+        rows: which token and which rows of the pools belong to each sequence.
+        output_THE: written in place; rows of other tokens are left unchanged.
     """
     query, distance = flatten(query_THE if is_supported(query_THE) else query_THE.float())
     pools = to_numpy(keys), to_numpy(values)
-    *places, num_parts = KernelInputs.of(rows, keys, num_kv_heads=num_kv_heads)
+    *row_arrays, num_parts = KernelInputs.of(rows, keys, num_kv_heads=num_kv_heads)
     is_written = is_supported(output_THE) and output_THE.is_contiguous()
     output = output_THE if is_written else output_THE.float().contiguous()
     written = to_numpy(output)
@@ -67,7 +68,7 @@ def attend_decode(
 
     def compute(part: int) -> None:
         _attend(
-            query, distance, *pools, *places, num_kv_heads, np.float32(scaling), written,
+            query, distance, *pools, *row_arrays, num_kv_heads, np.float32(scaling), written,
             num_tasks * part // num_parts, num_tasks * (part + 1) // num_parts,
         )  # fmt: skip
 
@@ -87,7 +88,7 @@ class KernelInputs(NamedTuple):
 
     @classmethod
     def of(cls, rows: KVRows, keys: torch.Tensor, *, num_kv_heads: int) -> "KernelInputs":
-        """Return those for the pools of which `keys` is one."""
+        """Return the inputs for pools of the shape and dtype of `keys`."""
         num_read = 2 * int(rows.lengths.sum()) * num_kv_heads * keys.shape[1] * keys.itemsize
         most = min(torch.get_num_threads(), len(rows.tokens) * num_kv_heads)
         tokens, firsts, sizes, lengths = (each.numpy() for each in rows)
@@ -101,7 +102,7 @@ def rotate_and_attend(
     rotations_T1C: torch.Tensor,
     keys: torch.Tensor,
     values: torch.Tensor,
-    places: KernelInputs,
+    inputs: KernelInputs,
     *,
     num_kv_heads: int,
     scaling: float,
@@ -110,21 +111,23 @@ def rotate_and_attend(
 
     Args:
         heads_TX: queries, keys and values of one token of each sequence, [T, (H + 2 K) * E],
-            float32 or bfloat16; the numbers that are rotated as a pair are neighbours.
-        rotations_T1C: complex64, of length 1.
-        keys: a layer's pool, [N * K, E], float32 or bfloat16; the new key is the last to be seen.
-        values: likewise.
+            float32 or bfloat16; the two elements of a rotated pair are adjacent.
+        rotations_T1C: complex64 with absolute value 1: each token's rotation of each pair.
+        keys: a layer's pool of keys, [N * K, E], float32 or bfloat16; the new key is written to the
+            last of the rows that its token attends to.
+        values: a layer's pool of values, likewise.
+        inputs: which rows of the pools belong to each sequence.
     """
     width = heads_TX.shape[1] - 2 * num_kv_heads * keys.shape[1]
     output_TX = heads_TX.new_empty(len(heads_TX), width)
     arrays = [to_numpy(each) for each in (heads_TX, rotations_T1C[:, 0], keys, values, output_TX)]
-    *where, num_parts = places
-    num_tasks = len(places.tokens) * num_kv_heads
+    *row_arrays, num_parts = inputs
+    num_tasks = len(inputs.tokens) * num_kv_heads
     factor = np.float32(scaling)
 
     def compute(part: int) -> None:
         begin, end = num_tasks * part // num_parts, num_tasks * (part + 1) // num_parts
-        _rotate_and_attend(*arrays, *where, num_kv_heads, factor, begin, end)
+        _rotate_and_attend(*arrays, *row_arrays, num_kv_heads, factor, begin, end)
 
     run_in_team(compute, num_parts)
     return output_TX

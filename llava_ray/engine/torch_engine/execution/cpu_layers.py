@@ -1,10 +1,10 @@
-"""What a layer computes between its products, on a CPU in float32 or bfloat16: each in one pass.
+"""Kernels for a layer's operations between its matmuls, on a CPU, in float32 or bfloat16.
 
-torch computes these from several operations, each of which reads and writes all numbers. Here sums
-are in float32, and what is written is rounded once.
+torch composes each of these from several operations that read and write all elements. These kernels
+make one pass, compute in float32, and round once.
 
-Shapes: T tokens, D hidden, I width of the MLP, K kv heads, E head size, C = E/2 pairs, R rows of a
-pool.
+Shapes: T tokens, D hidden, I MLP width, J heads or (for gate and up) 2 I, K kv heads, E head size,
+C = E/2 pairs, R rows of a pool.
 """
 
 import numpy as np
@@ -23,12 +23,12 @@ from llava_ray.engine.torch_engine.execution.numba_ops import (
 
 
 def can_compute(states: torch.Tensor) -> bool:
-    """Whether `rms_norm` and `silu_and_mul` are for such states."""
+    """Whether `rms_norm` and `silu_and_mul` take such hidden states."""
     return is_supported(states) and states.is_contiguous()
 
 
 def rms_norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return the root mean square norm, [T, D]."""
+    """Return RMSNorm(hidden) * weight, [T, D]."""
     output_TD = torch.empty_like(hidden_TD)
     hidden, weight, output = map(to_numpy, (hidden_TD, weight_D.detach(), output_TD))
     _rms_norm(hidden, weight, np.float32(epsilon), output)
@@ -36,7 +36,7 @@ def rms_norm(hidden_TD: torch.Tensor, weight_D: torch.Tensor, epsilon: float) ->
 
 
 def silu_and_mul(gate_up_TJ: torch.Tensor) -> torch.Tensor:
-    """Return silu(gate) * up, [T, I], of [T, 2 I]: the gates, then what they let through."""
+    """Return silu(gate) * up, [T, I]; the input holds gate and up side by side, [T, 2 I]."""
     tokens, width = gate_up_TJ.shape
     output_TI = gate_up_TJ.new_empty(tokens, width // 2)
     _silu_and_mul(to_numpy(gate_up_TJ), to_numpy(output_TI))
@@ -44,18 +44,18 @@ def silu_and_mul(gate_up_TJ: torch.Tensor) -> torch.Tensor:
 
 
 def rotate(heads_TJE: torch.Tensor, rotations_T1C: torch.Tensor, num_rotated: int) -> None:
-    """Rotate each pair of neighbours in the first heads by its token's angle, in place.
+    """Rotate each pair of adjacent elements of the first `num_rotated` heads, in place.
 
     Args:
-        heads_TJE: bfloat16; in float32, torch multiplies complex numbers in one pass.
-        rotations_T1C: complex64, of length 1.
+        heads_TJE: bfloat16. (In float32 torch's complex multiplication is one pass already.)
+        rotations_T1C: complex64 with absolute value 1: each token's rotation of each pair.
     """
     rotations_TE = torch.view_as_real(rotations_T1C).flatten(1).numpy()
     _rotate(heads_TJE.flatten(1).view(torch.uint32).numpy(), rotations_TE, num_rotated)
 
 
 def store_rows(pool_RE: torch.Tensor, rows: torch.Tensor, new_TKE: torch.Tensor) -> None:
-    """Write keys or values into rows of a pool; rows are integers, [T * K]."""
+    """Write keys or values into rows of a pool; `rows` are their indices, [T * K]."""
     new, distance = flatten(new_TKE if is_supported(new_TKE) else new_TKE.float())
     _store_rows(to_numpy(pool_RE), rows.numpy(), new, distance, len(new_TKE))
 

@@ -1,8 +1,9 @@
-"""Steps in which every sequence computes one token, played from CUDA graphs on a GPU.
+"""CUDA graphs for decoding steps, in which every sequence computes one token.
 
-While a batch decodes, a step is hundreds of small operations, and a GPU waits longer for Python to
-call them than it computes. Recorded once for each of a few batch sizes, they are one call. What
-differs from step to step is in one tensor that stays where it is, and is copied to it in one piece.
+While a batch decodes, a step is hundreds of small operations, and the GPU waits longer for Python
+to launch them than it computes. Recorded once for each of a few batch sizes, they are one launch.
+The numbers that differ from step to step are in one tensor at a fixed address, which one copy
+fills.
 
 Shapes: B sequences, T = B tokens, V vocabulary, H query heads, K kv heads, E head size.
 """
@@ -29,30 +30,34 @@ from llava_ray.engine.torch_engine.scheduling.scheduler import StepPlan
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _OUR_FRAMES = (str(Path(torch.__file__).parent), __file__)
-"""Files whose lines do not say which part of a language model fails."""
+"""Stack frames in these files do not show which part of a language model fails."""
 
 _TRIES = 2
-"""Steps before one is recorded: libraries set themselves up in the first."""
+"""Steps run before one is recorded, because libraries initialise themselves in the first."""
 
 
 def list_batch_sizes(max_batch_size: int) -> list[int]:
-    """Return batch sizes so close that a batch in between needs no kernel that none of them has."""
+    """Return the batch sizes to record; a batch is padded to the next larger one.
+
+    They are so close that a batch size in between needs no kernel that neither neighbour has
+    compiled.
+    """
     return [size for size in _SIZES if size < max_batch_size] + [max_batch_size]
 
 
 class GraphStepMetadata:
-    """The layout of a step of B sequences with one token each, which stays where it is.
+    """Metadata of a step of B sequences with one token each, in tensors with fixed addresses.
 
-    It takes the place of `attention.StepMetadata` in the language model.
+    The language model gets it in place of `attention.StepMetadata`.
 
     Args:
         size: B.
-        idle: a place of the cache that belongs to no sequence: that of those that are not there.
-        max_batch_size: of the step before.
+        idle: a slice of the cache that belongs to no sequence, for the rows that pad a batch.
+        max_batch_size: the largest batch of any step.
     """
 
-    wanted: torch.Tensor | None = None  # all tokens' states are
-    rotate_and_attend: RotateAndAttend | None = None  # a GPU's kernels do one thing each
+    wanted: torch.Tensor | None = None  # the hidden states of all tokens are
+    rotate_and_attend: RotateAndAttend | None = None  # only CPUs have such a kernel
 
     def __init__(self, size: int, cache: KVCache, idle: KVSlice, *, max_batch_size: int) -> None:
         self._cache, self._idle = cache, idle
@@ -65,7 +70,7 @@ class GraphStepMetadata:
         self.fill(StepPlan([]), None)
 
     def fill(self, plan: StepPlan, latest: SampledTokens | None) -> None:
-        """Describe this step's tokens; those that are not known are among the latest choice."""
+        """Describe this step's tokens; ids that the host does not know yet come from `latest`."""
         columns = []
         for sequence, start, *_ in plan.scheduled:
             assert sequence.kv_slice is not None
@@ -79,7 +84,7 @@ class GraphStepMetadata:
             self._latest_B[: len(latest.tokens_B)] = latest.tokens_B
 
     def begin(self) -> None:
-        """Compute what all layers need; recorded, as all that follows."""
+        """Compute what all layers share. This and what follows is recorded in the graph."""
         latest_B = self._latest_B[self._rows_B.clamp(min=0)]
         self.ids_B = torch.where(self._rows_B < 0, self._known_B, latest_B)
         self._decoding = DecodeMetadata(
@@ -103,7 +108,7 @@ class GraphStepMetadata:
         window: int | None,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Store keys and values, then attend, as `attention.StepMetadata.attend`; [T, H, E]."""
+        """Store keys and values, then attend; see `AttentionMetadata.attend`. [T, H, E]."""
         cache = self._cache
         assert cache.attend_decode is not None
         cache.store(layer, self._rows, key_TKE, value_TKE)
@@ -121,7 +126,7 @@ class GraphStepMetadata:
 
 
 class _StepWithoutAttention(GraphStepMetadata):
-    """A step whose attention is left out: a kernel cannot be called without memory."""
+    """A step without attention, for tensors without memory, which Triton kernels cannot take."""
 
     def attend(
         self,
@@ -137,9 +142,9 @@ class _StepWithoutAttention(GraphStepMetadata):
 
 
 class _OneDevice(TorchDispatchMode):
-    """Refuses operations that copy between the step's device and another one.
+    """Raises for operations that copy between the step's device and another one.
 
-    A tensor without dimensions may be on the CPU: it is passed to a kernel as a number.
+    A tensor without dimensions may be on the CPU, since a kernel gets it as a number.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -159,14 +164,14 @@ class _OneDevice(TorchDispatchMode):
 
 
 class DecodeGraphs:
-    """Computes such steps: each is played for the next larger of a few batch sizes.
+    """Computes decoding steps by replaying the graph of the next larger recorded batch size.
 
-    Until they are recorded the same is computed without a graph, which is what a CPU can.
+    Until `record` is called it computes the same without graphs, which also works on a CPU.
 
     Args:
-        compute: token ids [B] and the layout of their step -> logits [B, V].
-        idle: a place of the cache that belongs to no sequence.
-        max_batch_size: of any step.
+        compute: (token ids [B], metadata of their step) -> logits [B, V].
+        idle: a slice of the cache that belongs to no sequence.
+        max_batch_size: the largest batch of any step.
     """
 
     def __init__(
@@ -188,7 +193,7 @@ class DecodeGraphs:
 
     @staticmethod
     def can_compute(plan: StepPlan) -> bool:
-        """Whether a plan is a step of one token each, none of them an image's."""
+        """Whether each sequence of the plan computes one token, and none of them an image token."""
         return bool(plan.scheduled) and all(
             scheduled.num_tokens == 1 and scheduled.sequence.inputs is None
             for scheduled in plan.scheduled
@@ -198,7 +203,8 @@ class DecodeGraphs:
         """Return the logits of a plan's tokens, [B, V]; the next call overwrites them.
 
         Args:
-            latest: the tokens chosen last, those of the plan that are not known among them.
+            latest: the tokens sampled last; they include those of the plan that the host does not
+                know yet.
         """
         index = bisect.bisect_left(self._sizes, len(plan.scheduled))
         step = self._steps[index]
@@ -216,10 +222,11 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def find_obstacle(self) -> str | None:
-        """Return why a step cannot be recorded; None: nothing is known.
+        """Return why a step cannot be recorded, or None if no reason is found.
 
-        The step is run on tensors without memory, where reading a number from the device fails as
-        it does while a graph is recorded, and costs no memory: a failed recording keeps its pool.
+        It runs the step on tensors without memory, where reading a number from the device fails
+        just as it does while a graph is recorded. A failed recording, by contrast, never frees the
+        memory of its pool.
         """
         from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -235,10 +242,10 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def record(self) -> str | None:
-        """Record all sizes, the largest first: the smaller ones take their memory from its pool.
+        """Record all sizes, the largest first: the smaller ones reuse the memory of its pool.
 
         Returns:
-            Why this language model, or GPU, cannot be recorded; None: it is.
+            Why this language model or GPU cannot be recorded; None if it was.
         """
         if obstacle := self.find_obstacle():
             return obstacle
@@ -256,7 +263,7 @@ class DecodeGraphs:
     def _record_one(
         self, step: GraphStepMetadata, pool: Any, stream: torch.cuda.Stream
     ) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """Return a graph, and where it leaves the logits."""
+        """Return a graph, and the tensor into which it writes the logits."""
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(_TRIES):

@@ -1,15 +1,15 @@
-"""The language model's layers in few, large operations: what the runner computes steps with.
+"""The language model's layers as a few large operations, with which the runner computes steps.
 
-transformers' own layers take some sixty operations each, and while few tokens are computed, calling
-them costs more than computing them. Here query, key and value are one product, gate and up another,
-and the rotation of queries and keys is one multiplication of complex numbers: for that, the two
-halves of a head, whose numbers are rotated in pairs, are interleaved in the weights. Queries and
-keys are interleaved alike, so that their products stay what they are.
+A layer of transformers takes some sixty operations, and with few tokens calling them costs more
+than computing them. Here the query, key and value projections are one matmul, gate and up another,
+and the rotary embedding is one multiplication of complex numbers. Rotary embedding rotates element
+i of a head together with element i + E/2; the rows of the query and key weights are interleaved so
+that such a pair is adjacent. Queries and keys are permuted alike, so their products do not change.
 
-Only for layers that are built like Llama's; `can_fuse` says which are.
+Only for layers that are built like Llama's; see `can_fuse`.
 
-Shapes: T tokens, W of them wanted, D hidden, H query heads, K kv heads, E head size, I width of the
-MLP.
+Shapes: T tokens, W of them wanted, D hidden, H query heads, K kv heads, E head size, I MLP width,
+J = 2 I, C = E/2.
 """
 
 from collections.abc import Sequence
@@ -28,17 +28,17 @@ from llava_ray.engine.torch_engine.execution.cpu_layers import (
 )
 
 MODEL_TYPES = ("llama", "mistral", "qwen2")
-"""Language models whose layers are built so, apart from biases and sliding windows."""
+"""Language models with Llama's layers; biases and sliding windows may differ."""
 
 
 def can_fuse(language_model: Any) -> bool:
-    """Whether `FusedDecoder` computes what this language model of transformers does."""
+    """Whether `FusedDecoder` computes the same as this language model from transformers."""
     config = language_model.config
     if config.model_type not in MODEL_TYPES:
         return False
     parameters = getattr(config, "rope_parameters", None) or {}
-    turns_all = parameters.get("partial_rotary_factor", 1) in (1, None)
-    return turns_all and all(
+    rotates_all = parameters.get("partial_rotary_factor", 1) in (1, None)
+    return rotates_all and all(
         type(linear) is nn.Linear
         for layer in language_model.layers
         for linear in [*_get_qkv(layer), *_get_gate_up(layer)]
@@ -71,7 +71,11 @@ def _get_gate_up(layer: Any) -> list[nn.Linear]:
 
 
 def _join(linears: Sequence[nn.Linear], interleaved: Sequence[int]) -> nn.Linear:
-    """Return one layer for several, the heads of the given sizes interleaved; 0: as they are."""
+    """Return one layer that computes the concatenated outputs of several.
+
+    Args:
+        interleaved: for each layer the size of the heads to interleave; 0: none.
+    """
 
     def join(name: str) -> nn.Parameter:
         each = [
@@ -89,7 +93,7 @@ def _join(linears: Sequence[nn.Linear], interleaved: Sequence[int]) -> nn.Linear
 
 
 def _interleave(weight: torch.Tensor, head_size: int) -> torch.Tensor:
-    """Bring the numbers that are rotated as a pair, half a head apart, side by side."""
+    """Make rows adjacent that are rotated as a pair, which are half a head apart."""
     weight = weight.detach()
     if not head_size:
         return weight
@@ -111,13 +115,14 @@ class FusedDecoder:
     def __call__(self, embeddings_TD: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Return the last hidden states of the wanted tokens, [W, D].
 
-        The last layer computes only keys and values of the others. Embeddings are overwritten.
+        For all other tokens the last layer computes keys and values only. The embeddings are
+        overwritten.
         """
         cos_TE, sin_TE = (
             each[0].float()
             for each in self._model.rotary_emb(embeddings_TD, metadata.positions_T[None])
         )
-        half = cos_TE.shape[-1] // 2  # the other one is the same
+        half = cos_TE.shape[-1] // 2  # the second half repeats the first
         rotations_T1C = torch.complex(cos_TE[:, :half], sin_TE[:, :half])[:, None]
         hidden_TD = embeddings_TD
         *others, last = self._layers
@@ -128,7 +133,7 @@ class FusedDecoder:
 
 
 class _Layer:
-    """One layer: what of it is needed, at hand."""
+    """One layer, with its modules and sizes looked up in advance."""
 
     def __init__(self, layer: Any, config: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
@@ -152,7 +157,10 @@ class _Layer:
         *,
         is_last: bool = False,
     ) -> torch.Tensor:
-        """Add to the hidden states what this layer adds; return them, if it is last the wanted."""
+        """Add the layer's output to the hidden states and return them.
+
+        The last layer returns those of the wanted tokens only.
+        """
         heads_TX = self._qkv(_rms_norm(hidden_TD, self._norm))
         if metadata.rotate_and_attend and can_compute(heads_TX):
             output_TX = metadata.rotate_and_attend(
@@ -177,7 +185,7 @@ class _Layer:
         *,
         is_last: bool,
     ) -> torch.Tensor:
-        """Return what the tokens see, [T, H * E], of the last layer the wanted ones."""
+        """Return the attention's output, [T, H * E]; of the last layer [W, H * E]."""
         heads_TJE = heads_TX.unflatten(-1, (-1, self._size))
         num_rotated = self._num_heads + self._num_kv_heads
         rotated_TJE = _rotate(heads_TJE, rotations_T1C, num_rotated)
@@ -195,7 +203,7 @@ class _Layer:
         ).flatten(1)
 
     def _let_through(self, gate_up_TJ: torch.Tensor) -> torch.Tensor:
-        """Return the activated gates times what they let through, [T, I], of [T, 2 I]."""
+        """Return activation(gate) * up, [T, I], of gate and up side by side, [T, 2 I]."""
         if self._has_silu and can_compute(gate_up_TJ):
             return silu_and_mul(gate_up_TJ)
         gate_TI, up_TI = gate_up_TJ.chunk(2, -1)
@@ -209,9 +217,9 @@ def _rms_norm(hidden_TD: torch.Tensor, norm: Any) -> torch.Tensor:
 
 
 def _rotate(heads_TJE: torch.Tensor, rotations_T1C: torch.Tensor, num_rotated: int) -> torch.Tensor:
-    """Return the first heads, each pair of neighbours rotated by its token's angle.
+    """Return the first `num_rotated` heads, each pair of adjacent elements rotated.
 
-    What it is given may be overwritten.
+    The input may be overwritten.
     """
     rotated_TJE = heads_TJE[:, :num_rotated]
     if can_compute(heads_TJE) and heads_TJE.dtype == torch.bfloat16:

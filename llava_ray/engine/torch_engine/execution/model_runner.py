@@ -1,7 +1,7 @@
-"""Runs the model for one step; nothing else in the torch engine touches the model.
+"""Runs the model for one step; nothing else in the torch engine calls the model.
 
-plan -> embeddings of its tokens (images through the tower, in batches) -> language model with
-attention over the cache -> logits of the last tokens -> one token for each complete sequence.
+plan -> embeddings of its tokens (images are encoded in batches) -> language model with attention
+over the cache -> logits of the last tokens -> one token for each complete sequence.
 
 Shapes: B sequences, T tokens, P image tokens an image, D hidden, V vocabulary.
 """
@@ -57,11 +57,11 @@ _LARGEST_SIDE = 4096
 """Pixels: an image that is cut into as many tiles as a model takes."""
 
 _NUM_SCRATCH = 3
-"""Slots at the end of the cache that belong to no request, for `check` and warm-up."""
+"""Number of slots at the end of the cache that no request uses, for `check` and warm-up."""
 
 
 class StepMemoryError(EngineError):
-    """The device had no memory for a step; nothing of it counts as computed."""
+    """The device had no memory for a step; none of its tokens counts as computed."""
 
 
 class StepLimits(NamedTuple):
@@ -82,7 +82,7 @@ _LIMITS = StepLimits()
 
 
 class LaunchedStep(Protocol):
-    """A step that was sent to the device; it may still be running."""
+    """A step that was launched on the device and may still be running."""
 
     def read(self) -> list[int]:
         """Wait for it; return the next token of each complete sequence of the plan, in order."""
@@ -101,19 +101,19 @@ class StepRunner(Protocol):
         ...
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Start computing a plan on the device, behind the one that was launched before.
+        """Start computing a plan on the device, after the step that was launched before it.
 
-        Tokens that its sequences still expect are the ones sampled in that earlier step.
+        Token ids that its sequences still expect are those sampled in that step.
         """
         ...
 
     def check(self) -> None:
-        """Run a small step that touches no sequence; raise if it fails."""
+        """Run a small step that changes no sequence; raise if it fails."""
         ...
 
 
 def skip_unused_vision_layers(model: Any) -> None:
-    """Replace the vision tower's layers above those that `model` reads by the identity."""
+    """Replace the vision tower's layers above the highest one that is read by the identity."""
     read = model.config.vision_feature_layer
     layers = getattr(model.vision_tower, "vision_model", model.vision_tower).encoder.layers
     heights = [index % (len(layers) + 1) for index in ([read] if isinstance(read, int) else read)]
@@ -122,12 +122,12 @@ def skip_unused_vision_layers(model: Any) -> None:
 
 
 class _LaunchedStep(NamedTuple):
-    choice: SampledTokens | None = None  # None: no sequence was complete
+    sampled: SampledTokens | None = None  # None: no sequence was complete
     note: Callable[[], None] = lambda: None  # called once it is computed
 
     def read(self) -> list[int]:
         """See `LaunchedStep`."""
-        tokens = self.choice.read() if self.choice else []
+        tokens = self.sampled.read() if self.sampled else []
         self.note()
         return tokens
 
@@ -135,8 +135,8 @@ class _LaunchedStep(NamedTuple):
 class ModelRunner:
     """Runs any LLaVA whose language model supports transformers' attention interface.
 
-    It owns the model: its attention is redirected, its weights are joined and, on a CPU, packed;
-    on a CPU that is slow in 16 bits it computes in float32, whatever the weights are stored in.
+    It owns and changes the model: attention is redirected, weights are joined and, on a CPU,
+    packed. On a CPU that is slow in 16 bits it computes in float32, whatever the weights are in.
     Without adapters, plans that have no sequence in common may run in several threads at once.
 
     Args:
@@ -310,7 +310,7 @@ class ModelRunner:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Ask the device to compute a plan; see `StepRunner.launch`."""
         launched = self._compute(plan)
-        self._latest = launched.choice
+        self._latest = launched.sampled
         return launched
 
     def _compute(self, plan: StepPlan) -> _LaunchedStep:
@@ -337,13 +337,13 @@ class ModelRunner:
         watch = Stopwatch(self.device)
         num_encoded, num_cached = self._read_images(new)
         watch.stop()
-        choice = self._choose_tokens(plan)
+        sampled = self._choose_tokens(plan)
         return _LaunchedStep(
-            choice, lambda: self._note_images(num_encoded, num_cached, watch.read())
+            sampled, lambda: self._note_images(num_encoded, num_cached, watch.read())
         )
 
     def _choose_tokens(self, plan: StepPlan) -> SampledTokens | None:
-        """Choose them, once the images of the plan are encoded; None: no sequence is complete."""
+        """Compute the step, whose images are encoded; None: no sequence is complete."""
         if self._graphs and self._graphs.can_compute(plan):
             logits_BV = self._graphs.compute(plan, self._latest)
             return sample(logits_BV, [scheduled.sequence for scheduled in plan.scheduled])
@@ -393,13 +393,13 @@ class ModelRunner:
         return plan
 
     def _compute_logits(self, ids_B: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
-        """Return the logits of one token each, [B, V], none of them an image's."""
+        """Return the logits of one text token of each sequence, [B, V]."""
         return self._core.model.lm_head(self._compute_layers(self._embed(ids_B), metadata))
 
     def _call_language_model(
         self, embeddings_TD: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """Return the wanted tokens' last hidden states, [B, D], as transformers computes them."""
+        """Return the wanted tokens' last hidden states, [B, D], with transformers' layers."""
         hidden_TD = self._language_model(
             inputs_embeds=embeddings_TD[None],
             position_ids=metadata.positions_T[None],
@@ -409,10 +409,10 @@ class ModelRunner:
         return hidden_TD if metadata.wanted is None else hidden_TD[metadata.wanted]
 
     def _read_images(self, new: list[Sequence]) -> tuple[int, int]:
-        """Replace the pixels of new sequences by what the language model reads.
+        """Replace the pixels of new sequences by image features.
 
         Returns:
-            How many images were encoded, and how many were known or in the cache already.
+            The number of images that were encoded, and of those found in a cache.
         """
         num_cached = 0
         for sequence in new:
@@ -423,7 +423,7 @@ class ModelRunner:
         return num_encoded, num_cached + num_known
 
     def _find_rows(self, plan: StepPlan) -> dict[str, torch.Tensor | None]:
-        """Return which of the step's tokens belong to each adapter, [T]; None: all of them."""
+        """Return adapter -> indices of the step's tokens that belong to it; None: all of them."""
         rows: dict[str, list[int]] = {}
         offset = 0
         for sequence, _, num_tokens, _ in plan.scheduled:
@@ -436,7 +436,7 @@ class ModelRunner:
         }
 
     def _encode_images(self, adapter: str, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """Return what the language model reads of each image, [P, D]."""
+        """Return the features of each image, [P, D], as the language model reads them."""
         self._adapters.choose({adapter: None})
         config = self._core.model.config
         output = self._model.get_image_features(
@@ -447,11 +447,11 @@ class ModelRunner:
         return list(output.pooler_output)
 
     def _embed_tokens(self, plan: StepPlan) -> torch.Tensor:
-        """Return the embeddings [T, D] of the plan's tokens, images in their places."""
+        """Return the embeddings of the plan's tokens, [T, D]: of image tokens, image features."""
         ids: list[int] = []
-        places: list[int] = []
+        image_tokens: list[int] = []  # their indices in the step
         features: list[torch.Tensor] = []
-        expected: list[tuple[int, int]] = []  # (place, row of the latest choice)
+        expected: list[tuple[int, int]] = []  # (index in the step, row of the latest tokens)
         for sequence, start, num_tokens, _ in plan.scheduled:
             piece = sequence.ids_from(start, num_tokens)
             if sequence.num_expected:
@@ -462,7 +462,7 @@ class ModelRunner:
             if sequence.inputs is not None:
                 mine = [i for i, id_ in enumerate(piece) if id_ == self._core.image_token_id]
                 done = sequence.prompt_ids[:start].count(self._core.image_token_id)
-                places.extend(len(ids) + i for i in mine)
+                image_tokens.extend(len(ids) + i for i in mine)
                 features.append(sequence.inputs[done : done + len(mine)])
                 if start + num_tokens >= len(sequence.prompt_ids):
                     sequence.inputs = None
@@ -472,6 +472,6 @@ class ModelRunner:
             expected_E, rows_E = send(expected, self.device).unbind(1)
             ids_T[expected_E] = self._latest.tokens_B[rows_E]
         embeddings_TD = self._embed(ids_T)
-        if places:
-            embeddings_TD[send(places, self.device)] = torch.cat(features)
+        if image_tokens:
+            embeddings_TD[send(image_tokens, self.device)] = torch.cat(features)
         return embeddings_TD

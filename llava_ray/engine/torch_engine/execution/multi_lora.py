@@ -1,9 +1,9 @@
 """Multi-LoRA: several PEFT adapters on one model, each applied to its own rows of a batch.
 
-`model.lora` adds one adapter to the weights for good. Here the weights stay as they are: a row that
-belongs to an adapter has its low-rank product added, y + scale * B(A x), and images of an adapter
-that has a projector of its own go through that one. So one model in memory answers as itself and as
-each of its adapters, in one batch.
+`model.lora` merges one adapter into the weights. Here the weights are left unchanged: rows of an
+adapter's requests get its low-rank product added, y + scale * B(A x), and their images go through
+the adapter's own projector if it has one. One model in memory thus serves itself and all of its
+adapters, in one batch.
 
 Shapes: T rows (tokens), I and O a linear layer's inputs and outputs, R an adapter's rank.
 """
@@ -18,20 +18,21 @@ import torch
 from torch import nn
 
 from llava_ray.errors import ConfigError, ModelNotFoundError
+from llava_ray.model.adapter_files import find_alphas, open_adapter, refuse_base
 from llava_ray.model.checkpoint.locate import find_folder
 from llava_ray.model.checkpoint.weights import StoredTensor, WeightFiles, open_weights
 from llava_ray.model.export.projector import PREFIX as PROJECTOR
-from llava_ray.model.lora import find_alphas, read_adapter, read_settings, refuse_base, sort_tensors
+from llava_ray.model.lora import list_shapes
 
-_REMEDY = "merge it with `llava-ray export`, and serve that as a model of its own"
+_REMEDY = "merge it with `llava-ray export`, and serve the result as a model of its own"
 
 
 class LoraAdapters:
-    """The adapters of a model, and which rows of the next computation belong to which.
+    """The adapters of a model, and which rows of the next computation belong to each.
 
     Attributes:
-        names: of the adapters.
-        rows: of each that has any, [T]; None: all rows.
+        names: names of the adapters.
+        rows: adapter -> indices of its rows, [T]; None: all rows. Adapters without rows are absent.
     """
 
     def __init__(self, names: tuple[str, ...] = ()) -> None:
@@ -39,7 +40,7 @@ class LoraAdapters:
         self.rows: dict[str, torch.Tensor | None] = {}
 
     def check(self, name: str) -> None:
-        """Raise a ModelNotFoundError for an adapter that is not here; empty: the model itself."""
+        """Raise a ModelNotFoundError for an unknown adapter; an empty name is the model itself."""
         if name and name not in self.names:
             raise ModelNotFoundError(
                 f"the model here has no adapter {name!r}: ask for "
@@ -51,18 +52,18 @@ class LoraAdapters:
         """Set which rows belong to which adapter; all others belong to the model itself.
 
         Args:
-            rows: of each adapter by its name, [T]; None: all rows.
+            rows: adapter -> indices of its rows, [T]; None: all rows.
         """
         self.rows = {name: rows_T for name, rows_T in rows.items() if name}
 
 
 class MultiLoraLinear(nn.Module):
-    """A linear layer, and beside it the low-rank products of adapters.
+    """A linear layer with the low-rank products of adapters.
 
     Args:
         linear: the layer.
-        adapters: says which rows are whose.
-        products: of each adapter that changes this layer, A [I, R] and scale * B [R, O].
+        adapters: tells which rows belong to which adapter.
+        products: adapter -> A [I, R] and scale * B [R, O]; only adapters that change this layer.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class MultiLoraLinear(nn.Module):
         self._adapters, self._products = adapters, dict(products)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """Convert the products too: their adapters' names may not be names of buffers."""
+        """Convert the products too; they are no buffers, whose names may not contain a dot."""
         super()._apply(fn, recurse)
         self._products = {name: (fn(a), fn(b)) for name, (a, b) in self._products.items()}
         return self
@@ -97,7 +98,7 @@ class MultiLoraLinear(nn.Module):
 
 
 class MultiLoraProjector(nn.Module):
-    """A model's projector, and those that adapters have in its place; for all rows at once."""
+    """A model's projector and its adapters' own; each call uses one of them for all rows."""
 
     def __init__(
         self, projector: nn.Module, adapters: LoraAdapters, own: Mapping[str, nn.Module]
@@ -114,22 +115,22 @@ class MultiLoraProjector(nn.Module):
 
 
 class _Adapter(NamedTuple):
-    """What a folder holds, by the names in memory."""
+    """What an adapter's folder holds, by the names of modules in memory."""
 
     products: dict[str, tuple[torch.Tensor, torch.Tensor]]
     projector: dict[str, torch.Tensor]
 
 
 def load_lora_adapters(model: Any, folders: Mapping[str, str]) -> LoraAdapters:
-    """Put adapters beside a model's weights; it is changed in place, and computes as before.
+    """Add adapters to a model in place; without chosen rows it computes as before.
 
     Args:
-        model: from transformers or from `modeling`, its weights not packed yet.
-        folders: of each adapter by its name: folder, hub name or address.
+        model: from transformers or from `modeling`, before its weights are packed.
+        folders: adapter -> folder, hub name or address.
 
     Raises:
-        ConfigError: one is no LoRA, is damaged, was made for another base, changes nothing, or
-            changes what cannot be different from row to row.
+        ConfigError: an adapter is not a LoRA, is damaged, was made for another base, changes
+            nothing, or changes something that all rows share.
     """
     adapters = LoraAdapters(tuple(folders))
     loaded = {name: _read(model, find_folder(path)) for name, path in folders.items()}
@@ -148,8 +149,9 @@ def load_lora_adapters(model: Any, folders: Mapping[str, str]) -> LoraAdapters:
 
 
 def _read(model: Any, folder: Path) -> _Adapter:
-    settings = read_settings(folder)
-    lora, whole = sort_tensors(model, folder, read_adapter(folder), settings)
+    settings, lora, whole = open_adapter(
+        folder, list_shapes(model), is_tied=model.config.get_text_config().tie_word_embeddings
+    )
     extra = folder / "non_lora_trainables.bin"
     if extra.is_file():
         shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}
@@ -181,13 +183,13 @@ def _read(model: Any, folder: Path) -> _Adapter:
 def _check(
     model: Any, folder: Path, lora: Mapping[str, StoredTensor], whole: Mapping[str, StoredTensor]
 ) -> None:
-    """Refuse what is not a product of two matrices beside a linear layer, or a projector."""
+    """Refuse tensors other than A and B of a linear layer, or a projector's."""
     for name in lora:
         place, _, kind = name.rpartition(".lora_")
         if kind not in ("A.weight", "B.weight"):
             raise ConfigError(
-                f"the adapter in {folder} is no plain LoRA ({name}), which alone can be applied "
-                f"beside others: {_REMEDY}"
+                f"the adapter in {folder} is not a plain LoRA ({name}), and only plain LoRAs can "
+                f"be served beside a model: {_REMEDY}"
             )
         if place == "lm_head" or not isinstance(model.get_submodule(place), nn.Linear):
             raise _refuse(folder, place)
@@ -198,8 +200,7 @@ def _check(
 
 def _refuse(folder: Path, place: str) -> ConfigError:
     return ConfigError(
-        f"the adapter in {folder} changes {place}, which is the same for all that are computed "
-        f"together: {_REMEDY}"
+        f"the adapter in {folder} changes {place}, which all requests of a batch share: {_REMEDY}"
     )
 
 

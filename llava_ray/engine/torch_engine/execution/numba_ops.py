@@ -1,7 +1,7 @@
-"""What the engine's own kernels for CPUs share; Numba compiles them.
+"""Operations that the engine's Numba kernels for CPUs share.
 
-NumPy has no bfloat16: its numbers come as their bits, which are the upper half of a float32's.
-Kernels read them by `widen` and write them by `convert`, and so are one for both precisions.
+NumPy has no bfloat16, so kernels get such numbers as uint16: the upper half of a float32's bits.
+They read numbers with `widen` and write them with `convert`, so one kernel serves both precisions.
 """
 
 from collections.abc import Callable
@@ -17,14 +17,15 @@ from numba.extending import intrinsic, overload
 OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
 
 
-_LINE_BYTES = 64  # what memory sends at once
+_LINE_BYTES = 64  # a cache line
 
 
 def compile_cached(function: Callable[..., None]) -> Callable[..., None]:
-    """Compile a function when it is first called, and keep what came out.
+    """Compile a function at its first call, and cache the machine code.
 
-    It is kept beside the function's file, else in the user's cache, else for this process alone,
-    and compiled again when that file changes. When this file does, remove what is kept.
+    The cache is beside the function's file, or in the user's cache folder, or, where neither can be
+    written, in this process only. Numba compiles again when that file changes, but not when this
+    one does: remove the cache then.
     """
     try:
         return numba.njit(cache=True, **OPTIONS)(function)
@@ -34,9 +35,10 @@ def compile_cached(function: Callable[..., None]) -> Callable[..., None]:
 
 @numba.njit(inline="always", **OPTIONS)
 def exp(x):  # Numba wants no annotations
-    """e^x up to e^88, to float32's last two bits: 2^n times a polynomial, Cephes' coefficients.
+    """Return e^x for x up to 88, exact but for the last two bits of a float32.
 
-    Unlike the C library's, a loop of it becomes vector instructions.
+    It is 2^n times a polynomial with Cephes' coefficients. Unlike the C library's function it is
+    vectorised in a loop.
     """
     x = max(x, np.float32(-87))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
@@ -52,19 +54,19 @@ def exp(x):  # Numba wants no annotations
 
 
 def is_supported(tensor: torch.Tensor) -> bool:
-    """Whether kernels read a tensor: in float32 or bfloat16, on a CPU."""
+    """Whether kernels can read a tensor: float32 or bfloat16, on a CPU."""
     return tensor.device.type == "cpu" and tensor.dtype in (torch.float32, torch.bfloat16)
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return a view of a tensor on a CPU; of bfloat16, its bits."""
+    """Return a view of a tensor on a CPU; bfloat16 becomes uint16."""
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
-    """Return all that rows of tokens span as one flat array, and how far one is from the next.
+    """Return a flat array over the rows of all tokens, and the distance from one to the next.
 
-    So rows that are a part of wider ones need no copy; those that have gaps in themselves do.
+    Rows that are slices of wider rows are not copied; rows whose own elements are apart are.
     """
     if not rows[:1].is_contiguous():
         rows = rows.contiguous()
@@ -73,12 +75,12 @@ def flatten(rows: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 def widen(number: np.generic) -> np.float32:
-    """Return a number, or the bits of one in bfloat16, as float32."""
+    """Return a float32, or a bfloat16 given as its bits, as float32."""
     raise NotImplementedError  # compiled code only
 
 
 def convert(number: np.generic, like: np.ndarray) -> np.generic:
-    """Return a number as an array holds it: float32, or the bits of the nearest in bfloat16."""
+    """Return a float32 as `like` stores it: unchanged, or as the bits of the nearest bfloat16."""
     raise NotImplementedError  # compiled code only
 
 
@@ -103,14 +105,14 @@ def _to_bits(number, like):
 
 @numba.njit(inline="always", **OPTIONS)
 def round_bits(number):
-    """Return a float32's bits, rounded to the nearest bfloat16, of two the even one: upper half."""
+    """Return a float32's bits whose upper half is the nearest bfloat16 (ties to even)."""
     bits = np.float32(number).view(np.uint32)
     is_odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
     return np.uint32(bits + np.uint32(np.uint32(0x7FFF) + is_odd))
 
 
 def _build_prefetch_row(_, rows, index):
-    """A loop of the CPU's instruction for it, over the row's lines."""
+    """Generate a loop of prefetch instructions over the row's cache lines."""
 
     def generate(context, builder, signature, arguments):
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -134,7 +136,4 @@ def _build_prefetch_row(_, rows, index):
 
 
 prefetch_row: Callable[..., None] = intrinsic(_build_prefetch_row)
-"""prefetch_row(rows, index): let memory send a row of a 2-D array before it is read.
-
-It may lie beyond the array's end.
-"""
+"""prefetch_row(rows, index): prefetch a row of a 2-D array; it may lie beyond the array's end."""

@@ -1,8 +1,8 @@
-"""Logits -> the next token of each sequence: greedy, or drawn with its own random number.
+"""Logits -> the next token of each sequence: the likeliest one, or one drawn at random.
 
-Nothing here waits for the device: `SampledTokens.read` does, when the tokens are wanted.
+Only `SampledTokens.read` waits for the device; everything else is asynchronous.
 
-Shapes: B sequences, V vocabulary, A of the sequences that ask for logprobs.
+Shapes: B sequences, V vocabulary, A sequences that ask for logprobs.
 """
 
 from collections.abc import Sequence as Many
@@ -15,38 +15,39 @@ from llava_ray.engine.torch_engine.scheduling.sequence import Sequence
 
 
 class SampledTokens:
-    """A token for each of B sequences, on its way from the device.
+    """One token for each of B sequences, being copied from the device.
 
     Args:
-        tokens_B: on the device, as the next ones.
-        is_possible_B: whether each token's logit is a number; it is not if a sequence's logits are
-            all infinite or NaN.
-        sequences: whose they are.
-        measured: of those that ask for it, in order, the logprobs of their tokens [A], and the
-            likeliest ids and their logprobs, [A, top]; empty if none asks.
+        tokens_B: the token ids, on the device.
+        is_finite_B: whether each token's logit is finite, on the device. It is not if the
+            sequence's logits are all infinite or NaN.
+        sequences: the sequences, in the order of the rows.
+        logprobs: for the sequences that ask for logprobs, in order: the logprob of each chosen
+            token [A], and the ids and logprobs of the likeliest tokens [A, top]. Empty if no
+            sequence asks.
     """
 
     def __init__(
         self,
         tokens_B: torch.Tensor,
-        is_possible_B: torch.Tensor,
+        is_finite_B: torch.Tensor,
         sequences: Many[Sequence],
-        measured: tuple[torch.Tensor, ...],
+        logprobs: tuple[torch.Tensor, ...],
     ) -> None:
         self.tokens_B = tokens_B
         self.rows = {sequence: row for row, sequence in enumerate(sequences)}
-        self._fetch = DeviceToHostCopy(tokens_B, is_possible_B, *measured)
+        self._copy = DeviceToHostCopy(tokens_B, is_finite_B, *logprobs)
 
     def read(self) -> list[int]:
-        """Return the tokens, and tell the sequences how likely they were, or that they failed."""
-        tokens_B, is_possible_B, *measured = self._fetch.read()
+        """Wait for the copy; return the tokens, and record logprobs and failures in sequences."""
+        tokens_B, is_finite_B, *logprobs = self._copy.read()
         tokens: list[int] = tokens_B.tolist()
-        for sequence, is_possible in zip(self.rows, is_possible_B.tolist(), strict=True):
-            if not is_possible:
+        for sequence, is_finite in zip(self.rows, is_finite_B.tolist(), strict=True):
+            if not is_finite:
                 sequence.failure = "the model's logits for it are not finite"
-        if measured:
+        if logprobs:
             asking = [(row, s.logprobs) for s, row in self.rows.items() if s.logprobs is not None]
-            columns = [each.tolist() for each in measured]
+            columns = [each.tolist() for each in logprobs]
             for (row, stream), logprob, ids, values in zip(asking, *columns, strict=True):
                 stream.measure(tokens[row], logprob, list(zip(ids, values, strict=True)))
         return tokens
@@ -55,24 +56,24 @@ class SampledTokens:
 def sample(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> SampledTokens:
     """Choose one token for each row.
 
-    A row that is drawn takes one number of its sequence's own random source and looks it up in
-    its own distribution: what else is in the batch does not change the outcome. Greedy rows that
-    ask for nothing more cost no more than the search for their largest logit.
+    A sampled row takes one number from its sequence's own random generator and looks it up in its
+    own distribution, so the rest of the batch does not change the outcome. A plain greedy row costs
+    one argmax.
     """
     tokens_B = logits_BV.argmax(-1)
     special = [i for i, s in enumerate(sequences) if s.has_own_logits or not s.sampling.is_greedy]
     if special:
         rows = send(special, logits_BV.device)
         tokens_B[rows] = _choose(logits_BV[rows].float(), [sequences[i] for i in special])
-    is_possible_B = logits_BV.gather(1, tokens_B[:, None])[:, 0].isfinite()
-    measured = _measure(logits_BV, tokens_B, sequences)
-    return SampledTokens(tokens_B, is_possible_B, sequences, measured)
+    is_finite_B = logits_BV.gather(1, tokens_B[:, None])[:, 0].isfinite()
+    logprobs = _measure(logits_BV, tokens_B, sequences)
+    return SampledTokens(tokens_B, is_finite_B, sequences, logprobs)
 
 
 def _measure(
     logits_BV: torch.Tensor, tokens_B: torch.Tensor, sequences: Many[Sequence]
 ) -> tuple[torch.Tensor, ...]:
-    """Return the logprobs of the tokens and of the most likely ones; see `SampledTokens`."""
+    """Return the `logprobs` argument of `SampledTokens`."""
     asking = [i for i, sequence in enumerate(sequences) if sequence.logprobs is not None]
     if not asking:
         return ()
@@ -112,12 +113,12 @@ def _draw(logits_BV: torch.Tensor, sequences: Many[Sequence]) -> torch.Tensor:
         smallest_B1 = smallest_B1.maximum(kept_BV[:, :1] * column([s.min_p for s in asked]))
         kept_BV = kept_BV * (kept_BV >= smallest_B1)
     cumulative_BV = kept_BV.cumsum(-1)
-    # nucleus: the fewest tokens that together reach top_p of what is left, at least one
+    # Nucleus sampling: the fewest tokens whose probabilities reach top_p of the rest's sum.
     is_kept_BV = cumulative_BV - kept_BV < top_p_B1 * cumulative_BV[:, -1:]
     is_kept_BV[:, 0] = True
     kept_BV = kept_BV * is_kept_BV
     cumulative_BV = kept_BV.cumsum(-1)
     target_B1 = uniform_B1 * cumulative_BV[:, -1:]
     rank_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    last_B1 = ((kept_BV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # NaN is not more than 0
+    last_B1 = ((kept_BV > 0).sum(-1, keepdim=True) - 1).clamp(min=0)  # -1 where all are NaN
     return ids_BV.gather(1, torch.minimum(rank_B1, last_B1))[:, 0]

@@ -1,12 +1,12 @@
-"""Attention of one new token a sequence on a GPU: one call for all, wherever their keys are.
+"""Decode attention on a GPU: one new token of each sequence, in one call for the whole batch.
 
 While a batch decodes, its sequences differ in length and lie anywhere in the cache. torch's own
-operation wants them at equal distances and computes all up to the longest. Here each is read as far
-as it goes, in parts that are computed side by side and joined after that, so that few long
-sequences keep a whole GPU busy, too (as in Flash-Decoding). Nothing depends on numbers that the
-host would have to know: a call can be recorded in a CUDA graph and played again for other lengths.
+operation needs them at equal distances and computes all of them up to the longest. Here each
+sequence is read up to its own length, in parts that run in parallel and are joined afterwards, so
+that a few long sequences keep a whole GPU busy as well (Flash-Decoding). No number is needed on the
+host: a call can be recorded in a CUDA graph and replayed with other lengths.
 
-Shapes: T tokens of a step, B sequences, N places of the cache, H query heads, K kv heads, G = H/K
+Shapes: T tokens of a step, B sequences, N slots of the cache, H query heads, K kv heads, G = H/K
 query heads for each kv head, E head size, P parts, S tokens read at once.
 """
 
@@ -23,13 +23,13 @@ from llava_ray.engine.torch_engine.execution.attention_metadata import DecodeMet
 
 
 def _compile(kernel: Callable[..., None]) -> Any:
-    """Return a kernel to be called with a grid, `kernel[grid](...)`, which no type says."""
+    """Return a kernel, called as `kernel[grid](...)`; triton.jit's return type has no such call."""
     return triton.jit(kernel)
 
 
 _READ_AT_ONCE = 32
 _MIN_DOT = 16
-"""Rows of the smallest product of a GPU's matrix units."""
+"""The fewest rows and columns that `tl.dot` takes."""
 _MAX_PARTS = 16
 _PROGRAMS_PER_PROCESSOR = 2
 
@@ -44,13 +44,14 @@ def attend_decode(
     num_kv_heads: int,
     scaling: float,
 ) -> None:
-    """Let one token of each of B sequences attend to its own keys and values.
+    """Let one token of each of B sequences attend to its sequence's keys and values.
 
     Args:
-        query_THE: of all tokens of the step.
-        keys: a layer's pool, [N * K, E].
-        values: likewise.
-        output_THE: where the result goes; the rows of other tokens stay as they are.
+        query_THE: queries of all tokens of the step.
+        keys: a layer's pool of keys, [N * K, E].
+        values: a layer's pool of values, [N * K, E].
+        rows: which token and which rows of the pools belong to each sequence.
+        output_THE: written in place; rows of other tokens are left unchanged.
     """
     _, num_heads, head_size = output_THE.shape
     if query_THE.stride()[1:] != (head_size, 1):
@@ -62,7 +63,7 @@ def attend_decode(
     )
     measures = torch.empty(2, batch, num_heads, parts, dtype=torch.float32, device=sums.device)
     block = triton.next_power_of_2(head_size)
-    with torch.cuda.device_of(output_THE):  # Triton computes on the current one
+    with torch.cuda.device_of(output_THE):  # Triton uses the current device
         _attend_part[batch, num_kv_heads, parts](
             query_THE, keys, values, *rows, sums, measures[0], measures[1],
             query_THE.stride(0), scaling, num_kv_heads, num_groups, head_size,
@@ -85,10 +86,10 @@ def find_fault(
     Args:
         like: a tensor of the pools' dtype and device.
     """
-    places = 96
+    num_slots = 96
     random = torch.Generator(like.device).manual_seed(0)
     kind = {"dtype": like.dtype, "device": like.device}
-    keys, values = torch.randn(2, places * num_kv_heads, head_size, generator=random, **kind)
+    keys, values = torch.randn(2, num_slots * num_kv_heads, head_size, generator=random, **kind)
     query_THE = torch.randn(2, num_heads, head_size, generator=random, **kind)
     output_THE = torch.empty_like(query_THE)
     numbers = torch.tensor([[1, 0], [64, 0], [32, 64], [20, 50]], device=like.device)
@@ -120,7 +121,10 @@ def find_fault(
 
 
 def _count_parts(programs: int, processors: int) -> int:
-    """Return a power of two: in how many parts a sequence is read so that all have to do."""
+    """Return into how many parts to split each sequence so that every multiprocessor is busy.
+
+    The result is a power of two, as Triton's block sizes have to be.
+    """
     missing = _PROGRAMS_PER_PROCESSOR * processors // programs
     return min(_MAX_PARTS, 1 << max(0, missing.bit_length() - 1))
 
@@ -151,8 +155,8 @@ def _attend_part(
     in_head = e < head_size
     head = kv_head * num_groups + g
     is_query = (g < num_groups)[:, None] & in_head[None, :]
-    places = token * query_stride + head[:, None] * head_size + e[None, :]
-    query_GE = tl.load(query + places, mask=is_query, other=0.0)
+    offsets_GE = token * query_stride + head[:, None] * head_size + e[None, :]
+    query_GE = tl.load(query + offsets_GE, mask=is_query, other=0.0)
     highest_G = tl.full([GROUPS], float("-inf"), tl.float32)
     total_G = tl.zeros([GROUPS], tl.float32)
     sum_GE = tl.zeros([GROUPS, HEAD], tl.float32)
@@ -190,7 +194,7 @@ def _join_parts(
     sums, highests, totals, tokens, output, token_stride, head_stride, num_heads, head_size,
     HEAD: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Weigh the parts of one query head of one sequence; those without tokens have no weight."""
+    """Join the parts of one query head of one sequence; parts without tokens have weight 0."""
     b, head = tl.program_id(0), tl.program_id(1)
     e = tl.arange(0, HEAD)
     part = (b * num_heads + head) * PARTS + tl.arange(0, PARTS)

@@ -35,7 +35,7 @@ LONGEST_LINE = 1 << 30
 
 
 class WorkerEngine(Protocol):
-    """An engine, wrapped for `Link.run`."""
+    """An engine, wrapped for `WorkerPipe.run`."""
 
     def stream(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
         """Yield the messages about a request, without its id; a ValueError refuses it."""
@@ -46,7 +46,7 @@ class WorkerEngine(Protocol):
         ...
 
 
-class Link:
+class WorkerPipe:
     """The worker's end of the pipe; it takes over standard input and output."""
 
     def __init__(self) -> None:
