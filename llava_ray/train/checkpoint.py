@@ -50,7 +50,7 @@ class TrainProgress(BaseModel):
     num_workers: int
     stage: int
     method: str
-    loss: float | None
+    loss: float
 
 
 def save_checkpoint(
@@ -60,7 +60,7 @@ def save_checkpoint(
     *,
     step: int,
     position: Position,
-    loss: float | None,
+    loss: float,
 ) -> None:
     """Write this worker's part of a checkpoint; all workers must call this together.
 

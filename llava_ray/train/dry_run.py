@@ -17,7 +17,6 @@ from llava_ray.template import IGNORED
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.param_groups import ParamGroupSummary, summarize_param_groups
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
-from llava_ray.train.sample_survey import survey_samples
 
 _NUM_SHOWN = 3
 
@@ -26,7 +25,7 @@ def explain_run(config: TrainConfig) -> str:
     """Return the report: settings, parts of the model, batches, memory, a few encoded samples.
 
     Raises:
-        ConfigError: The run could not start, or no sample can be used.
+        ConfigError: The run could not start.
     """
     datasets = open_datasets(config.data.datasets)
     order = make_order(config.data, datasets)
@@ -34,13 +33,12 @@ def explain_run(config: TrainConfig) -> str:
     model = build_meta_model(config, opened)
     param_groups = summarize_param_groups(model, config)
     encoder = load_run_encoder(config, opened)
-    survey = survey_samples(config, datasets, order, encoder)
     sections = {
         "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
         "parameters": "\n".join(group.describe() for group in param_groups),
         "batches": explain_batches(config, order),
-        "memory per worker": explain_memory(config, model, param_groups, survey.longest),
-        "samples": "\n".join([survey.describe(), *show_samples(config, datasets, order, encoder)]),
+        "memory per worker": explain_memory(config, model, param_groups),
+        "samples": "\n".join(show_samples(config, datasets, order, encoder)),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
 
@@ -60,12 +58,9 @@ def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
     )
 
 
-def explain_memory(
-    config: TrainConfig, model: Any, param_groups: list[ParamGroupSummary], longest: int
-) -> str:
-    """Return an estimate of the memory that each worker needs, in GB.
+def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGroupSummary]) -> str:
+    """Return an estimate of the memory that each GPU needs, in GB.
 
-    Batches are as long as the longest sample that was looked at, `longest` tokens.
     Counts weights, gradients, AdamW's state in float32 (12 bytes per trained weight), the stored
     activations and the logits, but not the kernels' workspace.
     """
@@ -90,17 +85,10 @@ def explain_memory(
         * 12
         / (num_workers if stage else 1)
         * ("offload_optimizer" not in zero),
-        "activations and logits": _count_activations(
-            config, model.config.text_config, width, longest
-        ),
+        "activations and logits": _count_activations(config, model.config.text_config, width),
     }
     lines = [f"{name}: {num_bytes / 1e9:.2f} GB" for name, num_bytes in needs.items()]
-    total_gb = sum(needs.values()) / 1e9
-    lines.append(
-        f"total: about {total_gb:.2f} GB, for batches of {config.per_device_train_batch_size} "
-        f"samples of {longest:,} tokens"
-    )
-    return "\n".join(lines)
+    return "\n".join([*lines, f"total: about {sum(needs.values()) / 1e9:.2f} GB"])
 
 
 def show_samples(
@@ -131,8 +119,9 @@ def _decode(encoder: Encoder, ids: list[int]) -> str:
     return repr(text)[:300]
 
 
-def _count_activations(config: TrainConfig, text: Any, width: int, length: int) -> float:
+def _count_activations(config: TrainConfig, text: Any, width: int) -> float:
     """Return the bytes of activations and logits kept for the backward pass of one batch."""
+    length = config.data.max_length or getattr(text, "max_position_embeddings", 2048)
     num_tokens = config.per_device_train_batch_size * length
     a_layer = text.hidden_size * (1 if config.gradient_checkpointing else 16)
     return num_tokens * (a_layer * text.num_hidden_layers * width + text.vocab_size * (width + 8))

@@ -18,7 +18,7 @@ from ray.train.v2.api.validation_config import ValidationConfig
 
 from llava_ray.cluster import count_gpus, count_resource
 from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import make_order, open_datasets
+from llava_ray.data.loader.dataset import open_datasets
 from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint
 from llava_ray.storage import is_address
@@ -26,7 +26,6 @@ from llava_ray.train.best import choose_best, find_order
 from llava_ray.train.log import print_line
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
 from llava_ray.train.run_folder import export_run, is_started, open_run_folder, write_settings
-from llava_ray.train.sample_survey import survey_samples
 from llava_ray.train.save_weights import name_base
 from llava_ray.train.worker import train_worker
 
@@ -146,17 +145,13 @@ def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = F
     """Check that a run can start, and return its folder.
 
     Raises:
-        ConfigError: The data or the model is missing, they do not fit together, no sample can be
-            used, or the folder belongs to another run.
+        ConfigError: The data or the model is missing, they do not fit together, or the folder
+            belongs to another run.
     """
     for dataset in (*config.data.datasets, *config.eval_datasets):
         open_datasets([dataset])
     build_meta_model(config, opened)
-    encoder = load_run_encoder(config, opened)
-    datasets = open_datasets(config.data.datasets)
-    survey = survey_samples(config, datasets, make_order(config.data, datasets), encoder)
-    if survey.left_out:
-        print_line(survey.describe())
+    load_run_encoder(config, opened)
     folder = f"{config.output_dir}/{config.name}"
     is_there = is_started(folder)
     if is_there and not resume:

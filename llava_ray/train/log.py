@@ -6,14 +6,12 @@ When a run resumes, lines after its checkpoint's step are removed, so each step 
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_ray.train.evaluation import GeneratedAnswer
 from llava_ray.train.param_groups import ParamGroupSummary
-from llava_ray.train.sample_survey import describe_reasons
 from llava_ray.train.train_step import StepMetrics
 
 LOG = "train_log.jsonl"
@@ -34,7 +32,7 @@ class StepLine(NamedTuple):
     """A step as the log has it; what is said by the second counts its waiting too."""
 
     step: int
-    loss: float | None
+    loss: float
     learning_rate: float
     grad_norm: float | None
     wait_s: float
@@ -104,8 +102,6 @@ class RunLog:
         self._num_steps = 0
         self._started_s = time.perf_counter()
         self._first = 0
-        self._left_out: Counter[str] = Counter()
-        self._num_told = 0
 
     def begin(
         self, param_groups: Sequence[ParamGroupSummary], *, num_steps: int, step: int
@@ -127,36 +123,28 @@ class RunLog:
         if self._path is None:
             return
         self._append(line._asdict())
-        self._left_out.update(line.dropped.values())
         if line.step % self._every and line.step != self._num_steps:
             return
         spent_s = time.perf_counter() - self._started_s
         left_s = spent_s / (line.step - self._first) * (self._num_steps - line.step)
         used = f"MFU {line.mfu:.0%}  " if line.mfu else ""
         self._say(
-            f"step {line.step}/{self._num_steps}  {_describe_loss('loss', line.loss)}  "
+            f"step {line.step}/{self._num_steps}  loss {line.loss:.4f}  "
             f"lr {line.learning_rate:.2e}  {line.tokens_per_s:,.0f} tokens/s  "
             f"{line.samples_per_s:.1f} samples/s  padding {line.padding:.0%}  "
             f"{used}{left_s / 60:.1f} min left"
         )
-        self._tell_left_out()
         figures = {n: v for n in _NUMBERS if (v := getattr(line, n)) is not None}
         for tracker in self._trackers:
             tracker.write(figures, line.step)
 
-    def _tell_left_out(self) -> None:
-        """Say how many samples were left out and why, when there are more than last time."""
-        if (num := self._left_out.total()) > self._num_told:
-            self._num_told = num
-            self._say(f"  left out so far: {num:,} samples ({describe_reasons(self._left_out)})")
-
-    def write_evaluation(self, step: int, loss: float | None) -> None:
-        """Add the loss on held-out data; None if nothing there can be used."""
+    def write_evaluation(self, step: int, loss: float) -> None:
+        """Add the loss on held-out data."""
         if self._path is None:
             return
         self._append({"step": step, "eval_loss": loss})
-        self._say(f"step {step}/{self._num_steps}  {_describe_loss('eval_loss', loss)}")
-        for tracker in self._trackers if loss is not None else ():
+        self._say(f"step {step}/{self._num_steps}  eval_loss {loss:.4f}")
+        for tracker in self._trackers:
             tracker.write({"eval_loss": loss}, step)
 
     def write_answers(self, step: int, answers: Sequence[GeneratedAnswer]) -> None:
@@ -188,10 +176,6 @@ class RunLog:
 def read_log(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's log."""
     return [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-
-
-def _describe_loss(name: str, loss: float | None) -> str:
-    return f"{name} {loss:.4f}" if loss is not None else f"no {name}: no sample can be used"
 
 
 def _read_step(line: str) -> int:

@@ -14,7 +14,6 @@ from llava_ray.config import TrainConfig
 from llava_ray.data.loader.collate import Batch
 from llava_ray.data.loader.order import Position
 from llava_ray.errors import ConfigError
-from llava_ray.train.best import UNKNOWN
 from llava_ray.train.checkpoint import (
     TrainProgress,
     is_same_partition,
@@ -139,9 +138,9 @@ def save(
     figures: StepMetrics,
 ) -> None:
     """Evaluate, write a checkpoint and store it."""
-    metrics = {"step": float(step), "loss": _or_unknown(figures.loss)}
+    metrics = {"step": float(step), "loss": figures.loss}
     if context.read_eval_batches:
-        metrics["eval_loss"] = _or_unknown(evaluate(state, config, context, log, step))
+        metrics["eval_loss"] = evaluate(state, config, context, log, step)
     folder = context.new_folder()
     save_checkpoint(folder, state, config, step=step, position=position, loss=figures.loss)
     log.flush()
@@ -150,7 +149,7 @@ def save(
 
 def evaluate(
     state: TrainState, config: TrainConfig, context: LoopContext, log: RunLog, step: int
-) -> float | None:
+) -> float:
     """Evaluate on the held-out data, log the result, and return the loss."""
     assert context.read_eval_batches is not None
     loss = evaluate_loss(state, context.read_eval_batches(config.per_device_train_batch_size))
@@ -158,11 +157,6 @@ def evaluate(
     if num := config.num_generations:
         log.write_answers(step, answer_samples(state, context.read_eval_batches(1), num))
     return loss
-
-
-def _or_unknown(loss: float | None) -> float:
-    """Return a loss as a metric; one that was not measured is never the best."""
-    return UNKNOWN if loss is None else loss
 
 
 def _mix_seed(seed: int, step: int) -> int:

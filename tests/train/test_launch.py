@@ -15,16 +15,11 @@ from typer.testing import CliRunner
 
 from llava_ray.cli import app
 from llava_ray.config import ConvertConfig, TrainConfig
-from llava_ray.data.loader.dataset import make_order, open_datasets
 from llava_ray.data.loader.stream import EncoderSpec, stream_batches
 from llava_ray.errors import ConfigError, DivergedError
 from llava_ray.model import load_model
-from llava_ray.train.best import UNKNOWN, choose_best
-from llava_ray.train.log import RunLog, StepLine, StepTimes, read_log
-from llava_ray.train.preflight import load_run_encoder, open_run
-from llava_ray.train.sample_survey import SampleSurvey, survey_samples
+from llava_ray.train.log import read_log
 from llava_ray.train.settings import load_train_config
-from llava_ray.train.train_step import StepMetrics
 from tests.support.tiny_checkpoint import tiny_model
 from tests.support.train_runs import (
     NUM_SAMPLES,
@@ -242,6 +237,8 @@ def test_a_run_that_diverges_is_over_at_once_and_says_why(shards: Path, tmp_path
 def test_a_template_that_does_not_fit_is_said_before_anything_starts(
     shards: Path, tmp_path: Path
 ) -> None:
+    from llava_ray.train.preflight import open_run
+
     config = make_config(shards, tmp_path, template="vicuna_v11")
     with pytest.raises(ConfigError, match="template"):
         open_run(config)
@@ -249,65 +246,11 @@ def test_a_template_that_does_not_fit_is_said_before_anything_starts(
 
 def test_a_run_without_shards_says_so(tmp_path: Path) -> None:
     from llava_ray.train.launch import check_run
+    from llava_ray.train.preflight import open_run
 
     config = make_config(tmp_path / "nothing", tmp_path)
     with pytest.raises(ConfigError, match="llava-ray convert"):
         check_run(config, open_run(config))
-
-
-def test_a_run_of_which_no_sample_can_be_used_does_not_start(shards: Path, tmp_path: Path) -> None:
-    from llava_ray.train.dry_run import explain_run
-    from llava_ray.train.launch import check_run
-
-    config = make_config(shards, tmp_path)
-    config.data.max_length = 4
-    reason = rf"none of the {NUM_SAMPLES} samples can be used \(too_long {NUM_SAMPLES}\)"
-    with pytest.raises(ConfigError, match=reason):
-        check_run(config, open_run(config))
-    with pytest.raises(ConfigError, match=reason):
-        explain_run(config)
-    assert not (tmp_path / "run").exists()
-
-
-def test_samples_that_are_left_out_are_told_before_a_run_and_in_it(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from llava_ray.train.dry_run import explain_run
-    from llava_ray.train.launch import check_run
-
-    config = make_config(shards, tmp_path)
-    lengths = survey(config).lengths
-    assert len(lengths) == NUM_SAMPLES
-    config.data.max_length = max(lengths) - 1
-    num_long = lengths.count(max(lengths))
-    told = f"{num_long} are left out of training (too_long {num_long})"
-    check_run(config, open_run(config))
-    assert told in capsys.readouterr().out
-    assert told in explain_run(config)
-
-    said: list[str] = []
-    log = RunLog(tmp_path, say=said.append)
-    log.begin([], num_steps=2, step=0)
-    metrics = StepMetrics(None, None, 0, 1, 0, 0, (), {"a": "too_long", "b": "too_long"})
-    for step in (1, 2):
-        log.write(StepLine.make(step, metrics, StepTimes(0.1, 0.1), rate=1.0, mfu=0))
-        metrics = metrics._replace(loss=1.5, dropped={})
-    assert "step 1/2  no loss: no sample can be used" in said[1]
-    assert "left out so far: 2 samples (too_long 2)" in said[2]
-    assert "step 2/2  loss 1.5000" in said[3]
-    assert len(said) == 4
-
-
-def survey(config: TrainConfig) -> SampleSurvey:
-    datasets = open_datasets(config.data.datasets)
-    order = make_order(config.data, datasets)
-    return survey_samples(config, datasets, order, load_run_encoder(config, open_run(config)))
-
-
-def test_a_step_without_a_loss_is_never_the_best() -> None:
-    measured = [("first", {"loss": 2.0}), ("empty", {"loss": UNKNOWN}), ("last", {"loss": 1.0})]
-    assert choose_best(measured, "loss") == "last"
-    assert choose_best([("empty", {"loss": UNKNOWN})], "loss") is None
 
 
 def wait_for_checkpoint(folder: Path) -> None:
