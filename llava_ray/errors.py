@@ -25,7 +25,8 @@
     ├── DeadlineError                 a request took longer than allowed; 504
     ├── UnreachableError              a server behind this one does not answer; 502
     ├── TrainingError                 a training run that cannot go on as it is
-    │   └── DivergedError             the loss is not finite; trying again would not help
+    │   ├── DivergedError             its loss is no number any more; trying again would not help
+    │   └── StoppedError              Ctrl-C or SIGTERM ended it after a checkpoint
     └── EngineError                   the engine broke; the replica will be replaced; 500
 
 A message says what is wrong, the value seen and what to do. Every class takes that message as its
@@ -219,6 +220,10 @@ class TrainingError(LlavaRayError):
 
 class DivergedError(TrainingError):
     """A training run whose loss is not finite; every worker raises it at the same step."""
+
+
+class StoppedError(TrainingError):
+    """A training run that was asked to stop and has saved a checkpoint."""
 
 
 class EngineError(LlavaRayError):

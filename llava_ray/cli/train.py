@@ -35,8 +35,16 @@ def train(
         ),
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the run from its last checkpoint.")
+        bool, typer.Option("--resume", help="Continue the run from its newest whole checkpoint.")
     ] = False,
+    resume_from: Annotated[
+        str | None,
+        typer.Option(
+            "--resume-from",
+            metavar="checkpoint-N",
+            help="Continue the run from this checkpoint; later ones are renamed.",
+        ),
+    ] = None,
 ) -> None:
     """Train a LLaVA with DeepSpeed on Ray, and export it for `serve` and `evaluate`.
 
@@ -62,7 +70,7 @@ def train(
         return
     from llava_ray.train import train_model
 
-    folder = train_model(settings, resume=resume)
+    folder = train_model(settings, resume=resume_from or resume)
     out.print(f"{folder}/export", markup=False)
 
 

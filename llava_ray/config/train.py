@@ -251,8 +251,12 @@ class TrainConfig(Section):
     use_gpu: bool | Literal["auto"] = Field(
         default="auto", description="Train on GPUs. auto: if the cluster has any."
     )
-    cpus_per_worker: float = Field(
-        default=1.0, ge=0, description="CPUs that Ray reserves for each worker."
+    cpus_per_worker: float | None = Field(
+        default=None,
+        ge=0,
+        description="CPUs that Ray reserves for each worker; without a GPU, it computes with as "
+        "many threads. Default: 1, and a single worker without a GPU computes on all cores of its "
+        "machine.",
     )
     max_failures: int = Field(
         default=3,
@@ -304,6 +308,11 @@ class TrainConfig(Section):
         description="Trackers that get the metrics, in addition to train_log.jsonl: tensorboard, "
         "wandb, mlflow.",
     )
+
+    @property
+    def reserved_cpus(self) -> float:
+        """CPUs that Ray reserves for each worker."""
+        return 1.0 if self.cpus_per_worker is None else self.cpus_per_worker
 
     @model_validator(mode="after")
     def _check(self) -> "TrainConfig":

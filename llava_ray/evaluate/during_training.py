@@ -16,14 +16,14 @@ from llava_ray.train.run_folder import open_run_folder
 EVALUATIONS = "evaluations"
 
 
-def train_model(config: TrainConfig, *, resume: bool = False) -> str:
+def train_model(config: TrainConfig, *, resume: bool | str = False) -> str:
     """Train a model as `llava-ray train` does; return the run's folder, a path or an address.
 
     Its trained model is in `export` there. Ray is started if none is running.
 
     Args:
         config: of the run; its `benchmarks` measure checkpoints while training goes on.
-        resume: continue the run of that name from its last checkpoint.
+        resume: continue the run of that name from its newest whole checkpoint, or the one named.
 
     Raises:
         ConfigError: the run cannot be started.

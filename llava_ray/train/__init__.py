@@ -1,7 +1,10 @@
 """Training: full, LoRA or projector, on any number of workers, with DeepSpeed's ZeRO.
 
     settings      read the run's YAML and the overrides of the command line
-    preflight     check the model, the template and the data before a worker starts
+    preflight     check the packages, the model and the template before a worker starts
+    survey        try the samples: which cannot be used, and how long they are
+    find_checkpoint  which checkpoints are whole, and so can be resumed from
+    stop          save and end on Ctrl-C or SIGTERM
     dry_run       describe the run instead of starting it (`--dry-run`)
     launch        start Ray Train; afterwards export the best or last checkpoint
     worker        one Ray Train worker: connects the loop to Ray
@@ -14,8 +17,8 @@
     run_folder    the files of a run, on disk or in object storage; the export
     best          choose the best checkpoint
 
-Only `launch`, `worker` and `trackers` import Ray. The loop runs in any process that has joined a
-torch.distributed group.
+Only `launch`, `worker`, `stop` and `trackers` import Ray. The loop runs in any process that has
+joined a torch.distributed group.
 """
 
 from typing import TYPE_CHECKING

@@ -40,7 +40,8 @@ class TrainProgress(BaseModel):
         num_workers: Number of workers among which the state is partitioned.
         stage: ZeRO stage.
         method: The run's training method; it determines which weights are saved.
-        loss: Loss of the last step.
+        loss: Loss of the last step; None if nothing was learned in it.
+        files: Size in bytes of every other file of the checkpoint, to tell whether it is whole.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,7 +51,8 @@ class TrainProgress(BaseModel):
     num_workers: int
     stage: int
     method: str
-    loss: float
+    loss: float | None
+    files: dict[str, int] = {}
 
 
 def save_checkpoint(
@@ -60,7 +62,7 @@ def save_checkpoint(
     *,
     step: int,
     position: Position,
-    loss: float,
+    loss: float | None,
 ) -> None:
     """Write this worker's part of a checkpoint; all workers must call this together.
 
@@ -76,6 +78,8 @@ def save_checkpoint(
         str(folder / STATE), tag=_TAG, exclude_frozen_parameters=True, client_state={}
     )
     write_weights(folder / MODEL, state, config)
+    sizes: list[dict[str, int]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(sizes, _measure_files(folder))
     progress = TrainProgress(
         step=step,
         position=position,
@@ -83,9 +87,15 @@ def save_checkpoint(
         stage=state.stage,
         method=config.method,
         loss=loss,
+        files={name: size for each in sizes for name, size in each.items()},
     )
     if dist.get_rank() == 0:
         (folder / PROGRESS).write_text(progress.model_dump_json(indent=2) + "\n")
+
+
+def _measure_files(folder: Path) -> dict[str, int]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def read_progress(folder: Path) -> TrainProgress:

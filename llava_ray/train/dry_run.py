@@ -4,10 +4,13 @@ Behind `llava-ray train --dry-run`.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import yaml
 
+from llava_ray.cluster import count_gpus
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.dataset import SampleReader, ShardedDatasets, make_order, open_datasets
 from llava_ray.data.loader.encode import Encoder
@@ -17,6 +20,7 @@ from llava_ray.template import IGNORED
 from llava_ray.train.deepspeed_config import describe_engine, read_stage
 from llava_ray.train.param_groups import ParamGroupSummary, summarize_param_groups
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
+from llava_ray.train.survey import SampleSurvey, survey_samples
 
 _NUM_SHOWN = 3
 
@@ -33,21 +37,37 @@ def explain_run(config: TrainConfig) -> str:
     model = build_meta_model(config, opened)
     param_groups = summarize_param_groups(model, config)
     encoder = load_run_encoder(config, opened)
+    survey = survey_samples(config.data, datasets, order, encoder)
     sections = {
-        "settings": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip(),
+        "settings": "\n".join([describe_settings(config), describe_precision(config)]),
         "parameters": "\n".join(group.describe() for group in param_groups),
-        "batches": explain_batches(config, order),
-        "memory per worker": explain_memory(config, model, param_groups),
-        "samples": "\n".join(show_samples(config, datasets, order, encoder)),
+        "batches": explain_batches(config, order, survey),
+        "memory per worker": explain_memory(config, model, param_groups, survey),
+        "samples": "\n".join([*survey.describe(), *show_samples(config, datasets, order, encoder)]),
     }
     return "\n\n".join(f"== {title}\n{text}" for title, text in sections.items())
 
 
-def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
+def describe_settings(config: TrainConfig) -> str:
+    """Return all settings as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).rstrip()
+
+
+def describe_precision(config: TrainConfig) -> str:
+    """Return what `bf16` becomes, as a comment below the settings."""
+    is_gpu = count_gpus() > 0 if config.use_gpu == "auto" else config.use_gpu
+    becomes = "bfloat16 on GPUs that compute it fast, else float32" if is_gpu else "float32"
+    if config.bf16 != "auto":
+        becomes = "bfloat16" if config.bf16 else "float32"
+    return f"# bf16: {config.bf16} means {becomes} here"
+
+
+def explain_batches(config: TrainConfig, order: SampleOrder, survey: SampleSurvey) -> str:
     """Return the arithmetic of batches and steps."""
     accumulation = config.count_accumulation(config.num_workers)
     num_steps = order.num_batches * config.num_train_epochs
-    padding = order.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
+    measured = measure_order(order, survey)
+    padding = measured.measure_padding(num_workers=config.num_workers, accumulation=accumulation)
     return (
         f"{config.per_device_train_batch_size} samples x {accumulation} accumulation steps x "
         f"{config.num_workers} workers = {config.train_batch_size} per step\n"
@@ -58,21 +78,40 @@ def explain_batches(config: TrainConfig, order: SampleOrder) -> str:
     )
 
 
-def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGroupSummary]) -> str:
+def measure_order(order: SampleOrder, survey: SampleSurvey) -> SampleOrder:
+    """Return the order with the lengths that were measured, where all samples were."""
+    if not survey.is_complete:
+        return order
+    lengths = np.zeros_like(order.lengths)
+    for number, length in survey.lengths.items():
+        lengths[number] = length
+    return replace(order, lengths=lengths)
+
+
+def explain_memory(
+    config: TrainConfig,
+    model: Any,
+    param_groups: list[ParamGroupSummary],
+    survey: SampleSurvey,
+) -> str:
     """Return an estimate of the memory that each GPU needs, in GB.
 
-    Counts weights, gradients, AdamW's state in float32 (12 bytes per trained weight), the stored
-    activations and the logits, but not the kernels' workspace.
+    The batch is taken to be full of samples as long as the longest that was tried. Counts weights,
+    gradients, AdamW's state in float32 (12 bytes per trained weight), the stored activations and
+    the logits, but not the kernels' workspace.
     """
+    is_gpu = count_gpus() > 0 if config.use_gpu == "auto" else config.use_gpu
+    is_bf16 = is_gpu if config.bf16 == "auto" else config.bf16
     described = describe_engine(
         config,
         num_workers=config.num_workers,
         hidden_size=model.config.text_config.hidden_size,
-        is_bf16=config.bf16 is not False,
+        is_bf16=is_bf16,
     )
     zero = described.get("zero_optimization", {})
     stage, num_workers = read_stage(described), config.num_workers
-    width = 4 if config.bf16 is False else 2
+    width = 2 if is_bf16 else 4
+    longest = max(survey.lengths.values())
     total = sum(group.num_parameters for group in param_groups)
     trained = sum(group.num_trainable for group in param_groups)
     frozen_width = {"4bit": 0.55, "8bit": 1.05}.get(config.quantization or "", width)
@@ -85,9 +124,15 @@ def explain_memory(config: TrainConfig, model: Any, param_groups: list[ParamGrou
         * 12
         / (num_workers if stage else 1)
         * ("offload_optimizer" not in zero),
-        "activations and logits": _count_activations(config, model.config.text_config, width),
+        "activations and logits": _count_activations(
+            config, model.config.text_config, width, longest
+        ),
     }
     lines = [f"{name}: {num_bytes / 1e9:.2f} GB" for name, num_bytes in needs.items()]
+    lines.append(
+        f"for batches of {config.per_device_train_batch_size} samples of {longest:,} tokens, the "
+        f"longest of {len(survey.lengths):,} that were measured"
+    )
     return "\n".join([*lines, f"total: about {sum(needs.values()) / 1e9:.2f} GB"])
 
 
@@ -119,9 +164,8 @@ def _decode(encoder: Encoder, ids: list[int]) -> str:
     return repr(text)[:300]
 
 
-def _count_activations(config: TrainConfig, text: Any, width: int) -> float:
+def _count_activations(config: TrainConfig, text: Any, width: int, length: int) -> float:
     """Return the bytes of activations and logits kept for the backward pass of one batch."""
-    length = config.data.max_length or getattr(text, "max_position_embeddings", 2048)
     num_tokens = config.per_device_train_batch_size * length
     a_layer = text.hidden_size * (1 if config.gradient_checkpointing else 16)
     return num_tokens * (a_layer * text.num_hidden_layers * width + text.vocab_size * (width + 8))

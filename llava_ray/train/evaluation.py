@@ -32,7 +32,7 @@ class GeneratedAnswer(NamedTuple):
 
 @torch.no_grad()
 def evaluate_loss(state: TrainState, batches: Iterator[Batch]) -> float:
-    """Return the mean loss over the learned tokens of all workers' batches."""
+    """Return the mean loss over the learned tokens of all batches; NaN if there are none."""
     state.engine.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=state.device)
     for batch in batches:
@@ -41,7 +41,7 @@ def evaluate_loss(state: TrainState, batches: Iterator[Batch]) -> float:
         totals[1] += count_learned(inputs)
     state.engine.train()
     dist.all_reduce(totals)
-    return float(totals[0] / totals[1].clamp(min=1))
+    return float(totals[0] / totals[1])
 
 
 @torch.no_grad()

@@ -17,16 +17,25 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 from ray.train.v2.api.validation_config import ValidationConfig
 
 from llava_ray.cluster import count_gpus, count_resource
-from llava_ray.config import TrainConfig
-from llava_ray.data.loader.dataset import open_datasets
-from llava_ray.errors import ConfigError, DivergedError, LlavaRayError, TrainingError
+from llava_ray.config import DataConfig, TrainConfig
+from llava_ray.data.loader.dataset import make_order, open_datasets
+from llava_ray.errors import ConfigError, LlavaRayError, TrainingError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint
 from llava_ray.storage import is_address
 from llava_ray.train.best import choose_best, find_order
+from llava_ray.train.find_checkpoint import (
+    describe_kept,
+    find_whole_steps,
+    is_started,
+    prepare_resume,
+    prepare_start,
+)
 from llava_ray.train.log import print_line
 from llava_ray.train.preflight import build_meta_model, load_run_encoder, open_run
-from llava_ray.train.run_folder import export_run, is_started, open_run_folder, write_settings
+from llava_ray.train.run_folder import export_run, open_run_folder, write_settings
 from llava_ray.train.save_weights import name_base
+from llava_ray.train.stop import run_stoppable
+from llava_ray.train.survey import SampleSurvey, survey_samples
 from llava_ray.train.worker import train_worker
 
 EvaluateCheckpoint = Callable[[TrainConfig, str], dict[str, float]]
@@ -42,7 +51,7 @@ _LOOK_AGAIN_S = 20
 def launch(
     config: TrainConfig,
     *,
-    resume: bool = False,
+    resume: bool | str = False,
     evaluate_checkpoint: EvaluateCheckpoint | None = None,
 ) -> str:
     """Train, export the model, and return the run's folder (a path or an address).
@@ -51,13 +60,15 @@ def launch(
 
     Args:
         config: Settings of the run.
-        resume: Continue the run of that name from its last checkpoint.
+        resume: Continue the run of that name from its newest whole checkpoint, or from the one
+            named ("checkpoint-500").
         evaluate_checkpoint: Evaluates checkpoints on `benchmarks`, as
             `llava_ray.evaluate.during_training.prepare_benchmarks` returns it.
 
     Raises:
         ConfigError: The run cannot start.
         DivergedError: The loss is NaN or infinite; checkpoints are kept.
+        StoppedError: Ctrl-C or SIGTERM ended it after a checkpoint.
         TrainingError: It failed more than `max_failures` times; checkpoints are kept.
     """
     config = resolve_paths(config)
@@ -68,7 +79,16 @@ def launch(
             "llava_ray.evaluate.during_training"
         )
     opened = open_run(config)
-    folder = check_run(config, opened, resume=resume)
+    begun_with = opened.checkpoint
+    folder = check_run(config, opened, resume=bool(resume))
+    for line in survey_run(config, opened).describe():
+        print_line(line)
+    del opened
+    if resume:
+        step = prepare_resume(folder, None if resume is True else str(resume))
+        print_line(f"resuming from checkpoint-{step}")
+    else:
+        prepare_start(folder)
     if not ray.is_initialized():
         ray.init(log_to_driver=True)
     check_cpus(config, count_resource("CPU"))
@@ -76,7 +96,7 @@ def launch(
         write_settings(home, config)
     best = fit(make_trainer(config, evaluate_checkpoint), config)
     with open_run_folder(folder) as home, best.as_directory() as checkpoint:
-        export_run(Path(checkpoint), home, config, begun_with=opened.checkpoint)
+        export_run(Path(checkpoint), home, config, begun_with=begun_with)
     return folder
 
 
@@ -100,7 +120,7 @@ def make_trainer(
             num_workers=(least, config.num_workers) if least else config.num_workers,
             elastic_resize_monitor_interval_s=config.grow_every_s,
             use_gpu=is_gpu,
-            resources_per_worker={"CPU": config.cpus_per_worker, "GPU": int(is_gpu)},
+            resources_per_worker={"CPU": config.reserved_cpus, "GPU": int(is_gpu)},
         ),
         run_config=RunConfig(
             name=config.name,
@@ -120,25 +140,30 @@ def fit(trainer: TorchTrainer, config: TrainConfig) -> Checkpoint:
     """Run a trainer to its end; return the best checkpoint, or the last if there is no metric.
 
     Raises:
-        DivergedError, TrainingError: As in `launch`.
+        DivergedError, StoppedError, TrainingError: As in `launch`.
     """
+    folder = f"{config.output_dir}/{config.name}"
     try:
-        result = trainer.fit()
+        result = run_stoppable(trainer.fit, folder)
     except TrainingFailedError as error:
         raise _explain(error, config) from error
-    if result.return_value:
-        raise DivergedError(result.return_value)
-    if result.checkpoint is None:
-        raise TrainingError(
-            "the run ended without a checkpoint: its data is too small for a single step"
-        )
+    if ended := result.return_value:
+        raise type(ended)(f"{ended.message}; {describe_kept(folder)}")
+    last = result.checkpoint
+    if last is None:  # Ray does not know of the checkpoint that this run resumed from
+        steps = find_whole_steps(folder)
+        if not steps:
+            raise TrainingError(
+                "the run ended without a checkpoint: its data is too small for a single step"
+            )
+        last = Checkpoint(f"{folder}/checkpoint-{steps[-1]}")
     metric = config.metric_for_best_model
     if metric is None:
-        return result.checkpoint
+        return last
     best = choose_best(result.best_checkpoints or [], metric)
     if best is None:
         print_line(f"no checkpoint has a value for {metric}: exporting the last one")
-    return best or result.checkpoint
+    return best or last
 
 
 def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = False) -> str:
@@ -167,6 +192,22 @@ def check_run(config: TrainConfig, opened: OpenedCheckpoint, *, resume: bool = F
     return folder
 
 
+def survey_run(config: TrainConfig, opened: OpenedCheckpoint) -> SampleSurvey:
+    """Try the samples of a run, held-out ones too; return what became of the training samples.
+
+    Raises:
+        ConfigError: Data cannot be read, or none of it can be used.
+    """
+    encoder = load_run_encoder(config, opened)
+    if config.eval_datasets:
+        settings = config.data.model_dump() | {"datasets": config.eval_datasets, "grouping": "none"}
+        held_out = DataConfig(**settings)
+        datasets = open_datasets(held_out.datasets)
+        survey_samples(held_out, datasets, make_order(held_out, datasets), encoder)
+    datasets = open_datasets(config.data.datasets)
+    return survey_samples(config.data, datasets, make_order(config.data, datasets), encoder)
+
+
 def check_cpus(config: TrainConfig, num_cpus: float) -> None:
     """Check that workers and their readers have CPUs; otherwise they would wait without end.
 
@@ -179,10 +220,10 @@ def check_cpus(config: TrainConfig, num_cpus: float) -> None:
     """
     workers = config.min_workers or config.num_workers
     readers = config.data.num_readers * config.data.reader_cpus
-    needed = workers * (config.cpus_per_worker + readers)
+    needed = workers * (config.reserved_cpus + readers)
     if needed > num_cpus:
         raise ConfigError(
-            f"{workers} workers need {needed:g} CPUs ({config.cpus_per_worker:g} each, and "
+            f"{workers} workers need {needed:g} CPUs ({config.reserved_cpus:g} each, and "
             f"{readers:g} for its {config.data.num_readers} readers), and the cluster has or can "
             f"start {num_cpus:g}: lower data.num_readers, data.reader_cpus or cpus_per_worker"
         )
@@ -239,6 +280,5 @@ def _explain(error: TrainingFailedError, config: TrainConfig) -> LlavaRayError:
         if isinstance(cause, LlavaRayError):
             return cause
     return TrainingError(
-        f"training failed ({error}): the checkpoints in {config.output_dir}/{config.name} are "
-        "intact, and --resume continues from the last one"
+        f"training failed ({error}); {describe_kept(f'{config.output_dir}/{config.name}')}"
     )

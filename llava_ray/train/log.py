@@ -6,6 +6,7 @@ When a run resumes, lines after its checkpoint's step are removed, so each step 
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +33,7 @@ class StepLine(NamedTuple):
     """A step as the log has it; what is said by the second counts its waiting too."""
 
     step: int
-    loss: float
+    loss: float | None
     learning_rate: float
     grad_norm: float | None
     wait_s: float
@@ -102,6 +103,8 @@ class RunLog:
         self._num_steps = 0
         self._started_s = time.perf_counter()
         self._first = 0
+        self._dropped: Counter[str] = Counter()
+        self._num_said = 0
 
     def begin(
         self, param_groups: Sequence[ParamGroupSummary], *, num_steps: int, step: int
@@ -123,24 +126,38 @@ class RunLog:
         if self._path is None:
             return
         self._append(line._asdict())
+        self._dropped.update(line.dropped.values())
         if line.step % self._every and line.step != self._num_steps:
             return
         spent_s = time.perf_counter() - self._started_s
         left_s = spent_s / (line.step - self._first) * (self._num_steps - line.step)
         used = f"MFU {line.mfu:.0%}  " if line.mfu else ""
+        loss = "none, no sample was usable" if line.loss is None else f"{line.loss:.4f}"
         self._say(
-            f"step {line.step}/{self._num_steps}  loss {line.loss:.4f}  "
+            f"step {line.step}/{self._num_steps}  loss {loss}  "
             f"lr {line.learning_rate:.2e}  {line.tokens_per_s:,.0f} tokens/s  "
             f"{line.samples_per_s:.1f} samples/s  padding {line.padding:.0%}  "
             f"{used}{left_s / 60:.1f} min left"
         )
+        self._say_dropped()
         figures = {n: v for n in _NUMBERS if (v := getattr(line, n)) is not None}
         for tracker in self._trackers:
             tracker.write(figures, line.step)
 
+    def _say_dropped(self) -> None:
+        """Print how many samples were left out since this worker began, if that has changed."""
+        num = self._dropped.total()
+        if num > self._num_said:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in self._dropped.most_common())
+            self._say(f"  {num:,} samples left out so far: {reasons}; ids are in {LOG}")
+        self._num_said = num
+
     def write_evaluation(self, step: int, loss: float) -> None:
         """Add the loss on held-out data."""
         if self._path is None:
+            return
+        if loss != loss:
+            self._say(f"step {step}/{self._num_steps}  no eval_loss: no held-out sample was usable")
             return
         self._append({"step": step, "eval_loss": loss})
         self._say(f"step {step}/{self._num_steps}  eval_loss {loss:.4f}")

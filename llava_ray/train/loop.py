@@ -8,12 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from llava_ray.config import TrainConfig
 from llava_ray.data.loader.collate import Batch
 from llava_ray.data.loader.order import Position
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, StoppedError
+from llava_ray.train.best import UNKNOWN
 from llava_ray.train.checkpoint import (
     TrainProgress,
     is_same_partition,
@@ -47,6 +49,7 @@ class LoopContext:
         keep: Stores a checkpoint's folder with its metrics; all workers call it together.
         is_leaving: Whether to save at once because this machine will be preempted; all workers
             call it together.
+        is_stopping: Whether this worker was told that the run shall save and end.
     """
 
     read_batches: ReadBatches
@@ -55,6 +58,7 @@ class LoopContext:
     new_folder: Callable[[], Path]
     keep: Callable[[Path, dict[str, float]], None]
     is_leaving: Callable[[], bool] = lambda: False
+    is_stopping: Callable[[], bool] = lambda: False
 
 
 def train(
@@ -71,6 +75,7 @@ def train(
     Raises:
         ConfigError: The run cannot start, or the checkpoint belongs to another run.
         TrainingError: The run cannot continue.
+        StoppedError: It was told to stop, and has saved a checkpoint.
     """
     state, progress = begin(config, resume)
     log.begin(
@@ -96,8 +101,11 @@ def train(
         waiting_since_s = time.perf_counter()
         is_leaving = not has_left and context.is_leaving()
         has_left = has_left or is_leaving
-        if is_leaving or step % config.save_steps == 0 or step == context.num_steps:
+        is_stopping = _is_any(state, context.is_stopping())
+        if is_leaving or is_stopping or step % config.save_steps == 0 or step == context.num_steps:
             save(state, config, context, log, step, held[-1].resume_at, figures)
+            if is_stopping and step < context.num_steps:
+                raise StoppedError(f"stopped after step {step} of {context.num_steps}")
             waiting_since_s = time.perf_counter()
         elif config.eval_steps and step % config.eval_steps == 0:
             evaluate(state, config, context, log, step)
@@ -138,7 +146,7 @@ def save(
     figures: StepMetrics,
 ) -> None:
     """Evaluate, write a checkpoint and store it."""
-    metrics = {"step": float(step), "loss": figures.loss}
+    metrics = {"step": float(step), "loss": UNKNOWN if figures.loss is None else figures.loss}
     if context.read_eval_batches:
         metrics["eval_loss"] = evaluate(state, config, context, log, step)
     folder = context.new_folder()
@@ -157,6 +165,13 @@ def evaluate(
     if num := config.num_generations:
         log.write_answers(step, answer_samples(state, context.read_eval_batches(1), num))
     return loss
+
+
+def _is_any(state: TrainState, flag: bool) -> bool:
+    """Return whether the flag is set on any worker."""
+    flags = torch.tensor([float(flag)], device=state.device)
+    dist.all_reduce(flags)
+    return bool(flags.item())
 
 
 def _mix_seed(seed: int, step: int) -> int:

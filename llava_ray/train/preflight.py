@@ -11,14 +11,20 @@ from llava_ray.config import TrainConfig
 from llava_ray.data.loader.encode import Encoder, make_encoder
 from llava_ray.errors import MissingPackageError
 from llava_ray.model.open_checkpoint import OpenedCheckpoint, open_checkpoint
+from llava_ray.train.deepspeed_engine import load_projector
 from llava_ray.train.param_groups import select_trainable
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 _INSTALL = {
     "flash_attn": "pip install flash-attn --no-build-isolation on all machines, or set "
     "attention=auto",
     "bitsandbytes": "pip install 'llava-ray[quant]' on all machines",
     "liger_kernel": "pip install liger-kernel on all machines",
     "deepspeed": "pip install 'llava-ray[train]'",
+    "peft": "pip install 'llava-ray[train]'",
+    "tensorboard": "pip install 'llava-ray[track]'",
+    "wandb": "pip install 'llava-ray[track]'",
+    "mlflow": "pip install 'llava-ray[track]'",
 }
 
 
@@ -49,6 +55,8 @@ def check_packages(config: TrainConfig) -> None:
         "bitsandbytes": config.quantization and f"quantization={config.quantization}",
         "liger_kernel": config.use_liger_kernel and "use_liger_kernel",
         "deepspeed": "training",
+        "peft": config.method == "lora" and "method=lora",
+        **{name: name in config.report_to and "report_to" for name in TRACKERS},
     }
     for package, setting in needs.items():
         if setting and not importlib.util.find_spec(package):
@@ -61,11 +69,14 @@ def build_meta_model(config: TrainConfig, opened: OpenedCheckpoint) -> Any:
     """Build the run's model on the meta device, with its trainable parameters selected.
 
     Raises:
-        ConfigError: The checkpoint is inconsistent, or nothing would be trained.
+        ConfigError: The checkpoint is inconsistent, the projector to start from does not fit, or
+            nothing would be trained.
     """
     architecture = opened.architecture
     with torch.device("meta"):
         model = architecture.model_class(architecture.config)
+        if config.pretrain_mm_mlp_adapter:
+            load_projector(model, config.pretrain_mm_mlp_adapter)
         select_trainable(model, config)
     return model
 

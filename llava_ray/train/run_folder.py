@@ -59,21 +59,6 @@ def upload_run_folder(home: Path, address: str) -> None:
     open_folder(address).send(home)
 
 
-def is_started(address: str) -> bool:
-    """Whether a run's folder has any files."""
-    return bool(open_folder(address).list(""))
-
-
-def remove_unfinished(address: str, step: int) -> None:
-    """Remove checkpoints after `step`, which workers left incomplete when they died."""
-    folder = open_folder(address)
-    names = {name.split("/")[0] for name in folder.list("")}
-    for name in names:
-        number = name.removeprefix("checkpoint-")
-        if name != number and number.isdecimal() and int(number) > step:
-            folder.remove(name)
-
-
 def write_settings(folder: Path, config: TrainConfig) -> None:
     """Write a run's settings into its folder."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +114,7 @@ def draw_curves(folder: Path) -> None:
         return
     if not (folder / LOG).is_file():
         return
-    lines = read_log(folder)
+    lines = [line for line in read_log(folder) if line.get("loss", 0) is not None]
     figure = Figure(figsize=(8, 9), layout="constrained")
     names = {"loss": "loss", "learning_rate": "learning rate", "tokens_per_s": "tokens/s"}
     for axes, (name, label) in zip(figure.subplots(3, 1), names.items(), strict=True):

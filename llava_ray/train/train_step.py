@@ -20,7 +20,7 @@ class StepMetrics(NamedTuple):
     """What a step was, over all workers.
 
     Attributes:
-        loss: mean over the learned tokens.
+        loss: mean over the learned tokens; None if there are none, as when no sample can be used.
         grad_norm: before clipping; None where DeepSpeed does not say.
         num_learned, num_tokens, num_padding: tokens that were learned, read, and mere padding.
         num_samples: of the global batch.
@@ -28,7 +28,7 @@ class StepMetrics(NamedTuple):
         dropped: ids that were left out, with the reason.
     """
 
-    loss: float
+    loss: float | None
     grad_norm: float | None
     num_learned: int
     num_tokens: int
@@ -89,7 +89,7 @@ def take_step(
         raise DivergedError(_explain_loss(step, total, losses, batches))
     norm = engine.get_global_grad_norm()
     return StepMetrics(
-        loss=total,
+        loss=total if num_learned else None,
         grad_norm=None if norm is None else float(norm),
         num_learned=num_learned,
         num_tokens=num_tokens,
@@ -130,8 +130,7 @@ def _explain_loss(
     ids = sorted({id_ for some in gathered for batch in some for id_ in batch})
     return (
         f"the loss of step {step} is {total} in a batch with the samples {ids}: lower "
-        "learning_rate, set max_grad_norm, or inspect these samples; the last checkpoint is "
-        "intact, and --resume continues from it"
+        "learning_rate, set max_grad_norm, or inspect these samples"
     )
 
 

@@ -44,6 +44,7 @@ MAY_IMPORT = {
         "data/start_ray.py",
         "data/loader/stream.py",
         "train/launch.py",
+        "train/stop.py",
         "train/trackers.py",
         "train/worker.py",
         "evaluate/predict/",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from llava_ray.config import LimitsConfig
 from llava_ray.data.shards import ShardRow
@@ -85,26 +86,17 @@ class Encoder:
             SampleError: it is too long, or the template does not accept it.
             ImageError: an image cannot be decoded.
         """
-        read = self.tokenize(row.sample)
-        counts = self.count_image_tokens(row.image_sizes)
-        num_tokens = _measure(read, counts)
-        if num_tokens > self.max_length:
-            if not self.truncates:
-                raise SampleError(
-                    f"sample {row.sample.sample_id!r} has {num_tokens} tokens, more than "
-                    f"max_length {self.max_length}: raise it, or set over_long=truncate",
-                    reason="too_long",
-                )
-            read, counts = self._truncate(read, row, counts)
-        ids, labels, num_images = self._expand(read, counts)
-        images = [
-            decode(data, limits=limits)
-            for data in row.sample.images[:num_images]
-            if isinstance(data, bytes)
-        ]
+        ids, labels, images = self._read(row, limits)
         encoded = encode_images(self.processor, images) if images else {}
         arrays = {name: np.asarray(values) for name, values in encoded.items()}
         return EncodedSample(row.sample.sample_id, ids, labels, arrays)
+
+    def measure(self, row: ShardRow, limits: LimitsConfig) -> int:
+        """Return how many tokens a sample has as `encode` returns it, and raise what that raises.
+
+        Images are decoded, but not preprocessed.
+        """
+        return len(self._read(row, limits)[0])
 
     def tokenize(self, sample: Sample) -> EncodedConversation:
         """Return ids and labels with one `IMAGE_PLACEHOLDER` per image.
@@ -152,6 +144,29 @@ class Encoder:
             if left == list(counts[:num_images]):
                 return read, left
             counts = left
+
+    def _read(
+        self, row: ShardRow, limits: LimitsConfig
+    ) -> tuple[np.ndarray, np.ndarray, list[Image.Image]]:
+        """Return ids, labels and images of a sample, truncated if it has to be."""
+        read = self.tokenize(row.sample)
+        counts = self.count_image_tokens(row.image_sizes)
+        num_tokens = _measure(read, counts)
+        if num_tokens > self.max_length:
+            if not self.truncates:
+                raise SampleError(
+                    f"sample {row.sample.sample_id!r} has {num_tokens} tokens, more than "
+                    f"max_length {self.max_length}: raise it, or set over_long=truncate",
+                    reason="too_long",
+                )
+            read, counts = self._truncate(read, row, counts)
+        ids, labels, num_images = self._expand(read, counts)
+        images = [
+            decode(data, limits=limits)
+            for data in row.sample.images[:num_images]
+            if isinstance(data, bytes)
+        ]
+        return ids, labels, images
 
     def _expand(
         self, read: EncodedConversation, counts: Sequence[int]
