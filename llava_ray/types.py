@@ -66,9 +66,9 @@ class Sampling:
         stop_token_ids: generation also ends at any of these, even with `ignore_eos`.
         num_logprobs: return the logprob of each token and of this many likeliest tokens;
             None: no logprobs.
-        json_schema: the answer is JSON that this JSON schema (as text) describes; None: any text.
-        may_cut: a `max_tokens` that is more than the context leaves is cut to that; otherwise it
-            is an error.
+        json_schema: the answer is JSON that conforms to this JSON schema (as text); None: any text.
+        may_cut: a `max_tokens` that is more than the context leaves is reduced to that; otherwise
+            it is an error.
     """
 
     max_tokens: int | None = None
@@ -102,8 +102,8 @@ class ChatRequest:
     Attributes:
         messages: system (optional), then user and assistant in turn. A last turn of the user is
             answered, one of the assistant is continued.
-        num_answers: how many different answers are wanted.
-        adapter: which of the model's adapters answers; empty: the model itself.
+        num_answers: how many answers to sample.
+        adapter: the LoRA adapter that answers; empty: the model itself.
     """
 
     request_id: str

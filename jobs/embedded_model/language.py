@@ -20,8 +20,8 @@ NUM_PATCHES = (scenes.GRID * symbols.PATCHES_PER_CELL) ** 2
 VOCABULARY = 1024
 CONTEXT = 2048
 IGNORED = -100
-TALK_BEFORE_IMAGE = 0.2  # of conversations
-LENGTH_STEP = 64  # of batches, in tokens: kernels are prepared anew for every new length
+TALK_BEFORE_IMAGE = 0.2  # fraction of conversations
+LENGTH_STEP = 64  # batches are padded to multiples of it: each new length prepares new kernels
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"

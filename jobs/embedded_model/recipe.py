@@ -43,8 +43,8 @@ def train(
     are free. Their checkpoints are written to `work_dir`; existing ones are continued.
 
     Args:
-        start: the folder of a model that this has written, which is trained on: its tower, then
-            projector and language model together; by default all begins from nothing.
+        start: folder of a model that this function wrote: its tower is trained further, then
+            projector and language model together. By default all stages run.
     """
     stages = ("tower", "joint") if start else STAGES
     share = budget_minutes / sum(MINUTES[stage] for stage in stages)

@@ -19,8 +19,8 @@ from llava_ray.demo import scenes
 PATCH = scenes.CELL // symbols.PATCHES_PER_CELL
 BATCH = 32
 RATE = 1e-3
-DISGUISED = 0.35  # of the shapes in crowded images
-PLAIN = 0.5  # of the images: a few plain shapes of any size
+DISGUISED = 0.35  # fraction of shapes in crowded images whose colour or outline has no name
+PLAIN = 0.5  # fraction of images with a few plain shapes of any size
 
 
 def build_tower() -> CLIPVisionModel:
@@ -62,7 +62,7 @@ class Labeller(nn.Module):
 def make_images(
     rng: random.Random, size: int, *, disguised: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Crowded images, for a label from every cell, and plain ones.
+    """Return crowded and plain images with a label for every patch.
 
     Returns:
         Pixels [B, 3, H, W] and values [B, P, F].

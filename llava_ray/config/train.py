@@ -203,9 +203,10 @@ class TrainConfig(Section):
         "saves memory and costs time.",
     )
     attention: str = Field(
-        default="sdpa",
+        default="auto",
         description="Attention implementation, as transformers names them: sdpa, flash_attention_2 "
-        "or eager.",
+        "or eager. auto: flash_attention_2 in bfloat16 on GPUs where flash-attn is installed, "
+        "otherwise sdpa.",
     )
     use_liger_kernel: bool = Field(
         default=False,

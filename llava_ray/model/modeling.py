@@ -69,7 +69,9 @@ class NewlineModel(LlavaModel):
         super().__init__(config)
         self.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> Any:
+    def get_image_features(  # type: ignore[override]
+        self, pixel_values: Any, **kwargs: Any
+    ) -> Any:
         """Return transformers' output, whose N features are [P + 1, D].
 
         Args:

@@ -39,7 +39,7 @@ def find_misfit(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
     if vision.model_type not in TOWERS:
         return (
             f"{where}: the vision tower has model_type {vision.model_type!r}; only CLIP and SigLIP "
-            "towers are computed here: serve the checkpoint with engine: vllm"
+            "towers are supported: serve the checkpoint with vLLM itself (`vllm serve`)"
         )
     if problem := _find_bad_field(checkpoint, processor, config):
         return f"{where}: {problem}"

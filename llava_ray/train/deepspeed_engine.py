@@ -4,6 +4,7 @@ Called by `loop` on each worker, after torch.distributed is initialized.
 """
 
 import ctypes
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
@@ -102,6 +103,14 @@ def build_train_state(config: TrainConfig, *, universal: bool = False) -> TrainS
     return TrainState(core, engine, blank, param_groups, read_stage(described), device)
 
 
+def choose_attention(name: str, *, is_gpu: bool, is_bf16: bool) -> str:
+    """Return the attention implementation that the setting stands for on this worker."""
+    if name != "auto":
+        return name
+    is_flash = is_gpu and is_bf16 and importlib.util.find_spec("flash_attn")
+    return "flash_attention_2" if is_flash else "sdpa"
+
+
 def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
     """Return the run's optimizer, in torch's fused version.
 
@@ -135,7 +144,7 @@ def load_for_training(config: TrainConfig, device: torch.device) -> LoadedModel:
         dtype="bfloat16" if is_bf16 else "float32",
         device=str(device),
         quantization=config.quantization,
-        attention=config.attention,
+        attention=choose_attention(config.attention, is_gpu=is_gpu, is_bf16=is_bf16),
         template=config.template,
     )
     model: Any = core.model

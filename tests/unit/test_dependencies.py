@@ -41,7 +41,7 @@ def list_requirements(*extras: str) -> Iterator[Requirement]:
     ("path", "extras"),
     [
         ("constraints.txt", ("dev",)),
-        ("jobs/configs/requirements.txt", ("serve", "train", "track")),
+        ("jobs/configs/requirements.txt", ("serve", "train", "track", "quant")),
     ],
 )
 def test_every_dependency_is_pinned_to_a_version_that_the_project_accepts(

@@ -1,12 +1,18 @@
 """What is refused before machines are asked for."""
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+import yaml
 
 from llava_ray.config import TrainConfig
-from llava_ray.errors import ConfigError
+from llava_ray.errors import ConfigError, MissingPackageError
+from llava_ray.train.deepspeed_engine import choose_attention
 from llava_ray.train.launch import check_cpus, resolve_paths
+from llava_ray.train.preflight import open_run
+
+RECIPES = Path(__file__).parents[2] / "llava_ray" / "recipes"
 
 
 def make_config(**settings) -> TrainConfig:
@@ -31,3 +37,41 @@ def test_a_run_in_a_job_s_copy_of_its_working_directory_is_refused(tmp_path: Pat
         resolve_paths(make_config())
     assert resolve_paths(make_config(output_dir="/shared")).output_dir == "/shared"
     assert resolve_paths(make_config(output_dir="s3://bucket/runs")).output_dir.startswith("s3://")
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "told"),
+    [
+        ({"attention": "flash_attention_2"}, "flash_attn", "attention=auto"),
+        ({"method": "lora", "quantization": "4bit"}, "bitsandbytes", r"llava-ray\[quant\]"),
+        ({"use_liger_kernel": True}, "liger_kernel", "pip install liger-kernel"),
+    ],
+)
+def test_a_package_that_workers_would_miss_is_told_before_they_start(
+    monkeypatch, settings, package, told
+):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find(name)
+    )
+    with pytest.raises(MissingPackageError, match=told):
+        open_run(make_config(**settings))
+
+
+def test_every_recipe_runs_with_the_packages_that_are_installed_by_the_cluster_files():
+    requirements = (Path(__file__).parents[2] / "jobs/configs/requirements.txt").read_text()
+    names = {"flash_attention_2": "flash-attn", "4bit": "bitsandbytes", "8bit": "bitsandbytes"}
+    for file in RECIPES.glob("*.yaml"):
+        recipe = yaml.safe_load(file.read_text())
+        for value in (recipe.get("attention"), recipe.get("quantization")):
+            assert names.get(value, "") in requirements, f"{file.name} needs {names[value]}"
+
+
+def test_auto_attention_is_flash_attention_where_it_runs(monkeypatch):
+    assert choose_attention("eager", is_gpu=True, is_bf16=True) == "eager"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn")
+    assert choose_attention("auto", is_gpu=True, is_bf16=True) == "flash_attention_2"
+    assert choose_attention("auto", is_gpu=True, is_bf16=False) == "sdpa"
+    assert choose_attention("auto", is_gpu=False, is_bf16=True) == "sdpa"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert choose_attention("auto", is_gpu=True, is_bf16=True) == "sdpa"
