@@ -7,9 +7,9 @@ import typer
 from llava_ray.cli.console import notes, out
 
 if TYPE_CHECKING:
-    from llava_ray.model.export.export import Form
+    from llava_ray.model.export.export import ExportFormat
 else:
-    Form = Literal["hf", "vllm", "original", "projector"]
+    ExportFormat = Literal["hf", "vllm", "original", "projector"]
 
 Precision = Literal["float32", "bfloat16", "float16"]
 
@@ -20,7 +20,7 @@ def export(
     ],
     target: Annotated[str, typer.Argument(metavar="OUT", help="Folder to write.")],
     to: Annotated[
-        Form | None,
+        ExportFormat | None,
         typer.Option(
             help="hf: transformers, vLLM, SGLang. vllm: the same, checked to run in vLLM. "
             "original: LLaVA's own code. projector: mm_projector.bin alone. Default: the format "

@@ -38,36 +38,36 @@ def write_weights(folder: Path, state: TrainState, config: TrainConfig) -> None:
         state: whose weights.
         config: of the run.
     """
-    form = choose_form(state, config)
-    tensors = collect_weights(state, form, config)
+    export_format = choose_format(state, config)
+    tensors = collect_weights(state, export_format, config)
     if dist.get_rank() != 0:
         return
     folder.mkdir(parents=True)
-    if form == "lora":
+    if export_format == "lora":
         write_adapter(folder, state, config, tensors)
         return
     core = replace(state.core, model=_fill(state.core.model, tensors))
     base = str(name_base(config.model))
-    fields = {"llava_ray_base": base} if form == "projector" else {}
-    write_model(folder, core, form, fields=fields)
+    fields = {"llava_ray_base": base} if export_format == "projector" else {}
+    write_model(folder, core, export_format, fields=fields)
 
 
-def choose_form(state: TrainState, config: TrainConfig) -> str:
-    """Return "lora", "projector", or the form of a whole model ("hf", "original")."""
+def choose_format(state: TrainState, config: TrainConfig) -> str:
+    """Return "lora", "projector", or the format of a whole model ("hf", "original")."""
     if config.method == "lora":
         return "lora"
     checkpoint = state.core.checkpoint
     is_alone = config.method == "projector" and not config.train_vision_tower
-    has_form = (
+    has_format = (
         checkpoint.text_model_type in LLAVA_CLASSES and checkpoint.model_type != "llava_onevision"
     )
-    if is_alone and has_form and checkpoint.kind == "full" and not checkpoint.uses_start_end:
+    if is_alone and has_format and checkpoint.kind == "full" and not checkpoint.uses_start_end:
         return "projector"
     return "hf" if checkpoint.format == "hf" else "original"
 
 
-def collect_weights(state: TrainState, form: str, config: TrainConfig) -> Tensors:
-    """Return the tensors that a form holds, by their names in the model; empty but on worker 0.
+def collect_weights(state: TrainState, export_format: str, config: TrainConfig) -> Tensors:
+    """Return the tensors that a format holds, by their names in the model; empty but on worker 0.
 
     Of weights that ZeRO divides, one after another is put together.
     """
@@ -76,10 +76,10 @@ def collect_weights(state: TrainState, form: str, config: TrainConfig) -> Tensor
     kept: Tensors = {}
     for name, parameter in state.core.model.named_parameters():
         group = find_param_group(name)
-        if form == "projector" and group == "language_model":
+        if export_format == "projector" and group == "language_model":
             continue
         is_new = bool(config.pretrain_mm_mlp_adapter) and group == "projector"
-        if form == "lora" and not (parameter.requires_grad or is_new):
+        if export_format == "lora" and not (parameter.requires_grad or is_new):
             continue
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if dist.get_rank() == 0:

@@ -43,9 +43,9 @@ def test_a_model_is_built_and_exported_and_the_folders_are_printed(
     parts = ["--llm", lm, "--vision-tower", clip, "--projector", "mlp2x_gelu", "--aspect", "pad"]
     code, told, _ = run(capsys, "build", *parts, tmp_path / "new")
     assert (code, told) == (0, f"{tmp_path / 'new'}\n")
-    for form in ("hf", "vllm", "original"):
-        out = tmp_path / form
-        code, told, _ = run(capsys, "export", tmp_path / "new", out, "--to", form)
+    for export_format in ("hf", "vllm", "original"):
+        out = tmp_path / export_format
+        code, told, _ = run(capsys, "export", tmp_path / "new", out, "--to", export_format)
         assert (code, told) == (0, f"{out}\n")
         assert load(out).checkpoint.aspect_mode == "pad"
 

@@ -85,7 +85,7 @@ def test_prompts_that_were_read_whole_stay_whole_there_and_back(tmp_path: Path) 
     assert ids[0].tolist() == ids[1].tolist() == ids[2].tolist()
 
 
-def test_what_is_built_reads_the_same_in_every_form(tmp_path: Path) -> None:
+def test_what_is_built_reads_the_same_in_every_format(tmp_path: Path) -> None:
     original = Original()
     original.__dict__["tokenizer"] = build_sentencepiece("first")
     parts = {"llm": original.write_lm(tmp_path / "lm")}
@@ -221,7 +221,7 @@ def test_an_adapter_for_another_base_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_wrong_words_are_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no form 'gguf': use one of hf, vllm"):
+    with pytest.raises(ConfigError, match="no format 'gguf': use one of hf, vllm"):
         export_model(tiny_model(), tmp_path / "out", to="gguf")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="'huge' is not a size"):
         export_model(tiny_model(), tmp_path / "out", max_shard_size="huge")

@@ -237,3 +237,26 @@ def test_harmless_tensors_are_passed_over(tmp_path: Path) -> None:
     change_weights(copy, add=extra)
     assert not diagnose(copy).problems
     assert load(copy).model
+
+
+# ---- files that are not what their names say ----
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_git_lfs_pointer_is_told_for_what_it_is(name: str, tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    (folder / name).write_text(pointer)
+    message = refuse(folder)
+    assert f"{name} is a Git LFS pointer" in message
+    assert "git lfs pull" in message
+
+
+def test_an_index_that_is_left_over_beside_whole_weights_is_passed_over(tmp_path: Path) -> None:
+    folder, _ = write_published(tmp_path / "model", "llava")
+    stale = {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(stale))
+    assert not diagnose(folder).problems
+    assert load(folder).model
+    (folder / "model.safetensors").unlink()
+    assert "lacks 1 of 1 weight files" in refuse(folder)

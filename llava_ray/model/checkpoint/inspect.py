@@ -21,7 +21,7 @@ from llava_ray.model.checkpoint.llava_format import (
     read_merge_type,
     read_text_type,
 )
-from llava_ray.model.checkpoint.locate import REMEDY, find_folder, read_json
+from llava_ray.model.checkpoint.locate import REMEDY, check_pointer, find_folder, read_json
 from llava_ray.model.checkpoint.tensor_names import CheckpointFormat
 from llava_ray.model.checkpoint.weights import WeightFiles, find_weights, open_file
 
@@ -143,7 +143,9 @@ def inspect_checkpoint(
 def _inspect_hf(folder: Path, config: dict[str, Any]) -> Checkpoint:
     weights = find_weights(folder)
     require_files(folder, "weights", weights)
-    require_files(folder, "tokenizer", _existing(folder, TOKENIZER_FILES), TOKENIZER_FILES)
+    tokenizer = _existing(folder, TOKENIZER_FILES)
+    require_files(folder, "tokenizer", tokenizer, TOKENIZER_FILES)
+    check_pointer(tokenizer[0])
     images = _existing(folder, PROCESSOR_FILES)
     require_files(folder, "image preprocessing", images, PROCESSOR_FILES)
     vision = config.get("vision_config") or {}
@@ -304,7 +306,8 @@ def _find_adapter(folder: Path) -> Path | None:
 
 def _find_tokenizer(folder: Path, base: Path | None) -> Path:
     for place in (folder, base):
-        if place and _existing(place, TOKENIZER_FILES):
+        if place and (files := _existing(place, TOKENIZER_FILES)):
+            check_pointer(files[0])
             return place
     raise ConfigError(
         f"model {str(folder)!r} lacks its tokenizer ({' or '.join(TOKENIZER_FILES)}): {REMEDY}"

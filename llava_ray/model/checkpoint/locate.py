@@ -18,6 +18,8 @@ HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.jinja", "*.txt")
 PICKLED_FILES = ("*.bin",)
 """Downloaded from the hub only if it has no safetensors."""
 
+_POINTER = b"version https://git-lfs.github.com/spec/"
+
 REMEDY = "copy it from where the checkpoint came from"
 
 
@@ -88,12 +90,25 @@ def read_processor_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def check_pointer(file: Path) -> None:
+    """Raise a ConfigError if a file is Git LFS's pointer in place of its content."""
+    with file.open("rb") as opened:
+        is_pointer = opened.read(len(_POINTER)) == _POINTER
+    if is_pointer:
+        raise ConfigError(
+            f"{file} is a Git LFS pointer, not the file itself: the repository was cloned without "
+            "its large files; run `git lfs pull` in it, or give the hub name, which downloads them"
+        )
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file.
 
     Raises:
         ConfigError: it is not JSON, or not an object.
     """
+    if file.is_file():
+        check_pointer(file)
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from llava_ray.errors import ConfigError
-from llava_ray.model.checkpoint.locate import REMEDY, read_json
+from llava_ray.model.checkpoint.locate import REMEDY, check_pointer, read_json
 from llava_ray.model.checkpoint.tensor_names import detect_format, to_memory, tower_to_memory
 
 Role = Literal["weights", "tower", "frozen_tower", "delta"]
@@ -100,10 +100,14 @@ class SummedTensor(StoredTensor):
 def find_weights(folder: Path) -> tuple[Path, ...]:
     """Return the weight files of a folder, safetensors before PyTorch's; empty if it has none.
 
+    A whole file comes before shards, as in transformers: an index beside it is left over.
+
     Raises:
         ConfigError: an index names shards that are missing.
     """
     for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return (folder / name,)
         index = folder / f"{name}.index.json"
         if index.is_file():
             shards = sorted(set(read_json(index).get("weight_map", {}).values()))
@@ -113,8 +117,6 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
                     f"({', '.join(missing[:3])}): {REMEDY}"
                 )
             return tuple(folder / shard for shard in shards)
-        if (folder / name).is_file():
-            return (folder / name,)
     return ()
 
 
@@ -149,8 +151,10 @@ def open_file(file: Path) -> dict[str, StoredTensor]:
     """Return a weight file's tensors by their stored names; only its header is read.
 
     Raises:
-        ConfigError: the file is damaged, or a pickle that contains more than tensors.
+        ConfigError: the file is damaged, a Git LFS pointer, or a pickle that contains more than
+            tensors.
     """
+    check_pointer(file)
     return _open_safetensors(file) if file.suffix == ".safetensors" else _open_pickle(file)
 
 

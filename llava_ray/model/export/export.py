@@ -1,4 +1,4 @@
-"""Writes any checkpoint that loads in a form that other software reads, with everything merged.
+"""Writes any checkpoint that loads in a format that other software reads, with everything merged.
 
 Behind `llava-ray export`. What is written is what `load_model` gives: adapters and deltas are
 merged into the weights, a projector is joined with its base.
@@ -24,9 +24,9 @@ from llava_ray.model.checkpoint.weights import StoredTensor
 from llava_ray.model.choose_template import OWN
 from llava_ray.model.export.atomic_folder import MAX_SHARD_SIZE, parse_size, write_folder
 from llava_ray.model.export.chat_template import add_beginning
-from llava_ray.model.export.hf_writer import check_hf_form, write_hf
+from llava_ray.model.export.hf_writer import check_hf_format, write_hf
 from llava_ray.model.export.llava_writer import (
-    check_llava_form,
+    check_llava_format,
     find_tokenizer_files,
     write_llava,
     write_projector,
@@ -35,9 +35,9 @@ from llava_ray.model.export.piecewise_tokenizer import agrees, join_pieces
 from llava_ray.model.loading import LoadedModel, load_opened
 from llava_ray.model.open_checkpoint import open_checkpoint
 
-Form = Literal["hf", "vllm", "original", "projector"]
+ExportFormat = Literal["hf", "vllm", "original", "projector"]
 
-FORMS = ("hf", "vllm", "original", "projector")
+EXPORT_FORMATS = ("hf", "vllm", "original", "projector")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -46,7 +46,7 @@ def export_model(
     path: str | Path,
     out: str | Path,
     *,
-    to: Form | None = None,
+    to: ExportFormat | None = None,
     base: str | Path | None = None,
     vision_tower: str | Path | None = None,
     template: str | None = None,
@@ -55,7 +55,7 @@ def export_model(
     tower_name: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint in another form; return its folder.
+    """Write a checkpoint in another format; return its folder.
 
     Args:
         path, base, vision_tower, template: as in `load_model`.
@@ -65,19 +65,19 @@ def export_model(
         dtype: "float32", "bfloat16" or "float16"; by default every weight keeps its own, which may
             differ between vision tower and language model.
         max_shard_size: maximum size of a weight file, "5GB" or a number of bytes.
-        tower_name: for the forms original and projector: the vision tower's name in config.json (a
+        tower_name: for original and projector: the vision tower's name in config.json (a
             hub name); by default the tower is written into the folder.
         overwrite: replace the checkpoint in `out`.
 
     Raises:
-        ConfigError: the checkpoint does not load, the form cannot express it, or `out` cannot be
+        ConfigError: the checkpoint does not load, the format cannot express it, or `out` cannot be
             written; nothing is left in `out` then.
         MissingPackageError: an adapter needs peft.
     """
     opened = open_checkpoint(path, base=base, vision_tower=vision_tower, template=template)
     checkpoint = opened.checkpoint
-    form = to or ("hf" if checkpoint.format == "hf" else "original")
-    _check_form(checkpoint, form, tower_name)
+    export_format = to or ("hf" if checkpoint.format == "hf" else "original")
+    _check_format(checkpoint, export_format, tower_name)
     stored = opened.stored
     precision = dtype or _find_dtype(stored)
     num_bytes = sum(t.num_elements for t in stored.values()) * _BYTES.get(precision, 4)
@@ -85,7 +85,7 @@ def export_model(
         out,
         overwrite=overwrite,
         sources=(checkpoint.folder, checkpoint.base, checkpoint.tower_folder),
-        num_bytes=0 if form == "projector" else num_bytes,
+        num_bytes=0 if export_format == "projector" else num_bytes,
     ) as scratch:
         loaded = load_opened(opened, dtype=precision, device="cpu")
         if dtype is None:
@@ -96,7 +96,7 @@ def export_model(
         write_model(
             scratch,
             loaded,
-            form,
+            export_format,
             place=place,
             max_shard_size=max_shard_size,
             tower_name=tower_name,
@@ -107,7 +107,7 @@ def export_model(
 def write_model(
     folder: Path,
     loaded: LoadedModel,
-    form: str,
+    export_format: str,
     *,
     place: Path | None = None,
     max_shard_size: str | int = MAX_SHARD_SIZE,
@@ -119,7 +119,7 @@ def write_model(
     Args:
         folder: the folder.
         loaded: the model, not quantized.
-        form: one of `FORMS`.
+        export_format: one of `EXPORT_FORMATS`.
         place: the folder's final path; default: `folder`.
         max_shard_size: maximum size of a weight file.
         tower_name: as in `export_model`.
@@ -127,20 +127,24 @@ def write_model(
     """
     limit = parse_size(max_shard_size)
     named = {**_name_template(loaded), **(fields or {})}
-    if form in ("hf", "vllm"):
-        _write_hf_form(folder, loaded, form, limit, named)
+    if export_format in ("hf", "vllm"):
+        _write_hf_format(folder, loaded, export_format, limit, named)
     else:
         place = place or folder
-        _write_llava_form(folder, loaded, form, limit, named, place=place, tower_name=tower_name)
+        _write_llava_format(
+            folder, loaded, export_format, limit, named, place=place, tower_name=tower_name
+        )
 
 
-def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> None:
-    """Raise if a form cannot express a checkpoint, before any weights are read."""
+def _check_format(checkpoint: Checkpoint, export_format: str, tower_name: str | None) -> None:
+    """Raise if a format cannot express a checkpoint, before any weights are read."""
     text = checkpoint.text_model_type
-    if form not in FORMS:
-        raise ConfigError(f"there is no form {form!r}: use one of {', '.join(FORMS)}")
-    if form in ("original", "projector"):
-        check_llava_form(
+    if export_format not in EXPORT_FORMATS:
+        raise ConfigError(
+            f"there is no format {export_format!r}: use one of {', '.join(EXPORT_FORMATS)}"
+        )
+    if export_format in ("original", "projector"):
+        check_llava_format(
             checkpoint.model_type,
             text,
             select_layer=checkpoint.config.get("vision_feature_layer", -2),
@@ -149,15 +153,15 @@ def _check_form(checkpoint: Checkpoint, form: str, tower_name: str | None) -> No
     if tower_name:
         raise ConfigError(
             f"--tower-name {tower_name!r} is only for --to original and --to projector; a folder "
-            f"of the form {form} contains its tower: leave --tower-name out"
+            f"of the format {export_format} contains its tower: leave --tower-name out"
         )
-    check_hf_form(
+    check_hf_format(
         checkpoint.model_type,
         text,
         projector=checkpoint.projector,
         merge_type=checkpoint.merge_type,
     )
-    if form == "vllm" and text == "gpt_neox":
+    if export_format == "vllm" and text == "gpt_neox":
         raise ConfigError(
             "vLLM's LLaVA does not support GPT-NeoX as its language model: use --to hf"
         )
@@ -182,8 +186,12 @@ def _keep_precision(model: Any, stored: Mapping[str, StoredTensor]) -> None:
             )
 
 
-def _write_hf_form(
-    folder: Path, loaded: LoadedModel, form: str, max_shard_size: int, fields: dict[str, Any]
+def _write_hf_format(
+    folder: Path,
+    loaded: LoadedModel,
+    export_format: str,
+    max_shard_size: int,
+    fields: dict[str, Any],
 ) -> None:
     checkpoint = loaded.checkpoint
     files: list[Path] = []
@@ -196,7 +204,7 @@ def _write_hf_form(
     if checkpoint.uses_start_end:
         fields["mm_use_im_start_end"] = True
     activation = loaded.model.config.projector_hidden_act
-    if form == "vllm" and (checkpoint.projector != "mlp2x_gelu" or activation == "linear"):
+    if export_format == "vllm" and (checkpoint.projector != "mlp2x_gelu" or activation == "linear"):
         fields["projector_hidden_act"] = IDENTITY
     write_hf(
         folder,
@@ -208,10 +216,10 @@ def _write_hf_form(
     )
 
 
-def _write_llava_form(
+def _write_llava_format(
     folder: Path,
     loaded: LoadedModel,
-    form: str,
+    export_format: str,
     max_shard_size: int,
     fields: dict[str, Any],
     *,
@@ -221,7 +229,7 @@ def _write_llava_form(
     parts = (folder, loaded.model, loaded.processor, loaded.checkpoint)
     if not (loaded.checkpoint.in_pieces or agrees(loaded.tokenizer, loaded.tokenizer)):
         fields["llava_ray_whole_prompts"] = True
-    if form == "projector":
+    if export_format == "projector":
         write_projector(*parts, place=place, tower_name=tower_name, fields=fields)
     else:
         write_llava(

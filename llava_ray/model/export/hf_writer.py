@@ -47,7 +47,7 @@ _CLASSES = {
 }
 
 
-def check_hf_form(
+def check_hf_format(
     model_type: str, text_model_type: str, *, projector: str, merge_type: str
 ) -> None:
     """Check that transformers' own classes can express a model.

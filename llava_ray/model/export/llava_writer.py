@@ -32,7 +32,7 @@ from llava_ray.model.processor import IMAGE_SETTINGS
 PROJECTOR_FILE = "mm_projector.bin"
 
 
-def check_llava_form(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
+def check_llava_format(model_type: str, text_model_type: str, *, select_layer: Any) -> None:
     """Check that LLaVA's own format can express a model.
 
     Args:
@@ -239,7 +239,7 @@ def _name_tensors(
 
 
 def _flatten_text(config: Any) -> dict[str, Any]:
-    """Return a language model's fields in a form that transformers 4 and 5 both read."""
+    """Return a language model's fields in terms that transformers 4 and 5 both read."""
     fields = json.loads(config.to_json_string(use_diff=True))
     rope = fields.pop("rope_parameters", None) or {}
     if "rope_theta" in rope:
