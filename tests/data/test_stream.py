@@ -179,7 +179,9 @@ def test_a_batch_is_what_the_model_reads(kind: str, tmp_path: Path) -> None:
     save(raw / "2.png", 2, width=60, height=40)
     rows = [
         llava_row(1),
-        llava_row(2, image=["1.png", "2.png"], conversations=say("<image> or <image>?", "Second.")),
+        llava_row(
+            2, image=["1.png", "2.png"], conversations=say("<image>\n<image>\nWhich?", "Second.")
+        ),
         {"id": "text", "conversations": say("Hello", "Hi") + say("More?", "No.")},
     ]
     write_json(raw / "rows.json", rows)

