@@ -107,6 +107,7 @@ def test_a_missing_shard_is_named(folder):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").touch()
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"lacks 1 of 2 weight files .model-2\.safetensors."):
         load_model(folder)
 

@@ -362,8 +362,8 @@ def test_a_jpeg_without_its_end_mark_is_read_and_one_without_data_is_not(
     data = encode(image, "JPEG", **options)
     whole = decode(data)
     assert decode(data[:-1]).tobytes() == decode(data[:-2]).tobytes() == whole.tobytes()
-    # A few bytes are padding at the end of a progressive file's last scan.
-    for num_missing in (20, 50, 200, len(data) // 2):
+    # Without the last few bytes a decoder may see a whole scan.
+    for num_missing in (200, 500, len(data) // 2):
         assert "damaged" in refusal(data[:-num_missing])
 
 
