@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_ray.errors import ConfigError
+from llava_ray.model.checkpoint.inspect import ADAPTER_FILES
 from llava_ray.model.checkpoint.locate import REMEDY, read_json
 from llava_ray.model.checkpoint.tensor_names import CheckpointFormat, detect_format, to_memory
 from llava_ray.model.checkpoint.weights import StoredTensor, open_file
 
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 Shapes = Mapping[str, tuple[int, ...]]
 
 _PREFIX = re.compile(r"^(base_model\.model\.|base_model\.)")

@@ -59,6 +59,7 @@ _BAD_CONFIG = (
     LookupError,
     AttributeError,
     ArithmeticError,
+    RuntimeError,
 )
 """What transformers raises for a configuration that it cannot build a model from."""
 

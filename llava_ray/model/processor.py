@@ -54,9 +54,16 @@ def load_processor(
         ConfigError: a file does not load, or the tokenizer does not fit the model.
         MissingPackageError: the tokenizer needs a package.
     """
-    if checkpoint.format == "hf":
-        return _load_hf_processor(checkpoint, config)
-    return _load_llava_processor(checkpoint, pinpoints)
+    try:
+        if checkpoint.format == "hf":
+            return _load_hf_processor(checkpoint, config)
+        return _load_llava_processor(checkpoint, pinpoints)
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ConfigError(
+            f"the processor of {str(checkpoint.folder)!r} cannot be built "
+            f"({type(error).__name__}: {error}): copy tokenizer_config.json and "
+            "processor_config.json again from where the checkpoint came from"
+        ) from error
 
 
 def mark_images(text: str) -> str:
@@ -96,7 +103,7 @@ def _load_hf_processor(checkpoint: Checkpoint, model_config: Any) -> Any:
     tokenizer = load_tokenizer(checkpoint, model_config)
     try:
         image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, ImportError) as error:
         raise ConfigError(
             f"the image preprocessing in {str(folder)!r} does not load: {error}"
         ) from error
@@ -251,12 +258,21 @@ def load_tokenizer(checkpoint: Checkpoint, config: Any = None) -> Any:
     # Without it transformers reads config.json, which it does not understand in LLaVA's format.
     config = config or CONFIG_MAPPING[checkpoint.text_model_type]()
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+        tokenizer("a")  # shows settings that it cannot use
+        return tokenizer
     except ImportError as error:
         raise MissingPackageError(
             f"the tokenizer of {str(folder)!r} needs another package: {error}"
         ) from error
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise ConfigError(
             f"the tokenizer in {str(folder)!r} does not load: {error}; copy its files again from "
             "where the checkpoint came from"

@@ -90,7 +90,8 @@ def _find_bad_field(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
             f"{prepared}: they belong to different checkpoints; copy both files again"
         )
     side = config.vision_config.image_size
-    if odd := [size for size in _as_lists(pinpoints) if size[0] % side or size[1] % side]:
+    sizes = _as_lists(pinpoints)
+    if odd := [size for size in sizes if len(size) != 2 or size[0] % side or size[1] % side]:
         return (
             f"image_grid_pinpoints has the size {odd[0]}, which is not made of tiles of {side} x "
             f"{side} pixels, as the vision tower reads them: use multiples of {side}"
@@ -110,7 +111,9 @@ def _find_bad_field(checkpoint: Checkpoint, processor: Any, config: Any) -> str:
 
 
 def _as_lists(pinpoints: Any) -> list[list[int]]:
-    return [list(size) for size in pinpoints or ()]
+    """Return sizes as lists; what is not a size becomes an empty one."""
+    sizes = pinpoints if isinstance(pinpoints, list | tuple) else [pinpoints] if pinpoints else []
+    return [list(size) if isinstance(size, list | tuple) else [] for size in sizes]
 
 
 def _count_features(config: Any) -> int:

@@ -6,12 +6,14 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from llava_ray.config import LimitsConfig
 from llava_ray.engine.chat import chat, complete, tokenize
 from llava_ray.engine.echo import EchoEngine
 from llava_ray.errors import ContextLengthError, RequestError, UnsupportedError
 from llava_ray.serve.openai.completions import parse_completion, parse_detokenize, parse_tokenize
+from llava_ray.serve.openai.protocol import DetokenizeBody
 from llava_ray.types import (
     ChatRequest,
     Chunk,
@@ -100,6 +102,12 @@ def test_what_cannot_be_done_is_named(field: str, value: Any) -> None:
     with pytest.raises(UnsupportedError) as caught:
         read(**{field: value})
     assert caught.value.param == field
+
+
+def test_checking_a_list_of_tokens_stops_at_the_first_that_is_wrong() -> None:
+    with pytest.raises(ValidationError) as caught:
+        DetokenizeBody.model_validate({"tokens": [1, *["x"] * 1000]})
+    assert [error["loc"] for error in caught.value.errors()] == [("tokens", 1)]
 
 
 def test_tokenize_takes_a_prompt_or_a_conversation() -> None:

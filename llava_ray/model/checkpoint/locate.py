@@ -20,6 +20,18 @@ PICKLED_FILES = ("*.bin",)
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 
+_KINDS = {str: "a text", int: "a whole number", list: "a list", dict: "an object"}
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("model_type", "mm_vision_tower", "vision_tower", "mm_projector_type"), str),
+    **dict.fromkeys(("mm_patch_merge_type", "image_aspect_ratio", "mm_tunable_parts"), str),
+    **dict.fromkeys(("llava_ray_template", "llava_ray_base", "base_model_name_or_path"), str),
+    **dict.fromkeys(("_name_or_path", "image_processor_type", "peft_type"), str),
+    **dict.fromkeys(("image_token_index", "image_token_id"), int),
+    **dict.fromkeys(("text_config", "vision_config", "quantization_config", "weight_map"), dict),
+    "architectures": list,
+}
+"""The types of fields that are read, in whichever file of a checkpoint they stand; null is none."""
+
 REMEDY = "copy it from where the checkpoint came from"
 
 
@@ -115,4 +127,10 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not JSON ({error}): {REMEDY}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{file} is not a JSON object: {REMEDY}")
+    for name, kind in _TYPES.items():
+        value = content.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ConfigError(
+                f"{file}: {name} is {str(value)[:80]!r}, and not {_KINDS[kind]}: {REMEDY}"
+            )
     return content

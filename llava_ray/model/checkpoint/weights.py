@@ -110,7 +110,10 @@ def find_weights(folder: Path) -> tuple[Path, ...]:
             return (folder / name,)
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            places = read_json(index).get("weight_map") or {}
+            shards = sorted({str(shard) for shard in places.values()})
+            if not shards:
+                raise ConfigError(f"{index} names no weight files: {REMEDY}")
             if missing := [shard for shard in shards if not (folder / shard).is_file()]:
                 raise ConfigError(
                     f"model {str(folder)!r} lacks {len(missing)} of {len(shards)} weight files "

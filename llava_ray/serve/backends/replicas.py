@@ -164,7 +164,7 @@ class Backend:
             except TimeoutError:
                 response.cancel()
             except (RayError, RayServeException):
-                pass  # the readiness says what is wrong
+                pass  # /readyz leaves the engine out, and says what is wrong
         return self._health.engine
 
     async def _ask(self, response: Any) -> Any:

@@ -166,7 +166,9 @@ class DetokenizeBody(OpenBody):
     rules = TOKENIZE_RULES
 
     model: str | None = Field(None, max_length=500, description="a name that /v1/models lists")
-    tokens: list[_TokenId] = Field(description="a list of token ids")
+    tokens: list[_TokenId] = Field(  # a million errors would take seconds to collect
+        fail_fast=True, description="a list of token ids"
+    )
 
 
 Body = TypeVar("Body", bound=OpenBody)
